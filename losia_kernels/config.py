@@ -1,0 +1,120 @@
+"""LoSiAConfig: every choice of the method, checked when it is made."""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LoSiAConfig:
+    """What is trained and when it moves. Defaults are the paper's (A.3), but for ``init_subnet``.
+
+    Size
+        rank_factor: p; a linear ``[out, in]`` trains ``int(p * out) x int(p * in)`` of its weights.
+        output_dim_factor: p_o of the output layer, which trains ``int(p_o * vocabulary)`` outputs and all inputs
+            (Section 3.2). 0: left frozen. 1: trained densely, without a slot in the timeline.
+        rank_pattern: other rank factors by module name, ``{regex: p}``; a key matches a name or its last components.
+    Timeline (Section 3.3)
+        period: T, optimizer steps in which one group observes before its subnets move.
+        warmup_steps: warm-up of the user's learning-rate schedule; before its end nothing is rewarmed.
+        update_type: "async": groups take turns; "sync" (ablation SL): all move together, once a cycle.
+        rewarm: ramp the learning rate up over T steps after a move (Eq. 8); False is the ablation w/o WDS.
+        reset_step: restart Adam's step counter with the moments; False is what the authors' code does.
+    Importance (Section 3.1)
+        importance: "sensitivity" (Eqs. 3-6); "gradient" (ablation GL): |g| of the slot's last step; "marginal": row and
+            column sums of the sensitivity only, no state of the weight's size.
+        importance_beta1, importance_beta2: smoothing of the importance and of its uncertainty.
+        init_subnet: "calibrated": ``calibrate`` places the initial subnets from data (``apply_losia`` has none and
+            draws at random; the Trainer adapter and ``finetune`` call it by themselves); "random": as in the paper.
+    Modules (PEFT's rules: a string is a regex for the whole name, a list holds names or their last components)
+        target_modules: "all-linear": every linear in the decoder blocks.
+        exclude_modules: never targets.
+        modules_to_save: modules trained densely beside the subnets (embeddings, norms); all others stay frozen.
+    Numerics
+        master_weights: keep subnets in float32 and round into the weight; False: keep them in the weight's 16-bit
+            dtype with stochastic rounding, which saves 2 bytes a trained value.
+        seed: of the initial subnets and of the stochastic rounding.
+
+    Raises ValueError for a value out of range and TypeError for an unknown field.
+    """
+
+    rank_factor: float = 1 / 8
+    output_dim_factor: float = 0.0
+    period: int = 100
+    warmup_steps: int = 0
+    update_type: str = "async"
+    importance: str = "sensitivity"
+    init_subnet: str = "calibrated"
+    importance_beta1: float = 0.85
+    importance_beta2: float = 0.85
+    rewarm: bool = True
+    reset_step: bool = True
+    target_modules: str | list[str] = "all-linear"
+    exclude_modules: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+    rank_pattern: dict[str, float] = field(default_factory=dict)
+    master_weights: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_factor("rank_factor", self.rank_factor)
+        for pattern, factor in self.rank_pattern.items():
+            _check_factor(f"rank_pattern[{pattern!r}]", factor)
+        _check("output_dim_factor", self.output_dim_factor, _is_number(self.output_dim_factor)
+               and 0 <= self.output_dim_factor <= 1, "a number in [0, 1]")
+        _check("period", self.period, _is_int(self.period) and self.period >= 1, "a whole number of steps, at least 1")
+        _check("warmup_steps", self.warmup_steps, _is_int(self.warmup_steps) and self.warmup_steps >= 0,
+               "a whole number of steps, at least 0")
+        _check_choice("update_type", self.update_type, ("async", "sync"))
+        _check_choice("importance", self.importance, ("sensitivity", "gradient", "marginal"))
+        _check_choice("init_subnet", self.init_subnet, ("calibrated", "random"))
+        for name in ("importance_beta1", "importance_beta2"):
+            value = getattr(self, name)
+            _check(name, value, _is_number(value) and 0 <= value < 1, "a number in [0, 1)")
+        for name in ("rewarm", "reset_step", "master_weights"):
+            _check(name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False")
+        _check_names("target_modules", self.target_modules)
+        if self.exclude_modules is not None:
+            _check_names("exclude_modules", self.exclude_modules)
+        if self.modules_to_save is not None:
+            _check("modules_to_save", self.modules_to_save, not isinstance(self.modules_to_save, str)
+                   and all(isinstance(name, str) for name in self.modules_to_save), "a list of module names")
+        _check("seed", self.seed, _is_int(self.seed) and self.seed >= 0, "a whole number, at least 0")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values, for JSON and checkpoints; ``from_dict`` reads them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "LoSiAConfig":
+        """The config of ``to_dict``. Raises TypeError naming unknown fields and the known ones."""
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise TypeError(f"LoSiAConfig has no field {', '.join(unknown)}; its fields are {', '.join(known)}")
+        return cls(**values)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check(name: str, value: Any, good: bool, expected: str) -> None:
+    if not good:
+        raise ValueError(f"LoSiAConfig.{name} must be {expected}, got {value!r}")
+
+
+def _check_factor(name: str, value: Any) -> None:
+    _check(name, value, _is_number(value) and 0 < value <= 1, "a number in (0, 1]")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    _check(name, value, value in choices, "one of " + ", ".join(repr(choice) for choice in choices))
+
+
+def _check_names(name: str, value: Any) -> None:
+    good = isinstance(value, str) or (isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value))
+    _check(name, value, good and len(value) > 0, "a regex or a list of module names")

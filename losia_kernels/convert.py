@@ -1,0 +1,231 @@
+"""Turn a model's linears into LoSiALinears, in place, and back."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .config import LoSiAConfig
+from .linear import LoSiALinear, losia_layers
+
+SUBNET_KEYS = ("subnet", "out_idx", "in_idx")
+
+
+@dataclass(frozen=True)
+class Membership:
+    """What ``apply_losia`` notes on each LoSiALinear as ``layer.losia``: its group in the timeline.
+
+    ``group`` None: trained densely, without a slot.
+    """
+
+    group: int | None
+    group_name: str
+    config: LoSiAConfig
+
+
+def matches(name: str, patterns: str | list[str] | tuple[str, ...] | None) -> bool:
+    """PEFT's rule: a string is a regex for the whole name; a list holds names or their last components."""
+    if patterns is None:
+        return False
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
+
+
+def apply_losia(model: nn.Module, config: LoSiAConfig | None = None, output_layer: str | None = None) -> nn.Module:
+    """Replace the target linears of ``model`` by LoSiALinears, in place; freeze all that is not trained.
+
+    Groups follow the model's blocks in order (Section 3.3). ``output_layer`` names the vocabulary projection of a
+    model without ``get_output_embeddings``; it is trained as ``config.output_dim_factor`` says and comes first.
+    Initial subnets are drawn from ``config.seed``, the same in every process. Returns the model.
+
+    Raises ValueError if nothing matches, if a name or the output layer cannot be found, if a target is no plain
+    nn.Linear or shares its weight with another target, or if a rank factor selects no neuron; the model is then as
+    it was.
+    """
+    config = LoSiAConfig() if config is None else config
+    if next(losia_layers(model), None) is not None:
+        raise ValueError("apply_losia: the model has LoSiALinears already; call remove_losia first")
+    output_name = _find_output_layer(model, output_layer, config)
+    targets = _find_targets(model, config, output_name)
+    blocks = _group_by_block(model, targets, config)
+    saved = _find_modules_to_save(model, config)
+
+    generator = torch.Generator().manual_seed(config.seed)
+    planned: list[tuple[str, tuple[float, float], Membership]] = []
+    if config.output_dim_factor > 0:
+        dense = config.output_dim_factor == 1
+        group = None if dense else 0
+        planned.append((output_name, (config.output_dim_factor, 1.0), Membership(group, output_name, config)))
+    first = sum(member.group is not None for _, _, member in planned)
+    for number, (block, names) in enumerate(blocks.items(), start=first):
+        for name in names:
+            factor = _rank_factor(name, config)
+            planned.append((name, (factor, factor), Membership(number, block, config)))
+    _refuse_shared_weights(model, [name for name, _, _ in planned], saved)
+
+    modules = dict(model.named_modules())
+    was_trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    layers = []
+    try:
+        for name, factors, member in planned:
+            layer = LoSiALinear.from_linear(
+                modules[name], factors, master=config.master_weights, generator=generator, name=name
+            )
+            layer.losia = member
+            layers.append((name, layer))
+    except ValueError:
+        for parameter, requires_grad in was_trained:
+            parameter.requires_grad_(requires_grad)
+        raise
+    model.requires_grad_(False)
+    for name, layer in layers:
+        _replace(model, name, layer)
+    for name in saved:
+        modules[name].requires_grad_(True)
+    return model
+
+
+def remove_losia(model: nn.Module) -> nn.Module:
+    """Turn every LoSiALinear back into an nn.Linear, in place: the original architecture with the trained weights."""
+    for name, layer in list(losia_layers(model)):
+        layer.write_back_()
+        _replace(model, name, layer.to_linear())
+    return model
+
+
+def export_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """``model.state_dict()`` with the original model's keys and nothing else (DDP and compile prefixes dropped)."""
+    extra = {f"{name}.{key}" for name, _ in losia_layers(model) for key in SUBNET_KEYS}
+    prefix = "module." if isinstance(model, nn.parallel.DistributedDataParallel) else ""
+    return {
+        key.removeprefix(prefix).replace("_orig_mod.", ""): value
+        for key, value in model.state_dict().items()
+        if key not in extra
+    }
+
+
+# what to replace ------------------------------------------------------------------------------------------------------
+
+
+def _find_output_layer(model: nn.Module, named: str | None, config: LoSiAConfig) -> str | None:
+    """The name of the vocabulary projection; None if there is none and none is asked for."""
+    modules = dict(model.named_modules())
+    if named is not None:
+        if named not in modules:
+            raise ValueError(f"apply_losia: the model has no module {named!r} (output_layer)")
+        found = modules[named]
+    else:
+        get = getattr(model, "get_output_embeddings", None)
+        found = get() if get is not None else None
+    if not isinstance(found, nn.Linear):
+        if config.output_dim_factor > 0 or named is not None:
+            raise ValueError(
+                f"apply_losia: output_dim_factor={config.output_dim_factor} needs an nn.Linear output layer, found "
+                f"{type(found).__name__}; name it with output_layer=, or leave output_dim_factor at 0"
+            )
+        return None
+    return next(name for name, module in modules.items() if module is found)
+
+
+def _find_targets(model: nn.Module, config: LoSiAConfig, output_name: str | None) -> list[str]:
+    everything = config.target_modules == "all-linear"
+    left_out = (config.exclude_modules, config.modules_to_save)
+    targets = []
+    for name, module in model.named_modules():
+        wanted = everything or matches(name, config.target_modules)
+        if not wanted or not name or name == output_name or any(matches(name, patterns) for patterns in left_out):
+            continue
+        if type(module) is nn.Linear:
+            targets.append(name)
+        elif not everything:
+            hint = "; its weight is quantized or computed" if isinstance(module, nn.Linear) else ""
+            raise ValueError(
+                f"apply_losia: target_modules matches {name!r}, a {type(module).__name__}, but only a plain nn.Linear "
+                f"can hold a subnet{hint}; exclude it with exclude_modules"
+            )
+    if not targets:
+        kinds = sorted({type(m).__name__ for m in model.modules() if getattr(m, "weight", None) is not None})
+        raise ValueError(
+            f"apply_losia: target_modules={config.target_modules!r} matches no nn.Linear; "
+            f"the modules with a weight are of type {', '.join(kinds) or 'none'}"
+        )
+    return targets
+
+
+def _group_by_block(model: nn.Module, targets: list[str], config: LoSiAConfig) -> dict[str, list[str]]:
+    """Targets by the block that holds them, in model order.
+
+    A block is a child of an outermost ModuleList (of a Sequential in a model without one) that holds targets; a model
+    with neither is one block. A target outside all blocks is its own group if it was named, else not a target.
+    """
+    containers: list[str] = []
+    for kind in (nn.ModuleList, nn.Sequential):
+        for name, module in model.named_modules():
+            inside = any(_is_within(name, container) for container in containers)
+            if isinstance(module, kind) and not inside and any(_is_within(target, name) for target in targets):
+                containers.append(name)
+        if containers:
+            break
+    if not containers:
+        return {"model": targets}
+    blocks: dict[str, list[str]] = {}
+    for target in targets:
+        container = next((c for c in containers if _is_within(target, c)), None)
+        if container is not None:
+            depth = container.count(".") + 2 if container else 1
+            blocks.setdefault(".".join(target.split(".")[:depth]), []).append(target)
+        elif config.target_modules != "all-linear":
+            blocks[target] = [target]
+    return blocks
+
+
+def _is_within(name: str, container: str) -> bool:
+    return name.startswith(container + ".") if container else bool(name)
+
+
+def _rank_factor(name: str, config: LoSiAConfig) -> float:
+    for pattern, factor in config.rank_pattern.items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", name):
+            return factor
+    return config.rank_factor
+
+
+def _find_modules_to_save(model: nn.Module, config: LoSiAConfig) -> list[str]:
+    names = [name for name, _ in model.named_modules() if matches(name, config.modules_to_save)]
+    for wanted in config.modules_to_save or []:
+        if not any(matches(name, [wanted]) for name in names):
+            raise ValueError(f"apply_losia: modules_to_save names {wanted!r}, but the model has no such module")
+    return names
+
+
+def _refuse_shared_weights(model: nn.Module, names: list[str], saved: list[str]) -> None:
+    """One storage under two subnets, or under a subnet and a dense update, would be written by both."""
+    modules = dict(model.named_modules())
+    owner: dict[int, str] = {}
+    for name in names:
+        first = owner.setdefault(id(modules[name].weight), name)
+        if first != name:
+            raise ValueError(f"apply_losia: {first!r} and {name!r} share one weight; exclude one with exclude_modules")
+    for name in saved:
+        for parameter in modules[name].parameters():
+            if id(parameter) in owner:
+                raise ValueError(
+                    f"apply_losia: {name!r} (modules_to_save) shares its weight with {owner[id(parameter)]!r}, which "
+                    f"has a subnet; train it one way only"
+                )
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters that are trained but are no subnet (``modules_to_save``)."""
+    subnets = {id(layer.subnet) for _, layer in losia_layers(model)}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in subnets:
+            yield name, parameter

@@ -1,0 +1,217 @@
+"""LoSiALinear: nn.Linear whose trained part is a dense sub-matrix of its weight."""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import eager, ops
+from .subnet import Subnet, subnet_size
+
+
+class _SubnetLinear(torch.autograd.Function):
+    """``y = x W^T + b``, differentiated for x and for the subnet of W only (Section 3.3.1).
+
+    Of x the backward keeps the subnet's input neurons: ``d_subnet = dy[:, out_idx]^T x[:, in_idx]`` (Eq. 9). Only while
+    the layer observes (``probe`` is given) it keeps all of x and returns the dense ``dy^T x`` as the probe's gradient.
+    ``out_idx`` or ``in_idx`` of None is all neurons.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, subnet, out_idx, in_idx, probe):
+        # x [..., in], weight [out, in], subnet [k_out, k_in]; subnet only carries the gradient, weight is current
+        keep_all = probe is not None or in_idx is None
+        ctx.observing = probe is not None
+        ctx.save_for_backward(x if keep_all else ops.gather_features(x, in_idx), weight, out_idx, in_idx)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, out_idx, in_idx = ctx.saved_tensors
+        dx = d_bias = d_subnet = d_weight = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ weight.to(dy.dtype)  # [..., in]
+        if ctx.needs_input_grad[2]:
+            d_bias = dy.reshape(-1, dy.shape[-1]).sum(0)
+        if ctx.needs_input_grad[3]:
+            d_subnet = ops.subnet_grad(dy, x, out_idx, in_idx if ctx.observing else None)  # [k_out, k_in]
+        if ctx.observing:
+            d_weight = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])  # [out, in]
+        return dx, None, d_bias, d_subnet, None, None, d_weight
+
+
+class LoSiALinear(nn.Linear):
+    """A linear layer that trains ``weight[out_idx][:, in_idx]`` and nothing else; adds nothing to the model.
+
+    Attributes:
+        weight: ``[out, in]``, frozen, always current: write-back after each update keeps it so.
+        out_idx, in_idx: int64 buffers ``[k_out]``, ``[k_in]``, sorted and unique.
+        subnet: Parameter ``[k_out, k_in]``, float32: the master copy of the block, and what an optimizer sees.
+
+    ``rank_factor`` p selects ``int(p * dim)`` neurons on both sides; a pair selects ``(p_out, p_in)``. The first subnet
+    is drawn at random from ``generator`` (torch's default if None). ``master=False`` keeps the subnet in the weight's
+    dtype. Works alone with any optimizer plus ``write_back_()`` after its step. Raises ValueError for a factor outside
+    (0, 1] or one that selects no neuron.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        rank_factor: float | tuple[float, float] = 1 / 8,
+        master: bool = True,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._add_subnet(rank_factor, master, generator, "LoSiALinear")
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        rank_factor: float | tuple[float, float] = 1 / 8,
+        *,
+        master: bool = True,
+        generator: torch.Generator | None = None,
+        name: str = "LoSiALinear",
+    ) -> "LoSiALinear":
+        """A LoSiALinear around ``linear``'s own weight and bias (shared, not copied; both are frozen).
+
+        ``name`` is what errors call the layer.
+        """
+        if linear.weight.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            raise ValueError(f"{name}: cannot train a subnet of a {linear.weight.dtype} weight; dequantize it first")
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.in_features, layer.out_features = linear.in_features, linear.out_features
+        layer.weight, layer.bias = linear.weight, linear.bias
+        layer.training = linear.training
+        layer._add_subnet(rank_factor, master, generator, name)
+        return layer
+
+    def _add_subnet(self, rank_factor, master: bool, generator, name: str) -> None:
+        out_factor, in_factor = rank_factor if isinstance(rank_factor, tuple) else (rank_factor, rank_factor)
+        shape = subnet_size(out_factor, self.out_features, name), subnet_size(in_factor, self.in_features, name)
+        self.name = name
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        generator = torch.default_generator if generator is None else generator
+        first = Subnet.random((self.out_features, self.in_features), shape, generator)
+        device = self.weight.device
+        self.register_buffer("out_idx", first.out_idx.to(device))
+        self.register_buffer("in_idx", first.in_idx.to(device))
+        dtype = eager.accumulate_dtype(self.weight.dtype) if master else self.weight.dtype
+        self.subnet = nn.Parameter(self.current_subnet.gather(self.weight.detach()).to(dtype))
+        self._probe: Tensor | None = None
+        self._on_gradient: Callable[[Tensor], None] | None = None
+
+    @property
+    def current_subnet(self) -> Subnet:
+        """The neurons being trained (shares the buffers)."""
+        return Subnet(self.out_idx, self.in_idx)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., in]`` -> ``[..., out]``, as nn.Linear, autocast included."""
+        if not (torch.is_grad_enabled() and self.subnet.requires_grad):
+            return F.linear(x, self.weight, self.bias)
+        device = x.device.type
+        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(device))  # before the function, so that it keeps the smaller x
+        out_idx = None if self.subnet.shape[0] == self.out_features else self.out_idx
+        in_idx = None if self.subnet.shape[1] == self.in_features else self.in_idx
+        return _SubnetLinear.apply(x, self.weight, self.bias, self.subnet, out_idx, in_idx, self._probe)
+
+    @torch.no_grad()
+    def write_back_(self) -> None:
+        """Round ``subnet`` into ``weight``: after the step of an optimizer that knows nothing of the weight."""
+        self.weight[self.out_idx[:, None], self.in_idx] = self.subnet.to(self.weight.dtype)
+
+    @torch.no_grad()
+    def read_subnet_(self) -> None:
+        """Fill ``subnet`` from ``weight``: after something else has written the weight."""
+        self.subnet.copy_(self.current_subnet.gather(self.weight))
+
+    def set_subnet_(self, out_idx: Tensor, in_idx: Tensor) -> None:
+        """Move the subnet: write the old one back, then train ``weight[out_idx][:, in_idx]``.
+
+        int64 ``[k_out]``, ``[k_in]``, sorted, unique, of the present sizes; else ValueError and nothing has changed.
+        The optimizer's moments for ``subnet`` belong to the old weights: whoever calls this resets them. Only between
+        a backward and the next forward.
+        """
+        subnet = Subnet(out_idx, in_idx)
+        subnet.check((self.out_features, self.in_features), self.name)
+        if subnet.shape != tuple(self.subnet.shape):
+            raise ValueError(f"{self.name}: the subnet is {tuple(self.subnet.shape)}, the indices give {subnet.shape}")
+        self.move_subnet_(subnet)
+
+    @torch.no_grad()
+    def move_subnet_(self, subnet: Subnet) -> None:
+        """``set_subnet_`` for a subnet known to be valid: no checks, no waiting for the GPU."""
+        self.write_back_()
+        self.out_idx.copy_(subnet.out_idx)
+        self.in_idx.copy_(subnet.in_idx)
+        self.read_subnet_()
+
+    def observe_(self, on_gradient: Callable[[Tensor], None] | None) -> None:
+        """Call ``on_gradient`` with the dense gradient ``[out, in]`` of every backward, until called with None.
+
+        The gradient is whole (summed over the uses of the layer in one backward) and freed right after the call.
+        """
+        self._on_gradient = on_gradient
+        self._probe = None if on_gradient is None else self._make_probe()
+
+    def _make_probe(self) -> Tensor:
+        # A leaf of the weight's shape and of no size: autograd sums the dense gradient into it, as for a parameter,
+        # while the weight itself stays frozen for optimizers, DDP, FSDP and everyone who looks at requires_grad.
+        probe = self.weight.new_zeros(()).expand(self.weight.shape).detach().requires_grad_()
+
+        def hand_over(leaf: Tensor) -> None:
+            grad, leaf.grad = leaf.grad, None
+            self._on_gradient(grad)
+
+        probe.register_post_accumulate_grad_hook(hand_over)
+        return probe
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        if self._probe is not None:
+            self._probe = self._make_probe()  # of the new device and dtype
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        """Checks indices before they are used; a checkpoint of the plain model (no subnet) fills the subnet anew."""
+        loaded = [state_dict.get(prefix + key) for key in ("out_idx", "in_idx")]
+        if all(idx is not None for idx in loaded):
+            subnet = Subnet(*loaded)
+            subnet.check((self.out_features, self.in_features), prefix.removesuffix("."))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if prefix + "weight" in state_dict and prefix + "subnet" not in state_dict:
+            self.read_subnet_()
+
+    def to_linear(self) -> nn.Linear:
+        """A plain nn.Linear around the same weight and bias."""
+        linear = nn.Linear.__new__(nn.Linear)
+        nn.Module.__init__(linear)
+        linear.in_features, linear.out_features = self.in_features, self.out_features
+        linear.weight, linear.bias = self.weight, self.bias
+        linear.training = self.training
+        return linear
+
+    def extra_repr(self) -> str:
+        k_out, k_in = self.subnet.shape
+        share = k_out * k_in / math.prod(self.weight.shape)
+        return f"{super().extra_repr()}, subnet=({k_out}, {k_in}), trained={share:.2%}"
+
+
+def losia_layers(model: nn.Module) -> Iterator[tuple[str, LoSiALinear]]:
+    """The model's LoSiALinears with their names, in model order."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoSiALinear):
+            yield name, module

@@ -1,0 +1,58 @@
+"""Algorithm 1: the core subnet of a score matrix, greedily, in both orders; the better one wins."""
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .subnet import Subnet
+
+
+class NonFiniteScoreError(ValueError):
+    """A score was NaN or infinite; the subnet was left where it was."""
+
+
+def top_neurons(sums: Tensor, k: int) -> Tensor:
+    """Sorted indices of the ``k`` largest of ``sums``; of equal ones the first, so that every rank agrees."""
+    return torch.sort(sums, descending=True, stable=True).indices[:k].sort().values
+
+
+def check_finite(sums: Tensor) -> None:
+    """Raise NonFiniteScoreError if any of the sums is not finite (waits for the GPU)."""
+    bad = int((~torch.isfinite(sums)).sum())
+    if bad:
+        raise NonFiniteScoreError(f"importance is not finite for {bad} of {sums.numel()} neurons")
+
+
+def select_from_importance(importance: Tensor, uncertainty: Tensor | None, k_out: int, k_in: int) -> Subnet:
+    """The subnet with the largest sum of the score ``importance * uncertainty`` (``[out, in]``), greedily, Eq. 7.
+
+    ``in_then_out`` (the paper's Row2Column) takes the ``k_in`` inputs with the largest column sums, then the ``k_out``
+    outputs with the largest sums within them; ``out_then_in`` is the mirror. The larger block sum wins; on a tie the
+    former. Raises NonFiniteScoreError.
+    """
+    out_sums, in_sums = ops.score_marginals(importance, uncertainty)  # [out], [in]
+    check_finite(out_sums)
+    out_first, in_first = top_neurons(out_sums, k_out), top_neurons(in_sums, k_in)
+    out_within, in_within = ops.score_marginals(importance, uncertainty, out_first, in_first)
+    out_second, in_second = top_neurons(out_within, k_out), top_neurons(in_within, k_in)
+    in_then_out = out_within[out_second].sum() >= in_within[in_second].sum()
+    return Subnet(
+        torch.where(in_then_out, out_second, out_first),
+        torch.where(in_then_out, in_first, in_second),
+    )
+
+
+def select_subnet(score: Tensor, k_out: int, k_in: int) -> Subnet:
+    """Algorithm 1 on a score matrix ``[out, in]`` (float32, bfloat16 or float64): the greedy best of both orders."""
+    if score.dim() != 2:
+        raise ValueError(f"select_subnet: score must be [out, in], got {tuple(score.shape)}")
+    if not (1 <= k_out <= score.shape[0] and 1 <= k_in <= score.shape[1]):
+        raise ValueError(f"select_subnet: cannot select {k_out} x {k_in} of {score.shape[0]} x {score.shape[1]} neurons")
+    return select_from_importance(score, None, k_out, k_in)
+
+
+def select_from_marginals(out_sums: Tensor, in_sums: Tensor, k_out: int, k_in: int) -> Subnet:
+    """The outputs and the inputs of largest summed importance, independently: no ``[out, in]`` state is needed."""
+    check_finite(out_sums)
+    check_finite(in_sums)
+    return Subnet(top_neurons(out_sums, k_out), top_neurons(in_sums, k_in))

@@ -1,0 +1,68 @@
+"""Subnet: which output and which input neurons of a linear are trained."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def subnet_size(factor: float, features: int, name: str) -> int:
+    """k = int(p * dim), the number of neurons a factor selects. Raises ValueError when that is none."""
+    if not 0 < factor <= 1:
+        raise ValueError(f"{name}: the rank factor must be in (0, 1], got {factor!r}")
+    k = int(factor * features)
+    if k == 0:
+        raise ValueError(
+            f"{name}: a rank factor of {factor} selects none of {features} neurons; use at least 1/{features}"
+        )
+    return k
+
+
+@dataclass(frozen=True)
+class Subnet:
+    """Output neurons ``out_idx [k_out]`` (the paper's Y_S) and input neurons ``in_idx [k_in]`` (X_S), both int64,
+    sorted, unique: the dense block ``weight[out_idx][:, in_idx]``."""
+
+    out_idx: Tensor
+    in_idx: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(k_out, k_in)``."""
+        return self.out_idx.shape[0], self.in_idx.shape[0]
+
+    @classmethod
+    def random(cls, features: tuple[int, int], shape: tuple[int, int], generator: torch.Generator) -> "Subnet":
+        """Independent uniform choices of ``shape = (k_out, k_in)`` of ``features = (out, in)`` neurons, on the CPU."""
+        out_idx, in_idx = (
+            torch.randperm(size, generator=generator)[:k].sort().values
+            for size, k in zip(features, shape, strict=True)
+        )
+        return cls(out_idx, in_idx)
+
+    def check(self, features: tuple[int, int], name: str) -> None:
+        """Raise ValueError, naming the layer ``name``, unless both indices fit a weight of ``features = (out, in)``.
+
+        Reads the values, so it waits for the GPU: for indices that come from outside, not for selected ones.
+        """
+        for side, idx, size in zip(("out_idx", "in_idx"), (self.out_idx, self.in_idx), features, strict=True):
+            where = f"{name}: {side}"
+            if idx.dim() != 1 or idx.dtype != torch.int64:
+                raise ValueError(f"{where} must be a 1-D int64 tensor, got {tuple(idx.shape)} {idx.dtype}")
+            if idx.numel() == 0:
+                raise ValueError(f"{where} is empty; a subnet needs at least one neuron")
+            low, high = int(idx.min()), int(idx.max())
+            if low < 0 or high >= size:
+                raise ValueError(f"{where} must be in [0, {size}), got values from {low} to {high}")
+            if idx.numel() > 1 and not bool((idx[1:] > idx[:-1]).all()):
+                raise ValueError(f"{where} must be sorted and without repeats")
+
+    def gather(self, weight: Tensor) -> Tensor:
+        """The block ``weight[out_idx][:, in_idx]``, ``[k_out, k_in]``, a copy."""
+        return weight.index_select(0, self.out_idx).index_select(1, self.in_idx)
+
+    def overlap(self, other: "Subnet") -> float:
+        """Share of this subnet's weights that ``other`` holds too, 0 to 1."""
+        out_share = torch.isin(self.out_idx, other.out_idx).double().mean()
+        in_share = torch.isin(self.in_idx, other.in_idx).double().mean()
+        return float(out_share * in_share)
