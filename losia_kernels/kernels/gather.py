@@ -1,0 +1,47 @@
+"""``x[..., idx]`` -> contiguous: the part of an activation that LoSiA-Pro keeps for the backward (X_S of Eq. 9)."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import launch_config
+
+
+@triton.jit
+def gather_features_kernel(
+    x_ptr,  # [t, n], any strides
+    idx_ptr,  # [k] int64
+    out_ptr,  # [t, k], contiguous
+    tokens,
+    k_in,
+    stride_x_t,
+    stride_x_in,
+    BLOCK_T: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+):
+    offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)  # [BLOCK_T]
+    offs_in = tl.program_id(1) * BLOCK_IN + tl.arange(0, BLOCK_IN)  # [BLOCK_IN]
+    mask_in = offs_in < k_in
+    idx = tl.load(idx_ptr + offs_in, mask=mask_in, other=0)  # read once for all tokens of the tile
+    mask = (offs_t < tokens)[:, None] & mask_in[None, :]
+    x = tl.load(x_ptr + offs_t[:, None] * stride_x_t + (idx * stride_x_in)[None, :], mask=mask)  # [BLOCK_T, BLOCK_IN]
+    tl.store(out_ptr + offs_t[:, None] * k_in + offs_in[None, :], x, mask=mask)
+
+
+def launch_gather_features(x: Tensor, idx: Tensor) -> Tensor:
+    """``x [..., n]``, ``idx [k]`` int64 -> contiguous ``[..., k]``; see ``ops.gather_features``."""
+    k_in = idx.shape[0]
+    out = x.new_empty(*x.shape[:-1], k_in)
+    if out.numel() == 0:
+        return out
+    x = x.reshape(-1, x.shape[-1])  # copies only where the leading dimensions have no common stride
+    tokens = x.shape[0]
+    config = launch_config("gather_features", x, tokens=tokens, n_in=k_in)
+    grid = (triton.cdiv(tokens, config.block_t), triton.cdiv(k_in, config.block_in))
+    with torch.cuda.device_of(x):
+        gather_features_kernel[grid](
+            x, idx.contiguous(), out, tokens, k_in, *x.stride(),
+            BLOCK_T=config.block_t, BLOCK_IN=config.block_in, **config.compiler,
+        )
+    return out

@@ -1,0 +1,96 @@
+"""Compile, without a GPU, every kernel that the launches in ``compile_cases`` make, and print what came out as JSON.
+
+Run by ``test_compile.py`` in a process of its own, where triton is not interpreted:
+``python compile_kernels.py sm_80 [sm_90 ...]`` prints ``[{case, target, kernel, shared, registers, spills, matrix_units}]``.
+The launches go through triton's own specialization (alignment, strides of 1), so the code is what a GPU would run.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import compile_cases
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from losia_kernels.kernels._launch import override_arch
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+class OfflineDriver:
+    """What JITFunction asks of the active driver before it compiles."""
+
+    def __init__(self, arch: str):
+        nvidia = arch.startswith("sm_")
+        self.target = GPUTarget("cuda", int(arch[3:]), 32) if nvidia else GPUTarget("hip", arch, 64)
+        self.get_current_device = lambda: arch
+        self.get_current_stream = lambda device: 0
+        self.get_current_target = lambda: self.target
+
+
+def launches(arch: str, case) -> list:
+    """The compiled kernels of one case, none of them run."""
+    compiled = []
+    run = triton.JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+
+    driver.set_active(OfflineDriver(arch))
+    triton.JITFunction.run = compile_only
+    try:
+        with override_arch(arch):
+            case()
+    finally:
+        triton.JITFunction.run = run
+    return compiled
+
+
+def facts(kernel) -> dict:
+    """Registers, spills (zero when there are none) and whether the matrix units are used."""
+    return nvidia_facts(kernel.asm["cubin"]) if "cubin" in kernel.asm else amd_facts(kernel.asm["amdgcn"])
+
+
+def nvidia_facts(cubin: bytes) -> dict:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, sass = (
+            subprocess.run([CUOBJDUMP, flag, file.name], check=True, capture_output=True, text=True).stdout
+            for flag in ("--dump-resource-usage", "--dump-sass")
+        )
+    resources = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return {
+        "registers": resources["REG"],
+        "spills": resources["STACK"] + resources["LOCAL"] + len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        "matrix_units": bool(re.search(r"\b(HMMA|HGMMA|UTCHMMA)\b", sass)),
+    }
+
+
+def amd_facts(asm: str) -> dict:
+    metadata = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)$", asm, re.MULTILINE)}
+    spill_keys = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+    return {
+        "registers": metadata["vgpr_count"],
+        "spills": sum(metadata[key] for key in spill_keys),
+        "matrix_units": "v_mfma_" in asm,
+    }
+
+
+def main(archs: list[str]) -> None:
+    results = [
+        {"case": name, "target": arch, "kernel": kernel.name, "shared": kernel.metadata.shared, **facts(kernel)}
+        for arch in archs
+        for name, case in compile_cases.CASES.items()
+        for kernel in launches(arch, case)
+    ]
+    json.dump(results, sys.stdout)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

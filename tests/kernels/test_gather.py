@@ -1,0 +1,76 @@
+import numpy
+import pytest
+import torch
+
+from csrc_ref.kernels import gather_features_ref
+from losia_kernels.kernels._launch import override_config
+from losia_kernels.kernels.gather import launch_gather_features
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def random_index(n: int, k: int, device: str) -> torch.Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(n * k))[:k].sort().values.to(device)
+
+
+def check(x: torch.Tensor, idx: torch.Tensor) -> None:
+    """A copy is exact: bit for bit what the oracle picks."""
+    result = launch_gather_features(x, idx)
+    assert result.is_contiguous() and result.dtype == x.dtype
+    assert torch.equal(result, gather_features_ref(x, idx))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape, k",
+    [((1, 1), 1), ((7, 13), 1), ((7, 13), 13), ((37, 101), 17), ((17, 300), 257), ((2, 5, 31), 8), ((2, 3, 2, 11), 5),
+     ((19,), 4)],
+)
+def test_matches_oracle(device, dtype, shape, k):
+    x = torch.randn(shape, device=device).to(dtype)
+    check(x, random_index(shape[-1], k, device))
+
+
+def test_any_strides(device):
+    n, k = 23, 9
+    idx = random_index(n, k, device)
+    base = torch.randn(2 * n, 40, device=device)
+    check(base[:n].T, idx)  # transposed
+    check(base[::2, :].T, idx)  # transposed, every second feature
+    check(torch.randn(12, n, device=device)[::2], idx)  # every second token
+    check(torch.randn(n, device=device).expand(4, 5, n), idx)  # one row for all tokens
+    check(torch.randn(5, 1, device=device).expand(5, n), idx)  # one value for all features
+    check(torch.randn(3, 4, n, device=device).transpose(0, 1), idx)  # leading dimensions without a common stride
+    check(torch.randn(6, 7, device=device)[:, 1:], random_index(6, 3, device))  # start that is not aligned
+
+
+def test_index_may_be_strided_repeated_and_unsorted(device):
+    x = torch.randn(5, 11, device=device)
+    check(x, torch.tensor([7, 0, 7, 3, 10, 1], device=device)[::2])
+    check(x, torch.tensor([10, 2, 2], device=device))
+
+
+def test_empty(device):
+    idx = random_index(8, 3, device)
+    assert launch_gather_features(torch.randn(0, 8, device=device), idx).shape == (0, 3)
+    assert launch_gather_features(torch.randn(2, 0, 8, device=device), idx).shape == (2, 0, 3)
+    assert launch_gather_features(torch.randn(4, 8, device=device), idx[:0]).shape == (4, 0)
+
+
+def test_tiles_need_not_divide_the_shape(device):
+    with override_config("gather_features", block_t=2, block_in=16):
+        check(torch.randn(7, 41, device=device), random_index(41, 33, device))
+
+
+def test_offsets_past_two_to_the_31(device):
+    """A token stride that makes the second token lie past 2^31 elements."""
+    stride, n = 2**31 + 8, 5
+    if device == "cpu":  # numpy's zeros take no memory where they are not touched
+        storage = torch.from_numpy(numpy.zeros(stride + n, dtype=numpy.float16))
+    else:
+        storage = torch.zeros(stride + n, dtype=torch.float16, device=device)
+    x = storage.as_strided((2, n), (stride, 1))
+    x.copy_(torch.arange(2 * n).view(2, n))
+    check(x, torch.tensor([0, 3, 4], device=device))
+    feature_strided = storage.as_strided((n, 2), (1, stride))
+    check(feature_strided, torch.tensor([1], device=device))

@@ -1,0 +1,103 @@
+import pytest
+import torch
+from tolerance import assert_within
+
+from csrc_ref.kernels import subnet_grad_ref
+from losia_kernels import eager
+from losia_kernels.kernels._launch import override_config, token_splits
+from losia_kernels.kernels.subnet_grad import launch_subnet_grad
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def random_index(n: int, k: int, device: str) -> torch.Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(n * k))[:k].sort().values.to(device)
+
+
+def check(dy: torch.Tensor, x: torch.Tensor, out_idx: torch.Tensor | None, in_idx: torch.Tensor | None) -> None:
+    result = launch_subnet_grad(dy, x, out_idx, in_idx).sum(0)
+    plain = eager.subnet_grad_partials(dy, x, out_idx, in_idx).sum(0)
+    assert_within(result, plain, subnet_grad_ref(dy, x, out_idx, in_idx))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "tokens, n_out, k_out, n_in, k_in",
+    [(1, 1, 1, 1, 1), (7, 13, 1, 11, 1), (7, 13, 13, 11, 11), (67, 31, 7, 29, 19), (5, 139, 131, 151, 137),
+     (131, 40, 16, 40, 16)],
+)
+def test_matches_oracle(device, dtype, tokens, n_out, k_out, n_in, k_in):
+    dy = torch.randn(tokens, n_out, device=device).to(dtype)
+    x = torch.randn(tokens, n_in, device=device).to(dtype)
+    out_idx, in_idx = random_index(n_out, k_out, device), random_index(n_in, k_in, device)
+    check(dy, x, out_idx, in_idx)
+    check(dy, x[:, in_idx], out_idx, None)
+    check(dy, x, None, in_idx)
+    check(dy, x, None, None)
+
+
+def test_any_strides(device):
+    tokens, n_out, n_in = 12, 17, 23
+    out_idx, in_idx = random_index(n_out, 5, device), random_index(n_in, 7, device)
+    dy, x = torch.randn(tokens, n_out, device=device), torch.randn(tokens, n_in, device=device)
+    check(torch.randn(n_out, tokens, device=device).T, x, out_idx, in_idx)  # transposed dy
+    check(dy, torch.randn(n_in, 2 * tokens, device=device)[:, ::2].T, out_idx, in_idx)  # transposed x with gaps
+    check(torch.randn(tokens, 3 * n_out, device=device)[:, 1::3], x, out_idx, in_idx)  # dy with gaps, not aligned
+    check(torch.randn((), device=device).expand(tokens, n_out), x, out_idx, in_idx)  # dy of y.sum()
+    check(dy.view(3, 4, n_out), x.view(3, 4, n_in), out_idx, in_idx)  # leading dimensions
+    across = torch.randn(4, 3, n_out, device=device).transpose(0, 1)  # ... without a common stride
+    check(across, x.view(3, 4, n_in), out_idx, in_idx)
+    check(dy, x, torch.cat([out_idx, out_idx])[::2], in_idx)  # strided index
+
+
+def test_no_tokens_give_zeros(device):
+    dy, x = torch.randn(2, 0, 9, device=device), torch.randn(2, 0, 11, device=device)
+    partials = launch_subnet_grad(dy, x, random_index(9, 4, device), None)
+    assert torch.equal(partials, torch.zeros(1, 4, 11, device=device))
+
+
+def test_what_lies_beyond_the_tokens_is_not_read(device):
+    """Masked lanes must not meet a NaN: zero times NaN is NaN."""
+    dy = torch.full((16, 5), torch.nan, device=device)
+    x = torch.full((16, 6), torch.nan, device=device)
+    dy[:3], x[:3] = 1.0, 2.0
+    assert torch.equal(launch_subnet_grad(dy[:3], x[:3], None, None).sum(0), torch.full((5, 6), 6.0, device=device))
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 7])
+def test_splits_are_sums_over_ranges_of_tokens(device, splits):
+    """Also when the tokens do not divide evenly, and when a split gets none."""
+    dy, x = torch.randn(53, 19, device=device), torch.randn(53, 21, device=device)
+    out_idx, in_idx = random_index(19, 6, device), random_index(21, 8, device)
+    with override_config("subnet_grad", splits=splits, block_t=16, block_out=16, block_in=16):
+        partials = launch_subnet_grad(dy, x, out_idx, in_idx)
+        assert partials.shape == (token_splits(53, 6, 8), 6, 8)
+        check(dy, x, out_idx, in_idx)
+    assert partials.shape[0] == splits
+    per_split = -(-53 // (splits * 16)) * 16
+    for split in range(splits):
+        part = slice(split * per_split, (split + 1) * per_split)
+        truth = subnet_grad_ref(dy[part], x[part], out_idx, in_idx)
+        assert_within(partials[split], eager.subnet_grad_partials(dy[part], x[part], out_idx, in_idx)[0], truth)
+
+
+def test_same_bits_twice(device):
+    dy, x = torch.randn(200, 33, device=device).bfloat16(), torch.randn(200, 35, device=device).bfloat16()
+    out_idx = random_index(33, 17, device)
+    with override_config("subnet_grad", splits=4):
+        first, second = (launch_subnet_grad(dy, x, out_idx, None).sum(0) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("tokens, k_out, k_in", [(0, 3, 4), (1, 1, 1), (700, 3, 5), (520, 40, 20)])
+def test_number_of_splits_follows_from_the_shape(device, tokens, k_out, k_in):
+    """The fake op promises ``token_splits``; the launch must return as many."""
+    dy, x = torch.zeros(tokens, k_out, device=device), torch.zeros(tokens, k_in, device=device)
+    assert launch_subnet_grad(dy, x, None, None).shape == (token_splits(tokens, k_out, k_in), k_out, k_in)
+
+
+def test_float32_keeps_all_its_bits(device):
+    """TF32 would lose the difference between 1 and 1 + 2^-12."""
+    dy = torch.full((4, 16), 1 + 2**-12, device=device)
+    x = torch.ones(4, 16, device=device)
+    assert torch.equal(launch_subnet_grad(dy, x, None, None).sum(0), torch.full((16, 16), 4 + 2**-10, device=device))
