@@ -107,6 +107,14 @@ def export_state_dict(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters that are trained but are no subnet (``modules_to_save``)."""
+    subnets = {id(layer.subnet) for _, layer in losia_layers(model)}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in subnets:
+            yield name, parameter
+
+
 # what to replace ------------------------------------------------------------------------------------------------------
 
 
@@ -221,11 +229,3 @@ def _refuse_shared_weights(model: nn.Module, names: list[str], saved: list[str])
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
-
-
-def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and parameters that are trained but are no subnet (``modules_to_save``)."""
-    subnets = {id(layer.subnet) for _, layer in losia_layers(model)}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in subnets:
-            yield name, parameter

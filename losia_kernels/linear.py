@@ -110,7 +110,7 @@ class LoSiALinear(nn.Linear):
         dtype = eager.accumulate_dtype(self.weight.dtype) if master else self.weight.dtype
         self.subnet = nn.Parameter(self.current_subnet.gather(self.weight.detach()).to(dtype))
         self._probe: Tensor | None = None
-        self._on_gradient: Callable[[Tensor], None] | None = None
+        self.observe_callback: Callable[[Tensor], None] | None = None
 
     @property
     def current_subnet(self) -> Subnet:
@@ -164,7 +164,7 @@ class LoSiALinear(nn.Linear):
 
         The gradient is whole (summed over the uses of the layer in one backward) and freed right after the call.
         """
-        self._on_gradient = on_gradient
+        self.observe_callback = on_gradient
         self._probe = None if on_gradient is None else self._make_probe()
 
     def _make_probe(self) -> Tensor:
@@ -174,7 +174,7 @@ class LoSiALinear(nn.Linear):
 
         def hand_over(leaf: Tensor) -> None:
             grad, leaf.grad = leaf.grad, None
-            self._on_gradient(grad)
+            self.observe_callback(grad)
 
         probe.register_post_accumulate_grad_hook(hand_over)
         return probe
@@ -184,6 +184,9 @@ class LoSiALinear(nn.Linear):
         if self._probe is not None:
             self._probe = self._make_probe()  # of the new device and dtype
         return self
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "_probe": None, "observe_callback": None}  # a copy observes for nobody
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         """Checks indices before they are used; a checkpoint of the plain model (no subnet) fills the subnet anew."""

@@ -266,5 +266,6 @@ def score_marginals(
 
 @score_marginals.register_fake
 def _(importance, uncertainty=None, out_idx=None, in_idx=None):
+    out_features, in_features = importance.shape
     dtype = eager.accumulate_dtype(importance.dtype)
-    return importance.new_empty(importance.shape[0], dtype=dtype), importance.new_empty(importance.shape[1], dtype=dtype)
+    return importance.new_empty(out_features, dtype=dtype), importance.new_empty(in_features, dtype=dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import eager, ops
 from .config import LoSiAConfig
 from .linear import LoSiALinear
-from .selection import select_from_importance, select_from_marginals
+from .selection import NonFiniteScoreError, select_from_importance, select_from_marginals
 from .subnet import Subnet
 
 
@@ -50,7 +50,7 @@ class GradientObserver:
 
 
 class MarginalObserver:
-    """Row and column sums of the smoothed importance: ``out + in`` floats (row sums of an EMA are an EMA of row sums)."""
+    """Row and column sums of the smoothed importance, ``out + in`` floats: sums of an EMA are the EMA of the sums."""
 
     def __init__(self, beta1: float):
         self.beta1 = beta1
@@ -77,15 +77,15 @@ def make_observer(config: LoSiAConfig) -> Observer:
     return SensitivityObserver(config.importance_beta1, config.importance_beta2)
 
 
-def new_subnet(layer: LoSiALinear, observer: Observer) -> Subnet:
-    """Where ``layer`` should move. A layer that saw no gradient (it was not used) stays.
+def new_subnet(layer: LoSiALinear, observer: Observer) -> Subnet | None:
+    """Where ``layer`` should move; None if it saw no gradient in its slot (it was not used) and stays.
 
-    Raises NonFiniteScoreError naming the layer; nothing has changed then.
+    Raises NonFiniteScoreError naming the layer. Changes nothing.
     """
     if not observer.tensors:
-        return layer.current_subnet
+        return None
     k_out, k_in = layer.subnet.shape
     try:
         return observer.select(k_out, k_in)
-    except ValueError as error:
-        raise type(error)(f"{layer.name}: {error}; its subnet stays where it was") from None
+    except NonFiniteScoreError as error:
+        raise NonFiniteScoreError(f"{layer.name}: {error}; its subnet stays where it was") from None

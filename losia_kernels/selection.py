@@ -47,7 +47,7 @@ def select_subnet(score: Tensor, k_out: int, k_in: int) -> Subnet:
     if score.dim() != 2:
         raise ValueError(f"select_subnet: score must be [out, in], got {tuple(score.shape)}")
     if not (1 <= k_out <= score.shape[0] and 1 <= k_in <= score.shape[1]):
-        raise ValueError(f"select_subnet: cannot select {k_out} x {k_in} of {score.shape[0]} x {score.shape[1]} neurons")
+        raise ValueError(f"select_subnet: cannot select {k_out} x {k_in} of {tuple(score.shape)} neurons")
     return select_from_importance(score, None, k_out, k_in)
 
 

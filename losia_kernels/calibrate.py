@@ -1,0 +1,70 @@
+"""Place the initial subnets from data, before the first step, without any state of a weight's size."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from .convert import trained_parameters
+from .linear import LoSiALinear, losia_layers
+from .relocalize import MarginalObserver, new_subnet
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    steps: int = 4,
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+) -> nn.Module:
+    """Move every subnet to the neurons of largest summed importance over the first ``steps`` of ``batches``.
+
+    At random, a layer learns in the wrong place until its first turn, up to a whole cycle later. Each batch is one
+    forward and backward of all layers; the row and column sums of I (Eq. 3) are smoothed over the batches as in the
+    timeline: ``out + in`` floats a layer, and one dense weight gradient at a time.
+
+    ``loss_fn(model, batch)`` returns the mean loss; by default ``model(**batch).loss``. Call it before the first
+    optimizer step. Leaves gradients None and the training mode as it was. Returns the model.
+
+    Raises ValueError if there is nothing to calibrate, no batch, a layer without a gradient history to judge by, or a
+    non-finite importance (naming the layer); the subnets are then where they were.
+    """
+    layers = [layer for _, layer in losia_layers(model) if layer.subnet.shape != layer.weight.shape]
+    if not layers:
+        raise ValueError("calibrate: the model has no LoSiALinear with a subnet to place; call apply_losia first")
+    if steps < 1:
+        raise ValueError(f"calibrate: steps must be at least 1, got {steps}")
+    observers = {layer: MarginalObserver(beta1=0.85) for layer in layers}
+    observing_before = {layer: layer.observe_callback for layer in layers}
+    for layer, observer in observers.items():
+        layer.observe_(_update(layer, observer))
+    try:
+        seen = 0
+        for batch in batches:
+            loss = model(**batch).loss if loss_fn is None else loss_fn(model, batch)
+            loss.backward()
+            _drop_gradients(model)
+            seen += 1
+            if seen == steps:
+                break
+        if seen == 0:
+            raise ValueError("calibrate: there is no batch to calibrate with")
+        moves = [(layer, new_subnet(layer, observer)) for layer, observer in observers.items()]
+    finally:
+        for layer, callback in observing_before.items():
+            layer.observe_(callback)
+        _drop_gradients(model)
+    for layer, subnet in moves:
+        if subnet is not None:
+            layer.move_subnet_(subnet)
+    return model
+
+
+def _update(layer: LoSiALinear, observer: MarginalObserver) -> Callable[[Tensor], None]:
+    return lambda grad: observer.update(layer.weight, grad, grad_scale=1.0)
+
+
+def _drop_gradients(model: nn.Module) -> None:
+    for _, layer in losia_layers(model):
+        layer.subnet.grad = None
+    for _, parameter in trained_parameters(model):
+        parameter.grad = None

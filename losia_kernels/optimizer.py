@@ -1,0 +1,182 @@
+"""LoSiAAdamW, whose step() is the whole method, and attach(), which gives the same to any torch optimizer."""
+
+from collections.abc import Callable
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from . import eager, ops
+from .convert import trained_parameters
+from .linear import LoSiALinear
+from .timeline import Timeline
+
+
+class LoSiAAdamW(torch.optim.Optimizer):
+    """AdamW on the subnets, written back into the weights in the same pass, with the timeline of Section 3.3.
+
+    ``model`` has been through ``apply_losia``. One parameter group per layer group, in order, then one for what is
+    trained densely (``modules_to_save``, a dense output layer); any LR scheduler works on them, and the rewarm factor
+    (Eq. 8) multiplies inside ``step()``. ``lr`` per step; ``weight_decay`` is decoupled and touches the subnet's
+    entries only. Moments are float32; 16-bit dense parameters get a float32 master copy in the state.
+    ``total_steps``: warn if the run is shorter than one cycle. ``timeline`` tells where the run stands.
+
+    ``state_dict`` and the model's own resume a run bit-identically at any step. Errors: ValueError for
+    hyperparameters out of range, a model without LoSiALinears, or a state of another config or shape;
+    NonFiniteScoreError from ``step`` (see ``Timeline.advance``).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 6e-5,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        total_steps: int | None = None,
+    ):
+        for name, value, good in (
+            ("lr", lr, lr >= 0),
+            ("betas", betas, len(betas) == 2 and all(0 <= beta < 1 for beta in betas)),
+            ("eps", eps, eps >= 0),
+            ("weight_decay", weight_decay, weight_decay >= 0),
+        ):
+            if not good:
+                raise ValueError(f"LoSiAAdamW: {name} is out of range: {value!r}")
+        self.timeline = Timeline(model, total_steps)
+        groups = [{"params": [layer.subnet for layer in layers]} for layers in self.timeline.groups]
+        self._dense_names = [name for name, _ in trained_parameters(model)]
+        dense = [layer.subnet for layer in self.timeline.dense] + [p for _, p in trained_parameters(model)]
+        if dense:
+            groups.append({"params": dense})
+        super().__init__(groups, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
+        self.timeline.bind(self)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """Update every subnet and its weight, relocalize the groups whose slot ends, advance the clock."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        timeline = self.timeline
+        for number, layers in enumerate(timeline.groups):
+            lr = float(self.param_groups[number]["lr"]) * timeline.lr_factor(number)
+            for layer in layers:
+                self._update_subnet(layer, self.param_groups[number], lr)
+        if len(self.param_groups) > len(timeline.groups):
+            group = self.param_groups[-1]
+            for layer in timeline.dense:
+                self._update_subnet(layer, group, float(group["lr"]))
+            self._update_dense(group["params"][len(timeline.dense):], group)
+        timeline.advance(self)
+        return loss
+
+    def _update_subnet(self, layer: LoSiALinear, group: dict, lr: float) -> None:
+        subnet = layer.subnet
+        if subnet.grad is None:
+            return
+        state = self._state(subnet)
+        state["step"] += 1
+        step = int(state["step"])
+        seed = None
+        if not self.timeline.config.master_weights and subnet.dtype in (torch.bfloat16, torch.float16):
+            seed = _rounding_seed(self.timeline.config.seed, layer.name, self.timeline.step)
+        ops.subnet_adamw_(
+            layer.weight, subnet, subnet.grad, state["exp_avg"], state["exp_avg_sq"], layer.out_idx, layer.in_idx,
+            lr, *group["betas"], group["eps"], group["weight_decay"], step, seed,
+        )  # fmt: skip
+
+    def _update_dense(self, parameters: list[Tensor], group: dict) -> None:
+        """torch's AdamW on the float32 values of parameters that have no subnet."""
+        used = [p for p in parameters if p.grad is not None]
+        states = [self._state(p, master=p.dtype in (torch.bfloat16, torch.float16)) for p in used]
+        values = [state.get("master", p) for p, state in zip(used, states, strict=True)]
+        adamw(
+            values,
+            [p.grad.to(value.dtype) for p, value in zip(used, values, strict=True)],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=float(group["lr"]),
+            weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+        )  # fmt: skip
+        for parameter, value in zip(used, values, strict=True):
+            parameter.copy_(value)
+
+    def _state(self, parameter: Tensor, master: bool = False) -> dict[str, Tensor]:
+        state = self.state[parameter]
+        if not state:
+            dtype = eager.accumulate_dtype(parameter.dtype)
+            state["step"] = torch.tensor(0.0)  # on the CPU, as torch keeps it: reading it does not wait for the GPU
+            state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype)
+            if master:
+                state["master"] = parameter.to(dtype, copy=True)
+        return state
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Restore what ``state_dict`` saved. Raises ValueError, before anything changes, if it does not fit."""
+        super().load_state_dict(state_dict)
+        # torch has cast floating-point state to the parameter's dtype; ours is float32 whatever that is
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        own = chain.from_iterable(group["params"] for group in self.param_groups)
+        for i, parameter in zip(saved, own, strict=True):
+            for key, value in state_dict["state"].get(i, {}).items():
+                if key in ("exp_avg", "exp_avg_sq", "master"):
+                    self.state[parameter][key] = value.to(parameter.device, copy=True)
+
+
+def _rounding_seed(seed: int, layer_name: str, step: int) -> int:
+    """31 bits that differ between layers and steps, the same in every process."""
+    value = seed
+    for part in (*layer_name.encode(), step):
+        value = (value * 0x01000193 ^ part) & 0x7FFFFFFF  # FNV
+    return value
+
+
+def attach(optimizer: torch.optim.Optimizer, model: nn.Module, total_steps: int | None = None) -> Timeline:
+    """Give any torch optimizer that holds the model's subnets the behaviour of LoSiAAdamW's step.
+
+    Each of its steps then writes the subnets back into the weights, relocalizes and rewarms. Its parameter groups are
+    split by layer group (same options), so call this before making a learning-rate scheduler. A relocalized subnet's
+    state is dropped, and the optimizer makes it anew. Returns the timeline; ``timeline.detach()`` undoes the hooks.
+
+    Raises ValueError if the optimizer lacks a subnet, has a scheduler already, or has stepped.
+    """
+    timeline = Timeline(model, total_steps)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for layer in chain.from_iterable([*timeline.groups, timeline.dense]):
+        if id(layer.subnet) not in held:
+            raise ValueError(f"attach: the optimizer does not hold the subnet of {layer.name}; call apply_losia first")
+    if any("initial_lr" in group for group in optimizer.param_groups):
+        raise ValueError("attach: the optimizer has a learning-rate scheduler already; attach first, then make it")
+    if optimizer.state:
+        raise ValueError("attach: the optimizer has taken steps already; attach before the first one")
+    number_of = {id(layer.subnet): number for number, layers in enumerate(timeline.groups) for layer in layers}
+    optimizer.param_groups[:] = [
+        {**group, "params": [p for p in group["params"] if number_of.get(id(p)) == number], "layer_group": number}
+        for group in optimizer.param_groups
+        for number in [*range(len(timeline.groups)), None]
+        if any(number_of.get(id(p)) == number for p in group["params"])
+    ]
+
+    def rewarm(optimizer, args, kwargs):
+        for group in optimizer.param_groups:
+            group["scheduled_lr"] = group["lr"]
+            if group["layer_group"] is not None:
+                group["lr"] = group["lr"] * timeline.lr_factor(group["layer_group"])
+
+    def write_back(optimizer, args, kwargs):
+        for group in optimizer.param_groups:
+            group["lr"] = group.pop("scheduled_lr")
+        for layer in chain.from_iterable([*timeline.groups, timeline.dense]):
+            layer.write_back_()
+        with torch.no_grad():
+            timeline.advance(optimizer)
+
+    timeline.bind(optimizer)
+    timeline.handles += [optimizer.register_step_pre_hook(rewarm), optimizer.register_step_post_hook(write_back)]
+    return timeline

@@ -1,0 +1,204 @@
+"""The timeline of a run (Section 3.3): a clock, who observes, and the relocalization after a slot's last update."""
+
+import warnings
+from dataclasses import asdict
+
+import torch
+from torch import Tensor, nn
+
+from .config import LoSiAConfig
+from .linear import LoSiALinear, losia_layers
+from .relocalize import Observer, make_observer, new_subnet
+from .schedule import Schedule
+from .selection import NonFiniteScoreError
+
+# What a resumed run may choose anew: all other fields say where the timeline stands or what the state means.
+_FREE_FIELDS = ("init_subnet", "seed", "target_modules", "exclude_modules", "modules_to_save", "rank_pattern")
+
+
+class Timeline:
+    """Drives the LoSiALinears of one model beside an optimizer; ``LoSiAAdamW`` and ``attach`` each hold one.
+
+    Attributes:
+        step: optimizer steps taken; one step is one step of the clock, however many micro-batches it had.
+        groups: the layers of each group, by group number, in model order; ``group_names`` names them.
+        dense: layers that are trained in full, without a slot (an output layer with ``output_dim_factor=1``).
+        loss_divisor: what each micro-batch's mean loss was divided by before its backward (accumulation steps; 1/scale
+            under a GradScaler). The importance is not linear in the gradient and must know (Eq. 3).
+
+    ``total_steps``: warns once, here, if the run ends before every group has had its turn.
+    """
+
+    def __init__(self, model: nn.Module, total_steps: int | None = None):
+        layers = [layer for _, layer in losia_layers(model) if hasattr(layer, "losia")]
+        if not layers:
+            raise ValueError("the model has no layers to train: call apply_losia(model, config) first")
+        self.config: LoSiAConfig = layers[0].losia.config
+        self.dense = [layer for layer in layers if layer.losia.group is None]
+        named = {layer.losia.group: layer.losia.group_name for layer in layers if layer.losia.group is not None}
+        self.group_names = [named[number] for number in sorted(named)]
+        self.groups = [[layer for layer in layers if layer.losia.group == number] for number in sorted(named)]
+        self.schedule = Schedule(
+            groups=len(self.groups),
+            period=self.config.period,
+            update_type=self.config.update_type,
+            warmup_steps=self.config.warmup_steps,
+            rewarm=self.config.rewarm,
+            last_step_only=self.config.importance == "gradient",
+        )
+        problem = None if total_steps is None else self.schedule.too_short(total_steps)
+        if problem:
+            warnings.warn(f"LoSiA: {problem}", stacklevel=3)
+        self.step = 0
+        self.loss_divisor = 1.0
+        self._observers: dict[LoSiALinear, Observer] = {}
+        self._observe()
+
+    @property
+    def observing(self) -> tuple[int, ...]:
+        """Numbers of the groups that observe in the step now beginning."""
+        return self.schedule.observing(self.step)
+
+    def lr_factor(self, group: int) -> float:
+        """What this step multiplies the group's learning rate with (Eq. 8)."""
+        return self.schedule.lr_factor(group, self.step)
+
+    def advance(self, optimizer: torch.optim.Optimizer) -> None:
+        """End the step, after its update: relocalize the groups whose slot ends, then set up the next step.
+
+        Raises NonFiniteScoreError naming the layer if a score is not finite: no layer has moved then, and the clock
+        goes on, so that what is saved afterwards is whole.
+        """
+        moving = [layer for group in self.schedule.moving(self.step) for layer in self.groups[group]]
+        try:
+            moves = [(layer, new_subnet(layer, self._observers[layer])) for layer in moving]
+        except NonFiniteScoreError:
+            self._next_step(freed=moving)
+            raise
+        for layer, subnet in moves:
+            if subnet is not None:
+                layer.move_subnet_(subnet)
+                _reset_state(optimizer, layer.subnet, self.config.reset_step)
+        self._next_step(freed=moving)
+
+    def _next_step(self, freed: list[LoSiALinear]) -> None:
+        for layer in freed:
+            self._stop(layer)
+        self.step += 1
+        self._observe()
+
+    def _observe(self) -> None:
+        """Let exactly the layers whose turn it is observe; those that do already go on."""
+        due = {layer for group in self.observing for layer in self.groups[group]}
+        for layer in [layer for layer in self._observers if layer not in due]:
+            self._stop(layer)
+        for layer in due - self._observers.keys():
+            self._start(layer, make_observer(self.config))
+
+    def _start(self, layer: LoSiALinear, observer: Observer) -> None:
+        self._observers[layer] = observer
+        layer.observe_(lambda grad: observer.update(layer.weight, grad, self.loss_divisor))
+
+    def _stop(self, layer: LoSiALinear) -> None:
+        del self._observers[layer]
+        layer.observe_(None)
+
+    # checkpoints ------------------------------------------------------------------------------------------------------
+
+    def bind(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make ``optimizer.state_dict()`` carry the clock, the config and the importance of observing layers, and
+        ``load_state_dict`` restore them. Tensors and plain values only."""
+        self._loaded: dict | None = None
+        self.handles = [
+            optimizer.register_state_dict_post_hook(self._save),
+            optimizer.register_load_state_dict_pre_hook(self._check_loaded),
+            optimizer.register_load_state_dict_post_hook(self._load),
+        ]
+
+    def detach(self) -> None:
+        """Take the hooks off the optimizer and stop observing; subnets and weights stay as they are."""
+        for handle in self.handles:
+            handle.remove()
+        for layer in list(self._observers):
+            self._stop(layer)
+
+    def _save(self, optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
+        position = {parameter: i for i, parameter in enumerate(_parameters(optimizer))}
+        state = dict(state_dict["state"])
+        for layer, observer in self._observers.items():
+            if observer.tensors:
+                i = position[layer.subnet]
+                state[i] = {**state.get(i, {}), **{f"losia_{k}": tensor for k, tensor in observer.tensors.items()}}
+        groups = [
+            {**group, "losia_step": self.step, "losia_config": asdict(self.config)}
+            for group in state_dict["param_groups"]
+        ]
+        return {**state_dict, "state": state, "param_groups": groups}
+
+    def _check_loaded(self, optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
+        """Take out what is ours, after checking that it fits; the optimizer loads the rest."""
+        saved = state_dict["param_groups"][0]
+        if "losia_step" not in saved:
+            raise ValueError("the optimizer state was not saved by a LoSiA run: it has no losia_step")
+        for name, now in asdict(self.config).items():
+            then = saved["losia_config"].get(name, now)
+            if then != now and name not in _FREE_FIELDS:
+                raise ValueError(
+                    f"the checkpoint was made with LoSiAConfig.{name}={then!r}, this run has {now!r}; "
+                    f"resume with the same config, or start anew from the exported weights"
+                )
+        index = [i for group in state_dict["param_groups"] for i in group["params"]]
+        subnets = {layer.subnet: layer for layers in [*self.groups, self.dense] for layer in layers}
+        observed: dict[LoSiALinear, dict[str, Tensor]] = {}
+        state = {}
+        for i, parameter in zip(index, _parameters(optimizer), strict=False):
+            entries = state_dict["state"].get(i, {})
+            layer = subnets.get(parameter)
+            ours = {k.removeprefix("losia_"): v for k, v in entries.items() if k.startswith("losia_")}
+            rest = {k: v for k, v in entries.items() if not k.startswith("losia_")}
+            if layer is not None:
+                _check_shapes(layer, rest, ours)
+                if ours:
+                    observed[layer] = ours
+            if rest:
+                state[i] = rest
+        self._loaded = {"step": saved["losia_step"], "observed": observed}
+        groups = [{k: v for k, v in g.items() if not k.startswith("losia_")} for g in state_dict["param_groups"]]
+        return {**state_dict, "state": state, "param_groups": groups}
+
+    def _load(self, optimizer: torch.optim.Optimizer) -> None:
+        loaded, self._loaded = self._loaded, None
+        for layer in list(self._observers):
+            self._stop(layer)
+        self.step = loaded["step"]
+        self._observe()
+        for layer, tensors in loaded["observed"].items():
+            device = layer.weight.device
+            self._observers[layer].tensors = {k: tensor.to(device, copy=True) for k, tensor in tensors.items()}
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _check_shapes(layer: LoSiALinear, state: dict, observed: dict) -> None:
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.dim() == 2 and value.shape != layer.subnet.shape:
+            raise ValueError(
+                f"{layer.name}: the checkpoint's {key} is {tuple(value.shape)}, the subnet {tuple(layer.subnet.shape)}"
+            )
+    for key, value in observed.items():
+        if value.dim() == 2 and value.shape != layer.weight.shape:
+            raise ValueError(
+                f"{layer.name}: the checkpoint's {key} is {tuple(value.shape)}, the weight {tuple(layer.weight.shape)}"
+            )
+
+
+def _reset_state(optimizer: torch.optim.Optimizer, subnet: Tensor, reset_step: bool) -> None:
+    """Forget the moments of the old subnet; with ``reset_step`` everything, so that the step count restarts too."""
+    if reset_step:
+        optimizer.state.pop(subnet, None)
+        return
+    for value in optimizer.state.get(subnet, {}).values():
+        if isinstance(value, Tensor) and value.shape == subnet.shape:
+            value.zero_()
