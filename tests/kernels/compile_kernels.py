@@ -1,7 +1,7 @@
 """Compile, without a GPU, every kernel that the launches in ``compile_cases`` make, and print what came out as JSON.
 
 Run by ``test_compile.py`` in a process of its own, where triton is not interpreted:
-``python compile_kernels.py sm_80 [sm_90 ...]`` prints ``[{case, target, kernel, shared, registers, spills, matrix_units}]``.
+``python compile_kernels.py sm_80 [sm_90 ...]`` prints a list of ``{case, target, kernel, registers, spills, ...}``.
 The launches go through triton's own specialization (alignment, strides of 1), so the code is what a GPU would run.
 """
 
@@ -52,8 +52,10 @@ def launches(arch: str, case) -> list:
 
 
 def facts(kernel) -> dict:
-    """Registers, spills (zero when there are none) and whether the matrix units are used."""
-    return nvidia_facts(kernel.asm["cubin"]) if "cubin" in kernel.asm else amd_facts(kernel.asm["amdgcn"])
+    """Registers, spills (zero when there are none), what is multiplied (or None) and whether matrix units do it."""
+    product = re.search(r"tt\.dot .*: tensor<\d+x\d+x(\w+)>", kernel.asm["ttir"])
+    code = nvidia_facts(kernel.asm["cubin"]) if "cubin" in kernel.asm else amd_facts(kernel.asm["amdgcn"])
+    return {"product_of": product and product[1], **code}
 
 
 def nvidia_facts(cubin: bytes) -> dict:

@@ -1,0 +1,61 @@
+"""Each op against its schema: what it mutates, what its fake promises, how it traces (``torch.library.opcheck``)."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from losia_kernels import ops
+
+OUT, IN, TOKENS = 13, 11, 6
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def make(request, device):
+    """``make(*shape)``: random data of the test's dtype and device; another dtype on request."""
+    return lambda *shape, dtype=request.param: torch.randn(shape, device=device).to(dtype)
+
+
+@pytest.fixture
+def out_idx(device):
+    return torch.tensor([0, 4, 5, 12], device=device)
+
+
+@pytest.fixture
+def in_idx(device):
+    return torch.tensor([1, 2, 10], device=device)
+
+
+def test_gather_features(make, in_idx):
+    opcheck(ops.gather_features, (make(TOKENS, IN), in_idx))
+    opcheck(ops.gather_features, (make(2, 3, IN).transpose(0, 1), in_idx))
+
+
+def test_subnet_grad_partials(make, out_idx, in_idx):
+    opcheck(ops.subnet_grad_partials, (make(TOKENS, OUT), make(TOKENS, IN), out_idx, in_idx))
+    opcheck(ops.subnet_grad_partials, (make(2, 3, OUT), make(2, 3, 3), out_idx))
+    opcheck(ops.subnet_grad_partials, (make(TOKENS, OUT), make(TOKENS, IN)))
+    opcheck(ops.subnet_grad_partials, (make(1024, OUT), make(1024, IN)))  # several splits on a GPU
+
+
+@pytest.mark.parametrize("splits", [(), (3,)], ids=["finished", "partials"])
+def test_subnet_adamw_(make, out_idx, in_idx, splits):
+    weight = make(OUT, IN)
+    subnet, grad, exp_avg = (make(*shape, 4, 3, dtype=torch.float32) for shape in ((), splits, ()))
+    state = (weight, subnet, grad, exp_avg, exp_avg.square(), out_idx, in_idx)
+    opcheck(ops.subnet_adamw_, (*state, 1e-3, 0.9, 0.999, 1e-8, 0.01, 2))
+    if weight.dtype == torch.bfloat16:
+        opcheck(ops.subnet_adamw_, (weight, subnet.bfloat16(), *state[2:], 1e-3, 0.9, 0.999, 1e-8, 0.01, 2, 7))
+
+
+def test_importance_update_(make):
+    state = make(OUT, IN, dtype=torch.float32).abs(), make(OUT, IN, dtype=torch.float32).abs()
+    opcheck(ops.importance_update_, (*state, make(OUT, IN), make(OUT, IN), 0.85, 0.85))
+
+
+def test_importance_marginals(make):
+    opcheck(ops.importance_marginals, (make(OUT, IN), make(OUT, IN), "first_order", 0.5))
+
+
+def test_score_marginals(make, out_idx, in_idx):
+    opcheck(ops.score_marginals, (make(OUT, IN), make(OUT, IN), out_idx, in_idx))
+    opcheck(ops.score_marginals, (make(OUT, IN),))
