@@ -1,0 +1,60 @@
+"""What a fine-tuning run can be told; free of heavy imports, so that the command line can ask for help at once."""
+
+import dataclasses
+import math
+
+
+class InputError(ValueError):
+    """A mistake in the user's input that one line can say: the command line prints it and exits with code 2."""
+
+
+@dataclasses.dataclass
+class FinetuneOptions:
+    """Everything ``finetune`` can be told; the command line's help says what each is and its unit."""
+
+    model: str
+    data: str
+    output: str
+    eval_data: str | None = None
+    rank_factor: float = 1 / 8
+    output_dim_factor: float = 0.0
+    period: int | None = None
+    importance: str = "sensitivity"
+    init_subnet: str = "calibrated"
+    lr: float = 2e-4
+    weight_decay: float = 0.0
+    lr_scheduler: str = "cosine"
+    warmup_ratio: float = 0.1
+    max_grad_norm: float = 1.0
+    epochs: float = 3.0
+    steps: int | None = None
+    batch_size: int = 4
+    gradient_accumulation: int = 1
+    max_length: int = 2048
+    packing: bool = False
+    group_by_length: bool = False
+    dtype: str = "auto"
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    save_steps: int = 500
+    eval_steps: int = 500
+    print_every: int = 10
+    resume: bool = False
+
+    def check(self) -> None:
+        """Raises InputError for a value out of range or two that exclude each other."""
+        whole = ("batch_size", "gradient_accumulation", "max_length", "eval_steps", "print_every", "steps", "period")
+        for name in whole:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}")
+        if self.save_steps < 0:
+            raise InputError(f"save_steps must be at least 0 (0: no checkpoints), got {self.save_steps}")
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise InputError(f"lr must be positive, got {self.lr}")
+        if not 0 <= self.warmup_ratio < 1:
+            raise InputError(f"warmup_ratio must be in [0, 1), got {self.warmup_ratio}")
+        if self.steps is None and not self.epochs > 0:
+            raise InputError(f"epochs must be positive, got {self.epochs}")
+        if self.packing and self.group_by_length:
+            raise InputError("packing and group_by_length exclude each other: packed rows have one length")
