@@ -51,7 +51,6 @@ class Matrix:
         self.grad_now = self.zeros()  # dense gradient of this micro-batch's mean loss
         self.forget_importance()
         self.place(torch.arange(n_out) if out_idx is None else out_idx, torch.arange(n_in) if self.all_in else in_idx)
-        linear.weight.requires_grad_(True)  # so that its output has a gradient, whatever came before
         linear.register_forward_hook(self.record)
 
     def zeros(self) -> Tensor:
@@ -135,7 +134,6 @@ class Training:
         loss_fn: Callable[[nn.Module, object], Tensor],
         dense: dict[str, nn.Linear] | None = None,
     ):
-        model.requires_grad_(False)  # embeddings, norms and biases stay as they are
         self.model, self.config, self.loss_fn = model, config, loss_fn
         self.groups = [{name: Matrix(linear, *initial[name]) for name, linear in group.items()} for group in groups]
         self.dense = {name: Matrix(linear, None, None) for name, linear in (dense or {}).items()}
