@@ -44,7 +44,7 @@ def choose_config(kernel: str, arch: str, dtype: torch.dtype, tokens: int, n_out
     if kernel == "subnet_grad":
         splits = _splits(tokens, n_out, n_in)
         if narrow:
-            return LaunchConfig(block_t=64, block_out=128, block_in=128, splits=splits, num_warps=8, num_stages=2)
+            return LaunchConfig(block_t=32, block_out=128, block_in=128, splits=splits, num_warps=8, num_stages=2)
         return LaunchConfig(block_t=16, block_out=64, block_in=64, splits=splits, num_warps=8, num_stages=1)
     if kernel in ("subnet_adamw_", "importance_update_"):
         return LaunchConfig(block_out=4, block_in=_tile(n_in, 16, 256), num_warps=4)
