@@ -38,9 +38,55 @@ def subnet_grad(dtype: torch.dtype, gather_out: bool = True, gather_in: bool = F
     )
 
 
+def subnet_adamw(dtype: torch.dtype, master: bool = True, lr=1e-4, step=1, seed: int | None = None) -> None:
+    from losia_kernels.kernels.subnet_adamw import launch_subnet_adamw_
+
+    moments = [meta(K_INTERMEDIATE, K_HIDDEN, dtype=torch.float32) for _ in range(2)]
+    launch_subnet_adamw_(
+        meta(INTERMEDIATE, HIDDEN, dtype=dtype),
+        meta(K_INTERMEDIATE, K_HIDDEN, dtype=torch.float32 if master else dtype),
+        meta(4, K_INTERMEDIATE, K_HIDDEN, dtype=torch.float32),
+        *moments, index(K_INTERMEDIATE), index(K_HIDDEN), lr, 0.9, 0.999, 1e-8, 0.0, step, seed,
+    )  # fmt: skip
+
+
+def importance_update(dtype: torch.dtype, state_dtype: torch.dtype, kind: str = "sensitivity") -> None:
+    from losia_kernels.kernels.importance import launch_importance_update_
+
+    state = [meta(INTERMEDIATE, HIDDEN, dtype=state_dtype) for _ in range(2)]
+    weight, grad = (meta(INTERMEDIATE, HIDDEN, dtype=dtype) for _ in range(2))
+    launch_importance_update_(*state, weight, grad, 0.85, 0.85, kind, 1.0)
+
+
+def importance_marginals(dtype: torch.dtype, kind: str = "sensitivity") -> None:
+    from losia_kernels.kernels.importance import launch_importance_marginals
+
+    launch_importance_marginals(*(meta(INTERMEDIATE, HIDDEN, dtype=dtype) for _ in range(2)), kind, 1.0)
+
+
+def score_marginals(dtype: torch.dtype, restricted: bool) -> None:
+    from losia_kernels.kernels.scores import launch_score_marginals
+
+    state = [meta(INTERMEDIATE, HIDDEN, dtype=dtype) for _ in range(2)]
+    idx = (index(K_INTERMEDIATE), index(K_HIDDEN)) if restricted else (None, None)
+    launch_score_marginals(*state, *idx)
+
+
 CASES: dict[str, Callable[[], None]] = {}
 for name, dtype in DTYPES.items():
     CASES[f"gather_features-{name}"] = lambda dtype=dtype: gather_features(dtype)
     CASES[f"subnet_grad-{name}"] = lambda dtype=dtype: subnet_grad(dtype)
     CASES[f"subnet_grad-gather_both-{name}"] = lambda dtype=dtype: subnet_grad(dtype, gather_in=True)
     CASES[f"subnet_grad-gather_none-{name}"] = lambda dtype=dtype: subnet_grad(dtype, gather_out=False)
+    CASES[f"subnet_adamw-{name}"] = lambda dtype=dtype: subnet_adamw(dtype)
+    CASES[f"importance_update-{name}"] = lambda dtype=dtype: importance_update(dtype, torch.float32)
+    CASES[f"importance_marginals-{name}"] = lambda dtype=dtype: importance_marginals(dtype)
+    if dtype != torch.float32:
+        CASES[f"subnet_adamw-nearest-{name}"] = lambda dtype=dtype: subnet_adamw(dtype, master=False)
+        CASES[f"subnet_adamw-stochastic-{name}"] = lambda dtype=dtype: subnet_adamw(dtype, master=False, seed=0)
+CASES["importance_update-bf16-state"] = lambda: importance_update(torch.bfloat16, torch.bfloat16)
+for kind in ("first_order", "second_order", "gradient"):
+    CASES[f"importance_update-{kind}"] = lambda kind=kind: importance_update(torch.bfloat16, torch.float32, kind)
+for name in ("bf16", "fp32"):
+    CASES[f"score_marginals-{name}"] = lambda dtype=DTYPES[name]: score_marginals(dtype, restricted=False)
+    CASES[f"score_marginals-restricted-{name}"] = lambda dtype=DTYPES[name]: score_marginals(dtype, restricted=True)
