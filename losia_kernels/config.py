@@ -1,5 +1,6 @@
 """LoSiAConfig: every choice of the method, checked when it is made."""
 
+import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -57,6 +58,8 @@ class LoSiAConfig:
 
     def __post_init__(self) -> None:
         _check_factor("rank_factor", self.rank_factor)
+        _check("rank_pattern", self.rank_pattern, isinstance(self.rank_pattern, dict)
+               and all(_is_regex(pattern) for pattern in self.rank_pattern), "a dict {regex: rank factor}")
         for pattern, factor in self.rank_pattern.items():
             _check_factor(f"rank_pattern[{pattern!r}]", factor)
         _check("output_dim_factor", self.output_dim_factor, _is_number(self.output_dim_factor)
@@ -76,8 +79,7 @@ class LoSiAConfig:
         if self.exclude_modules is not None:
             _check_names("exclude_modules", self.exclude_modules)
         if self.modules_to_save is not None:
-            _check("modules_to_save", self.modules_to_save, not isinstance(self.modules_to_save, str)
-                   and all(isinstance(name, str) for name in self.modules_to_save), "a list of module names")
+            _check("modules_to_save", self.modules_to_save, _is_names(self.modules_to_save), "a list of module names")
         _check("seed", self.seed, _is_int(self.seed) and self.seed >= 0, "a whole number, at least 0")
 
     def to_dict(self) -> dict[str, Any]:
@@ -115,6 +117,18 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     _check(name, value, value in choices, "one of " + ", ".join(repr(choice) for choice in choices))
 
 
+def _is_names(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(name, str) for name in value)
+
+
+def _is_regex(value: Any) -> bool:
+    try:
+        re.compile(value)
+    except (re.error, TypeError):
+        return False
+    return True
+
+
 def _check_names(name: str, value: Any) -> None:
-    good = isinstance(value, str) or (isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value))
+    good = _is_regex(value) if isinstance(value, str) else _is_names(value)
     _check(name, value, good and len(value) > 0, "a regex or a list of module names")
