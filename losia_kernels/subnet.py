@@ -10,7 +10,7 @@ def subnet_size(factor: float, features: int, name: str) -> int:
     """k = int(p * dim), the number of neurons a factor selects. Raises ValueError when that is none."""
     if not 0 < factor <= 1:
         raise ValueError(f"{name}: the rank factor must be in (0, 1], got {factor!r}")
-    k = int(factor * features)
+    k = int(factor * features + 1e-9)  # 1/49 * 49 is 0.999...: rounding noise must not cost a neuron
     if k == 0:
         raise ValueError(
             f"{name}: a rank factor of {factor} selects none of {features} neurons; use at least 1/{features}"
