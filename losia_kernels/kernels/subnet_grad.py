@@ -49,7 +49,7 @@ def subnet_grad_kernel(
     end = tl.minimum(start + tokens_per_split, tokens)
     acc = tl.zeros((BLOCK_OUT, BLOCK_IN), dtype=tl.float32)
     for first in range(start, end, BLOCK_T):
-        offs_t = first + tl.arange(0, BLOCK_T)  # [BLOCK_T] int64
+        offs_t = first + tl.arange(0, BLOCK_T).to(tl.int64)  # [BLOCK_T]
         mask_t = offs_t < end
         dy_sub = tl.load(dy_ptrs + (offs_t * stride_dy_t)[:, None], mask=mask_t[:, None] & mask_out[None, :], other=0.0)
         x_sub = tl.load(x_ptrs + (offs_t * stride_x_t)[:, None], mask=mask_t[:, None] & mask_in[None, :], other=0.0)

@@ -47,7 +47,16 @@ def test_any_strides(device):
     check(dy.view(3, 4, n_out), x.view(3, 4, n_in), out_idx, in_idx)  # leading dimensions
     across = torch.randn(4, 3, n_out, device=device).transpose(0, 1)  # ... without a common stride
     check(across, x.view(3, 4, n_in), out_idx, in_idx)
-    check(dy, x, torch.cat([out_idx, out_idx])[::2], in_idx)  # strided index
+    check(dy, x, out_idx[::2], in_idx[1::2])  # strided indices
+
+
+def test_offsets_past_two_to_the_31(device, sparse_zeros):
+    tokens_apart = sparse_zeros(2**31 + 16 + 5).as_strided((3, 5), (2**30 + 8, 1))
+    tokens_apart.copy_(torch.randn(3, 5))
+    beside = torch.randn(3, 7, device=device).half()
+    check(tokens_apart, beside, torch.tensor([0, 3, 4], device=device), None)
+    check(beside, tokens_apart, None, torch.tensor([1, 4], device=device))
+    check(tokens_apart.T, torch.randn(5, 7, device=device).half(), torch.tensor([0, 2], device=device), None)
 
 
 def test_no_tokens_give_zeros(device):

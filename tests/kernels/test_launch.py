@@ -1,0 +1,57 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from losia_kernels.kernels._launch import choose_config, launch_config, override_arch, override_config, token_splits
+
+KERNELS = ("gather_features", "subnet_grad", "subnet_adamw_", "importance_update_", "importance_marginals",
+           "score_marginals")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("arch", ["cpu", "sm_80", "sm_90", "sm_100", "gfx942"])
+def test_blocks_are_powers_of_two(kernel, arch):
+    for dtype in (torch.float32, torch.bfloat16):
+        for size in (1, 17, 512, 32000):
+            config = choose_config(kernel, arch, dtype, tokens=size, n_out=size, n_in=size)
+            for block in (config.block_t, config.block_out, config.block_in, config.num_warps):
+                assert block >= 1 and block & (block - 1) == 0
+
+
+def test_unknown_kernel_and_field():
+    with pytest.raises(ValueError, match="no launch configuration for kernel 'nothing'"):
+        choose_config("nothing", "sm_90", torch.float32, 1, 1, 1)
+    with pytest.raises(TypeError, match="block_k"), override_config("subnet_grad", block_k=16):
+        pass
+
+
+def test_override_nests_and_ends():
+    like, sizes = torch.zeros(1), {"tokens": 10_000, "n_out": 512, "n_in": 512}
+    chosen = launch_config("subnet_grad", like, **sizes)
+    with override_config("subnet_grad", splits=3):
+        with override_config("subnet_grad", block_t=16):
+            inner = launch_config("subnet_grad", like, **sizes)
+            assert (inner.splits, inner.block_t, inner.block_in) == (3, 16, chosen.block_in)
+        assert token_splits(10_000, 512, 512) == 3
+        assert launch_config("gather_features", like).splits == 1
+        with override_arch("sm_90"):
+            assert launch_config("subnet_grad", like, **sizes).splits == 3
+    assert launch_config("subnet_grad", like, **sizes) == chosen
+
+
+SHAPES = [(0, 5, 5), (1, 1, 1), (255, 64, 64), (8192, 512, 512), (8192, 4000, 4096)]
+
+
+@pytest.mark.parametrize("tokens, k_out, k_in", SHAPES)
+def test_splits_keep_enough_tokens(tokens, k_out, k_in):
+    splits = token_splits(tokens, k_out, k_in)
+    assert splits == choose_config("subnet_grad", "sm_90", torch.bfloat16, tokens, k_out, k_in).splits
+    assert splits == choose_config("subnet_grad", "gfx942", torch.float32, tokens, k_out, k_in).splits
+    assert splits == 1 or tokens // splits >= 256
+
+
+def test_imports_no_triton():
+    program = "import losia_kernels.kernels._launch, sys; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
