@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from . import eager, ops
 from .subnet import Subnet, subnet_size
@@ -28,6 +29,7 @@ class _SubnetLinear(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
+    @once_differentiable  # a second derivative would miss dx's dependence on the subnet, silently
     def backward(ctx, dy):
         x, weight, out_idx, in_idx = ctx.saved_tensors
         dx = d_bias = d_subnet = d_weight = None
