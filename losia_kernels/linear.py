@@ -176,8 +176,8 @@ class LoSiALinear(nn.Linear):
 
         def hand_over(leaf: Tensor) -> None:
             grad, leaf.grad = leaf.grad, None
-            self.observe_callback(grad)
-
+            if self.observe_callback is not None:  # else: a graph from before the layer stopped observing
+                self.observe_callback(grad)
         probe.register_post_accumulate_grad_hook(hand_over)
         return probe
 
@@ -194,8 +194,10 @@ class LoSiALinear(nn.Linear):
         """Checks indices before they are used; a checkpoint of the plain model (no subnet) fills the subnet anew."""
         loaded = [state_dict.get(prefix + key) for key in ("out_idx", "in_idx")]
         if all(idx is not None for idx in loaded):
-            subnet = Subnet(*loaded)
-            subnet.check((self.out_features, self.in_features), prefix.removesuffix("."))
+            name, subnet = prefix.removesuffix(".") or self.name, Subnet(*loaded)
+            subnet.check((self.out_features, self.in_features), name)
+            if subnet.shape != tuple(self.subnet.shape):
+                raise ValueError(f"{name}: the checkpoint's subnet is {subnet.shape}, ours {tuple(self.subnet.shape)}")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if prefix + "weight" in state_dict and prefix + "subnet" not in state_dict:
             self.read_subnet_()
