@@ -101,6 +101,7 @@ class LoSiALinear(nn.Linear):
         out_factor, in_factor = rank_factor if isinstance(rank_factor, tuple) else (rank_factor, rank_factor)
         shape = subnet_size(out_factor, self.out_features, name), subnet_size(in_factor, self.in_features, name)
         self.name = name
+        self.master = master
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
@@ -109,10 +110,13 @@ class LoSiALinear(nn.Linear):
         device = self.weight.device
         self.register_buffer("out_idx", first.out_idx.to(device))
         self.register_buffer("in_idx", first.in_idx.to(device))
-        dtype = eager.accumulate_dtype(self.weight.dtype) if master else self.weight.dtype
-        self.subnet = nn.Parameter(self.current_subnet.gather(self.weight.detach()).to(dtype))
+        self.subnet = nn.Parameter(self.current_subnet.gather(self.weight.detach()).to(self._subnet_dtype))
         self._probe: Tensor | None = None
         self.observe_callback: Callable[[Tensor], None] | None = None
+
+    @property
+    def _subnet_dtype(self) -> torch.dtype:
+        return eager.accumulate_dtype(self.weight.dtype) if self.master else self.weight.dtype
 
     @property
     def current_subnet(self) -> Subnet:
@@ -183,6 +187,7 @@ class LoSiALinear(nn.Linear):
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
+        self.subnet.data = self.subnet.data.to(self._subnet_dtype)  # model.bfloat16() must not take the master away
         if self._probe is not None:
             self._probe = self._make_probe()  # of the new device and dtype
         return self
