@@ -128,7 +128,8 @@ class LoSiALinear(nn.Linear):
         if not (torch.is_grad_enabled() and self.subnet.requires_grad):
             return F.linear(x, self.weight, self.bias)
         device = x.device.type
-        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # meta has none
+        if autocast and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))  # before the function, so that it keeps the smaller x
         out_idx = None if self.subnet.shape[0] == self.out_features else self.out_idx
         in_idx = None if self.subnet.shape[1] == self.in_features else self.in_idx
