@@ -47,6 +47,8 @@ class Subnet:
         """
         for side, idx, size in zip(("out_idx", "in_idx"), (self.out_idx, self.in_idx), features, strict=True):
             where = f"{name}: {side}"
+            if not isinstance(idx, Tensor):
+                raise ValueError(f"{where} must be a 1-D int64 tensor, got a {type(idx).__name__}")
             if idx.dim() != 1 or idx.dtype != torch.int64:
                 raise ValueError(f"{where} must be a 1-D int64 tensor, got {tuple(idx.shape)} {idx.dtype}")
             if idx.numel() == 0:
