@@ -66,7 +66,7 @@ class Schedule:
         turns = self.groups if self.update_type == "async" else 1  # slots until every group has moved
         if self.groups == 0 or total_steps >= turns * self.period:
             return None
-        left = self.groups - (total_steps // self.period if self.update_type == "async" else 0)
+        left = self.groups - total_steps // self.period
         longest = total_steps // turns
         advice = f"the largest period that gives every group a turn is {longest}"
         if longest == 0:
