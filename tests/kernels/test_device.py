@@ -24,8 +24,9 @@ def value(device) -> torch.Tensor:
     bits = torch.randint(-(2**31), 2**31, (N,))
     bits[:256] = (bits[:256] >> 16 << 16) + 0x8000  # halfway between two bfloat16
     bits[256:512] = (bits[256:512] >> 13 << 13) + 0x1000  # halfway between two float16
+    bits[512:515] = torch.tensor([0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF])  # NaN that rounding could carry to inf or zero
     value = bits.to(torch.int32).view(torch.float32)
-    value[512:1024] = torch.randn(512)
+    value[520:1024] = torch.randn(504)
     value[1024:1536] = torch.randn(512) * 1e-6
     edges = [torch.nan, torch.inf, -torch.inf, 0.0, -0.0, torch.finfo(torch.float32).max, 65504.0, 65519.0, 65520.0]
     value[-len(edges):] = torch.tensor(edges)

@@ -34,14 +34,22 @@ def test_override_nests_and_ends():
         with override_config("subnet_grad", block_t=16):
             inner = launch_config("subnet_grad", like, **sizes)
             assert (inner.splits, inner.block_t, inner.block_in) == (3, 16, chosen.block_in)
-        assert token_splits(10_000, 512, 512) == 3
+        outer = launch_config("subnet_grad", like, **sizes)
+        assert (outer.splits, outer.block_t) == (token_splits(10_000, 512, 512), chosen.block_t) == (3, chosen.block_t)
         assert launch_config("gather_features", like).splits == 1
-        with override_arch("sm_90"):
-            assert launch_config("subnet_grad", like, **sizes).splits == 3
     assert launch_config("subnet_grad", like, **sizes) == chosen
 
 
-SHAPES = [(0, 5, 5), (1, 1, 1), (255, 64, 64), (8192, 512, 512), (8192, 4000, 4096)]
+def test_arch_can_be_pretended():
+    sizes = {"tokens": 1, "n_out": 512, "n_in": 512}
+    with override_arch("gfx942"):
+        pretended = launch_config("subnet_adamw_", torch.zeros(1), **sizes)
+    assert pretended == choose_config("subnet_adamw_", "gfx942", torch.float32, **sizes)
+    assert launch_config("subnet_adamw_", torch.zeros(1), **sizes) == choose_config(
+        "subnet_adamw_", "cpu", torch.float32, **sizes)
+
+
+SHAPES = [(0, 5, 5), (1, 1, 1), (255, 64, 64), (700, 3, 5), (8192, 512, 512), (8192, 4000, 4096)]
 
 
 @pytest.mark.parametrize("tokens, k_out, k_in", SHAPES)
