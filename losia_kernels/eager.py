@@ -127,3 +127,58 @@ def score_marginals(
     out_sums = select_last(score, in_idx).sum(1)  # [out], over the given inputs
     in_sums = (score if out_idx is None else score.index_select(0, out_idx)).sum(0)  # [in], over the given outputs
     return out_sums, in_sums
+
+
+def cross_entropy_grad_(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float,
+    write_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    z = capped_logits(logits, softcap, logit_scale)  # [t, V]
+    lse = z.logsumexp(-1)
+    ignored = labels == ignore_index
+    target = z.gather(1, labels.masked_fill(ignored, 0)[:, None])[:, 0]
+    losses = lse - (1 - label_smoothing) * target + z_loss * lse.square()
+    if label_smoothing:
+        losses -= label_smoothing * z.mean(-1)
+    if write_grad:
+        cross_entropy_block_grad_(
+            logits, labels, lse, 0, logits.shape[1], ignore_index, label_smoothing, z_loss, softcap, logit_scale
+        )
+    return losses.masked_fill_(ignored, 0.0), lse
+
+
+def cross_entropy_block_grad_(
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    first_out: int,
+    vocabulary: int,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float,
+) -> None:
+    z = capped_logits(logits, softcap, logit_scale)  # [t, block]
+    grad = (z - lse[:, None]).exp_().mul_((1 + 2 * z_loss * lse)[:, None])
+    grad -= label_smoothing / vocabulary
+    position = labels - first_out
+    here = (position >= 0) & (position < logits.shape[1])
+    share = torch.where(here, label_smoothing - 1, 0.0).to(grad.dtype)
+    grad.scatter_add_(1, position.masked_fill(~here, 0)[:, None], share[:, None])
+    if softcap is not None:
+        grad *= 1 - (z / softcap).square_()
+    grad *= logit_scale
+    logits.copy_(grad.masked_fill_((labels == ignore_index)[:, None], 0.0))
+
+
+def capped_logits(logits: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
+    """``softcap * tanh(logit_scale * logits / softcap)`` in float32; without a cap only scaled."""
+    z = logits.to(accumulate_dtype(logits.dtype)) * logit_scale
+    return z if softcap is None else z.div_(softcap).tanh_().mul_(softcap)

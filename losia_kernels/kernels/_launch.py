@@ -51,6 +51,8 @@ def choose_config(kernel: str, arch: str, dtype: torch.dtype, tokens: int, n_out
         return LaunchConfig(block_out=4 if arch.startswith("gfx") else 2, block_in=_tile(n_in, 16, 256), num_warps=4)
     if kernel in ("importance_marginals", "score_marginals"):
         return LaunchConfig(block_out=_tile(n_out, 16, 64), block_in=_tile(n_in, 16, 128), num_warps=8)
+    if kernel == "cross_entropy_grad_":
+        return LaunchConfig(block_out=_tile(n_out, 16, 4096), num_warps=16)
     raise ValueError(f"no launch configuration for kernel {kernel!r}")
 
 

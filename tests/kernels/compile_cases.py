@@ -10,6 +10,7 @@ import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOKENS, HIDDEN, INTERMEDIATE, VOCAB = 8192, 4096, 11008, 32000
+CHUNK = 1024  # tokens, or outputs, whose logits exist at a time
 K_HIDDEN, K_INTERMEDIATE, K_VOCAB = HIDDEN // 8, INTERMEDIATE // 8, VOCAB // 8
 
 
@@ -72,6 +73,21 @@ def score_marginals(dtype: torch.dtype, restricted: bool) -> None:
     launch_score_marginals(*state, *idx)
 
 
+def cross_entropy_grad(dtype: torch.dtype, vocabulary: int = VOCAB, **options) -> None:
+    from losia_kernels.kernels.cross_entropy import launch_cross_entropy_grad_
+
+    settings = {"ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0, "softcap": None, "logit_scale": 1.0}
+    logits = meta(CHUNK, vocabulary, dtype=dtype)
+    launch_cross_entropy_grad_(logits, index(CHUNK), **{**settings, "write_grad": True, **options})
+
+
+def cross_entropy_block_grad(dtype: torch.dtype, softcap: float | None = None) -> None:
+    from losia_kernels.kernels.cross_entropy import launch_cross_entropy_block_grad_
+
+    logits, lse = meta(TOKENS, CHUNK, dtype=dtype), meta(TOKENS, dtype=torch.float32)
+    launch_cross_entropy_block_grad_(logits, index(TOKENS), lse, CHUNK, VOCAB, -100, 0.0, 0.0, softcap, 1.0)
+
+
 CASES: dict[str, Callable[[], None]] = {}
 for name, dtype in DTYPES.items():
     CASES[f"gather_features-{name}"] = lambda dtype=dtype: gather_features(dtype)
@@ -81,6 +97,8 @@ for name, dtype in DTYPES.items():
     CASES[f"subnet_adamw-{name}"] = lambda dtype=dtype: subnet_adamw(dtype)
     CASES[f"importance_update-{name}"] = lambda dtype=dtype: importance_update(dtype, torch.float32)
     CASES[f"importance_marginals-{name}"] = lambda dtype=dtype: importance_marginals(dtype)
+    CASES[f"cross_entropy_grad-{name}"] = lambda dtype=dtype: cross_entropy_grad(dtype)
+    CASES[f"cross_entropy_block_grad-{name}"] = lambda dtype=dtype: cross_entropy_block_grad(dtype)
     if dtype != torch.float32:
         CASES[f"subnet_adamw-nearest-{name}"] = lambda dtype=dtype: subnet_adamw(dtype, master=False)
         CASES[f"subnet_adamw-stochastic-{name}"] = lambda dtype=dtype: subnet_adamw(dtype, master=False, seed=0)
@@ -90,3 +108,8 @@ for kind in ("first_order", "second_order", "gradient"):
 for name in ("bf16", "fp32"):
     CASES[f"score_marginals-{name}"] = lambda dtype=DTYPES[name]: score_marginals(dtype, restricted=False)
     CASES[f"score_marginals-restricted-{name}"] = lambda dtype=DTYPES[name]: score_marginals(dtype, restricted=True)
+CASES["cross_entropy_grad-loss_only"] = lambda: cross_entropy_grad(torch.bfloat16, write_grad=False)
+CASES["cross_entropy_grad-all_options"] = lambda: cross_entropy_grad(
+    torch.bfloat16, vocabulary=256000, label_smoothing=0.1, z_loss=1e-4, softcap=30.0, logit_scale=0.5
+)
+CASES["cross_entropy_block_grad-softcap"] = lambda: cross_entropy_block_grad(torch.bfloat16, softcap=30.0)
