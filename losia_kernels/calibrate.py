@@ -3,9 +3,11 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .convert import trained_parameters
+from .distributed import Ranks
 from .linear import LoSiALinear, losia_layers
 from .relocalize import MarginalObserver, new_subnet
 
@@ -15,6 +17,7 @@ def calibrate(
     batches: Iterable[Any],
     steps: int = 4,
     loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+    process_group: "dist.ProcessGroup | None" = None,
 ) -> nn.Module:
     """Move every subnet to the neurons of largest summed importance over the first ``steps`` of ``batches``.
 
@@ -22,8 +25,10 @@ def calibrate(
     forward and backward of all layers; the row and column sums of I (Eq. 3) are smoothed over the batches as in the
     timeline: ``out + in`` floats a layer, and one dense weight gradient at a time.
 
-    ``loss_fn(model, batch)`` returns the mean loss; by default ``model(**batch).loss``. Call it before the first
-    optimizer step. Leaves gradients None and the training mode as it was. Returns the model.
+    ``loss_fn(model, batch)`` returns the mean loss; by default ``model(**batch).loss``. Of several processes
+    (``process_group``, by default as in ``LoSiAAdamW``) each brings its own batches, as many on each, and the
+    importance is that of their averaged gradients. Call it before the first optimizer step. Leaves gradients None and
+    the training mode as it was. Returns the model.
 
     Raises ValueError if there is nothing to calibrate, no batch, a layer without a gradient history to judge by, or a
     non-finite importance (naming the layer); the subnets are then where they were.
@@ -33,10 +38,11 @@ def calibrate(
         raise ValueError("calibrate: the model has no LoSiALinear with a subnet to place; call apply_losia first")
     if steps < 1:
         raise ValueError(f"calibrate: steps must be at least 1, got {steps}")
+    ranks = Ranks.of(model, process_group)
     observers = {layer: MarginalObserver(beta1=0.85) for layer in layers}
     observing_before = {layer: layer.observe_callback for layer in layers}
     for layer, observer in observers.items():
-        layer.observe_(_update(layer, observer))
+        layer.observe_(_update(layer, observer, ranks))
     try:
         seen = 0
         for batch in batches:
@@ -59,8 +65,8 @@ def calibrate(
     return model
 
 
-def _update(layer: LoSiALinear, observer: MarginalObserver) -> Callable[[Tensor], None]:
-    return lambda grad: observer.update(layer.weight, grad, grad_scale=1.0)
+def _update(layer: LoSiALinear, observer: MarginalObserver, ranks: Ranks) -> Callable[[Tensor], None]:
+    return lambda grad: observer.update(layer.weight, ranks.mean_(grad), grad_scale=1.0)
 
 
 def _drop_gradients(model: nn.Module) -> None:

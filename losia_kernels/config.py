@@ -26,6 +26,9 @@ class LoSiAConfig:
         importance_beta1, importance_beta2: smoothing of the importance and of its uncertainty.
         init_subnet: "calibrated": ``calibrate`` places the initial subnets from data (``apply_losia`` has none and
             draws at random; the Trainer adapter and ``finetune`` call it by themselves); "random": as in the paper.
+        importance_sync: of several processes. "gradient": observed gradients are averaged over the ranks before they
+            are judged, so that N ranks with batch B choose as one with N * B; 1/groups of a full gradient crosses the
+            wire in each backward. "slot": each rank judges its own; what it found is summed once, at the slot's end.
     Modules (PEFT's rules: a string is a regex for the whole name, a list holds names or their last components)
         target_modules: "all-linear": every linear in the decoder blocks.
         exclude_modules: never targets.
@@ -47,6 +50,7 @@ class LoSiAConfig:
     init_subnet: str = "calibrated"
     importance_beta1: float = 0.85
     importance_beta2: float = 0.85
+    importance_sync: str = "gradient"
     rewarm: bool = True
     reset_step: bool = True
     target_modules: str | list[str] = "all-linear"
@@ -70,6 +74,7 @@ class LoSiAConfig:
         _check_choice("update_type", self.update_type, ("async", "sync"))
         _check_choice("importance", self.importance, ("sensitivity", "gradient", "marginal"))
         _check_choice("init_subnet", self.init_subnet, ("calibrated", "random"))
+        _check_choice("importance_sync", self.importance_sync, ("gradient", "slot"))
         for name in ("importance_beta1", "importance_beta2"):
             value = getattr(self, name)
             _check(name, value, _is_number(value) and 0 <= value < 1, "a number in [0, 1)")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import LoSiAConfig
+from .distributed import fingerprint, several_processes
 from .linear import LoSiALinear, losia_layers
 
 SUBNET_KEYS = ("subnet", "out_idx", "in_idx")
@@ -75,6 +76,7 @@ def apply_losia(model: nn.Module, config: LoSiAConfig | None = None, output_laye
                 modules[name], factors, master=config.master_weights, generator=generator, name=name
             )
             layer.losia = member
+            layer.fingerprint = fingerprint(layer.weight) if several_processes() else None
             layers.append((name, layer))
     except ValueError:
         for parameter, requires_grad in was_trained:

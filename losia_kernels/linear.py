@@ -111,6 +111,7 @@ class LoSiALinear(nn.Linear):
         self.register_buffer("out_idx", first.out_idx.to(device))
         self.register_buffer("in_idx", first.in_idx.to(device))
         self.subnet = nn.Parameter(self.current_subnet.gather(self.weight.detach()).to(self._subnet_dtype))
+        self.fingerprint: int | None = None  # of the weight it was made with; a sharded one cannot be compared any more
         self._probe: Tensor | None = None
         self.observe_callback: Callable[[Tensor], None] | None = None
 
@@ -205,6 +206,7 @@ class LoSiALinear(nn.Linear):
             if subnet.shape != tuple(self.subnet.shape):
                 raise ValueError(f"{name}: the checkpoint's subnet is {subnet.shape}, ours {tuple(self.subnet.shape)}")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.fingerprint = None
         if prefix + "weight" in state_dict and prefix + "subnet" not in state_dict:
             self.read_subnet_()
 

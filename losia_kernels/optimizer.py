@@ -4,6 +4,7 @@ from collections.abc import Callable
 from itertools import chain
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
@@ -21,6 +22,7 @@ class LoSiAAdamW(torch.optim.Optimizer):
     (Eq. 8) multiplies inside ``step()``. ``lr`` per step; ``weight_decay`` is decoupled and touches the subnet's
     entries only. Moments are float32; 16-bit dense parameters get a float32 master copy in the state.
     ``total_steps``: warn if the run is shorter than one cycle. ``timeline`` tells where the run stands.
+    ``process_group``: the processes that train replicas of the model; the default is right but for several models.
 
     ``state_dict`` and the model's own resume a run bit-identically at any step. Errors: ValueError for
     hyperparameters out of range, a model without LoSiALinears, or a state of another config or shape;
@@ -35,6 +37,7 @@ class LoSiAAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         total_steps: int | None = None,
+        process_group: "dist.ProcessGroup | None" = None,
     ):
         for name, value, good in (
             ("lr", lr, lr >= 0),
@@ -44,7 +47,7 @@ class LoSiAAdamW(torch.optim.Optimizer):
         ):
             if not good:
                 raise ValueError(f"LoSiAAdamW: {name} is out of range: {value!r}")
-        self.timeline = Timeline(model, total_steps)
+        self.timeline = Timeline(model, total_steps, process_group)
         groups = [{"params": [layer.subnet for layer in layers]} for layers in self.timeline.groups]
         self._dense_names = [name for name, _ in trained_parameters(model)]
         dense = [layer.subnet for layer in self.timeline.dense] + [p for _, p in trained_parameters(model)]
@@ -137,7 +140,12 @@ def _rounding_seed(seed: int, layer_name: str, step: int) -> int:
     return value
 
 
-def attach(optimizer: torch.optim.Optimizer, model: nn.Module, total_steps: int | None = None) -> Timeline:
+def attach(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    total_steps: int | None = None,
+    process_group: "dist.ProcessGroup | None" = None,
+) -> Timeline:
     """Give any torch optimizer that holds the model's subnets the behaviour of LoSiAAdamW's step.
 
     Each of its steps then writes the subnets back into the weights, relocalizes and rewarms. Its parameter groups are
@@ -146,7 +154,7 @@ def attach(optimizer: torch.optim.Optimizer, model: nn.Module, total_steps: int 
 
     Raises ValueError if the optimizer lacks a subnet, has a scheduler already, or has stepped.
     """
-    timeline = Timeline(model, total_steps)
+    timeline = Timeline(model, total_steps, process_group)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for layer in chain.from_iterable([*timeline.groups, timeline.dense]):
         if id(layer.subnet) not in held:

@@ -4,9 +4,11 @@ import warnings
 from dataclasses import asdict
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .config import LoSiAConfig
+from .distributed import Ranks, RanksDifferError, fingerprint, is_sharded, refuse_join
 from .linear import LoSiALinear, losia_layers
 from .relocalize import Observer, make_observer, new_subnet
 from .schedule import Schedule
@@ -26,10 +28,14 @@ class Timeline:
         loss_divisor: what each micro-batch's mean loss was divided by before its backward (accumulation steps; 1/scale
             under a GradScaler). The importance is not linear in the gradient and must know (Eq. 3).
 
-    ``total_steps``: warns once, here, if the run ends before every group has had its turn.
+    ``total_steps``: warns once, here, if the run ends before every group has had its turn. ``process_group``: the
+    processes that hold replicas of the model, by default its DistributedDataParallel's or all; RanksDifferError if
+    they do not start alike.
     """
 
-    def __init__(self, model: nn.Module, total_steps: int | None = None):
+    def __init__(
+        self, model: nn.Module, total_steps: int | None = None, process_group: "dist.ProcessGroup | None" = None
+    ):
         layers = [layer for _, layer in losia_layers(model) if hasattr(layer, "losia")]
         if not layers:
             raise ValueError("the model has no layers to train: call apply_losia(model, config) first")
@@ -50,6 +56,9 @@ class Timeline:
         if problem:
             warnings.warn(f"LoSiA: {problem}", stacklevel=3)
         self.step = 0
+        self.ranks = Ranks.of(model, process_group)
+        self._check_start(model)
+        refuse_join(model)
         self.loss_divisor = 1.0
         self._observers: dict[LoSiALinear, Observer] = {}
         self._observe()
@@ -70,6 +79,8 @@ class Timeline:
         goes on, so that what is saved afterwards is whole.
         """
         moving = [layer for group in self.schedule.moving(self.step) for layer in self.groups[group]]
+        if moving and self.config.importance_sync == "slot":
+            self._sum_importance(moving)
         try:
             moves = [(layer, new_subnet(layer, self._observers[layer])) for layer in moving]
         except NonFiniteScoreError:
@@ -79,6 +90,8 @@ class Timeline:
             if subnet is not None:
                 layer.move_subnet_(subnet)
                 _reset_state(optimizer, layer.subnet, self.config.reset_step)
+        if moving:
+            self._check_position(moving)
         self._next_step(freed=moving)
 
     def _next_step(self, freed: list[LoSiALinear]) -> None:
@@ -97,11 +110,43 @@ class Timeline:
 
     def _start(self, layer: LoSiALinear, observer: Observer) -> None:
         self._observers[layer] = observer
-        layer.observe_(lambda grad: observer.update(layer.weight, grad, self.loss_divisor))
+        mean_ = self.ranks.mean_ if self.config.importance_sync == "gradient" else lambda grad: grad
+        layer.observe_(lambda grad: observer.update(layer.weight, mean_(grad), self.loss_divisor))
 
     def _stop(self, layer: LoSiALinear) -> None:
         del self._observers[layer]
         layer.observe_(None)
+
+    # several processes ------------------------------------------------------------------------------------------------
+
+    def _sum_importance(self, moving: list[LoSiALinear]) -> None:
+        observers = [self._observers[layer] for layer in moving]
+        seen = self.ranks.any([bool(observer.tensors) for observer in observers])
+        for layer, observer, anywhere in zip(moving, observers, seen, strict=True):
+            if anywhere and not observer.tensors:  # used on other ranks only
+                observer.update(layer.weight, torch.zeros_like(layer.weight), 1.0)
+        self.ranks.sum_([tensor for observer in observers for tensor in observer.tensors.values()])
+
+    def _check_start(self, model: nn.Module) -> None:
+        if self.ranks.size == 1:
+            return
+        config = {f"LoSiAConfig.{name}": value for name, value in asdict(self.config).items()}
+        weights = {name: fingerprint(parameter) for name, parameter in model.named_parameters()}
+        converted = {f"{name}.weight": layer.fingerprint for name, layer in losia_layers(model)}
+        sharded = {f"{name}.weight" for name, layer in losia_layers(model) if is_sharded(layer.weight)}
+        self.ranks.check_same(config, weights | {name: converted[name] for name in sharded})
+        try:
+            self.ranks.check_same({}, converted)
+        except RanksDifferError as error:
+            warnings.warn(f"LoSiA: as apply_losia found them, {error}; now they are the same", stacklevel=4)
+        self._check_position([layer for layers in [*self.groups, self.dense] for layer in layers])
+
+    def _check_position(self, layers: list[LoSiALinear]) -> None:
+        """Every rank is at the same step with the same subnets."""
+        if self.ranks.size > 1:
+            subnets = {f"{layer.name}: {key}": fingerprint(getattr(layer, key))
+                       for layer in layers for key in ("out_idx", "in_idx")}
+            self.ranks.check_same({"the step": self.step}, subnets)
 
     # checkpoints ------------------------------------------------------------------------------------------------------
 
@@ -109,6 +154,8 @@ class Timeline:
         """Make ``optimizer.state_dict()`` carry the clock, the config and the importance of observing layers, and
         ``load_state_dict`` restore them. Tensors and plain values only."""
         self._loaded: dict | None = None
+        options = {f"{type(optimizer).__name__}.{name}": value for name, value in optimizer.defaults.items()}
+        self.ranks.check_same(options, {})
         self.handles = [
             optimizer.register_state_dict_post_hook(self._save),
             optimizer.register_load_state_dict_pre_hook(self._check_loaded),
@@ -175,6 +222,7 @@ class Timeline:
         for layer, tensors in loaded["observed"].items():
             device = layer.weight.device
             self._observers[layer].tensors = {k: tensor.to(device, copy=True) for k, tensor in tensors.items()}
+        self._check_position([layer for layers in self.groups for layer in layers])
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

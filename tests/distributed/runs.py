@@ -1,0 +1,263 @@
+"""What the ranks of the tests run: small models, trained for three cycles; every function gets its device first."""
+
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from tiny import make_batches, tiny_lm
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach, calibrate
+from losia_kernels.distributed import RanksDifferError, fingerprint
+from losia_kernels.linear import losia_layers
+
+BLOCKS, PERIOD = 3, 2
+CYCLE = BLOCKS * PERIOD
+
+
+class LossOf(nn.Module):
+    """The tiny model with the loss as its output, as DDP and FSDP want to see it."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64, seed: int = 0, **options):
+        super().__init__()
+        self.lm = tiny_lm(seed, blocks=BLOCKS, **options).to(dtype)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        return self.lm(input_ids, labels).loss
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run, the same however many ranks share its batches."""
+
+    config: dict = field(default_factory=dict)
+    steps: int = 3 * CYCLE
+    accumulation: int = 1
+    attached: bool = False
+    calibrated: bool = False
+    ddp: dict = field(default_factory=dict)
+    no_sync: bool = False
+    dtype: torch.dtype = torch.float64
+    same_data: bool = False
+
+
+@dataclass
+class Outcome:
+    """Subnets after each step, the final state dict, and bytes that this rank has put into collectives by kind."""
+
+    subnets: list[dict[str, tuple[list[int], list[int]]]]
+    state: dict[str, Tensor]
+    sent: dict[str, int]
+    losses: list[float]
+
+
+def convert(run: Run, device: torch.device) -> LossOf:
+    model = LossOf(run.dtype).to(device)
+    config = LoSiAConfig(**{"rank_factor": 0.25, "period": PERIOD, "importance_sync": "gradient", **run.config})
+    return apply_losia(model, config, output_layer="lm.lm_head" if config.output_dim_factor else None)
+
+
+def batches_of(run: Run, rank: int, size: int, device) -> list[dict[str, Tensor]]:
+    """Each global batch has 12 sequences: this rank's share of them."""
+    batches = []
+    for four in zip(*[iter(make_batches(4 * run.steps * run.accumulation))] * 4, strict=True):
+        whole = {key: torch.cat([batch[key] for batch in four]).to(device) for key in four[0]}
+        share = whole if run.same_data else {key: value.chunk(size)[rank] for key, value in whole.items()}
+        batches.append(share)
+    return batches
+
+
+def make_optimizer(run: Run, model: nn.Module):
+    if run.attached:
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        return optimizer, attach(optimizer, model)
+    optimizer = LoSiAAdamW(model, lr=1e-2)
+    return optimizer, optimizer.timeline
+
+
+def train(device: torch.device, run: Run) -> Outcome:
+    """``run`` on this rank, in DDP if there are several; one process sees the whole batch."""
+    several = dist.is_initialized()
+    rank, size = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+    batches = batches_of(run, rank, size, device)
+    model = convert(run, device)
+    wrapped = DistributedDataParallel(model, **run.ddp) if several else model
+    sent = {"subnets": 0, "importance": 0}
+    if several:
+        wrapped.register_comm_hook(sent, count_bucket)
+    if run.calibrated:
+        calibrate(wrapped, batches, steps=2, loss_fn=lambda model, batch: model(**batch))
+    sent["subnets"] = 0
+    optimizer, timeline = make_optimizer(run, wrapped)
+    timeline.loss_divisor = run.accumulation
+    subnets, losses = [], []
+    with counted_all_reduce(sent):
+        for step in range(run.steps):
+            for i in range(run.accumulation):
+                last = i == run.accumulation - 1
+                with wrapped.no_sync() if several and run.no_sync and not last else nullcontext():
+                    loss = wrapped(**batches[step * run.accumulation + i])
+                    (loss / run.accumulation).backward()
+            losses.append(loss.item())
+            optimizer.step()
+            optimizer.zero_grad()
+            subnets.append(subnets_of(model))
+    return Outcome(subnets, {key: value.cpu() for key, value in model.state_dict().items()}, sent, losses)
+
+
+def subnets_of(model: nn.Module) -> dict[str, tuple[list[int], list[int]]]:
+    return {name: (layer.out_idx.tolist(), layer.in_idx.tolist()) for name, layer in losia_layers(model)}
+
+
+def count_bucket(sent: dict[str, int], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP's own reduction, counted."""
+    sent["subnets"] += bucket.buffer().nbytes
+    buffer = bucket.buffer().div_(dist.get_world_size())
+    return dist.all_reduce(buffer, async_op=True).get_future().then(lambda done: done.value()[0])
+
+
+def counted_all_reduce(sent: dict[str, int]):
+    """Every ``dist.all_reduce`` of the package, counted; DDP's own is none of Python's."""
+    reduce = dist.all_reduce
+
+    def counting(tensor, *args, **kwargs):
+        if not kwargs.get("async_op"):
+            sent["importance"] += tensor.nbytes
+        return reduce(tensor, *args, **kwargs)
+
+    return mock.patch.object(dist, "all_reduce", counting)
+
+
+# ranks that are not alike ---------------------------------------------------------------------------------------------
+
+
+def differ(device: torch.device, what: str) -> str:
+    """Start a run in which rank 1 has another ``what``; returns what the ranks are told."""
+    odd = dist.get_rank() == 1
+    model = LossOf(seed=int(odd) if what == "weights" else 0).to(device)
+    if what == "embedding" and odd:
+        with torch.no_grad():
+            model.lm.model.embed_tokens.weight[0, 0] += 1e-12
+    config = LoSiAConfig(
+        rank_factor=0.25,
+        period=PERIOD + (odd and what == "config"),
+        seed=int(odd and what == "seed"),
+        exclude_modules=["down_proj"] if odd and what == "layers" else None,
+    )
+    apply_losia(model, config)
+    if what == "subnet" and odd:
+        layer = next(layer for _, layer in losia_layers(model))
+        layer.set_subnet_(layer.out_idx, torch.arange(len(layer.in_idx), device=device))
+    try:
+        optimizer = LoSiAAdamW(model, lr=2e-2 if odd and what == "lr" else 1e-2)
+        if what == "resumed step":
+            state = optimizer.state_dict()
+            for group in state["param_groups"]:
+                group["losia_step"] = int(odd)
+            optimizer.load_state_dict(state)
+    except RanksDifferError as error:
+        return str(error)
+    return ""
+
+
+def warned_of_weights(device: torch.device) -> list[str]:
+    """DDP copies rank 0's weights over different ones; returns the warnings, once the ranks agree."""
+    model = apply_losia(LossOf(seed=dist.get_rank()).to(device), LoSiAConfig(rank_factor=0.25))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer = LoSiAAdamW(DistributedDataParallel(model))
+    optimizer.timeline.ranks.check_same({}, {name: fingerprint(value) for name, value in model.state_dict().items()})
+    return [str(warning.message) for warning in caught]
+
+
+def independent_models(device: torch.device) -> int:
+    """Each rank trains a model of its own, in a group of its own."""
+    groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    rank = dist.get_rank()
+    model = apply_losia(LossOf(seed=rank).to(device), LoSiAConfig(rank_factor=0.25, period=1 + rank, seed=rank))
+    optimizer = LoSiAAdamW(model, lr=1e-2, process_group=groups[rank])
+    for batch in batches_of(Run(steps=4), rank, dist.get_world_size(), device):
+        model(**batch).backward()
+        optimizer.step()
+    return optimizer.timeline.step
+
+
+# loops that DDP makes harder ------------------------------------------------------------------------------------------
+
+
+def two_forwards(device: torch.device, ddp: dict) -> dict[str, Tensor]:
+    """Two forwards before one backward, as preference losses do."""
+    model = convert(Run(), device)
+    wrapped = DistributedDataParallel(model, **ddp)
+    optimizer = LoSiAAdamW(wrapped, lr=1e-2)
+    first, second = batches_of(Run(steps=2), dist.get_rank(), dist.get_world_size(), device)
+    for _ in range(PERIOD + 1):
+        (wrapped(**first) + wrapped(**second)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {key: value.cpu() for key, value in model.state_dict().items()}
+
+
+def uneven(device: torch.device) -> tuple[dict, dict]:
+    """Rank 1 runs out of data and repeats a batch with weight 0, while rank 0's counts twice; and a run on rank 0's."""
+    rank = dist.get_rank()
+    alone = dist.new_group([0]), dist.new_group([1])
+    states = []
+    for several in (True, False):
+        model = convert(Run(), device)
+        forward = DistributedDataParallel(model) if several else model
+        optimizer = LoSiAAdamW(forward, lr=1e-2, process_group=None if several else alone[rank])
+        for batch in batches_of(Run(steps=2 * PERIOD), 0, 2, device):
+            weight = 2.0 * (rank == 0) if several else 1.0
+            (forward(**batch) * weight).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        states.append({key: value.cpu() for key, value in model.state_dict().items()})
+    return tuple(states)
+
+
+def join(device: torch.device) -> str:
+    """Rank 1 has no batch left; returns what ``join`` is answered."""
+    wrapped = DistributedDataParallel(convert(Run(), device))
+    LoSiAAdamW(wrapped, lr=1e-2)
+    batch = batches_of(Run(steps=1), 0, 2, device)[0]
+    try:
+        with wrapped.join():
+            wrapped(**batch)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+class Detour(nn.Module):
+    """A model whose ranks may leave its last block out."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = LossOf()
+
+    def forward(self, input_ids: Tensor, labels: Tensor, short: bool) -> Tensor:
+        lm = self.inner.lm
+        x = lm.model.embed_tokens(input_ids)
+        for block in lm.model.layers[: BLOCKS - short]:
+            x = block(x)
+        return nn.functional.cross_entropy(lm.lm_head(x).flatten(0, -2), labels.flatten())
+
+
+def detour(device: torch.device) -> dict[str, Tensor]:
+    """Rank 1 never uses the last block; importance is summed at the end of a slot."""
+    model = apply_losia(
+        Detour().to(device), LoSiAConfig(rank_factor=0.25, period=PERIOD, importance_sync="slot")
+    )
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    optimizer = LoSiAAdamW(wrapped, lr=1e-2)
+    rank = dist.get_rank()
+    for batch in batches_of(Run(steps=CYCLE), rank, 2, device):
+        wrapped(**batch, short=rank == 1).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {key: value.cpu() for key, value in model.state_dict().items()}
