@@ -83,8 +83,7 @@ def apply_losia(model: nn.Module, config: LoSiAConfig | None = None, output_laye
             parameter.requires_grad_(requires_grad)
         raise
     model.requires_grad_(False)
-    for name, layer in layers:
-        _replace(model, name, layer)
+    _replace(model, {modules[name]: layer for name, layer in layers})
     for name in saved:
         modules[name].requires_grad_(True)
     return model
@@ -92,9 +91,10 @@ def apply_losia(model: nn.Module, config: LoSiAConfig | None = None, output_laye
 
 def remove_losia(model: nn.Module) -> nn.Module:
     """Turn every LoSiALinear back into an nn.Linear, in place: the original architecture with the trained weights."""
-    for name, layer in list(losia_layers(model)):
+    layers = [layer for _, layer in losia_layers(model)]
+    for layer in layers:
         layer.write_back_()
-        _replace(model, name, layer.to_linear())
+    _replace(model, {layer: layer.to_linear() for layer in layers})
     return model
 
 
@@ -228,6 +228,9 @@ def _refuse_shared_weights(model: nn.Module, names: list[str], saved: list[str])
                 )
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+def _replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
+    """Put ``new[module]`` wherever ``module`` is: it may be registered under several names."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child in new:
+                setattr(parent, name, new[child])
