@@ -130,10 +130,10 @@ def _find_output_layer(model: nn.Module, named: str | None, config: LoSiAConfig)
     else:
         get = getattr(model, "get_output_embeddings", None)
         found = get() if get is not None else None
-    if not isinstance(found, nn.Linear):
+    if type(found) is not nn.Linear:
         if config.output_dim_factor > 0 or named is not None:
             raise ValueError(
-                f"apply_losia: output_dim_factor={config.output_dim_factor} needs an nn.Linear output layer, found "
+                f"apply_losia: output_dim_factor={config.output_dim_factor} needs a plain nn.Linear output layer, found "
                 f"{type(found).__name__}; name it with output_layer=, or leave output_dim_factor at 0"
             )
         return None
