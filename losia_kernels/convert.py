@@ -101,9 +101,10 @@ def remove_losia(model: nn.Module) -> nn.Module:
 def export_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """``model.state_dict()`` with the original model's keys and nothing else (DDP and compile prefixes dropped)."""
     extra = {f"{name}.{key}" for name, _ in losia_layers(model) for key in SUBNET_KEYS}
-    prefix = "module." if isinstance(model, nn.parallel.DistributedDataParallel) else ""
+    inner = getattr(model, "_orig_mod", model)  # torch.compile around DDP, or the other way round
+    prefix = "module." if isinstance(inner, nn.parallel.DistributedDataParallel) else ""
     return {
-        key.removeprefix(prefix).replace("_orig_mod.", ""): value
+        key.replace("_orig_mod.", "").removeprefix(prefix): value
         for key, value in model.state_dict().items()
         if key not in extra
     }
