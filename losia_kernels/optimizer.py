@@ -10,7 +10,7 @@ from torch.optim.adamw import adamw
 
 from . import eager, ops
 from .convert import trained_parameters
-from .linear import LoSiALinear
+from .linear import LoSiALinear, losia_layers
 from .timeline import Timeline
 
 
@@ -152,17 +152,20 @@ def attach(
     split by layer group (same options), so call this before making a learning-rate scheduler. A relocalized subnet's
     state is dropped, and the optimizer makes it anew. Returns the timeline; ``timeline.detach()`` undoes the hooks.
 
-    Raises ValueError if the optimizer lacks a subnet, has a scheduler already, or has stepped.
+    Raises ValueError, having changed nothing, if the optimizer lacks a subnet, drives the subnets already (LoSiAAdamW,
+    a second attach), has a scheduler, or has stepped.
     """
-    timeline = Timeline(model, total_steps, process_group)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for layer in chain.from_iterable([*timeline.groups, timeline.dense]):
+    for name, layer in losia_layers(model):
         if id(layer.subnet) not in held:
-            raise ValueError(f"attach: the optimizer does not hold the subnet of {layer.name}; call apply_losia first")
+            raise ValueError(f"attach: the optimizer does not hold the subnet of {name}; call apply_losia first")
+    if isinstance(optimizer, LoSiAAdamW) or any("layer_group" in group for group in optimizer.param_groups):
+        raise ValueError("attach: the optimizer drives the subnets already")
     if any("initial_lr" in group for group in optimizer.param_groups):
         raise ValueError("attach: the optimizer has a learning-rate scheduler already; attach first, then make it")
     if optimizer.state:
         raise ValueError("attach: the optimizer has taken steps already; attach before the first one")
+    timeline = Timeline(model, total_steps, process_group)
     number_of = {id(layer.subnet): number for number, layers in enumerate(timeline.groups) for layer in layers}
     optimizer.param_groups[:] = [
         {**group, "params": [p for p in group["params"] if number_of.get(id(p)) == number], "layer_group": number}
