@@ -247,6 +247,6 @@ def _reset_state(optimizer: torch.optim.Optimizer, subnet: Tensor, reset_step: b
     if reset_step:
         optimizer.state.pop(subnet, None)
         return
-    for value in optimizer.state.get(subnet, {}).values():
-        if isinstance(value, Tensor) and value.shape == subnet.shape:
+    for key, value in optimizer.state.get(subnet, {}).items():
+        if key != "step" and isinstance(value, Tensor):  # also moments of another shape, as Adafactor's
             value.zero_()
