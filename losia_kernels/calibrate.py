@@ -30,7 +30,7 @@ def calibrate(
     importance is that of their averaged gradients. Call it before the first optimizer step. Leaves gradients None and
     the training mode as it was. Returns the model.
 
-    Raises ValueError if there is nothing to calibrate, no batch, a layer without a gradient history to judge by, or a
+    A layer that no batch reaches stays where it is. Raises ValueError if there is nothing to calibrate, no batch, or a
     non-finite importance (naming the layer); the subnets are then where they were.
     """
     layers = [layer for _, layer in losia_layers(model) if layer.subnet.shape != layer.weight.shape]
