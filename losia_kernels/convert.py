@@ -134,8 +134,8 @@ def _find_output_layer(model: nn.Module, named: str | None, config: LoSiAConfig)
     if type(found) is not nn.Linear:
         if config.output_dim_factor > 0 or named is not None:
             raise ValueError(
-                f"apply_losia: output_dim_factor={config.output_dim_factor} needs a plain nn.Linear output layer, found "
-                f"{type(found).__name__}; name it with output_layer=, or leave output_dim_factor at 0"
+                f"apply_losia: output_dim_factor={config.output_dim_factor} needs a plain nn.Linear output layer, "
+                f"found {type(found).__name__}; name it with output_layer=, or leave output_dim_factor at 0"
             )
         return None
     return next(name for name, module in modules.items() if module is found)
@@ -232,6 +232,6 @@ def _refuse_shared_weights(model: nn.Module, names: list[str], saved: list[str])
 def _replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
     """Put ``new[module]`` wherever ``module`` is: it may be registered under several names."""
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):
             if child in new:
                 setattr(parent, name, new[child])
