@@ -49,7 +49,6 @@ class LoSiAAdamW(torch.optim.Optimizer):
                 raise ValueError(f"LoSiAAdamW: {name} is out of range: {value!r}")
         self.timeline = Timeline(model, total_steps, process_group)
         groups = [{"params": [layer.subnet for layer in layers]} for layers in self.timeline.groups]
-
         dense = [layer.subnet for layer in self.timeline.dense] + [p for _, p in trained_parameters(model)]
         if dense:
             groups.append({"params": dense})
