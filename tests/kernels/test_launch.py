@@ -31,9 +31,9 @@ def test_override_nests_and_ends():
     like, sizes = torch.zeros(1), {"tokens": 10_000, "n_out": 512, "n_in": 512}
     chosen = launch_config("subnet_grad", like, **sizes)
     with override_config("subnet_grad", splits=3):
-        with override_config("subnet_grad", block_t=16):
+        with override_config("subnet_grad", block_t=128):
             inner = launch_config("subnet_grad", like, **sizes)
-            assert (inner.splits, inner.block_t, inner.block_in) == (3, 16, chosen.block_in)
+            assert (inner.splits, inner.block_t, inner.block_in) == (3, 128, chosen.block_in)
         outer = launch_config("subnet_grad", like, **sizes)
         assert (outer.splits, outer.block_t) == (token_splits(10_000, 512, 512), chosen.block_t) == (3, chosen.block_t)
         assert launch_config("gather_features", like).splits == 1
