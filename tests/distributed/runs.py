@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach, calibrate
-from losia_kernels.distributed import RanksDifferError, fingerprint
+from losia_kernels.distributed import Ranks, RanksDifferError, fingerprint
 from losia_kernels.linear import losia_layers
 
 BLOCKS, PERIOD = 3, 2
@@ -261,3 +261,9 @@ def detour(device: torch.device) -> dict[str, Tensor]:
         optimizer.step()
         optimizer.zero_grad()
     return {key: value.cpu() for key, value in model.state_dict().items()}
+
+
+def mean_of_ranks(device: torch.device) -> list[float]:
+    """Of the gradients (1, 10) on rank 0, (2, 20) on rank 1 and so on."""
+    grad = (1.0 + dist.get_rank()) * torch.tensor([1.0, 10.0], device=device)
+    return Ranks(dist.group.WORLD).mean_(grad).tolist()

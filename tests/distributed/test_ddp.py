@@ -130,3 +130,8 @@ def test_join_is_refused(two):
 
 def test_a_layer_that_one_rank_never_uses(two):
     assert_same_bits(*two.run(runs.detour))
+
+
+def test_mean_of_ranks(four):
+    """A factor in the gradient hardly changes what is chosen, so the runs above would not show it."""
+    assert four.run(runs.mean_of_ranks) == [[2.5, 25.0]] * 4
