@@ -54,7 +54,16 @@ def _inspect(checkpoint: str) -> None:
     print(describe_checkpoint(Path(checkpoint)))
 
 
-COMMANDS = {"finetune": _finetune, "export": _export, "inspect": _inspect}
+def _estimate(**options) -> None:
+    from .memory import describe_fit
+
+    try:
+        print(describe_fit(**options))
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+COMMANDS = {"finetune": _finetune, "export": _export, "inspect": _inspect, "estimate": _estimate}
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
@@ -96,6 +105,17 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("output", help="the new folder")
     inspect = commands.add_parser("inspect", help="say what a checkpoint of a LoSiA run holds")
     inspect.add_argument("checkpoint", help="a folder OUTPUT/checkpoints/checkpoint-STEP")
+    estimate = commands.add_parser(
+        "estimate", help="say which rank factor, batch and context fit a GPU", formatter_class=_Help,
+        description="Arithmetic on the model's config.json: nothing is loaded, nothing is run.",
+    )
+    estimate.add_argument("--model", required=True, metavar="FOLDER", help="a folder with a config.json")
+    estimate.add_argument("--memory", required=True, type=float, metavar="GIB", help="of the GPU")
+    estimate.add_argument("--context", type=int, default=2048, metavar="TOKENS", help="length of a sample")
+    estimate.add_argument("--output-dim-factor", type=_fraction, default=0.0, metavar="P",
+                          help="share of the vocabulary whose output weights are trained; 0: none, 1: all")
+    estimate.add_argument("--reserve", type=float, default=1.0, metavar="GIB",
+                          help="left to the CUDA context and the allocator")
     return parser
 
 

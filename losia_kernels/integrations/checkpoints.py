@@ -120,5 +120,9 @@ def _subnet_shapes(checkpoint: Path) -> dict[str, tuple[tuple[int, int], tuple[i
     layers = [key.removesuffix(".subnet") for key in shapes if key.endswith(".subnet")]
     if not layers:
         raise InputError(f"{checkpoint} holds no LoSiA subnets: it is a plain model")
-    # a tied output layer has no weight of its own in the file; its subnet takes all inputs
-    return {name: (shapes.get(f"{name}.weight", shapes[f"{name}.subnet"]), shapes[f"{name}.subnet"]) for name in layers}
+    sizes = {name: (shapes.get(f"{name}.weight"), shapes[f"{name}.subnet"]) for name in layers}
+    for name, (weight, subnet) in sizes.items():
+        if weight is None:  # tied to the embedding, under whose name it is saved; the subnet takes all inputs
+            vocabulary = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
+            sizes[name] = (vocabulary, subnet[1]), subnet
+    return sizes

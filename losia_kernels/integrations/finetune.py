@@ -31,7 +31,7 @@ from ..linear import losia_layers
 from . import data
 from .checkpoints import CheckpointCallback, last_checkpoint, save_model, write_json
 from .options import FinetuneOptions, InputError
-from .progress import ProgressCallback, draw_loss_curve
+from .progress import ProgressCallback
 from .transformers import LoSiACallback, LoSiAOptimizerFactory
 
 PAPER_PERIOD = 100
@@ -48,7 +48,7 @@ def finetune(options: FinetuneOptions, callbacks: tuple[TrainerCallback, ...] = 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("finetune runs in one process: start it without torchrun or accelerate launch")
     run = Path(options.output)
-    checkpoint = _open_run(run, options)
+    record, checkpoint = _check_run(run, options)
     if (run / "model").exists():
         print(f"{run} is finished: the model is in {run / 'model'}")
         return run / "model"
@@ -59,7 +59,10 @@ def finetune(options: FinetuneOptions, callbacks: tuple[TrainerCallback, ...] = 
         check_packing(model)
     steps = total_steps(options, len(train_data))
     config = apply_with_period(model, options, steps)
+    run.mkdir(parents=True, exist_ok=True)  # not before: what is refused leaves nothing behind
+    write_json(run / "run.json", record)
     arguments = training_arguments(options, steps)
+    use_cache = model.config.use_cache
     print(_summary(options, model, train_data, config, arguments, steps), flush=True)
 
     trainer = FinetuneTrainer(
@@ -79,12 +82,8 @@ def finetune(options: FinetuneOptions, callbacks: tuple[TrainerCallback, ...] = 
             *callbacks,
         ],
     )
-    use_cache = model.config.use_cache
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if eval_data is not None and steps % options.eval_steps:
-        trainer.evaluate()
-        draw_loss_curve(run / "log.jsonl", run / "loss_curve.png")
-    model.config.use_cache = use_cache  # gradient checkpointing turns it off
+    model.config.use_cache = use_cache
     save_model(remove_losia(model), tokenizer, run / "model")
     print(f"model in {run / 'model'}, loss curve in {run / 'loss_curve.png'}")
     return run / "model"
@@ -95,6 +94,7 @@ class FinetuneTrainer(Trainer):
 
     def __init__(self, model, args: TrainingArguments, **kwargs):
         args._n_gpu = min(args.n_gpu, 1)  # with more, the Trainer would wrap the model in DataParallel
+        model.config.use_cache = False  # with a cache, transformers does not look for packed samples
         super().__init__(model, args, **kwargs)
         self.remove_callback(PrinterCallback)
 
@@ -188,7 +188,7 @@ def check_packing(model) -> None:
     ids = torch.tensor([[1, 2, 3, 4, 5, 6], [3, 1, 2, 4, 5, 6]], device=model.device)
     positions = torch.arange(3, device=model.device).repeat(2, 2)
     model.eval()
-    first, other = model(input_ids=ids, position_ids=positions).logits[:, 3:].float()
+    first, other = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 3:].float()
     if (first - other).abs().max() > 1e-3 * first.abs().max():
         raise InputError(
             f"{type(model).__name__} with {model.config._attn_implementation} attention lets the samples of a packed "
@@ -254,29 +254,29 @@ def _summary(options, model, train_data, config: LoSiAConfig, arguments: Trainin
     ])
 
 
-def _open_run(run: Path, options: FinetuneOptions) -> Path | None:
-    """Make the run's folder, or find it as ``resume`` needs it; returns the checkpoint to go on from."""
-    ours = {name: value for name, value in dataclasses.asdict(options).items() if name not in FREE_ON_RESUME}
+def _check_run(run: Path, options: FinetuneOptions) -> tuple[dict, Path | None]:
+    """What ``run.json`` is to hold, and the checkpoint to go on from. Raises InputError if the folder forbids it.
+
+    A resumed run must have the options and the data of the first.
+    """
+    record = {name: value for name, value in dataclasses.asdict(options).items() if name not in FREE_ON_RESUME}
     for name in ("data", "eval_data"):
-        if ours[name] is not None:
-            ours[f"{name}_sha256"] = _sha256(ours[name])
-    record = run / "run.json"
+        if record[name] is not None:
+            record[f"{name}_sha256"] = _sha256(record[name])
     if not options.resume:
         if run.exists() and (not run.is_dir() or any(run.iterdir())):
             raise InputError(f"{run} exists and is not empty: name another output, or go on with --resume")
-        run.mkdir(parents=True, exist_ok=True)
-        write_json(record, ours)
-        return None
-    if not record.exists():
+        return record, None
+    if not (run / "run.json").exists():
         raise InputError(f"nothing to resume: {run} holds no run (no run.json)")
-    theirs = json.loads(record.read_text())
-    changed = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
+    first = json.loads((run / "run.json").read_text())
+    changed = sorted(name for name in record | first if record.get(name) != first.get(name))
     if changed:
-        was = ", ".join(f"{name} was {theirs.get(name)!r}, now {ours.get(name)!r}" for name in sorted(changed))
+        was = ", ".join(f"{name} was {first.get(name)!r}, now {record.get(name)!r}" for name in changed)
         raise InputError(f"cannot resume {run} with other options: {was}")
     checkpoint = last_checkpoint(run / "checkpoints")
     print(f"resuming from {checkpoint}" if checkpoint else "no checkpoint yet: starting from the beginning")
-    return checkpoint
+    return record, checkpoint
 
 
 def _sha256(path: str) -> str:

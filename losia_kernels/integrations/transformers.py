@@ -14,6 +14,7 @@ from itertools import islice
 
 import torch
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
 from ..calibrate import calibrate
@@ -85,7 +86,7 @@ class _LossDivisor:
 
 def _first_batches(dataloader, count: int, device: torch.device) -> list[dict]:
     """The first batches of an epoch, made beside the dataloader, whose own iteration is left for the training."""
-    if dataloader.batch_sampler is None:
+    if isinstance(dataloader.dataset, IterableDataset):
         raise ValueError(
             "cannot calibrate from an iterable dataset: call losia_kernels.calibrate before the Trainer, and set "
             "init_subnet='random'"

@@ -1,0 +1,23 @@
+"""The tests of this folder need the extra ``hf``; without it they are skipped."""
+
+import pytest
+
+for library in ("transformers", "accelerate", "matplotlib", "psutil"):
+    pytest.importorskip(library)
+
+
+@pytest.fixture
+def tokenizer():
+    from tiny_llama import make_tokenizer
+
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    from tiny_llama import make_model, make_tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    make_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder

@@ -1,0 +1,139 @@
+"""Mistakes are told in one line with exit code 2; what help and subcommands say."""
+
+import subprocess
+import sys
+
+import pytest
+
+from losia_kernels import NonFiniteScoreError, cli
+
+
+@pytest.fixture
+def run(capsys):
+    def run(*arguments):
+        try:
+            code = cli.main([str(argument) for argument in arguments])
+        except SystemExit as exit:  # argparse's way
+            code = exit.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n' * 8)
+    return path
+
+
+def refused(result, problem):
+    code, out, err = result
+    assert code == 2, err
+    assert err.count("\n") == 1 and err.startswith("losia-kernels") and problem in err, err
+    return True
+
+
+@pytest.mark.parametrize(("arguments", "problem"), [
+    ([], "COMMAND"),
+    (["finetune"], "--model, --data, --output"),
+    (["tune"], "invalid choice: 'tune'"),
+    (["finetune", "--rank-factor", "1/0"], "expected a number or a fraction such as 1/8, got '1/0'"),
+    (["finetune", "--steps", "many"], "--steps: invalid int value: 'many'"),
+    (["finetune", "--packing", "--group-by-length"], "not allowed with argument --packing"),
+    (["finetune", "--dtype", "int8"], "invalid choice: 'int8'"),
+])  # fmt: skip
+def test_bad_arguments(run, arguments, problem):
+    assert refused(run(*arguments), problem)
+
+
+@pytest.mark.parametrize(("options", "problem"), [
+    (["--rank-factor", "2"], "rank_factor must be a number in (0, 1], got 2.0"),
+    (["--rank-factor", "0.01"], "0.01"),
+    (["--output-dim-factor", "1.5"], "output_dim_factor must be a number in [0, 1]"),
+    (["--period", "0"], "period must be at least 1"),
+    (["--steps", "0"], "steps must be at least 1"),
+    (["--lr", "-1"], "lr must be positive"),
+    (["--lr", "nan"], "lr must be positive"),
+    (["--warmup-ratio", "1"], "warmup_ratio must be in [0, 1)"),
+    (["--epochs", "0"], "epochs must be positive"),
+    (["--save-steps", "-1"], "save_steps must be at least 0"),
+    (["--max-length", "1"], "no sample has anything left to learn"),
+    (["--eval-data", "absent.jsonl"], "cannot read absent.jsonl"),
+])  # fmt: skip
+def test_bad_values(run, data, model_folder, tmp_path, options, problem):
+    result = run("finetune", "--model", model_folder, "--data", data, "--output", tmp_path / "out", *options)
+    assert refused(result, problem)
+
+
+def test_a_missing_and_a_wrong_model_folder(run, data, tmp_path):
+    absent, empty = tmp_path / "absent", tmp_path / "empty"
+    empty.mkdir()
+    for folder, problem in ((absent, f"no model folder {absent}"), (empty, f"cannot load the model {empty}")):
+        result = run("finetune", "--model", folder, "--data", data, "--output", tmp_path / "out")
+        assert refused(result, problem)
+
+
+def test_a_malformed_line_names_file_and_line(run, data, model_folder, tmp_path):
+    data.write_text('{"text": "a"}\n{"text": \n')
+    result = run("finetune", "--model", model_folder, "--data", data, "--output", tmp_path / "out")
+    assert refused(result, f"{data}:2: not valid JSON")
+
+
+def test_an_output_that_is_not_empty_is_left_alone(run, data, model_folder, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "precious").write_text("mine")
+    result = run("finetune", "--model", model_folder, "--data", data, "--output", output)
+    assert refused(result, "exists and is not empty")
+    assert [path.name for path in output.iterdir()] == ["precious"]
+
+
+def test_a_mistake_leaves_no_output_behind(run, data, tmp_path):
+    run("finetune", "--model", tmp_path / "absent", "--data", data, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_to_resume(run, data, model_folder, tmp_path):
+    result = run("finetune", "--model", model_folder, "--data", data, "--output", tmp_path / "out", "--resume")
+    assert refused(result, "nothing to resume")
+
+
+def test_several_processes_are_refused(run, data, model_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = run("finetune", "--model", model_folder, "--data", data, "--output", tmp_path / "out")
+    assert refused(result, "finetune runs in one process")
+
+
+@pytest.mark.parametrize("command", [("inspect",), ("export", "out")])
+def test_a_folder_that_is_no_losia_checkpoint(run, model_folder, tmp_path, command):
+    name, *output = command
+    assert refused(run(name, tmp_path, *(tmp_path / path for path in output)), "is no checkpoint")
+    assert refused(run(name, model_folder, *(tmp_path / path for path in output)), "holds no LoSiA subnets")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("error", [FloatingPointError, NonFiniteScoreError])
+def test_training_that_breaks_off_exits_with_1_and_one_line(run, monkeypatch, error):
+    def break_off(**options):
+        raise error("the loss is nan at step 3")
+
+    monkeypatch.setitem(cli.COMMANDS, "inspect", break_off)
+    assert run("inspect", "x") == (1, "", "losia-kernels: the loss is nan at step 3\n")
+
+
+def test_help_says_defaults_and_units_and_needs_no_transformers():
+    blocked = "import sys; sys.modules['transformers'] = None\n" \
+              "from losia_kernels.cli import main; main(['finetune', '--help'])"  # fmt: skip
+    result = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True, env={"COLUMNS": "200"})
+    assert result.returncode == 0, result.stderr
+    for text in ("--rank-factor P", "(default: 0.125)", "--period STEPS", "--max-length TOKENS", "(default: 2048)"):
+        assert text in result.stdout
+
+
+def test_without_transformers_it_says_what_to_install():
+    blocked = "import sys; sys.modules['transformers'] = None\nfrom losia_kernels.cli import main\n" \
+              "sys.exit(main(['finetune', '--model', 'm', '--data', 'd', '--output', 'o']))"  # fmt: skip
+    result = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr == "losia-kernels: finetune needs transformers: pip install 'losia-kernels[hf]'\n"

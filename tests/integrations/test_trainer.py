@@ -1,0 +1,143 @@
+"""The Trainer adapter against a loop written out by hand; calibration, length groups and packing in the Trainer."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_llama import make_model
+from transformers import Trainer, TrainerCallback
+
+from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, calibrate
+from losia_kernels.integrations.data import IGNORE, Collator
+from losia_kernels.integrations.finetune import FinetuneTrainer, check_packing, training_arguments
+from losia_kernels.integrations.options import FinetuneOptions, InputError
+from losia_kernels.integrations.transformers import LoSiACallback, LoSiAOptimizerFactory
+
+CONFIG = LoSiAConfig(rank_factor=1 / 4, output_dim_factor=1 / 8, period=2)
+STEPS, BATCH, ACCUMULATION = 9, 2, 2
+LR = 3e-3
+
+
+def samples(count=64):
+    """Random tokens; sample i learns all but its first i % 5 + 1, so that micro-batches differ in learned tokens."""
+    generator = np.random.default_rng(0)
+    made = []
+    for i in range(count):
+        ids = generator.integers(0, 256, size=6 + i % 7).astype(np.int32)
+        labels = np.where(np.arange(len(ids)) > i % 5, ids, np.int32(IGNORE))
+        made.append({"input_ids": ids, "labels": labels})
+    return made
+
+
+def options(tmp_path, **changes):
+    values = dict(
+        model="", data="", output=str(tmp_path), lr=LR, lr_scheduler="constant", warmup_ratio=0.0, save_steps=0,
+        batch_size=BATCH, gradient_accumulation=ACCUMULATION, max_grad_norm=0.0,
+    )  # fmt: skip
+    return FinetuneOptions(**{**values, **changes})
+
+
+def make_trainer(model, tmp_path, trainer=FinetuneTrainer, callbacks=None, **changes):
+    return trainer(
+        model, training_arguments(options(tmp_path, **changes), STEPS), data_collator=Collator(256),
+        train_dataset=samples(), optimizer_cls_and_kwargs=(LoSiAOptimizerFactory, {"lr": LR}),
+        callbacks=[LoSiACallback()] if callbacks is None else callbacks,
+    )  # fmt: skip
+
+
+def by_hand(model, batches):
+    """The same run: mean losses weighted by learned tokens, and the timeline told what each was divided by."""
+    model.train()
+    calibrate(model, batches[:4], 4)
+    optimizer = LoSiAAdamW(model, lr=LR)
+    for step in range(STEPS):
+        micro = batches[step * ACCUMULATION : (step + 1) * ACCUMULATION]
+        learned = [int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in micro]
+        for batch, count in zip(micro, learned, strict=True):
+            optimizer.timeline.loss_divisor = sum(learned) / count
+            model(**batch, num_items_in_batch=torch.tensor(sum(learned))).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+def test_the_trainer_takes_the_steps_of_a_loop_written_out_by_hand(tmp_path):
+    seen = apply_losia(make_model(), CONFIG)
+    trainer = make_trainer(seen, tmp_path, trainer=Trainer)
+    trainer.train()
+    batches = list(trainer.get_train_dataloader())
+    model = apply_losia(make_model(), CONFIG)
+    optimizer = by_hand(model, batches)
+    assert trainer.optimizer.optimizer.timeline.step == optimizer.timeline.step == STEPS
+    for (name, ours), theirs in zip(model.state_dict().items(), seen.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def test_the_importance_is_told_what_the_loss_was_divided_by(tmp_path, monkeypatch):
+    divisors = []
+    original = LoSiAAdamW.step
+    monkeypatch.setattr(LoSiAAdamW, "step", lambda self, *a: (divisors.append(self.timeline.loss_divisor),
+                                                              original(self, *a))[1])  # fmt: skip
+    make_trainer(apply_losia(make_model(), CONFIG), tmp_path).train()
+    assert len(divisors) == STEPS
+    assert len(set(divisors)) > 1 and all(1 < divisor < 6 for divisor in divisors)  # about 2, by learned tokens
+
+
+class Snapshot(TrainerCallback):
+    """The subnets' places when training begins."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.places = places(model)
+
+
+def places(model):
+    return {name: idx.clone() for name, idx in model.named_buffers() if name.endswith("_idx")}
+
+
+@pytest.mark.parametrize("init_subnet", ["calibrated", "random"])
+def test_the_first_subnets_are_calibrated_before_the_first_step_unless_told_not_to(tmp_path, init_subnet):
+    model = apply_losia(make_model(), LoSiAConfig(rank_factor=1 / 4, init_subnet=init_subnet))
+    drawn, snapshot = places(model), Snapshot()
+    make_trainer(model, tmp_path, callbacks=[LoSiACallback(), snapshot]).train()
+    moved = [name for name in drawn if not torch.equal(drawn[name], snapshot.places[name])]
+    assert bool(moved) == (init_subnet == "calibrated")
+
+
+def test_an_iterable_dataset_cannot_be_calibrated_from(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(samples())
+
+    trainer = make_trainer(apply_losia(make_model(), CONFIG), tmp_path)
+    trainer.train_dataset = Stream()
+    with pytest.raises(ValueError, match="cannot calibrate from an iterable dataset"):
+        trainer.train()
+
+
+def test_length_groups_reach_the_dataloader(tmp_path):
+    trainer = make_trainer(apply_losia(make_model(), CONFIG), tmp_path, group_by_length=True)
+    loader = trainer.get_train_dataloader()
+    loader.set_epoch(1)
+    first = [batch["input_ids"] for batch in loader]
+    loader.set_epoch(1)
+    again = [batch["input_ids"] for batch in loader]
+    loader.set_epoch(2)
+    later = [batch["input_ids"] for batch in loader]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(first, later, strict=True))
+
+
+def test_packing_is_refused_where_packed_samples_see_each_other():
+    check_packing(make_model())
+    blind = make_model()
+    forward = blind.forward
+    blind.forward = lambda position_ids=None, **kwargs: forward(**kwargs)  # a model that has no use for positions
+    with pytest.raises(InputError, match="packed row see each other"):
+        check_packing(blind)
+
+
+def test_packed_samples_are_kept_apart_in_training(tmp_path):
+    """A cache, which models make by default, would keep transformers from looking for packed samples."""
+    model = apply_losia(make_model(), CONFIG)
+    assert model.config.use_cache
+    make_trainer(model, tmp_path)
+    assert not model.config.use_cache
