@@ -133,7 +133,7 @@ def test_the_order_is_the_models_past_nine_blocks():
 @pytest.mark.parametrize(("options", "names"), [
     ({"target_modules": ["up_proj"]}, TINY_TARGETS[::2]),
     ({"target_modules": ["layers.1.up_proj", "model.layers.0.down_proj"]}, [TINY_TARGETS[1], TINY_TARGETS[2]]),
-    ({"target_modules": ["proj", "p_proj", "layers.1"]}, None),
+    ({"target_modules": ["proj", "p_proj"]}, None),
     ({"target_modules": r".*layers\.\d\.(up|gate)_proj"}, TINY_TARGETS[::2]),
     ({"target_modules": "up_proj"}, None),  # a regex is for the whole name
     ({"exclude_modules": ["down_proj"]}, TINY_TARGETS[::2]),
@@ -145,7 +145,7 @@ def test_target_and_exclude_modules_follow_pefts_rules(options, names):
     if names is not None:
         assert [name for name, _ in losia_layers(apply(tiny_lm(), **options))] == names
         return
-    with pytest.raises(ValueError, match="matches no nn.Linear|only a plain nn.Linear"):
+    with pytest.raises(ValueError, match="matches no nn.Linear"):
         apply(tiny_lm(), **options)
 
 
