@@ -54,24 +54,26 @@ def launches(arch: str, case) -> list:
 def facts(kernel) -> dict:
     """Registers, spills (zero when there are none), what is multiplied (or None) and whether matrix units do it."""
     product = re.search(r"tt\.dot .*: tensor<\d+x\d+x(\w+)>", kernel.asm["ttir"])
-    code = nvidia_facts(kernel.asm["cubin"]) if "cubin" in kernel.asm else amd_facts(kernel.asm["amdgcn"])
+    nvidia = "cubin" in kernel.asm
+    code = nvidia_facts(kernel.asm["cubin"], bool(product)) if nvidia else amd_facts(kernel.asm["amdgcn"])
     return {"product_of": product and product[1], **code}
 
 
-def nvidia_facts(cubin: bytes) -> dict:
+def nvidia_facts(cubin: bytes, has_product: bool) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, sass = (
-            subprocess.run([CUOBJDUMP, flag, file.name], check=True, capture_output=True, text=True).stdout
-            for flag in ("--dump-resource-usage", "--dump-sass")
-        )
-    resources = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+        resources = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", cuobjdump("--dump-resource-usage", file.name)))
+        sass = cuobjdump("--dump-sass", file.name) if has_product else ""  # half a second: only where it is asked for
     return {
-        "registers": resources["REG"],
-        "spills": resources["STACK"] + resources["LOCAL"] + len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        "registers": int(resources["REG"]),
+        "spills": int(resources["STACK"]) + int(resources["LOCAL"]),  # bytes of a stack frame: nothing else needs one
         "matrix_units": bool(re.search(r"\b(HMMA|HGMMA|UTCHMMA)\b", sass)),
     }
+
+
+def cuobjdump(*arguments: str) -> str:
+    return subprocess.run([CUOBJDUMP, *arguments], check=True, capture_output=True, text=True).stdout
 
 
 def amd_facts(asm: str) -> dict:
