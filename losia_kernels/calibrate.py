@@ -7,9 +7,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .convert import trained_parameters
-from .distributed import Ranks
+from .distributed import Ranks, Rows
 from .linear import LoSiALinear, losia_layers
 from .relocalize import MarginalObserver, new_subnet
+from .sharded import move_subnets_, uses_fully_shard
 
 
 def calibrate(
@@ -39,10 +40,12 @@ def calibrate(
     if steps < 1:
         raise ValueError(f"calibrate: steps must be at least 1, got {steps}")
     ranks = Ranks.of(model, process_group)
+    sharded = ranks.group is not None and uses_fully_shard(model)
+    rows = {layer: Rows(ranks, layer.out_features) if sharded else None for layer in layers}
     observers = {layer: MarginalObserver(beta1=0.85) for layer in layers}
     observing_before = {layer: layer.observe_callback for layer in layers}
     for layer, observer in observers.items():
-        layer.observe_(_update(layer, observer, ranks))
+        layer.observe_(_update(layer, observer, ranks, rows[layer]))
     try:
         seen = 0
         for batch in batches:
@@ -54,19 +57,26 @@ def calibrate(
                 break
         if seen == 0:
             raise ValueError("calibrate: there is no batch to calibrate with")
-        moves = [(layer, new_subnet(layer, observer)) for layer, observer in observers.items()]
+        moves = [(layer, new_subnet(layer, observer, rows[layer])) for layer, observer in observers.items()]
     finally:
         for layer, callback in observing_before.items():
             layer.observe_(callback)
         _drop_gradients(model)
+    moves = [(layer, subnet) for layer, subnet in moves if subnet is not None]
+    if sharded:
+        move_subnets_(moves, ranks)
+        return model
     for layer, subnet in moves:
-        if subnet is not None:
-            layer.move_subnet_(subnet)
+        layer.move_subnet_(subnet)
     return model
 
 
-def _update(layer: LoSiALinear, observer: MarginalObserver, ranks: Ranks) -> Callable[[Tensor], None]:
-    return lambda grad: observer.update(layer.weight, ranks.mean_(grad), grad_scale=1.0)
+def _update(
+    layer: LoSiALinear, observer: MarginalObserver, ranks: Ranks, rows: Rows | None
+) -> Callable[[Tensor], None]:
+    if rows is None:
+        return lambda grad: observer.update(layer.weight, ranks.mean_(grad), grad_scale=1.0)
+    return lambda grad: observer.update(rows.of(layer.weight), rows.scatter_mean(grad), grad_scale=1.0, rows=rows)
 
 
 def _drop_gradients(model: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Processes that train one model together: what they judge by is the same, and they are told when they differ.
 
 PyTorch's engines move gradients and weights; here is only what they cannot know: an observed gradient must be that of
-all ranks, and every rank must take the same decision.
+all ranks, every rank must take the same decision, and which rows of a weight are here when fully_shard has cut it.
 """
 
 from collections.abc import Sequence
@@ -31,22 +31,27 @@ class Ranks:
             return cls()
         if group is None:
             group = model.process_group if isinstance(model, nn.parallel.DistributedDataParallel) else dist.group.WORLD
-        return cls(group) if dist.get_world_size(group) > 1 else cls()
+        return cls(group)
 
     @property
     def size(self) -> int:
         """Number of processes."""
         return 1 if self.group is None else dist.get_world_size(self.group)
 
+    @property
+    def rank(self) -> int:
+        """This process's number among them."""
+        return 0 if self.group is None else dist.get_rank(self.group)
+
     def mean_(self, grad: Tensor) -> Tensor:
         """``grad`` averaged over the ranks, in place, with the same bits everywhere; as DDP does, in its own dtype."""
-        if self.group is not None:
+        if self.size > 1:
             dist.all_reduce(grad.div_(self.size), group=self.group)
         return grad
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Sum each tensor over the ranks, in place; small ones travel together."""
-        if self.group is None:
+        if self.size == 1:
             return
         for bucket in _buckets(tensors):
             if len(bucket) == 1:
@@ -66,7 +71,7 @@ class Ranks:
 
         ``values`` are told in the error, ``fingerprints`` only by name. Small, but the ranks wait for each other.
         """
-        if self.group is None:
+        if self.size == 1:
             return
         everyone = self._gather((values, fingerprints))
         if any(theirs[1].keys() != fingerprints.keys() for theirs in everyone):
@@ -86,7 +91,7 @@ class Ranks:
             raise RanksDifferError(f"the ranks do not train one model: {'; '.join(problems[:5])}{more}")
 
     def _gather(self, value: object) -> list:
-        if self.group is None:
+        if self.size == 1:
             return [value]
         everyone = [None] * self.size
         dist.all_gather_object(everyone, value, group=self.group)
@@ -96,6 +101,112 @@ class Ranks:
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor, as fully_shard makes of parameters."""
     return hasattr(tensor, "device_mesh")  # no isinstance: that import takes as long as torch's own
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The part of a ``[size, ...]`` tensor that a rank holds under fully_shard: rows ``start`` to ``stop``.
+
+    Ranks hold ``chunk = ceil(size / ranks)`` rows each, the last ones fewer or none (torch.chunk's rule).
+    """
+
+    ranks: Ranks
+    size: int
+
+    @property
+    def chunk(self) -> int:
+        return -(-self.size // self.ranks.size)
+
+    @property
+    def start(self) -> int:
+        return min(self.chunk * self.ranks.rank, self.size)
+
+    @property
+    def stop(self) -> int:
+        return min(self.start + self.chunk, self.size)
+
+    def of(self, whole: Tensor) -> Tensor:
+        """This rank's rows of a tensor that is whole here."""
+        return whole[self.start : self.stop]
+
+    def scatter_mean(self, grad: Tensor) -> Tensor:
+        """This rank's rows of the mean over the ranks of ``grad [size, ...]``, which is overwritten."""
+        padded = _pad(grad.div_(self.ranks.size), self.chunk * self.ranks.size)
+        own = grad.new_empty(self.chunk, *grad.shape[1:])
+        _reduce_scatter(own, padded, group=self.ranks.group)
+        return own[: self.stop - self.start]
+
+    def gather(self, own: Tensor) -> Tensor:
+        """The whole ``[size, ...]`` of every rank's ``own [stop - start, ...]``."""
+        whole = own.new_empty(self.chunk * self.ranks.size, *own.shape[1:])
+        _all_gather(whole, _pad(own, self.chunk), group=self.ranks.group)
+        return whole[: self.size]
+
+    def sum(self, partial: Tensor) -> Tensor:
+        """The sum over the ranks of ``partial``, which each has made from its own rows."""
+        total = partial.clone()
+        self.ranks.sum_([total])
+        return total
+
+    def span(self, sorted_idx: Tensor) -> tuple[int, int]:
+        """Where in ``sorted_idx`` this rank's rows begin and end (waits for the GPU)."""
+        bounds = torch.tensor([self.start, self.stop], device=sorted_idx.device)
+        first, last = torch.searchsorted(sorted_idx, bounds).tolist()
+        return first, last
+
+
+def gather_together(own: Sequence[Tensor], rows: Sequence[Rows]) -> list[Tensor]:
+    """``rows.gather`` of several tensors of one dtype, in one collective."""
+    if not own:
+        return []
+    ranks = rows[0].ranks
+    padded = [_pad(tensor, part.chunk) for tensor, part in zip(own, rows, strict=True)]
+    flat = torch.cat([tensor.reshape(-1) for tensor in padded])
+    whole = flat.new_empty(ranks.size, flat.numel())
+    _all_gather(whole.view(-1), flat, group=ranks.group)
+    pieces = whole.split([tensor.numel() for tensor in padded], dim=1)  # each [ranks, chunk * ...]
+    return [
+        piece.reshape(-1, *tensor.shape[1:])[: part.size]
+        for piece, tensor, part in zip(pieces, padded, rows, strict=True)
+    ]
+
+
+def _pad(tensor: Tensor, rows: int) -> Tensor:
+    if len(tensor) == rows:
+        return tensor.contiguous()
+    return torch.cat([tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:])])
+
+
+def _reduce_scatter(own: Tensor, whole: Tensor, group) -> None:
+    getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(own, whole, group=group)  # renamed in torch 2.13
+
+
+def _all_gather(whole: Tensor, own: Tensor, group) -> None:
+    getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(whole, own, group=group)
+
+
+def refuse_engines(model: nn.Module) -> None:
+    """Raise ValueError, naming what to use instead, for ways to split a model that LoSiA cannot train in."""
+    if not several_processes():
+        return
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    sharded = set()
+    for module in model.modules():
+        if isinstance(module, FullyShardedDataParallel):
+            raise ValueError("LoSiA cannot train in FSDP1, which flattens a layer's parameters into one: use FSDP2, "
+                             "torch.distributed.fsdp.fully_shard (accelerate: fsdp_version: 2)")
+        if isinstance(module, FSDPModule):
+            sharded.update(module.modules())
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            where = f"{name}.{key}"
+            if hasattr(parameter, "ds_id"):
+                raise ValueError(f"{where} belongs to DeepSpeed's ZeRO-3, which LoSiA cannot train in: use FSDP2 "
+                                 f"(accelerate: fsdp_version: 2) or DDP")
+            if is_sharded(parameter) and module not in sharded:
+                raise ValueError(f"{where} is split by a tensor-parallel plan, which LoSiA cannot train in: shard the "
+                                 f"model by FSDP2 (fully_shard) instead, after apply_losia")
 
 
 def refuse_join(model: nn.Module) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from . import eager, ops
+from .distributed import is_sharded
 from .subnet import Subnet, subnet_size
 
 
@@ -87,6 +88,9 @@ class LoSiALinear(nn.Linear):
 
         ``name`` is what errors call the layer.
         """
+        if is_sharded(linear.weight):
+            raise ValueError(f"{name}: the weight is sharded already; call apply_losia first, then fully_shard (FSDP2; "
+                             f"LoSiA does not train in tensor parallelism)")
         if linear.weight.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
             raise ValueError(f"{name}: cannot train a subnet of a {linear.weight.dtype} weight; dequantize it first")
         layer = cls.__new__(cls)
@@ -178,7 +182,9 @@ class LoSiALinear(nn.Linear):
     def _make_probe(self) -> Tensor:
         # A leaf of the weight's shape and of no size: autograd sums the dense gradient into it, as for a parameter,
         # while the weight itself stays frozen for optimizers, DDP, FSDP and everyone who looks at requires_grad.
-        probe = self.weight.new_zeros(()).expand(self.weight.shape).detach().requires_grad_()
+        # A plain tensor even while fully_shard holds the weight in shards; the indices are where the layer computes.
+        zero = torch.zeros((), dtype=self.weight.dtype, device=self.out_idx.device)
+        probe = zero.expand(self.weight.shape).requires_grad_()
 
         def hand_over(leaf: Tensor) -> None:
             grad, leaf.grad = leaf.grad, None

@@ -170,7 +170,7 @@ def subnet_adamw_(
     _check(seed is None or subnet.dtype in (torch.bfloat16, torch.float16), op,
            f"seed asks for stochastic rounding of a 16-bit subnet, but subnet is {subnet.dtype}")
     _check(step >= 1, op, f"step counts from 1, got {step}")
-    if weight.is_cuda and weight.dtype != torch.float64:
+    if weight.is_cuda and weight.dtype != torch.float64 and weight.numel():
         from .kernels.subnet_adamw import launch_subnet_adamw_ as run
     else:
         run = eager.subnet_adamw_
@@ -207,7 +207,7 @@ def importance_update_(
     _check_kind(op, kind)
     _check_same(op, "importance, uncertainty", importance, uncertainty)
     _check_same(op, "importance, weight, grad", importance, weight, grad, dtype=False)
-    if weight.is_cuda and weight.dtype != torch.float64:
+    if weight.is_cuda and weight.dtype != torch.float64 and weight.numel():
         from .kernels.importance import launch_importance_update_ as run
     else:
         run = eager.importance_update_
@@ -230,7 +230,7 @@ def importance_marginals(
     op = "importance_marginals"
     _check_kind(op, kind)
     _check_same(op, "weight, grad", weight, grad, dtype=False)
-    if weight.is_cuda and weight.dtype != torch.float64:
+    if weight.is_cuda and weight.dtype != torch.float64 and weight.numel():
         from .kernels.importance import launch_importance_marginals as run
     else:
         run = eager.importance_marginals
@@ -259,7 +259,7 @@ def score_marginals(
         _check_same(op, "importance, uncertainty", importance, uncertainty)
     _check_index(op, "out_idx", out_idx, importance)
     _check_index(op, "in_idx", in_idx, importance)
-    if importance.is_cuda and importance.dtype != torch.float64:
+    if importance.is_cuda and importance.dtype != torch.float64 and importance.numel():
         from .kernels.scores import launch_score_marginals as run
     else:
         run = eager.score_marginals

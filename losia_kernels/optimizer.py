@@ -10,7 +10,9 @@ from torch.optim.adamw import adamw
 
 from . import eager, ops
 from .convert import trained_parameters
+from .distributed import is_sharded
 from .linear import LoSiALinear, losia_layers
+from .sharded import own, write_back_
 from .timeline import Timeline
 
 
@@ -63,30 +65,44 @@ class LoSiAAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         timeline = self.timeline
+        timeline.check_parameters(self)
         for number, layers in enumerate(timeline.groups):
             lr = float(self.param_groups[number]["lr"]) * timeline.lr_factor(number)
-            for layer in layers:
-                self._update_subnet(layer, self.param_groups[number], lr)
+            self._update_subnets(layers, self.param_groups[number], lr)
         if len(self.param_groups) > len(timeline.groups):
             group = self.param_groups[-1]
-            for layer in timeline.dense:
-                self._update_subnet(layer, group, float(group["lr"]))
+            self._update_subnets(timeline.dense, group, float(group["lr"]))
             self._update_dense(group["params"][len(timeline.dense):], group)
         timeline.advance(self)
         return loss
 
-    def _update_subnet(self, layer: LoSiALinear, group: dict, lr: float) -> None:
-        subnet = layer.subnet
-        if subnet.grad is None:
+    def _update_subnets(self, layers: list[LoSiALinear], group: dict, lr: float) -> None:
+        layers = [layer for layer in layers if layer.subnet.grad is not None]
+        if not self.timeline.sharded:
+            for layer in layers:
+                self._update_subnet(layer, layer.weight, layer.out_idx, layer.in_idx, group, lr)
             return
+        for layer in layers:
+            # the subnet's own rows alone (maybe none): where they belong in the weight is mostly on other ranks
+            scratch = own(layer.subnet).to(layer.weight.dtype, copy=True)
+            everything = [torch.arange(k, device=scratch.device) for k in scratch.shape]
+            self._update_subnet(layer, scratch, *everything, group, lr)
+        write_back_(layers, self.timeline.ranks)
+
+    def _update_subnet(
+        self, layer: LoSiALinear, weight: Tensor, out_idx: Tensor, in_idx: Tensor, group: dict, lr: float
+    ) -> None:
+        subnet = layer.subnet
         state = self._state(subnet)
         state["step"] += 1
         step = int(state["step"])
         seed = None
         if not self.timeline.config.master_weights and subnet.dtype in (torch.bfloat16, torch.float16):
-            seed = _rounding_seed(self.timeline.config.seed, layer.name, self.timeline.step)
+            part = self.timeline.ranks.rank if self.timeline.sharded else 0
+            seed = _rounding_seed(self.timeline.config.seed + part, layer.name, self.timeline.step)
+        tensors = [subnet.detach(), subnet.grad, state["exp_avg"], state["exp_avg_sq"]]
         ops.subnet_adamw_(
-            layer.weight, subnet, subnet.grad, state["exp_avg"], state["exp_avg_sq"], layer.out_idx, layer.in_idx,
+            weight, *(own(tensor) if is_sharded(tensor) else tensor for tensor in tensors), out_idx, in_idx,
             lr, *group["betas"], group["eps"], group["weight_decay"], step, seed,
         )  # fmt: skip
 
@@ -174,6 +190,7 @@ def attach(
     ]
 
     def rewarm(optimizer, args, kwargs):
+        timeline.check_parameters(optimizer)
         for group in optimizer.param_groups:
             group["scheduled_lr"] = group["lr"]
             if group["layer_group"] is not None:
@@ -182,8 +199,12 @@ def attach(
     def write_back(optimizer, args, kwargs):
         for group in optimizer.param_groups:
             group["lr"] = group.pop("scheduled_lr")
-        for layer in chain.from_iterable([*timeline.groups, timeline.dense]):
-            layer.write_back_()
+        for layers in [*timeline.groups, timeline.dense]:
+            if timeline.sharded:
+                write_back_(layers, timeline.ranks)
+            else:
+                for layer in layers:
+                    layer.write_back_()
         with torch.no_grad():
             timeline.advance(optimizer)
 

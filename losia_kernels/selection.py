@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .distributed import Rows
 from .subnet import Subnet
 
 
@@ -23,23 +24,38 @@ def check_finite(sums: Tensor) -> None:
         raise NonFiniteScoreError(f"importance is not finite for {bad} of {sums.numel()} neurons")
 
 
-def select_from_importance(importance: Tensor, uncertainty: Tensor | None, k_out: int, k_in: int) -> Subnet:
+def select_from_importance(
+    importance: Tensor, uncertainty: Tensor | None, k_out: int, k_in: int, rows: Rows | None = None
+) -> Subnet:
     """The subnet with the largest sum of the score ``importance * uncertainty`` (``[out, in]``), greedily, Eq. 7.
 
     ``in_then_out`` (the paper's Row2Column) takes the ``k_in`` inputs with the largest column sums, then the ``k_out``
     outputs with the largest sums within them; ``out_then_in`` is the mirror. The larger block sum wins; on a tie the
-    former. Raises NonFiniteScoreError.
+    former. Of a sharded weight both tensors are this rank's ``rows``. Raises NonFiniteScoreError.
     """
-    out_sums, in_sums = ops.score_marginals(importance, uncertainty)  # [out], [in]
+    out_sums, in_sums = _marginals(importance, uncertainty, None, None, rows)  # [out], [in]
     check_finite(out_sums)
     out_first, in_first = top_neurons(out_sums, k_out), top_neurons(in_sums, k_in)
-    out_within, in_within = ops.score_marginals(importance, uncertainty, out_first, in_first)
+    out_within, in_within = _marginals(importance, uncertainty, out_first, in_first, rows)
     out_second, in_second = top_neurons(out_within, k_out), top_neurons(in_within, k_in)
     in_then_out = out_within[out_second].sum() >= in_within[in_second].sum()
     return Subnet(
         torch.where(in_then_out, out_second, out_first),
         torch.where(in_then_out, in_first, in_second),
     )
+
+
+def _marginals(
+    importance: Tensor, uncertainty: Tensor | None, out_idx: Tensor | None, in_idx: Tensor | None, rows: Rows | None
+) -> tuple[Tensor, Tensor]:
+    """``ops.score_marginals`` of the whole score, whose rows may lie on several ranks: only sums are exchanged."""
+    if rows is None:
+        return ops.score_marginals(importance, uncertainty, out_idx, in_idx)
+    if out_idx is not None:
+        first, last = rows.span(out_idx)
+        out_idx = out_idx[first:last] - rows.start
+    out_sums, in_sums = ops.score_marginals(importance, uncertainty, out_idx, in_idx)
+    return rows.gather(out_sums), rows.sum(in_sums)
 
 
 def select_subnet(score: Tensor, k_out: int, k_in: int) -> Subnet:

@@ -2,17 +2,19 @@
 
 import warnings
 from dataclasses import asdict
+from itertools import chain
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from .config import LoSiAConfig
-from .distributed import Ranks, RanksDifferError, fingerprint, is_sharded, refuse_join
+from .distributed import Ranks, RanksDifferError, Rows, fingerprint, is_sharded, refuse_engines, refuse_join
 from .linear import LoSiALinear, losia_layers
 from .relocalize import Observer, make_observer, new_subnet
 from .schedule import Schedule
 from .selection import NonFiniteScoreError
+from .sharded import check_shards, move_subnets_, uses_fully_shard
 
 # What a resumed run may choose anew: all other fields say where the timeline stands or what the state means.
 _FREE_FIELDS = ("init_subnet", "seed", "target_modules", "exclude_modules", "modules_to_save", "rank_pattern")
@@ -56,6 +58,9 @@ class Timeline:
         if problem:
             warnings.warn(f"LoSiA: {problem}", stacklevel=3)
         self.step = 0
+        self._model = model
+        self._sharded: bool | None = None
+        refuse_engines(model)
         self.ranks = Ranks.of(model, process_group)
         self._check_start(model)
         refuse_join(model)
@@ -82,14 +87,17 @@ class Timeline:
         if moving and self.config.importance_sync == "slot":
             self._sum_importance(moving)
         try:
-            moves = [(layer, new_subnet(layer, self._observers[layer])) for layer in moving]
+            moves = [(layer, new_subnet(layer, self._observers[layer], self._rows(layer))) for layer in moving]
         except NonFiniteScoreError:
             self._next_step(freed=moving)
             raise
+        moves = [(layer, subnet) for layer, subnet in moves if subnet is not None]
+        if self.sharded:
+            move_subnets_(moves, self.ranks)
         for layer, subnet in moves:
-            if subnet is not None:
+            if not self.sharded:
                 layer.move_subnet_(subnet)
-                _reset_state(optimizer, layer.subnet, self.config.reset_step)
+            _reset_state(optimizer, layer.subnet, self.config.reset_step)
         if moving:
             self._check_position(moving)
         self._next_step(freed=moving)
@@ -110,14 +118,47 @@ class Timeline:
 
     def _start(self, layer: LoSiALinear, observer: Observer) -> None:
         self._observers[layer] = observer
-        mean_ = self.ranks.mean_ if self.config.importance_sync == "gradient" else lambda grad: grad
-        layer.observe_(lambda grad: observer.update(layer.weight, mean_(grad), self.loss_divisor))
+        layer.observe_(lambda grad: self._observed(layer, observer, grad))
+
+    def _observed(self, layer: LoSiALinear, observer: Observer, grad: Tensor) -> None:
+        rows = self._rows(layer)
+        if rows is not None:
+            observer.update(rows.of(layer.weight), rows.scatter_mean(grad), self.loss_divisor, rows)
+            return
+        if self.config.importance_sync == "gradient":
+            grad = self.ranks.mean_(grad)
+        observer.update(layer.weight, grad, self.loss_divisor)
 
     def _stop(self, layer: LoSiALinear) -> None:
         del self._observers[layer]
         layer.observe_(None)
 
     # several processes ------------------------------------------------------------------------------------------------
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the layers are in shards. Looked up late: accelerate makes the optimizer first, then the shards."""
+        if self._sharded is None:
+            self._sharded = self.ranks.group is not None and uses_fully_shard(self._model)
+            if self._sharded and self.config.importance_sync != "gradient":
+                raise ValueError("importance_sync='slot' needs whole weights on each rank: under fully_shard use "
+                                 "'gradient'")
+        return self._sharded
+
+    def check_parameters(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise RuntimeError if the optimizer would step parameters that the model no longer has."""
+        held = {id(parameter) for parameter in _parameters(optimizer)}
+        for layer in chain.from_iterable([*self.groups, self.dense]):
+            if id(layer.subnet) not in held:
+                raise RuntimeError(
+                    f"{layer.name}: the optimizer holds another subnet than the model; make the optimizer after "
+                    f"fully_shard or whatever else exchanges parameters (DeepSpeed is not supported: use FSDP2 or DDP)"
+                )
+            if self.sharded:
+                check_shards(layer, self.ranks)
+
+    def _rows(self, layer: LoSiALinear) -> Rows | None:
+        return Rows(self.ranks, layer.out_features) if self.sharded else None
 
     def _sum_importance(self, moving: list[LoSiALinear]) -> None:
         observers = [self._observers[layer] for layer in moving]

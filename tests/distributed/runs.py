@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from tiny import make_batches, tiny_lm
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach, calibrate
@@ -267,3 +269,50 @@ def mean_of_ranks(device: torch.device) -> list[float]:
     """Of the gradients (1, 10) on rank 0, (2, 20) on rank 1 and so on."""
     grad = (1.0 + dist.get_rank()) * torch.tensor([1.0, 10.0], device=device)
     return Ranks(dist.group.WORLD).mean_(grad).tolist()
+
+
+# fully_shard ----------------------------------------------------------------------------------------------------------
+
+
+def train_sharded(device: torch.device, run: Run, policies: dict | None = None, late: bool = False) -> Outcome:
+    """``run`` under fully_shard; ``late``: the optimizer is made first, then given the sharded parameters."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    batches = batches_of(run, rank, size, device)
+    model = convert(run, device)
+    if late:
+        optimizer, timeline = make_optimizer(run, model)
+        place = {id(parameter): name for name, parameter in model.named_parameters()}
+    shard(model, policies or {})
+    if late:
+        sharded = dict(model.named_parameters())
+        for group in optimizer.param_groups:
+            group["params"] = [sharded[place[id(parameter)]] for parameter in group["params"]]
+    if run.calibrated:
+        calibrate(model, batches, steps=2, loss_fn=lambda model, batch: model(**batch))
+    if not late:
+        optimizer, timeline = make_optimizer(run, model)
+    timeline.loss_divisor = run.accumulation
+    subnets, losses = [], []
+    for step in range(run.steps):
+        for i in range(run.accumulation):
+            model.set_requires_gradient_sync(not run.no_sync or i == run.accumulation - 1)
+            loss = model(**batches[step * run.accumulation + i])
+            (loss / run.accumulation).backward()
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+        subnets.append(subnets_of(model))
+    return Outcome(subnets, whole_state(model), {}, losses)
+
+
+def shard(model: LossOf, policies: dict) -> None:
+    for block in model.lm.model.layers:
+        fully_shard(block, **policies)
+    fully_shard(model, **policies)
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with every shard gathered: a copy, on the CPU."""
+    whole = {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in
+             model.state_dict().items()}
+    return {key: value.detach().cpu().clone() for key, value in whole.items()}

@@ -1,0 +1,41 @@
+"""FSDP2: shards choose and train as the whole model in one process does."""
+
+import pytest
+import runs
+import torch
+from runs import Run
+from test_ddp import assert_replicas, assert_same_run
+
+CPU = torch.device("cpu")
+VARIANTS = {
+    "paper": Run(),
+    "marginal": Run({"importance": "marginal"}),
+    "gradient": Run({"importance": "gradient"}),
+    "sync": Run({"update_type": "sync"}),
+    "head": Run({"output_dim_factor": 0.25}),
+    "dense_head": Run({"output_dim_factor": 1.0}),
+    "norms": Run({"modules_to_save": ["norm"]}),
+    "accumulated": Run(accumulation=2),
+    "no_sync": Run(accumulation=2, no_sync=True),
+    "attached": Run(attached=True),
+    "calibrated": Run(calibrated=True),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_two_shards_are_one_process(two, name):
+    outcomes = two.run(runs.train_sharded, VARIANTS[name])
+    assert_replicas(outcomes)
+    assert_same_run(outcomes[0], runs.train(CPU, VARIANTS[name]))
+
+
+def test_four_uneven_shards_are_one_process(four):
+    """Of 3 rows, k_out of up_proj, the ranks hold 1, 1, 1 and none; of the 2 of down_proj two hold none."""
+    outcomes = four.run(runs.train_sharded, Run())
+    assert_replicas(outcomes)
+    assert_same_run(outcomes[0], runs.train(CPU, Run()))
+
+
+def test_optimizer_that_accelerate_gives_the_shards_to(two):
+    outcomes = two.run(runs.train_sharded, Run(), None, True)
+    assert_same_run(outcomes[0], runs.train(CPU, Run()))
