@@ -18,7 +18,6 @@ def subnet_adamw_kernel(
     exp_avg_sq_ptr,
     out_idx_ptr,  # [k_out]
     in_idx_ptr,  # [k_in]
-    splits,
     k_out,
     k_in,
     stride_weight_out,
@@ -40,6 +39,7 @@ def subnet_adamw_kernel(
     step_size,  # lr / (1 - beta1^step)
     root_correction,  # sqrt(1 - beta2^step)
     seed,
+    SPLITS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -50,7 +50,7 @@ def subnet_adamw_kernel(
 
     grad_ptrs = tile_ptrs(grad_ptr, offs_out, offs_in, stride_grad_out, stride_grad_in)
     grad = tl.zeros((BLOCK_OUT, BLOCK_IN), dtype=tl.float32)
-    for _ in range(splits):
+    for _ in range(SPLITS):
         grad += tl.load(grad_ptrs, mask=mask, other=0.0).to(tl.float32)
         grad_ptrs += stride_grad_split
 
@@ -99,11 +99,10 @@ def launch_subnet_adamw_(
     config = launch_config("subnet_adamw_", subnet, n_out=k_out, n_in=k_in)
     subnet_adamw_kernel[tile_grid(config, k_out, k_in)](
         weight, subnet, grad, exp_avg, exp_avg_sq, out_idx.contiguous(), in_idx.contiguous(),
-        grad.shape[0], k_out, k_in,
-        *weight.stride(), *subnet.stride(), *grad.stride(), *exp_avg.stride(), *exp_avg_sq.stride(),
+        k_out, k_in, *weight.stride(), *subnet.stride(), *grad.stride(), *exp_avg.stride(), *exp_avg_sq.stride(),
         1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay, lr / (1 - beta1**step), (1 - beta2**step) ** 0.5,
-        signed_32_bits(seed or 0),
-        STOCHASTIC=seed is not None, BLOCK_OUT=config.block_out, BLOCK_IN=config.block_in, **config.compiler,
+        signed_32_bits(seed or 0), SPLITS=grad.shape[0], STOCHASTIC=seed is not None,
+        BLOCK_OUT=config.block_out, BLOCK_IN=config.block_in, **config.compiler,
     )  # fmt: skip
 
 
