@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 from losia_kernels import ops
+from losia_kernels.kernels._launch import token_splits
 
 OUT, IN, TOKENS = 13, 11, 6
 
@@ -59,3 +61,11 @@ def test_importance_marginals(make):
 def test_score_marginals(make, out_idx, in_idx):
     opcheck(ops.score_marginals, (make(OUT, IN), make(OUT, IN), out_idx, in_idx))
     opcheck(ops.score_marginals, (make(OUT, IN),))
+
+
+def test_fake_on_a_gpu_promises_the_splits_of_the_launch():
+    with FakeTensorMode():
+        dy, x = (torch.empty(8192, n, dtype=torch.bfloat16, device="cuda") for n in (OUT, IN))
+        partials = ops.subnet_grad_partials(dy, x)
+    assert partials.shape == (token_splits(8192, OUT, IN), OUT, IN) and partials.shape[0] > 1
+    assert partials.dtype == torch.float32
