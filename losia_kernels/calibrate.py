@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .convert import trained_parameters
 from .distributed import Ranks, Rows
 from .linear import LoSiALinear, losia_layers
-from .relocalize import MarginalObserver, new_subnet
+from .relocalize import ALL, MarginalObserver, new_subnet
 from .sharded import move_subnets_, uses_fully_shard
 
 
@@ -75,7 +75,7 @@ def _update(
     layer: LoSiALinear, observer: MarginalObserver, ranks: Ranks, rows: Rows | None
 ) -> Callable[[Tensor], None]:
     if rows is None:
-        return lambda grad: observer.update(layer.weight, ranks.mean_(grad), grad_scale=1.0)
+        return lambda grad, outputs=ALL: observer.update(layer.weight, ranks.mean_(grad), 1.0, outputs=outputs)
     return lambda grad: observer.update(rows.of(layer.weight), rows.scatter_mean(grad), grad_scale=1.0, rows=rows)
 
 

@@ -117,7 +117,7 @@ class LoSiALinear(nn.Linear):
         self.subnet = nn.Parameter(self.current_subnet.gather(self.weight.detach()).to(self._subnet_dtype))
         self.fingerprint: int | None = None  # of the weight it was made with; a sharded one cannot be compared any more
         self._probe: Tensor | None = None
-        self.observe_callback: Callable[[Tensor], None] | None = None
+        self.observe_callback: Callable[..., None] | None = None
 
     @property
     def _subnet_dtype(self) -> torch.dtype:
@@ -171,10 +171,12 @@ class LoSiALinear(nn.Linear):
         self.in_idx.copy_(subnet.in_idx)
         self.read_subnet_()
 
-    def observe_(self, on_gradient: Callable[[Tensor], None] | None) -> None:
+    def observe_(self, on_gradient: Callable[..., None] | None) -> None:
         """Call ``on_gradient`` with the dense gradient ``[out, in]`` of every backward, until called with None.
 
-        The gradient is whole (summed over the uses of the layer in one backward) and freed right after the call.
+        The gradient is whole (summed over the uses of the layer in one backward) and freed right after the call. Only
+        from ``losia_linear_cross_entropy`` it comes in blocks: ``on_gradient(grad[outputs], outputs)``, from the first
+        output to the last.
         """
         self.observe_callback = on_gradient
         self._probe = None if on_gradient is None else self._make_probe()

@@ -3,6 +3,7 @@
 One observer a layer and slot. ``update`` takes the dense gradient ``[out, in]`` of one micro-batch; ``select`` gives
 the new subnet; ``tensors`` is the state a checkpoint needs, made at the first update on the gradient's device. Where
 fully_shard has cut the weight, ``update`` and ``tensors`` are of this rank's ``rows``, and only sums are exchanged.
+The output layer's gradient comes in blocks ``[outputs, in]``, from the first output to the last.
 """
 
 import torch
@@ -15,6 +16,8 @@ from .linear import LoSiALinear
 from .selection import NonFiniteScoreError, select_from_importance, select_from_marginals
 from .subnet import Subnet
 
+ALL = slice(None)
+
 
 class SensitivityObserver:
     """Importance and uncertainty of every weight (Eqs. 3-6): two tensors ``[out, in]``."""
@@ -23,14 +26,17 @@ class SensitivityObserver:
         self.beta1, self.beta2 = beta1, beta2
         self.tensors: dict[str, Tensor] = {}
 
-    def update(self, weight: Tensor, grad: Tensor, grad_scale: float, rows: Rows | None = None) -> None:
+    def update(
+        self, weight: Tensor, grad: Tensor, grad_scale: float, rows: Rows | None = None, outputs: slice = ALL
+    ) -> None:
         if not self.tensors:
             dtype = eager.accumulate_dtype(weight.dtype)
             for name in ("importance", "uncertainty"):
                 self.tensors[name] = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
         ops.importance_update_(
-            **self.tensors, weight=weight, grad=grad, beta1=self.beta1, beta2=self.beta2, grad_scale=grad_scale
-        )
+            **{name: tensor[outputs] for name, tensor in self.tensors.items()},
+            weight=weight[outputs], grad=grad, beta1=self.beta1, beta2=self.beta2, grad_scale=grad_scale,
+        )  # fmt: skip
 
     def select(self, k_out: int, k_in: int, rows: Rows | None = None) -> Subnet:
         return select_from_importance(**self.tensors, k_out=k_out, k_in=k_in, rows=rows)
@@ -42,10 +48,12 @@ class GradientObserver:
     def __init__(self):
         self.tensors: dict[str, Tensor] = {}
 
-    def update(self, weight: Tensor, grad: Tensor, grad_scale: float, rows: Rows | None = None) -> None:
+    def update(
+        self, weight: Tensor, grad: Tensor, grad_scale: float, rows: Rows | None = None, outputs: slice = ALL
+    ) -> None:
         if not self.tensors:
-            self.tensors["gradient"] = torch.zeros_like(grad, dtype=eager.accumulate_dtype(weight.dtype))
-        self.tensors["gradient"] += grad
+            self.tensors["gradient"] = torch.zeros_like(weight, dtype=eager.accumulate_dtype(weight.dtype))
+        self.tensors["gradient"][outputs] += grad
 
     def select(self, k_out: int, k_in: int, rows: Rows | None = None) -> Subnet:
         return select_from_importance(self.tensors["gradient"].abs(), None, k_out, k_in, rows)
@@ -58,12 +66,20 @@ class MarginalObserver:
         self.beta1 = beta1
         self.tensors: dict[str, Tensor] = {}
 
-    def update(self, weight: Tensor, grad: Tensor, grad_scale: float, rows: Rows | None = None) -> None:
-        sums = ops.importance_marginals(weight, grad, grad_scale=grad_scale)  # [out], [in]
+    def update(
+        self, weight: Tensor, grad: Tensor, grad_scale: float, rows: Rows | None = None, outputs: slice = ALL
+    ) -> None:
+        out_sums, in_sums = ops.importance_marginals(weight[outputs], grad, grad_scale=grad_scale)
         if rows is not None:
-            sums = sums[0], rows.sum(sums[1])
-        for name, now in zip(("out_importance", "in_importance"), sums, strict=True):
-            self.tensors[name] = self.beta1 * self.tensors.get(name, 0) + (1 - self.beta1) * now
+            in_sums = rows.sum(in_sums)
+        if not self.tensors:
+            sizes = {"out_importance": weight.shape[0], "in_importance": weight.shape[1]}
+            self.tensors = {name: out_sums.new_zeros(size) for name, size in sizes.items()}
+        self.tensors["out_importance"][outputs] *= self.beta1
+        self.tensors["out_importance"][outputs] += (1 - self.beta1) * out_sums
+        if not outputs.start:  # the first block: the column sums of the others add to it
+            self.tensors["in_importance"] *= self.beta1
+        self.tensors["in_importance"] += (1 - self.beta1) * in_sums
 
     def select(self, k_out: int, k_in: int, rows: Rows | None = None) -> Subnet:
         out_sums = self.tensors["out_importance"]

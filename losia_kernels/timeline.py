@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .config import LoSiAConfig
 from .distributed import Ranks, RanksDifferError, Rows, fingerprint, is_sharded, refuse_engines, refuse_join
 from .linear import LoSiALinear, losia_layers
-from .relocalize import Observer, make_observer, new_subnet
+from .relocalize import ALL, Observer, make_observer, new_subnet
 from .schedule import Schedule
 from .selection import NonFiniteScoreError
 from .sharded import check_shards, move_subnets_, uses_fully_shard
@@ -118,16 +118,16 @@ class Timeline:
 
     def _start(self, layer: LoSiALinear, observer: Observer) -> None:
         self._observers[layer] = observer
-        layer.observe_(lambda grad: self._observed(layer, observer, grad))
+        layer.observe_(lambda grad, outputs=ALL: self._observed(layer, observer, grad, outputs))
 
-    def _observed(self, layer: LoSiALinear, observer: Observer, grad: Tensor) -> None:
+    def _observed(self, layer: LoSiALinear, observer: Observer, grad: Tensor, outputs: slice) -> None:
         rows = self._rows(layer)
         if rows is not None:
             observer.update(rows.of(layer.weight), rows.scatter_mean(grad), self.loss_divisor, rows)
             return
         if self.config.importance_sync == "gradient":
             grad = self.ranks.mean_(grad)
-        observer.update(layer.weight, grad, self.loss_divisor)
+        observer.update(layer.weight, grad, self.loss_divisor, outputs=outputs)
 
     def _stop(self, layer: LoSiALinear) -> None:
         del self._observers[layer]
