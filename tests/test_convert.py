@@ -82,6 +82,14 @@ def test_an_output_layer_can_be_named():
     assert groups(apply(model, "head", output_dim_factor=0.5)) == {"head": (0, "head"), "layers.0.up": (1, "layers.0")}
 
 
+def test_an_output_layer_among_the_targets_is_an_output_layer_only():
+    model = apply(tiny_lm(), target_modules=["up_proj", "lm_head"], output_dim_factor=0.5)
+    assert groups(model) == {"model.layers.0.up_proj": (1, "model.layers.0"), "lm_head": (0, "lm_head"),
+                             "model.layers.1.up_proj": (2, "model.layers.1")}
+    flat = apply(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 9)), "1", output_dim_factor=1.0)
+    assert groups(flat) == {"0": (0, "0"), "1": (None, "1")}
+
+
 def test_gpt_neox_like():
     model = nest("gpt_neox.layers", nn.ModuleList([nest("attention.query_key_value", nn.Linear(4, 12)),
                                                    nest("mlp.dense_h_to_4h", nn.Linear(4, 16))]))
@@ -115,6 +123,9 @@ def test_a_sequential_groups_by_child_and_inside_a_list_it_does_not():
     model.stem = nn.Sequential(nn.Linear(4, 4))
     model.layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))])
     assert groups(apply(model)) == {"layers.0.0": (0, "layers.0"), "layers.0.1": (0, "layers.0")}
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model.norms = nn.ModuleList([nn.LayerNorm(4)])  # a list without targets says nothing of the blocks
+    assert groups(apply(model)) == {"0": (0, "0"), "1": (1, "1")}
     assert groups(apply(nn.ModuleList([linears("a"), linears("a")]))) == {"0.a": (0, "0"), "1.a": (1, "1")}
 
 
@@ -345,7 +356,10 @@ def test_export_drops_the_prefixes_of_ddp_and_compile(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-def test_a_module_of_the_model_may_be_called_like_a_subnets_key():
-    model = nn.ModuleDict({"subnet": nn.Linear(4, 4), "out_idx": nn.LayerNorm(4)})
+def test_only_subnets_are_left_out_of_the_export():
+    model = linears("up")
+    model.norm = nn.Module()
+    model.norm.register_buffer("out_idx", torch.ones(1))
+    model.register_parameter("subnet", nn.Parameter(torch.ones(1)))
     keys = list(model.state_dict())
     assert list(export_state_dict(apply(model))) == keys

@@ -191,6 +191,7 @@ def test_a_copy_of_an_observing_layer_is_whole_and_observes_for_nobody(copied):
     layer.observe_(seen.append)
     twin = copied(layer)
     assert same_tensors(twin.state_dict(), layer.state_dict()) and twin.weight is not layer.weight
+    assert twin._probe is None  # else it would keep all of its inputs
     twin(x).sum().backward()
     assert not seen
     layer(x).sum().backward()
