@@ -66,6 +66,11 @@ class Ranks:
         """Which of ``flags`` are set on at least one rank."""
         return [any(ranks) for ranks in zip(*self._gather(flags), strict=True)]
 
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.size > 1:
+            dist.barrier(group=self.group)
+
     def check_same(self, values: dict[str, object], fingerprints: dict[str, int | None]) -> None:
         """Raise RanksDifferError, naming what and where, unless all ranks hold the same; None fits any fingerprint.
 

@@ -56,6 +56,7 @@ class LoSiAAdamW(torch.optim.Optimizer):
             groups.append({"params": dense})
         super().__init__(groups, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         self.timeline.bind(self)
+        self.register_state_dict_pre_hook(_complete_state)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -66,6 +67,8 @@ class LoSiAAdamW(torch.optim.Optimizer):
                 loss = closure()
         timeline = self.timeline
         timeline.check_parameters(self)
+        if self._only_makes_state():
+            return loss
         for number, layers in enumerate(timeline.groups):
             lr = float(self.param_groups[number]["lr"]) * timeline.lr_factor(number)
             self._update_subnets(layers, self.param_groups[number], lr)
@@ -75,6 +78,24 @@ class LoSiAAdamW(torch.optim.Optimizer):
             self._update_dense(group["params"][len(timeline.dense):], group)
         timeline.advance(self)
         return loss
+
+    def _only_makes_state(self) -> bool:
+        """torch.distributed.checkpoint makes a new optimizer's state by a step at lr 0 with zero gradients, which is no
+        step of the clock."""
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if self.state or any(float(group["lr"]) for group in self.param_groups):
+            return False
+        if any(bool((own(p.grad) if is_sharded(p.grad) else p.grad).any()) for p in parameters):
+            return False
+        self._make_state()
+        return True
+
+    def _make_state(self) -> None:
+        for layer in chain.from_iterable([*self.timeline.groups, self.timeline.dense]):
+            self._state(layer.subnet)
+        if len(self.param_groups) > len(self.timeline.groups):
+            for parameter in self.param_groups[-1]["params"][len(self.timeline.dense):]:
+                self._state(parameter, master=parameter.dtype in (torch.bfloat16, torch.float16))
 
     def _update_subnets(self, layers: list[LoSiALinear], group: dict, lr: float) -> None:
         layers = [layer for layer in layers if layer.subnet.grad is not None]
@@ -145,6 +166,12 @@ class LoSiAAdamW(torch.optim.Optimizer):
             for key, value in state_dict["state"].get(i, {}).items():
                 if key in ("exp_avg", "exp_avg_sq", "master"):
                     self.state[parameter][key] = value.to(parameter.device, copy=True)
+
+
+def _complete_state(optimizer: LoSiAAdamW) -> None:
+    """Of shards, torch.distributed.checkpoint wants the state of every parameter, also of one just relocalized."""
+    if optimizer.timeline.sharded:
+        optimizer._make_state()
 
 
 def _rounding_seed(seed: int, layer_name: str, step: int) -> int:

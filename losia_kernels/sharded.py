@@ -44,6 +44,16 @@ def own(tensor: Tensor) -> Tensor:
     return tensor.detach().to_local()
 
 
+def as_shard(rows: Tensor, size: int, parameter: Tensor) -> Tensor:
+    """This rank's ``rows`` of a ``[size, ...]`` tensor as a DTensor laid out as ``parameter``, for checkpoints."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        rows, parameter.device_mesh, parameter.placements,
+        run_check=False, shape=torch.Size((size, *rows.shape[1:])), stride=rows.stride(),
+    )  # fmt: skip
+
+
 @torch.no_grad()
 def write_back_(layers: Sequence[LoSiALinear], ranks: Ranks) -> None:
     """Round this rank's rows of the subnets into the rows of the weights, wherever those are; one collective."""

@@ -14,7 +14,7 @@ from .linear import LoSiALinear, losia_layers
 from .relocalize import ALL, Observer, make_observer, new_subnet
 from .schedule import Schedule
 from .selection import NonFiniteScoreError
-from .sharded import check_shards, move_subnets_, uses_fully_shard
+from .sharded import as_shard, check_shards, move_subnets_, own, uses_fully_shard
 
 # What a resumed run may choose anew: all other fields say where the timeline stands or what the state means.
 _FREE_FIELDS = ("init_subnet", "seed", "target_modules", "exclude_modules", "modules_to_save", "rank_pattern")
@@ -110,11 +110,12 @@ class Timeline:
 
     def _observe(self) -> None:
         """Let exactly the layers whose turn it is observe; those that do already go on."""
-        due = {layer for group in self.observing for layer in self.groups[group]}
+        due = [layer for group in self.observing for layer in self.groups[group]]  # in the same order on every rank
         for layer in [layer for layer in self._observers if layer not in due]:
             self._stop(layer)
-        for layer in due - self._observers.keys():
-            self._start(layer, make_observer(self.config))
+        for layer in due:
+            if layer not in self._observers:
+                self._start(layer, make_observer(self.config))
 
     def _start(self, layer: LoSiALinear, observer: Observer) -> None:
         self._observers[layer] = observer
@@ -214,14 +215,31 @@ class Timeline:
         position = {parameter: i for i, parameter in enumerate(_parameters(optimizer))}
         state = dict(state_dict["state"])
         for layer, observer in self._observers.items():
-            if observer.tensors:
+            tensors = self._shards(layer, observer) if self.sharded else observer.tensors
+            if tensors:
                 i = position[layer.subnet]
-                state[i] = {**state.get(i, {}), **{f"losia_{k}": tensor for k, tensor in observer.tensors.items()}}
+                state[i] = {**state.get(i, {}), **{f"losia_{k}": tensor for k, tensor in tensors.items()}}
         groups = [
             {**group, "losia_step": self.step, "losia_config": asdict(self.config)}
             for group in state_dict["param_groups"]
         ]
         return {**state_dict, "state": state, "param_groups": groups}
+
+    def _shards(self, layer: LoSiALinear, observer: Observer) -> dict[str, Tensor]:
+        """The observer's tensors, zeros before the first: torch.distributed.checkpoint wants one set of keys a step."""
+        if not observer.tensors:
+            weight, observer = own(layer.weight), make_observer(self.config)
+            observer.update(weight, torch.zeros_like(weight), 1.0, self._rows(layer))
+        return {
+            name: tensor if name == "in_importance" else as_shard(tensor, layer.out_features, layer.weight)
+            for name, tensor in observer.tensors.items()
+        }
+
+    def resume_at(self, step: int) -> None:
+        """Set the clock before ``optimizer.state_dict()`` is asked which tensors to load, as accelerate's and torch's
+        loading of sharded checkpoints does: the layers that observe differ from step to step."""
+        self.step = step
+        self._observe()
 
     def _check_loaded(self, optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
         """Take out what is ours, after checking that it fits; the optimizer loads the rest."""
@@ -250,6 +268,12 @@ class Timeline:
                     observed[layer] = ours
             if rest:
                 state[i] = rest
+        expected = [layer for group in self.schedule.observing(saved["losia_step"]) for layer in self.groups[group]]
+        if self.sharded and any(layer not in observed for layer in expected):
+            raise ValueError(
+                f"the loaded state lacks the importance of the layers that observe at step {saved['losia_step']}: call "
+                f"timeline.resume_at({saved['losia_step']}) before loading, or use losia_kernels.checkpoint.load_checkpoint"
+            )
         self._loaded = {"step": saved["losia_step"], "observed": observed}
         groups = [{k: v for k, v in g.items() if not k.startswith("losia_")} for g in state_dict["param_groups"]]
         return {**state_dict, "state": state, "param_groups": groups}
@@ -261,8 +285,15 @@ class Timeline:
         self.step = loaded["step"]
         self._observe()
         for layer, tensors in loaded["observed"].items():
-            device = layer.weight.device
+            device = layer.out_idx.device
+            tensors = {k: own(tensor) if is_sharded(tensor) else tensor for k, tensor in tensors.items()}
             self._observers[layer].tensors = {k: tensor.to(device, copy=True) for k, tensor in tensors.items()}
+        if self.sharded:  # zeros stand for an observer that has seen nothing yet
+            observers = [self._observers[layer] for layer in loaded["observed"]]
+            seen = self.ranks.any([any(bool(t.any()) for t in observer.tensors.values()) for observer in observers])
+            for observer, anywhere in zip(observers, seen, strict=True):
+                if not anywhere:
+                    observer.tensors = {}
         self._check_position([layer for layers in self.groups for layer in layers])
 
 

@@ -7,13 +7,16 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from tiny import make_batches, tiny_lm
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach, calibrate
+from losia_kernels.checkpoint import full_state_dict, load_checkpoint, save_checkpoint
 from losia_kernels.distributed import Ranks, RanksDifferError, fingerprint
 from losia_kernels.linear import losia_layers
 
@@ -316,3 +319,85 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
     whole = {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in
              model.state_dict().items()}
     return {key: value.detach().cpu().clone() for key, value in whole.items()}
+
+
+# checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+def make(device: torch.device, engine: str, run: Run):
+    """Model, what to call, optimizer and timeline, under ``engine``: "ddp", "fsdp" or "none"."""
+    model = forward = convert(run, device)
+    if engine == "ddp":
+        forward = DistributedDataParallel(model)
+    elif engine == "fsdp":
+        shard(model, {})
+    return model, forward, *make_optimizer(run, forward)
+
+
+def advance(run: Run, device: torch.device, forward, optimizer, timeline, until: int) -> None:
+    """Train to step ``until``, always on the same global batches."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    for batch in batches_of(run, rank, size, device)[timeline.step : until]:
+        forward(**batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def whole_optimizer(model: nn.Module, optimizer) -> dict:
+    """Everything in the optimizer's state dict, shards gathered, by the parameter's name and the entry's."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+    return {
+        f"{order[i]}:{kind}": (value.full_tensor() if isinstance(value, DTensor) else value).cpu().clone()
+        for i, state in optimizer.state_dict()["state"].items()
+        for kind, value in state.items()
+    }
+
+
+def save(device: torch.device, engine: str, run: Run, step: int, folder: str) -> tuple[dict, dict]:
+    model, forward, optimizer, timeline = make(device, engine, run)
+    advance(run, device, forward, optimizer, timeline, step)
+    save_checkpoint(folder, forward, optimizer, {"place": step}, timeline)
+    return whole_state(model), whole_optimizer(model, optimizer)
+
+
+def load(device: torch.device, engine: str, run: Run, folder: str, until: int | None = None) -> tuple[dict, dict, int]:
+    model, forward, optimizer, timeline = make(device, engine, run)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    extra = load_checkpoint(folder, forward, optimizer, timeline)
+    assert extra == {"place": timeline.step}
+    if until is not None:
+        advance(run, device, forward, optimizer, timeline, until)
+    return whole_state(model), whole_optimizer(model, optimizer), timeline.step
+
+
+def straight(device: torch.device, engine: str, run: Run, until: int) -> tuple[dict, dict]:
+    model, forward, optimizer, timeline = make(device, engine, run)
+    advance(run, device, forward, optimizer, timeline, until)
+    return whole_state(model), whole_optimizer(model, optimizer)
+
+
+def torch_helpers(device: torch.device, run: Run, step: int, until: int, folder: str) -> tuple[dict, dict]:
+    """Save and resume a sharded run as accelerate does: get_state_dict, dcp.save, dcp.load, set_state_dict."""
+    model, forward, optimizer, timeline = make(device, "fsdp", run)
+    advance(run, device, forward, optimizer, timeline, step)
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
+
+    model, forward, optimizer, timeline = make(device, "fsdp", run)
+    timeline.resume_at(step)
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    assert timeline.step == step, "making the state was taken for a step"
+    state = {"model": model_state, "optimizer": optimizer_state}
+    dcp.load(state, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    advance(run, device, forward, optimizer, timeline, until)
+    return whole_state(model), whole_optimizer(model, optimizer)
+
+
+def export(device: torch.device, engine: str) -> dict:
+    model, forward, optimizer, timeline = make(device, engine, Run())
+    advance(Run(), device, forward, optimizer, timeline, 3)
+    return full_state_dict(forward)
