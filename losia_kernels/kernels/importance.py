@@ -1,5 +1,6 @@
 """Importance of every weight from one micro-batch (Eqs. 3-6), smoothed in place or summed per neuron."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -123,12 +124,13 @@ def launch_importance_update_(
     """``ops.importance_update_`` on the device: one read of the four tensors, one write of the first two."""
     size_out, size_in = weight.shape
     config = launch_config("importance_update_", weight, n_out=size_out, n_in=size_in)
-    importance_update_kernel[tile_grid(config, size_out, size_in)](
-        importance, uncertainty, weight, grad, size_out, size_in,
-        *importance.stride(), *uncertainty.stride(), *weight.stride(), *grad.stride(),
-        beta1, 1 - beta1, beta2, 1 - beta2, grad_scale,
-        KIND=kind, BLOCK_OUT=config.block_out, BLOCK_IN=config.block_in, **config.compiler,
-    )  # fmt: skip
+    with torch.cuda.device_of(weight):
+        importance_update_kernel[tile_grid(config, size_out, size_in)](
+            importance, uncertainty, weight, grad, size_out, size_in,
+            *importance.stride(), *uncertainty.stride(), *weight.stride(), *grad.stride(),
+            beta1, 1 - beta1, beta2, 1 - beta2, grad_scale,
+            KIND=kind, BLOCK_OUT=config.block_out, BLOCK_IN=config.block_in, **config.compiler,
+        )  # fmt: skip
 
 
 def launch_importance_marginals(
@@ -138,8 +140,9 @@ def launch_importance_marginals(
     size_out, size_in = weight.shape
     config = launch_config("importance_marginals", weight, n_out=size_out, n_in=size_in)
     out_partials, in_partials = empty_partials(weight, config)
-    importance_marginals_kernel[tile_grid(config, size_out, size_in)](
-        out_partials, in_partials, weight, grad, size_out, size_in, *weight.stride(), *grad.stride(), grad_scale,
-        KIND=kind, BLOCK_OUT=config.block_out, BLOCK_IN=config.block_in, **config.compiler,
-    )  # fmt: skip
+    with torch.cuda.device_of(weight):
+        importance_marginals_kernel[tile_grid(config, size_out, size_in)](
+            out_partials, in_partials, weight, grad, size_out, size_in, *weight.stride(), *grad.stride(), grad_scale,
+            KIND=kind, BLOCK_OUT=config.block_out, BLOCK_IN=config.block_in, **config.compiler,
+        )  # fmt: skip
     return out_partials.sum(0), in_partials.sum(0)

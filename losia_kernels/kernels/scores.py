@@ -64,9 +64,10 @@ def launch_score_marginals(
     size_out, size_in = importance.shape
     config = launch_config("score_marginals", importance, n_out=size_out, n_in=size_in)
     out_partials, in_partials = empty_partials(importance, config)
-    score_marginals_kernel[tile_grid(config, size_out, size_in)](
-        out_partials, in_partials, importance, uncertainty, chosen(out_idx, size_out), chosen(in_idx, size_in),
-        size_out, size_in, *importance.stride(), *(importance if uncertainty is None else uncertainty).stride(),
-        BLOCK_OUT=config.block_out, BLOCK_IN=config.block_in, **config.compiler,
-    )  # fmt: skip
+    with torch.cuda.device_of(importance):
+        score_marginals_kernel[tile_grid(config, size_out, size_in)](
+            out_partials, in_partials, importance, uncertainty, chosen(out_idx, size_out), chosen(in_idx, size_in),
+            size_out, size_in, *importance.stride(), *(importance if uncertainty is None else uncertainty).stride(),
+            BLOCK_OUT=config.block_out, BLOCK_IN=config.block_in, **config.compiler,
+        )  # fmt: skip
     return out_partials.sum(0), in_partials.sum(0)

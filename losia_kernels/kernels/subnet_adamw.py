@@ -1,5 +1,6 @@
 """AdamW on the subnet and, in the same pass, its new values into the rows and columns of the weight."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -97,13 +98,14 @@ def launch_subnet_adamw_(
     k_out, k_in = subnet.shape
     grad = grad if grad.dim() == 3 else grad.unsqueeze(0)  # [splits, k_out, k_in]
     config = launch_config("subnet_adamw_", subnet, n_out=k_out, n_in=k_in)
-    subnet_adamw_kernel[tile_grid(config, k_out, k_in)](
-        weight, subnet, grad, exp_avg, exp_avg_sq, out_idx.contiguous(), in_idx.contiguous(),
-        k_out, k_in, *weight.stride(), *subnet.stride(), *grad.stride(), *exp_avg.stride(), *exp_avg_sq.stride(),
-        1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay, lr / (1 - beta1**step), (1 - beta2**step) ** 0.5,
-        signed_32_bits(seed or 0), SPLITS=grad.shape[0], STOCHASTIC=seed is not None,
-        BLOCK_OUT=config.block_out, BLOCK_IN=config.block_in, **config.compiler,
-    )  # fmt: skip
+    with torch.cuda.device_of(weight):
+        subnet_adamw_kernel[tile_grid(config, k_out, k_in)](
+            weight, subnet, grad, exp_avg, exp_avg_sq, out_idx.contiguous(), in_idx.contiguous(),
+            k_out, k_in, *weight.stride(), *subnet.stride(), *grad.stride(), *exp_avg.stride(), *exp_avg_sq.stride(),
+            1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay, lr / (1 - beta1**step), (1 - beta2**step) ** 0.5,
+            signed_32_bits(seed or 0), SPLITS=grad.shape[0], STOCHASTIC=seed is not None,
+            BLOCK_OUT=config.block_out, BLOCK_IN=config.block_in, **config.compiler,
+        )  # fmt: skip
 
 
 def signed_32_bits(value: int) -> int:
