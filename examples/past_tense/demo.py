@@ -16,6 +16,7 @@ import task
 import torch
 from train import BATCH, LEARNING_RATE, STEPS
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 SHOWN = 8  # generations
 
@@ -81,4 +82,5 @@ def generations(results: dict[str, dict]) -> str:
 
 
 if __name__ == "__main__":
+    logging.disable_progress_bar()
     main()

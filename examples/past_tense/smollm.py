@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -38,4 +39,5 @@ def model_folder(cache: Path) -> Path:
 
 
 if __name__ == "__main__":
+    logging.disable_progress_bar()
     print(model_folder(Path(sys.argv[1])))

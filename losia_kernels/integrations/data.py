@@ -180,8 +180,8 @@ def pack(samples: list[dict[str, np.ndarray]], max_length: int) -> list[dict[str
 class Collator:
     """Pads samples on the right to the longest of the batch: int64 ``[batch, length]`` tensors.
 
-    Plain samples get an ``attention_mask``. Packed rows get ``position_ids`` instead, and their padding is one more
-    document of its own.
+    Plain samples get an ``attention_mask``. Packed rows get ``position_ids`` instead; there each token of the padding,
+    all at position 0, is a document of its own.
     """
 
     pad_token_id: int
@@ -195,9 +195,7 @@ class Collator:
             size = len(sample["input_ids"])
             for key, values in sample.items():
                 batch[key][row, :size] = torch.from_numpy(values)
-            if packed:
-                batch["position_ids"][row, size:] = torch.arange(shape[1] - size)
-            else:
+            if not packed:
                 batch["attention_mask"][row, :size] = 1
         return batch
 

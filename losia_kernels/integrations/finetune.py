@@ -94,7 +94,6 @@ class FinetuneTrainer(Trainer):
 
     def __init__(self, model, args: TrainingArguments, **kwargs):
         args._n_gpu = min(args.n_gpu, 1)  # with more, the Trainer would wrap the model in DataParallel
-        model.config.use_cache = False  # with a cache, transformers does not look for packed samples
         super().__init__(model, args, **kwargs)
         self.remove_callback(PrinterCallback)
 

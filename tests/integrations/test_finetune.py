@@ -14,7 +14,7 @@ from tiny_llama import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from losia_kernels import cli
-from losia_kernels.integrations.checkpoints import MARKER, last_checkpoint
+from losia_kernels.integrations.checkpoints import MARKER, last_checkpoint, save_model
 from losia_kernels.integrations.data import Collator, load_samples
 from losia_kernels.integrations.finetune import finetune
 from losia_kernels.integrations.options import FinetuneOptions, InputError
@@ -47,6 +47,13 @@ def loss_on(data: Path, model_folder: Path) -> float:
     samples, _ = load_samples(data, make_tokenizer(), 64)
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     return float(model(**Collator(256)(samples)).loss)
+
+
+class FirstStep(TrainerCallback):
+    """Where training began."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.step = state.global_step
 
 
 class Kill(TrainerCallback):
@@ -112,7 +119,6 @@ def test_log_and_picture(whole_run):
 
 
 def test_a_killed_run_resumes_to_the_same_bits(whole_run, tmp_path, model_folder):
-    killed = options(tmp_path, model_folder)
     code = "import sys; sys.path[:0] = [sys.argv[1]]; import test_finetune as t; from pathlib import Path\n" \
            "t.finetune(t.options(Path(sys.argv[2]), Path(sys.argv[3])), callbacks=(t.Kill(),))"  # fmt: skip
     arguments = [str(Path(__file__).parent), str(tmp_path), str(model_folder)]
@@ -122,13 +128,14 @@ def test_a_killed_run_resumes_to_the_same_bits(whole_run, tmp_path, model_folder
     assert not (run / "model").exists()
     assert [entry["step"] for entry in read_log(run / "log.jsonl")][-1] == KILLED_AT - 1
     assert last_checkpoint(run / "checkpoints").name == "checkpoint-8"
-    finetune(options(tmp_path, model_folder, resume=True))
+    first = FirstStep()
+    finetune(options(tmp_path, model_folder, resume=True), callbacks=(first,))
+    assert first.step == 8
     whole, resumed = (load_file(folder / "model" / "model.safetensors") for folder in (whole_run, run))
     for name, weight in whole.items():
         assert torch.equal(weight, resumed[name]), name
     losses = [[e.get("loss", e.get("eval_loss")) for e in read_log(f / "log.jsonl")] for f in (whole_run, run)]
     assert losses[0] == losses[1]
-    assert killed.output == str(run)
 
 
 def test_resume_with_other_options_or_data_is_refused(whole_run, tmp_path, model_folder):
@@ -163,6 +170,18 @@ def test_an_interrupted_checkpoint_is_not_resumed_from(tmp_path):
             (folder / MARKER).write_text("{}")
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
     assert not (tmp_path / "checkpoint-12").exists()
+
+
+def test_a_model_is_written_whole_or_not_at_all(tmp_path):
+    class Full:
+        def save_pretrained(self, folder):
+            raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        save_model(make_model(), Full(), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    save_model(make_model(), make_tokenizer(), tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_export_is_the_model_at_that_step(whole_run, tmp_path):
