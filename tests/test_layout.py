@@ -86,8 +86,9 @@ def package_files() -> list[Path]:
 @pytest.mark.parametrize("file", package_files(), ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_imports_go_strictly_downward(file):
     name = str(file.relative_to(PACKAGE).with_suffix(""))
+    floor = floor_of(name)
     for other in imported(file):
-        assert floor_of(other) < floor_of(name), f"{name} (floor {floor_of(name)}) imports {other} ({floor_of(other)})"
+        assert floor_of(other) < floor, f"{name} (floor {floor}) imports {other} (floor {floor_of(other)})"
 
 
 def test_the_reader_of_imports_sees_every_form():
