@@ -1,0 +1,167 @@
+"""One decoder layer, and its linears alone: forward, backward and update of every method over the frozen floor.
+
+The floor is measured again inside each job, before and after the method, so that a ratio never crosses a change of the
+clocks.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .gradients import Reference
+from .harness import Timing, measure, rotation
+from .jobs import Job
+from .live_bytes import LiveBytes, SavedBytes
+from .methods import LAYER_METHODS, Options, Prepared, get_method
+from .methods.galore import project_once
+from .models import STACKS, build_stack, shape_of
+
+LATE = ("losia-reference", "pissa", "lora-defaults", "unsloth")  # slow to prepare, or less asked for
+
+
+class Inputs:
+    """Sets of ``x [b, t, d]`` and of gradients of the outputs, rotated."""
+
+    def __init__(self, module: nn.Module, batch: int, context: int):
+        weight = next(module.parameters())
+        generator = torch.Generator(weight.device).manual_seed(1)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, device=weight.device, dtype=torch.float32).to(weight.dtype)
+
+        def one_set() -> tuple[Tensor, list[Tensor]]:
+            x = draw(batch, context, module.width)
+            with torch.no_grad():
+                outputs = _tuple(module(x))
+            return x.requires_grad_(), [draw(*y.shape) for y in outputs]
+
+        first = one_set()
+        sets = rotation(first[0].nbytes + sum(dy.nbytes for dy in first[1]), weight.device)
+        self.sets = [first] + [one_set() for _ in range(sets - 1)]
+
+    def __getitem__(self, number: int) -> tuple[Tensor, list[Tensor]]:
+        return self.sets[number % len(self.sets)]
+
+
+def _tuple(outputs: Any) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def backward_dx(inputs: Inputs):
+    """Forward and backward on the first set, in the model's dtype; returns dx."""
+
+    def run(module: nn.Module) -> Tensor:
+        dtype = next(module.parameters()).dtype
+        x, grads = inputs[0]
+        x = x.detach().to(dtype).requires_grad_()
+        outputs = _tuple(module(x))
+        torch.autograd.backward(outputs, [dy.to(y.dtype) for dy, y in zip(grads, outputs, strict=True)])
+        return x.grad
+
+    return run
+
+
+def step_phases(prepared: Prepared, inputs: Inputs) -> dict:
+    """forward, backward, update: one training step, each a function of the repetition's number."""
+    state: dict[str, Any] = {}
+    device = inputs[0][0].device.type
+
+    def forward(number: int) -> None:
+        x, _ = inputs[number]
+        x.grad = None
+        with torch.autocast(device, torch.bfloat16, enabled=prepared.autocast):
+            state["outputs"] = _tuple(prepared.module(x))
+
+    def backward(number: int) -> None:
+        outputs, grads = state.pop("outputs"), inputs[number][1]
+        torch.autograd.backward(outputs, [dy.to(y.dtype) for dy, y in zip(grads, outputs, strict=True)])
+
+    return {"forward": forward, "backward": backward, "update": lambda number: prepared.update()}
+
+
+def memory_of_step(prepared: Prepared, inputs: Inputs) -> dict[str, int]:
+    """Bytes kept for the backward, and the peak of a step above what is there before it (inputs, weights, state)."""
+    phases = step_phases(prepared, inputs)
+    device = inputs[0][0].device
+    known = [*prepared.module.parameters(), *prepared.module.buffers(), inputs[0][0]]
+    with SavedBytes(known) as saved:
+        phases["forward"](0)
+    phases["backward"](0)
+    phases["update"](0)
+    return {"saved_bytes": saved.total, "peak_bytes": peak_bytes(phases, device)}
+
+
+def peak_bytes(phases: dict, device: torch.device) -> int:
+    """Peak of one step above its start: the allocator's on a GPU, live tensors on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        for phase in phases.values():
+            phase(0)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with LiveBytes() as live:
+        for phase in phases.values():
+            phase(0)
+    return live.peak
+
+
+def run_layer(
+    method_name: str, model: str, stack: str, batch: int, context: int, device: torch.device, dtype: torch.dtype,
+    options: Options,
+) -> dict[str, Any]:  # fmt: skip
+    """The row of one method on one stack."""
+    torch.manual_seed(0)
+    method, floor_method = get_method(method_name), get_method("frozen")
+    plain = build_stack(model, stack, device, dtype)
+    inputs = Inputs(plain, batch, context)
+    reference = Reference(plain, backward_dx(inputs))
+    prepared = method.prepare(plain, options)
+    passed = reference.check(method, prepared)
+    del reference
+    floor = floor_method.prepare(build_stack(model, stack, device, dtype), options)
+
+    memory = memory_of_step(prepared, inputs)
+    before = measure(step_phases(floor, inputs), device, seconds=0.5)["total"]
+    timings = measure(step_phases(prepared, inputs), device, seconds=1.0)
+    after = measure(step_phases(floor, inputs), device, seconds=0.5)["total"]
+    return {
+        "gate": passed, "trained": prepared.trained, **memory,
+        **{phase: timing.to_dict() for phase, timing in timings.items()},
+        "floor_ms": (before.ms + after.ms) / 2, "floor_spread_ms": abs(before.ms - after.ms),
+    }  # fmt: skip
+
+
+def run_svd(model: str, linear: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """GaLore's SVD of one weight's gradient, every 200 steps."""
+    gradient = torch.randn(*shape_of(model).linears[linear], device=device, dtype=dtype)
+    timing: Timing = measure({"svd": lambda i: project_once(gradient)}, device, repeats=1, warmup=1)["svd"]
+    return {"total": timing.to_dict()}
+
+
+def jobs(device: torch.device, dtype: torch.dtype, methods: tuple[str, ...] = LAYER_METHODS) -> Iterator[Job]:
+    gpu = device.type == "cuda"
+    models = ("llama-2-7b", "gemma-2b", "llama-2-13b") if gpu else ("smollm2-135m",)
+    batch, context = (4, 2048) if gpu else (1, 256)
+    for place, model in enumerate(models):
+        for stack in reversed(STACKS):
+            for rank, name in enumerate(methods):
+                late = name in LATE
+                settings = {"model": model, "stack": stack, "batch": batch, "context": context,
+                            "dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
+
+                def run(name=name, model=model, stack=stack) -> dict:
+                    return run_layer(name, model, stack, batch, context, device, dtype, Options())
+
+                priority = 10 + 60 * place + (25 if late else 0) + (stack == "linears") + rank / 100
+                yield Job("layer", name, settings, run, priority)
+    for linear in ("q_proj", "up_proj"):
+        settings = {"model": models[0], "linear": linear, "dtype": str(dtype).removeprefix("torch.")}
+
+        def run(linear=linear) -> dict:
+            return run_svd(models[0], linear, device, dtype)
+
+        yield Job("layer", "galore-svd", settings, run, 70)

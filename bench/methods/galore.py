@@ -1,0 +1,45 @@
+"""GaLore: dense gradients, AdamW on their projection to rank 512; the authors' galore-torch."""
+
+import torch
+from torch import Tensor, nn
+
+from .base import Method, Options, Prepared, count, decoder_linears, stepper
+from .imports import import_peer
+
+RANK, GAP, SCALE = 512, 200, 2.0  # the LoSiA paper's A.3
+
+
+def _prepare(model: nn.Module, options: Options) -> Prepared:
+    peer = import_peer("galore_torch")
+    model.requires_grad_(False)
+    weights = [linear.weight.requires_grad_() for linear in decoder_linears(model).values()]
+    groups = [{"params": weights, "rank": RANK, "update_proj_gap": GAP, "scale": SCALE, "proj_type": "std"}]
+    optimizer = peer.GaLoreAdamW(groups, lr=1e-4, no_deprecation_warning=True)
+    for weight in weights:
+        _give_projection(optimizer, weight)
+    return Prepared(model, stepper(optimizer), count(weights))
+
+
+def _give_projection(optimizer: torch.optim.Optimizer, weight: Tensor) -> None:
+    """Start between two SVDs, at a random projection: their cost is a row of its own."""
+    projector_class = import_peer("galore_torch.galore_projector").GaLoreProjector
+    projector = projector_class(RANK, update_proj_gap=GAP, scale=SCALE, proj_type="std")
+    rank = min(RANK, *weight.shape)
+    short = min(weight.shape)
+    projection = torch.randn(short, rank, device=weight.device).mul_(short**-0.5).to(weight.dtype)
+    tall = weight.shape[0] >= weight.shape[1]
+    projector.ortho_matrix = projection.T.contiguous() if tall else projection
+    optimizer.state[weight].update(projector=projector, step=1)
+
+
+def project_once(gradient: Tensor) -> Tensor:
+    """What GaLore does to one matrix every 200 steps: the SVD of its gradient ``[out, in]``."""
+    projector_class = import_peer("galore_torch.galore_projector").GaLoreProjector
+    side = "right" if gradient.shape[0] >= gradient.shape[1] else "left"
+    return projector_class(RANK).get_orthogonal_matrix(gradient, RANK, type=side)
+
+
+GALORE = Method(
+    "galore", "GaLore", "galore-torch GaLoreAdamW, rank 512, scale 2, gap 200, moments in the gradient's dtype; "
+    "without the SVD", _prepare,
+)  # fmt: skip

@@ -1,0 +1,210 @@
+"""A whole causal LM: forward, backward and update in microseconds a token, and the peak of a step.
+
+Random weights from the config, random tokens, loss over all positions, SDPA attention, no KV cache.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from losia_kernels.memory import Setting, estimate, largest
+
+from .gradients import Reference
+from .harness import measure
+from .jobs import Job, free_memory
+from .layer import LATE, peak_bytes
+from .methods import MODEL_METHODS, Options, Prepared, get_method
+from .models import build_model, shape_of
+
+GATE_TOKENS = 256
+PREDICTED = {  # the memory model's name and settings of a method
+    "frozen": {"method": "frozen"},
+    "full": {"method": "full"},
+    "lora": {"method": "lora"},
+    "lora-fp32": {"method": "lora", "adapter_bytes": 4},
+    "pissa": {"method": "lora"},
+    "dora": {"method": "dora"},
+    "galore": {"method": "galore", "rank": 512},
+    "losia-pro": {"method": "losia"},
+    "losia-dense": {"method": "losia-dense"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One row's setting."""
+
+    method: str
+    model: str
+    batch: int
+    context: int
+    checkpointing: bool
+    options: Options = Options()
+
+    def settings(self, dtype: torch.dtype) -> dict[str, Any]:
+        values = {key: getattr(self, key) for key in ("model", "batch", "context", "checkpointing")}
+        values |= {key: getattr(self.options, key) for key in get_method(self.method).options}
+        return {**values, "dtype": str(dtype).removeprefix("torch.")}
+
+
+def predicted_bytes(run: Run, dtype: torch.dtype) -> int | None:
+    """What the memory model says; None for a method or dtype that it does not know."""
+    if run.method not in PREDICTED or dtype.itemsize != 2:
+        return None
+    options = {"rank": run.options.rank, **PREDICTED[run.method]}
+    setting = Setting(
+        batch=run.batch, context=run.context, checkpointing=run.checkpointing, weight_bytes=dtype.itemsize,
+        rank_factor=run.options.rank_factor, output_dim_factor=run.options.output_dim_factor, **options,
+    )  # fmt: skip
+    return estimate(shape_of(run.model), setting).total
+
+
+def tokens_of(run: Run, vocabulary: int, device: torch.device) -> Tensor:
+    generator = torch.Generator(device).manual_seed(2)
+    return torch.randint(vocabulary, (run.batch, run.context), generator=generator, device=device)
+
+
+def prepare(run: Run, model: nn.Module) -> Prepared:
+    prepared = get_method(run.method).prepare(model, run.options)
+    if run.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    return prepared
+
+
+def step_phases(prepared: Prepared, ids: Tensor) -> dict:
+    state: dict[str, Tensor] = {}
+
+    def forward(number: int) -> None:
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=prepared.autocast):
+            state["loss"] = prepared.module(input_ids=ids, labels=ids).loss
+
+    def backward(number: int) -> None:
+        state.pop("loss").backward()
+
+    return {"forward": forward, "backward": backward, "other": lambda number: prepared.update()}
+
+
+def gate(run: Run, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Two blocks of the model at its own widths against dense autograd: dx of the embeddings, subnet gradients."""
+    model = build_model(run.model, device, dtype, num_hidden_layers=2, vocab_size=512)
+    embeddings = torch.randn(1, GATE_TOKENS, model.config.hidden_size, device=device)
+    ids = tokens_of(dataclasses.replace(run, batch=1, context=GATE_TOKENS), 512, device)
+
+    def backward(module: nn.Module) -> Tensor:
+        x = embeddings.detach().clone().to(next(module.parameters()).dtype).requires_grad_()
+        # The loss is a mean over tokens: scaled up, so that the gate's absolute slack is small beside the gradients.
+        (GATE_TOKENS * module(inputs_embeds=x, labels=ids).loss).backward()
+        return x.grad
+
+    model.eval()
+    reference = Reference(model, backward)
+    prepared = prepare(dataclasses.replace(run, checkpointing=False), model)
+    return reference.check(get_method(run.method), prepared)
+
+
+def run_model(run: Run, device: torch.device, dtype: torch.dtype, **changes: Any) -> dict[str, Any]:
+    """The row of one method on one model; ``changes`` to the model's config, such as fewer layers."""
+    torch.manual_seed(0)
+    passed = gate(run, device, dtype)
+    free_memory()
+    on_gpu = device.type == "cuda"
+    model = build_model(run.model, device, dtype, **changes)
+    prepared = prepare(run, model)
+    ids = tokens_of(run, model.config.vocab_size, device)
+    phases = step_phases(prepared, ids)
+    for phase in phases.values():  # makes the optimizer's state
+        phase(0)
+    before = torch.cuda.memory_allocated() if on_gpu else 0
+    row: dict[str, Any] = {"gate": passed, "trained": prepared.trained}
+    row["peak_bytes"] = peak_bytes(phases, device) + before
+    if on_gpu and not changes:  # on a CPU the peak is counted above a step's start, without weights and state
+        row["predicted_bytes"] = predicted_bytes(run, dtype)
+    timings = measure(phases, device, seconds=3.0, repeats=None if on_gpu else 3, warmup=1)
+    row |= {phase: timing.to_dict() for phase, timing in timings.items()}
+    row["us_per_token"] = {phase: 1e3 * timing.ms / ids.numel() for phase, timing in timings.items()}
+    return row
+
+
+# which runs, and when -------------------------------------------------------------------------------------------------
+
+
+def _runs(device: torch.device, methods: tuple[str, ...]) -> Iterator[tuple[float, Run]]:
+    """(priority, run), most telling first."""
+    if device.type != "cuda":
+        for rank, method in enumerate(methods):
+            yield 20 + rank / 100, Run(method, "smollm2-135m", 1, 128, False)
+        return
+    for rank, method in enumerate(methods):
+        for checkpointing in (True, False):
+            priority = 20 + (not checkpointing) + rank / 100 + (20 if method in LATE else 0)
+            yield priority, Run(method, "llama-2-7b", 4, 2048, checkpointing)
+    for p_o in (1 / 8, 1.0):
+        for p in (1 / 8, 1 / 16, 1 / 4, 1 / 2):
+            yield 45, Run("losia-pro", "llama-2-7b", 4, 2048, True, Options(p, p_o))
+    for r in (16, 256, 1024):
+        for method in ("lora", "lora-fp32"):
+            yield 46, Run(method, "llama-2-7b", 4, 2048, True, Options(rank=r))
+    main = tuple(name for name in methods if name not in LATE)
+    for model in ("gemma-2b", "llama-2-13b"):
+        for rank, method in enumerate(main):
+            yield 72 + rank / 100, Run(method, model, 4, 2048, True)
+    for batch in (1, 2, 8, 16):  # with 4 above: the fastest within 24, 48 and 80 GB
+        for rank, method in enumerate(main):
+            for checkpointing in (True, False):
+                yield 90 + rank / 100, Run(method, "llama-2-7b", batch, 2048, checkpointing)
+
+
+def longest_context(method: str, model: str, budget: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """The longest context at batch 1, to 1024 tokens, whose step stays within ``budget`` bytes of the allocator.
+
+    Starts where the memory model ends and walks until the boundary is crossed; every length is really run.
+    """
+    run = Run(method, model, 1, 1024, checkpointing=True)
+    passed = gate(run, device, dtype)
+    torch.manual_seed(0)
+    prepared = prepare(run, build_model(model, device, dtype))
+    vocabulary = shape_of(model).vocabulary
+    setting = Setting(checkpointing=True, batch=1, **PREDICTED.get(method, {"method": "lora"}))
+    predicted = largest(shape_of(model), setting, "context", budget) // 1024 * 1024
+
+    def peak(context: int) -> int | None:
+        phases = step_phases(prepared, tokens_of(dataclasses.replace(run, context=context), vocabulary, device))
+        try:
+            before = torch.cuda.memory_allocated()
+            return max(peak_bytes(phases, device) for _ in range(2)) + before
+        except torch.OutOfMemoryError:
+            prepared.module.zero_grad()
+            free_memory()
+            return None
+
+    def fits(context: int) -> bool:
+        found = peak(context)
+        return found is not None and found <= budget
+
+    context = max(predicted, 1024)
+    step = 1024 if fits(context) else -1024
+    while context + step > 0 and fits(context + step) == (step > 0):
+        context += step
+    longest = context if step > 0 else context + step
+    return {"gate": passed, "longest": longest, "predicted": predicted}
+
+
+def jobs(device: torch.device, dtype: torch.dtype, methods: tuple[str, ...] = MODEL_METHODS) -> Iterator[Job]:
+    if device.type == "cuda":
+        for method in PREDICTED:
+            settings = {"model": "llama-2-7b", "budget_gb": 80, "dtype": str(dtype).removeprefix("torch.")}
+
+            def search(method=method) -> dict:
+                return longest_context(method, "llama-2-7b", 80 * 10**9, device, dtype)
+
+            yield Job("context", method, settings, search, 95)
+    for priority, run in _runs(device, methods):
+
+        def measured(run=run) -> dict:
+            return run_model(run, device, dtype)
+
+        yield Job("model", run.method, run.settings(dtype), measured, priority)

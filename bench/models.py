@@ -1,0 +1,103 @@
+"""The models that are timed: their public configs, with random weights, which time like trained ones."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from losia_kernels.memory import ModelShape
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama-2-7b": {
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096,
+    },
+    "llama-2-13b": {
+        "model_type": "llama", "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40,
+        "num_attention_heads": 40, "num_key_value_heads": 40, "vocab_size": 32000, "max_position_embeddings": 4096,
+    },
+    "llama-3-8b": {
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
+    },
+    "gemma-2b": {
+        "model_type": "gemma", "hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18,
+        "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 256000,
+        "tie_word_embeddings": True, "max_position_embeddings": 8192,
+    },
+    "qwen2.5-7b": {
+        "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 32768,
+    },
+    "smollm2-135m": {
+        "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
+        "max_position_embeddings": 8192,
+    },
+}  # fmt: skip
+
+
+def shape_of(name: str) -> ModelShape:
+    return ModelShape.from_config(CONFIGS[name])
+
+
+def build_model(name: str, device: torch.device, dtype: torch.dtype, **changes: Any) -> nn.Module:
+    """The causal LM of ``name`` with random weights and SDPA attention; ``changes`` to its config, say fewer layers."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = {**CONFIGS[name], **changes}
+    config = AutoConfig.for_model(values["model_type"], **{k: v for k, v in values.items() if k != "model_type"})
+    config.use_cache = False
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+
+
+class Block(nn.Module):
+    """One decoder layer of a model, under the name that it has in the model; ``[b, t, d]`` -> ``[b, t, d]``."""
+
+    def __init__(self, causal_lm: nn.Module):
+        super().__init__()
+        self.model = nn.Module()
+        self.model.layers = nn.ModuleList([causal_lm.model.layers[0]])
+        self.model.rotary_emb = causal_lm.model.rotary_emb
+        self.width = causal_lm.config.hidden_size
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        rotary = self.model.rotary_emb(hidden, positions)
+        result = self.model.layers[0](hidden, position_embeddings=rotary, attention_mask=None, position_ids=positions)
+        return result[0] if isinstance(result, tuple) else result
+
+
+class Linears(nn.Module):
+    """The seven linears of a decoder layer and nothing between them, under the names that they have in the model.
+
+    q, k, v share one input, gate and up the same one here; o_proj reads q's output, down_proj gate's. Returns what is
+    left over, ``(o, k, v, down, up)``.
+    """
+
+    def __init__(self, causal_lm: nn.Module):
+        super().__init__()
+        layer = causal_lm.model.layers[0]
+        self.model = nn.Module()
+        self.model.layers = nn.ModuleList([nn.Module()])
+        self.model.layers[0].self_attn, self.model.layers[0].mlp = nn.Module(), nn.Module()
+        for part, names in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down"))):
+            for name in names:
+                linear = getattr(getattr(layer, part), f"{name}_proj")
+                setattr(getattr(self.model.layers[0], part), f"{name}_proj", linear)
+        self.width = causal_lm.config.hidden_size
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        attention, mlp = self.model.layers[0].self_attn, self.model.layers[0].mlp
+        o = attention.o_proj(attention.q_proj(hidden))
+        down = mlp.down_proj(mlp.gate_proj(hidden))
+        return o, attention.k_proj(hidden), attention.v_proj(hidden), down, mlp.up_proj(hidden)
+
+
+STACKS = {"linears": Linears, "block": Block}
+
+
+def build_stack(name: str, stack: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """One decoder layer ("block") or its linears alone ("linears") of a model."""
+    return STACKS[stack](build_model(name, device, dtype, num_hidden_layers=1, vocab_size=64))
