@@ -12,7 +12,7 @@ class LoSiAConfig:
     Size
         rank_factor: p; a linear ``[out, in]`` trains ``int(p * out) x int(p * in)`` of its weights.
         output_dim_factor: p_o of the output layer, which trains ``int(p_o * vocabulary)`` outputs and all inputs
-            (Section 3.2). 0: left frozen. 1: trained densely, without a slot in the timeline.
+            (Section 3.2). 0: left frozen. 1: trained densely, without a slot in the timeline (ablation FFTO).
         rank_pattern: other rank factors by module name, ``{regex: p}``; a key matches a name or its last components.
     Timeline (Section 3.3)
         period: T, optimizer steps in which one group observes before its subnets move.
@@ -36,6 +36,8 @@ class LoSiAConfig:
     Numerics
         master_weights: keep subnets in float32 and round into the weight; False: keep them in the weight's 16-bit
             dtype with stochastic rounding, which saves 2 bytes a trained value.
+        fused_loss: compute the loss of ``model(labels=...)`` without its logits, where that is exact
+            (``losia_kernels.fused_loss``); False: as the model does.
         seed: of the initial subnets and of the stochastic rounding.
 
     Raises ValueError for a value out of range and TypeError for an unknown field.
@@ -58,6 +60,7 @@ class LoSiAConfig:
     modules_to_save: list[str] | None = None
     rank_pattern: dict[str, float] = field(default_factory=dict)
     master_weights: bool = True
+    fused_loss: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -78,7 +81,7 @@ class LoSiAConfig:
         for name in ("importance_beta1", "importance_beta2"):
             value = getattr(self, name)
             _check(name, value, _is_number(value) and 0 <= value < 1, "a number in [0, 1)")
-        for name in ("rewarm", "reset_step", "master_weights"):
+        for name in ("rewarm", "reset_step", "master_weights", "fused_loss"):
             _check(name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False")
         _check_names("target_modules", self.target_modules)
         if self.exclude_modules is not None:

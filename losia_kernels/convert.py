@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .config import LoSiAConfig
 from .distributed import fingerprint, several_processes
+from .fused_loss import fuse_loss, unfuse_loss
 from .linear import LoSiALinear, losia_layers
 
 SUBNET_KEYS = ("subnet", "out_idx", "in_idx")
@@ -86,11 +87,14 @@ def apply_losia(model: nn.Module, config: LoSiAConfig | None = None, output_laye
     _replace(model, {modules[name]: layer for name, layer in layers})
     for name in saved:
         modules[name].requires_grad_(True)
+    if config.fused_loss and output_name is not None:
+        fuse_loss(model, output_name)
     return model
 
 
 def remove_losia(model: nn.Module) -> nn.Module:
     """Turn every LoSiALinear back into an nn.Linear, in place: the original architecture with the trained weights."""
+    unfuse_loss(model)
     layers = [layer for _, layer in losia_layers(model)]
     for layer in layers:
         layer.write_back_()

@@ -51,9 +51,8 @@ def losia_linear_cross_entropy(
     Raises ValueError for shapes, dtypes, devices or options that do not fit, and IndexError for a label out of range on
     the CPU; on a GPU, which nobody waits for here, that makes loss and gradients NaN.
     """
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if autocast_dtype(hidden) != hidden.dtype:
+        hidden, weight = hidden.to(autocast_dtype(hidden)), weight.to(autocast_dtype(hidden))
     _check(hidden, weight, labels, subnet, out_idx, bias)
     if reduction not in ("mean", "sum"):
         raise ValueError(f"linear_cross_entropy: reduction must be 'mean' or 'sum', got {reduction!r}")
@@ -75,6 +74,13 @@ def losia_linear_cross_entropy(
     if reduction == "sum":
         return total
     return total / ((labels != ignore_index).sum() if num_items is None else num_items)
+
+
+def autocast_dtype(hidden: Tensor) -> torch.dtype:
+    """In which dtype a linear computes on ``hidden``: autocast's, if that is on, but float64 stays as it is."""
+    device = hidden.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast and hidden.dtype != torch.float64 else hidden.dtype
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -17,7 +17,9 @@ from .selection import NonFiniteScoreError
 from .sharded import as_shard, check_shards, move_subnets_, own, uses_fully_shard
 
 # What a resumed run may choose anew: all other fields say where the timeline stands or what the state means.
-_FREE_FIELDS = ("init_subnet", "seed", "target_modules", "exclude_modules", "modules_to_save", "rank_pattern")
+_FREE_FIELDS = (
+    "init_subnet", "seed", "target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "fused_loss"
+)  # fmt: skip
 
 
 class Timeline:
@@ -271,8 +273,8 @@ class Timeline:
         expected = [layer for group in self.schedule.observing(saved["losia_step"]) for layer in self.groups[group]]
         if self.sharded and any(layer not in observed for layer in expected):
             raise ValueError(
-                f"the loaded state lacks the importance of the layers that observe at step {saved['losia_step']}: call "
-                f"timeline.resume_at({saved['losia_step']}) before loading, or use losia_kernels.checkpoint.load_checkpoint"
+                f"the loaded state lacks the importance of the layers that observe at step {saved['losia_step']}: "
+                f"before loading call timeline.resume_at({saved['losia_step']}), or load by losia_kernels.checkpoint"
             )
         self._loaded = {"step": saved["losia_step"], "observed": observed}
         groups = [{k: v for k, v in g.items() if not k.startswith("losia_")} for g in state_dict["param_groups"]]

@@ -24,6 +24,7 @@ BAD = {
     "rewarm": [1, 0, None, "yes"],
     "reset_step": [1, None],
     "master_weights": [1, None],
+    "fused_loss": [1, None],
     "target_modules": ["", [], None, 3, [1], "(q_proj"],
     "exclude_modules": ["", [], 3, [None], "*"],
     "modules_to_save": ["embed_tokens", 3, [1]],

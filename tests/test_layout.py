@@ -23,6 +23,7 @@ FLOORS = [
     ["kernels/*", "eager"],
     ["ops", "subnet", "config", "schedule", "distributed"],
     ["selection", "linear", "output_layer"],
+    ["fused_loss"],
     ["convert", "relocalize", "sharded"],
     ["timeline", "calibrate"],
     ["optimizer"],

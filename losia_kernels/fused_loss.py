@@ -1,0 +1,261 @@
+"""A model's own forward, with a loss that needs no logits: that of ``losia_linear_cross_entropy``.
+
+While it is called with ``labels=``, its output layer returns ``LazyLogits``: a tensor that only notes what is done to
+it. Scaling, soft-capping, casting and reshaping are noted, and ``cross_entropy`` of the result is computed without
+it ever existing. Anything else gets the logits, computed as always. So no model's forward has to be known, and none is
+replaced: after the forward the model is as it was.
+"""
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from .distributed import is_sharded
+from .linear import LoSiALinear
+from .output_layer import autocast_dtype, losia_linear_cross_entropy
+
+
+def fuse_loss(model: nn.Module, output_layer: str) -> None:
+    """Let ``model(labels=..., ...)`` compute its loss without logits, where gradients are wanted and that is exact.
+
+    ``output_layer`` names the vocabulary projection, an nn.Linear or a LoSiALinear. ``apply_losia`` does this if
+    ``config.fused_loss`` and undoes it in ``remove_losia``. The logits in such a forward's output are computed if they
+    are read, which a warning tells once. Evaluation, generation and calls without labels are as ever; so is a model
+    under ``torch.compile``, and one that something else has changed (a warning says what).
+    """
+    FusedLoss(model, output_layer)
+
+
+def unfuse_loss(model: nn.Module) -> None:
+    """Undo ``fuse_loss``, also inside a wrapper such as DistributedDataParallel."""
+    for module in model.modules():
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(getattr(hook, "__self__", None), FusedLoss):
+                hook.__self__.remove()
+
+
+class FusedLoss:
+    """The two hooks on a model: for the time of its forward the output layer is lazy."""
+
+    def __init__(self, model: nn.Module, output_layer: str):
+        self.output_layer = output_layer
+        self.handles = [
+            model.register_forward_pre_hook(self.begin, with_kwargs=True),
+            model.register_forward_hook(self.end, always_call=True),
+        ]
+
+    def begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or kwargs.get("labels") is None:
+            return
+        head = model.get_submodule(self.output_layer)
+        problem = why_not(model, head)
+        if problem:
+            tell_once(f"LoSiA: {type(model).__name__} computes its loss from whole logits: {problem}")
+            return
+        head.forward = functools.partial(lazy_logits, head)
+
+    def end(self, model: nn.Module, args: tuple, output: object) -> None:
+        head = model.get_submodule(self.output_layer)
+        if getattr(head.__dict__.get("forward"), "func", None) is lazy_logits:
+            del head.forward
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def why_not(model: nn.Module, head: nn.Module) -> str | None:
+    """What keeps the output layer from being lazy, or None."""
+    if type(head) not in (nn.Linear, LoSiALinear):  # fully_shard changes the class of what it cuts
+        return f"its output layer is a {type(head).__name__}"
+    if any(kind.__name__ == "FSDPModule" for kind in type(model).__mro__) or is_sharded(head.weight):
+        return "its weights are in shards"
+    if head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__:
+        return "something is hooked to its output layer"
+    if isinstance(head, LoSiALinear) and head.subnet.shape[1] != head.in_features:
+        return "its output layer trains some of its inputs only"
+    return None
+
+
+@functools.cache
+def tell_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
+
+
+def lazy_logits(head: nn.Linear, hidden: Tensor) -> "LazyLogits":
+    """What ``head(hidden)`` would be."""
+    dtype = autocast_dtype(hidden)
+    context = contextlib.nullcontext
+    if dtype != hidden.dtype:
+        context = functools.partial(torch.autocast, hidden.device.type, dtype)
+    logits = LazyLogits((*hidden.shape[:-1], head.out_features), dtype, hidden.device)
+    logits.source = Source(head, hidden, context)
+    return logits
+
+
+class Source:
+    """An output layer, what it was given, and under which autocast."""
+
+    def __init__(self, head: nn.Linear, hidden: Tensor, context: Callable[[], AbstractContextManager]):
+        self.head, self.hidden, self.context = head, hidden, context
+        self.version = head.weight._version
+
+    def logits(self) -> Tensor:
+        if self.head.weight._version != self.version:
+            raise RuntimeError(
+                "the logits of a forward with labels were not kept, and the output layer has changed since: read them "
+                "before the optimizer's step, or set LoSiAConfig.fused_loss=False"
+            )
+        with torch.enable_grad(), self.context():
+            return type(self.head).forward(self.head, self.hidden)
+
+    def cross_entropy(self, labels: Tensor, **options) -> Tensor:
+        head = self.head
+        subnet = out_idx = on_gradient = None
+        if isinstance(head, LoSiALinear):
+            subnet = head.subnet
+            out_idx = None if subnet.shape[0] == head.out_features else head.out_idx
+            on_gradient = None if head.observe_callback is None else functools.partial(hand_over, head)
+        elif head.weight.requires_grad:
+            subnet = head.weight
+        with self.context():
+            return losia_linear_cross_entropy(
+                self.hidden.reshape(-1, head.in_features), head.weight, labels, subnet, out_idx,
+                bias=head.bias, on_gradient=on_gradient, **options,
+            )  # fmt: skip
+
+
+def hand_over(head: LoSiALinear, grad: Tensor, outputs: slice) -> None:
+    if head.observe_callback is not None:  # else: a graph from before the layer stopped observing
+        head.observe_callback(grad, outputs)
+
+
+class LazyLogits(Tensor):
+    """Logits ``softcap * tanh(scale * raw / softcap)`` in some shape ``[..., V]`` that have not been computed.
+
+    ``whole()`` computes them, once: from the source, or by doing to the parent's what was done to this one's parent.
+    """
+
+    @staticmethod
+    def __new__(cls, shape, dtype, device):
+        self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, requires_grad=True)
+        self.source, self.parent, self.noted, self.value = None, None, None, None
+        self.scale, self.softcap = 1.0, None
+        with torch._C.DisableTorchFunctionSubclass():
+            self.register_hook(_refuse_gradient)
+        return self
+
+    def then(self, noted, like: Tensor, scale: float, softcap: float | None) -> "LazyLogits":
+        """What ``noted(self)`` would be: of the shape and dtype of ``like``."""
+        child = LazyLogits(like.shape, like.dtype, self.source.hidden.device)
+        child.source, child.parent, child.noted = self.source, self, noted
+        child.scale, child.softcap = scale, softcap
+        return child
+
+    @property
+    def is_lazy(self) -> bool:
+        return self.value is None and (self.parent is None or self.parent.is_lazy)
+
+    def whole(self) -> Tensor:
+        if self.value is None:
+            if self.parent is None:
+                self.value = self.source.logits()
+            else:
+                with torch.enable_grad(), self.source.context():
+                    self.value = self.noted(self.parent.whole())
+        return self.value
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        first = args[0] if args else kwargs.get("input")
+        if isinstance(first, cls):
+            if func in _METADATA:
+                with torch._C.DisableTorchFunctionSubclass():
+                    return func(*args, **kwargs)
+            if first.is_lazy:
+                result = _do_lazily(func, first, args, kwargs)
+                if result is not None:
+                    return result
+                name = getattr(func, "__name__", str(func))
+                tell_once(f"LoSiA: a forward with labels computed its logits after all: {name} needs them")
+        args, kwargs = tree_map_only(cls, cls.whole, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        args, kwargs = tree_map_only(cls, cls.whole, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _refuse_gradient(grad: Tensor) -> None:
+    raise RuntimeError(
+        "a gradient has come to logits that were not computed: a custom autograd function took them as its input; set "
+        "LoSiAConfig.fused_loss=False"
+    )
+
+
+def _do_lazily(func, logits: LazyLogits, args: tuple, kwargs: dict) -> Tensor | None:
+    """``func(*args, **kwargs)``, whose first argument is ``logits``, without computing them; None if it cannot be."""
+    if func is F.cross_entropy:
+        return _cross_entropy(logits, *args[1:], **{k: v for k, v in kwargs.items() if k != "input"})
+    rest = args[1:]
+    scale, softcap = logits.scale, logits.softcap
+    if func in _SCALES:
+        if kwargs or len(rest) != 1 or type(rest[0]) not in (int, float) or not rest[0] > 0:
+            return None
+        factor = 1 / rest[0] if _SCALES[func] == "divide" else rest[0]
+        scale, softcap = scale * factor, None if softcap is None else softcap * factor
+    elif func in _TANH:
+        if softcap is not None:
+            return None
+        softcap = 1.0
+    elif func is Tensor.to:
+        if kwargs or rest != (torch.float32,):
+            return None
+    elif func not in _RESHAPES:
+        return None
+    with torch._C.DisableTorchFunctionSubclass():
+        like = torch.empty(logits.shape, dtype=logits.dtype, device="meta")
+    like = func(like, *rest, **kwargs)
+    if like.shape[-1:] != logits.shape[-1:] or like.numel() != logits.numel():
+        return None
+    return logits.then(lambda value: func(value, *rest, **kwargs), like, scale, softcap)
+
+
+def _cross_entropy(
+    logits, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean",
+    label_smoothing=0.0,
+) -> Tensor | None:  # fmt: skip
+    """F.cross_entropy, whose parameters these are."""
+    classes = type(target) is Tensor and target.dtype == torch.int64 and target.dim() == 1 and logits.dim() == 2
+    if not classes or reduction == "none" or any(old is not None for old in (weight, size_average, reduce)):
+        return None
+    loss = logits.source.cross_entropy(
+        target, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
+        softcap=logits.softcap, logit_scale=logits.scale,
+    )  # fmt: skip
+    if torch.is_autocast_enabled(logits.device.type):  # which takes cross_entropy in float32
+        return loss
+    return loss.to(logits.dtype)
+
+
+_METADATA = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda")),
+    Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point,
+}  # fmt: skip
+_SCALES = {
+    Tensor.mul: "multiply", Tensor.__mul__: "multiply", Tensor.__rmul__: "multiply", torch.mul: "multiply",
+    Tensor.div: "divide", Tensor.__truediv__: "divide", torch.div: "divide",
+}  # fmt: skip
+_TANH = {Tensor.tanh, torch.tanh}
+_RESHAPES = {
+    Tensor.float, Tensor.view, Tensor.reshape, Tensor.contiguous, Tensor.flatten, torch.flatten, torch.reshape
+}  # fmt: skip
