@@ -1,5 +1,7 @@
 """FSDP2: shards choose and train as the whole model in one process does."""
 
+import math
+
 import pytest
 import runs
 import torch
@@ -39,3 +41,18 @@ def test_four_uneven_shards_are_one_process(four):
 def test_optimizer_that_accelerate_gives_the_shards_to(two):
     outcomes = two.run(runs.train_sharded, Run(), None, True)
     assert_same_run(outcomes[0], runs.train(CPU, Run()))
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_bfloat16(two, offload):
+    """What is written into the shards is the float32 master, rounded to nearest; nothing else has moved."""
+    outcomes = two.run(runs.bfloat16, offload)
+    losses, state, written = outcomes[0]
+    assert all(other[0] != [] for other in outcomes) and all(map(math.isfinite, losses))
+    for name, block in written.items():
+        assert torch.equal(block, state[f"{name}.subnet"].bfloat16()), name
+        assert state[f"{name}.subnet"].dtype == torch.float32
+    start = runs.convert(Run(dtype=torch.bfloat16), CPU).state_dict()
+    changed = {name for name in start if not torch.equal(start[name], state[name])}
+    assert changed == {key for key in start if ".layers." in key and key.split(".")[-2].endswith("proj")
+                       and not key.endswith("bias")}
