@@ -20,7 +20,7 @@ from losia_kernels.integrations.finetune import finetune
 from losia_kernels.integrations.options import FinetuneOptions, InputError
 from losia_kernels.integrations.progress import read_log, rewind_log
 
-STEPS, KILLED_AT = 14, 9  # one epoch is 5 steps; the last checkpoint before the kill, 8, is in the middle of a slot
+STEPS, KILLED_AT = 14, 10  # one epoch is 5 steps; the last checkpoint before the kill, 8, is in the middle of a slot
 
 
 def write_data(path: Path, count: int, first: int = 0) -> Path:
@@ -128,6 +128,7 @@ def test_a_killed_run_resumes_to_the_same_bits(whole_run, tmp_path, model_folder
     assert not (run / "model").exists()
     assert [entry["step"] for entry in read_log(run / "log.jsonl")][-1] == KILLED_AT - 1
     assert last_checkpoint(run / "checkpoints").name == "checkpoint-8"
+    assert (run / "loss_curve.png").exists()
     first = FirstStep()
     finetune(options(tmp_path, model_folder, resume=True), callbacks=(first,))
     assert first.step == 8
@@ -228,6 +229,16 @@ def test_options_run_and_learn(tmp_path, model_folder, extra):
     assert loss_on(data, tmp_path / "run" / "model") < loss_on(data, model_folder)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype="auto")
     assert model.dtype == (torch.bfloat16 if extra.get("dtype") else torch.float32)
+
+
+def test_the_first_subnets_are_calibrated_unless_told_not_to(tmp_path, model_folder):
+    weights = []
+    for name in ("calibrated", "random"):
+        folder = tmp_path / name
+        folder.mkdir()
+        finetune(options(folder, model_folder, steps=1, save_steps=0, eval_data=None, init_subnet=name, period=1))
+        weights.append(load_file(folder / "run" / "model" / "model.safetensors"))
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path, model_folder):
