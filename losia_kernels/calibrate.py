@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -10,7 +11,9 @@ from .convert import trained_parameters
 from .distributed import Ranks, Rows
 from .linear import LoSiALinear, losia_layers
 from .relocalize import ALL, MarginalObserver, new_subnet
+from .selection import top_neurons
 from .sharded import move_subnets_, uses_fully_shard
+from .subnet import Subnet
 
 
 def calibrate(
@@ -68,6 +71,39 @@ def calibrate(
         return model
     for layer, subnet in moves:
         layer.move_subnet_(subnet)
+    return model
+
+
+def start_from_frequency(
+    model: nn.Module, batches: Iterable[dict[str, Tensor]], process_group: "dist.ProcessGroup | None" = None
+) -> nn.Module:
+    """Move the output layer's subnet to the tokens that ``batch["labels"]`` hold most often (negative ones ignored).
+
+    No forward is run. Where fewer tokens occur than the subnet has room for, it keeps what it has drawn. Of several
+    processes each counts its own batches. Call it before the first optimizer step. Returns the model.
+
+    Raises ValueError if no output layer has a subnet to place, or if no batch has a label.
+    """
+    members = [(layer, layer.losia) for _, layer in losia_layers(model) if hasattr(layer, "losia")]
+    heads = [layer for layer, member in members if member.is_output and member.group is not None]
+    if not heads:
+        raise ValueError("start_from_frequency: no output layer has a subnet; set output_dim_factor between 0 and 1")
+    ranks = Ranks.of(model, process_group)
+    (head,) = heads
+    count = torch.zeros(head.out_features, dtype=torch.int64, device=head.out_idx.device)
+    for batch in batches:
+        labels = batch["labels"].to(count.device).flatten()
+        count += torch.bincount(labels[labels >= 0], minlength=head.out_features)
+    ranks.sum_([count])
+    if not count.any():
+        raise ValueError("start_from_frequency: the batches have no labels to count")
+    score = 2 * count
+    score[head.out_idx] += 1  # of equally frequent tokens those drawn
+    subnet = Subnet(top_neurons(score, head.subnet.shape[0]), head.in_idx.clone())
+    if ranks.group is not None and uses_fully_shard(model):
+        move_subnets_([(head, subnet)], ranks)
+    else:
+        head.move_subnet_(subnet)
     return model
 
 

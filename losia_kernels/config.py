@@ -26,6 +26,8 @@ class LoSiAConfig:
         importance_beta1, importance_beta2: smoothing of the importance and of its uncertainty.
         init_subnet: "calibrated": ``calibrate`` places the initial subnets from data (``apply_losia`` has none and
             draws at random; the Trainer adapter and ``finetune`` call it by themselves); "random": as in the paper.
+        output_init: "frequency": the output layer starts at the tokens that the data teach most often
+            (``start_from_frequency``, which the Trainer adapter calls by itself); "random": as ``init_subnet`` says.
         importance_sync: of several processes. "gradient": observed gradients are averaged over the ranks before they
             are judged, so that N ranks with batch B choose as one with N * B; 1/groups of a full gradient crosses the
             wire in each backward. "slot": each rank judges its own; what it found is summed once, at the slot's end.
@@ -52,6 +54,7 @@ class LoSiAConfig:
     init_subnet: str = "calibrated"
     importance_beta1: float = 0.85
     importance_beta2: float = 0.85
+    output_init: str = "random"
     importance_sync: str = "gradient"
     rewarm: bool = True
     reset_step: bool = True
@@ -77,6 +80,7 @@ class LoSiAConfig:
         _check_choice("update_type", self.update_type, ("async", "sync"))
         _check_choice("importance", self.importance, ("sensitivity", "gradient", "marginal"))
         _check_choice("init_subnet", self.init_subnet, ("calibrated", "random"))
+        _check_choice("output_init", self.output_init, ("random", "frequency"))
         _check_choice("importance_sync", self.importance_sync, ("gradient", "slot"))
         for name in ("importance_beta1", "importance_beta2"):
             value = getattr(self, name)

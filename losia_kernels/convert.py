@@ -19,12 +19,13 @@ SUBNET_KEYS = ("subnet", "out_idx", "in_idx")
 class Membership:
     """What ``apply_losia`` notes on each LoSiALinear as ``layer.losia``: its group in the timeline.
 
-    ``group`` None: trained densely, without a slot.
+    ``group`` None: trained densely, without a slot. ``is_output``: the vocabulary projection.
     """
 
     group: int | None
     group_name: str
     config: LoSiAConfig
+    is_output: bool = False
 
 
 def matches(name: str, patterns: str | list[str] | tuple[str, ...] | None) -> bool:
@@ -60,7 +61,7 @@ def apply_losia(model: nn.Module, config: LoSiAConfig | None = None, output_laye
     if config.output_dim_factor > 0:
         dense = config.output_dim_factor == 1
         group = None if dense else 0
-        planned.append((output_name, (config.output_dim_factor, 1.0), Membership(group, output_name, config)))
+        planned.append((output_name, (config.output_dim_factor, 1.0), Membership(group, output_name, config, True)))
     first = sum(member.group is not None for _, _, member in planned)
     for number, (block, names) in enumerate(blocks.items(), start=first):
         for name in names:

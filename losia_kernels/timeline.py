@@ -18,7 +18,8 @@ from .sharded import as_shard, check_shards, move_subnets_, own, uses_fully_shar
 
 # What a resumed run may choose anew: all other fields say where the timeline stands or what the state means.
 _FREE_FIELDS = (
-    "init_subnet", "seed", "target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "fused_loss"
+    "init_subnet", "output_init", "seed", "target_modules", "exclude_modules", "modules_to_save", "rank_pattern",
+    "fused_loss",
 )  # fmt: skip
 
 

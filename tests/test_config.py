@@ -20,6 +20,7 @@ BAD = {
     "init_subnet": ["calibrate", None],
     "importance_beta1": [1, 1.0, -0.1, NAN, False, "0.85"],
     "importance_beta2": [1, 1.0, -0.1, NAN, None],
+    "output_init": ["frequent", None],
     "importance_sync": ["slots", None, True],
     "rewarm": [1, 0, None, "yes"],
     "reset_step": [1, None],

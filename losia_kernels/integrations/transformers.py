@@ -17,11 +17,12 @@ from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
-from ..calibrate import calibrate
+from ..calibrate import calibrate, start_from_frequency
 from ..optimizer import LoSiAAdamW
 from ..timeline import Timeline
 
 CALIBRATION_STEPS = 4
+COUNTED_BATCHES = 64
 
 
 class LoSiAOptimizerFactory:
@@ -38,7 +39,8 @@ class LoSiACallback(TrainerCallback):
     """Places the initial subnets from the first batches, and tells the timeline how the Trainer scaled the loss.
 
     Calibration takes ``calibration_steps`` batches before the first step, if the config's ``init_subnet`` is
-    "calibrated"; a resumed run is not calibrated again.
+    "calibrated"; with ``output_init="frequency"`` the labels of the first 64 batches are counted. A resumed run is left
+    where it was.
     """
 
     def __init__(self, calibration_steps: int = CALIBRATION_STEPS):
@@ -50,6 +52,8 @@ class LoSiACallback(TrainerCallback):
         if state.global_step == 0 and timeline.config.init_subnet == "calibrated":
             batches = _first_batches(train_dataloader, self.calibration_steps, args.device)
             calibrate(model.train(), batches, self.calibration_steps)  # in training mode gradients are checkpointed
+        if state.global_step == 0 and timeline.config.output_init == "frequency":
+            start_from_frequency(model, _first_batches(train_dataloader, COUNTED_BATCHES, args.device))
         if args.gradient_accumulation_steps > 1:
             divisor = _LossDivisor(timeline, args.gradient_accumulation_steps)
             self._hook = model.register_forward_pre_hook(divisor, with_kwargs=True)

@@ -102,6 +102,15 @@ def test_the_first_subnets_are_calibrated_before_the_first_step_unless_told_not_
     assert bool(moved) == (init_subnet == "calibrated")
 
 
+def test_the_output_layer_starts_at_the_tokens_of_the_data(tmp_path):
+    config = LoSiAConfig(rank_factor=0.25, output_dim_factor=0.1, init_subnet="random", output_init="frequency")
+    model, snapshot = apply_losia(make_model(), config), Snapshot()
+    count = np.bincount(np.concatenate([sample["labels"][sample["labels"] != IGNORE] for sample in samples()]))
+    make_trainer(model, tmp_path, callbacks=[LoSiACallback(), snapshot]).train()
+    chosen = snapshot.places["lm_head.out_idx"].numpy()
+    assert count[chosen].min() >= np.delete(count, chosen).max() and count[chosen].sum() > len(chosen)
+
+
 def test_an_iterable_dataset_cannot_be_calibrated_from(tmp_path):
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):
