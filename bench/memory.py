@@ -74,8 +74,8 @@ def _as_shape(changes: dict[str, Any]) -> dict[str, Any]:
 
 def _runs() -> Iterator[tuple[float, Run]]:
     llama = ("llama-2-7b", 4, 2048)
-    yield 5, Run("losia-pro", *llama, True, Options(1 / 8, 1 / 8))
-    yield 5, Run("lora", *llama, True)
+    yield 28, Run("losia-pro", *llama, True, Options(1 / 8, 1 / 8))
+    yield 28, Run("lora", *llama, True)
     for method in ("losia-pro", "lora", "lora-fp32", "dora", "losia-dense", "full", "galore", "frozen"):
         for checkpointing in (True, False):
             yield 85, Run(method, *llama, checkpointing)

@@ -29,6 +29,7 @@ PREDICTED = {  # the memory model's name and settings of a method
     "dora": {"method": "dora"},
     "galore": {"method": "galore", "rank": 512},
     "losia-pro": {"method": "losia"},
+    "losia-pro-fused": {"method": "losia", "fused_loss": True},
     "losia-dense": {"method": "losia-dense"},
 }
 

@@ -26,7 +26,7 @@ def provenance(device: torch.device, commit: str | None = None) -> dict[str, Any
         "peers": {name: _version(name) for name in PEERS},
         "commit": commit or _commit(),
         "sources": _sources(),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "threads": torch.get_num_threads(),
     }
     if device.type == "cuda":

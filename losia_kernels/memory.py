@@ -1,7 +1,7 @@
 """How much memory a fine-tuning run needs, by arithmetic on the model's config: the paper's Table 13 as a function.
 
 Nothing is loaded and nothing is run. Bytes are those of live tensors at the peak of a step of the Hugging Face model
-(SDPA attention without a mask, cross-entropy in float32, no KV cache), without the allocator's and the CUDA context's
+(SDPA attention without a mask, no KV cache), without the allocator's and the CUDA context's
 share. T is the number of tokens in a micro-batch, batch * context.
 """
 
@@ -11,6 +11,7 @@ from dataclasses import replace as with_changes
 from fractions import Fraction
 from pathlib import Path
 
+from .output_layer import CHUNK_BYTES
 from .subnet import subnet_size
 
 METHODS = ("losia", "losia-dense", "full", "lora", "dora", "galore", "frozen")
@@ -113,6 +114,7 @@ class Setting:
     rank: int = 64
     adapter_bytes: int = 2  # 4: float32 adapters under autocast, PEFT's and Trainer's default for a bf16 model
     weight_bytes: int = 2
+    fused_loss: bool = False  # the loss without logits (``losia_kernels.fused_loss``), which ``apply_losia`` sets up
 
     def __post_init__(self):
         if self.method not in METHODS:
@@ -159,7 +161,10 @@ def estimate(shape: ModelShape, setting: Setting) -> Memory:
     b = setting.weight_bytes
     inputs = b * tokens * shape.hidden  # one hidden state
     final_norm = _saved_by_norm(shape, setting, tokens) + (inputs if _trains_head(setting) else 0)
-    losses = tokens * shape.vocabulary * 12  # log-probabilities, their gradient and the logits' gradient, float32
+    if setting.fused_loss:  # the gradient of the hidden state, twice while it is scaled, and a chunk of logits
+        losses = 2 * inputs + b * min(tokens * shape.vocabulary, CHUNK_BYTES // FLOAT32)
+    else:  # log-probabilities, their gradient and the logits' gradient, float32
+        losses = 3 * FLOAT32 * tokens * shape.vocabulary
 
     # Any block may be the one that observes: it is counted in the phase where it costs most.
     kept = shape.layers * inputs if setting.checkpointing else (shape.layers - 1) * block
@@ -227,7 +232,7 @@ def describe_fit(
     for p in (Fraction(1, 16), Fraction(1, 8), Fraction(1, 4), Fraction(1, 2)):
         for checkpointing in (False, True):
             setting = Setting(batch=1, context=context, checkpointing=checkpointing, rank_factor=float(p),
-                              output_dim_factor=output_dim_factor)  # fmt: skip
+                              output_dim_factor=output_dim_factor, fused_loss=True)  # fmt: skip
             one = estimate(shape, setting)
             batch, longest = (largest(shape, setting, field, budget) for field in ("batch", "context"))
             lines.append(

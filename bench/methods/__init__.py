@@ -3,14 +3,16 @@
 from .base import Method, MissingPeer, Options, Prepared, UnknownMethod
 from .fused_lora import FUSED_LORA
 from .galore import GALORE
-from .losia import DENSE, DENSE_OFF, PRO, PRO_OFF
+from .losia import DENSE, DENSE_OFF, PRO, PRO_FUSED, PRO_OFF
 from .losia_reference import REFERENCE
 from .peft_adapters import DORA, LORA, LORA_DEFAULTS, LORA_FLOAT32, PISSA
 from .plain import FROZEN, FULL
 from .unsloth import UNSLOTH
 
-_ALL = (FROZEN, PRO, LORA, LORA_FLOAT32, DORA, DENSE, FUSED_LORA, FULL, GALORE, PISSA, LORA_DEFAULTS, REFERENCE,
-        UNSLOTH, PRO_OFF, DENSE_OFF)  # fmt: skip
+_ALL = (
+    FROZEN, PRO, LORA, LORA_FLOAT32, PRO_FUSED, DORA, DENSE, FUSED_LORA, FULL, GALORE, PISSA, LORA_DEFAULTS, REFERENCE,
+    UNSLOTH, PRO_OFF, DENSE_OFF,
+)  # fmt: skip
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 
 # A layer alone cannot say who observes, so both kinds of step are measured; in a model one block of many observes.

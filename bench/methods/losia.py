@@ -35,11 +35,16 @@ class DenseGradientLinear(LoSiALinear):
         return _DenseGradient.apply(x, self.weight, self.bias, self.subnet, self.out_idx, self.in_idx)
 
 
-def _prepare(model: nn.Module, options: Options, dense: bool = False, observing: bool = True) -> Prepared:
+def _prepare(
+    model: nn.Module, options: Options, dense: bool = False, observing: bool = True, fused_loss: bool = False
+) -> Prepared:
     # A slot that never ends: one decoder block observes, as in every step of a run, and nothing is relocalized.
     # What a relocalization costs is measured by the scaling suite.
     period = 10**9
-    config = LoSiAConfig(rank_factor=options.rank_factor, output_dim_factor=options.output_dim_factor, period=period)
+    config = LoSiAConfig(
+        rank_factor=options.rank_factor, output_dim_factor=options.output_dim_factor, period=period,
+        fused_loss=fused_loss,
+    )  # fmt: skip
     apply_losia(model, config)
     optimizer = LoSiAAdamW(model, lr=6e-5)
     timeline = optimizer.timeline
@@ -57,9 +62,13 @@ def _prepare(model: nn.Module, options: Options, dense: bool = False, observing:
     return Prepared(model, stepper(optimizer), count(trained_parameters(model)), subnets=layers)
 
 
-_CONFIGURATION = "p 1/8, float32 master and moments, output layer frozen"
+_CONFIGURATION = "p 1/8, float32 master and moments, output layer frozen, the model's own loss"
 _READS = ("rank_factor", "output_dim_factor")
 PRO = Method("losia-pro", "LoSiA-Pro (ours)", f"{_CONFIGURATION}; one block observes", _prepare, _READS)
+PRO_FUSED = Method(
+    "losia-pro-fused", "LoSiA-Pro (ours), loss without logits", "as losia-pro with fused_loss, the package's default",
+    functools.partial(_prepare, fused_loss=True), _READS,
+)  # fmt: skip
 DENSE = Method(
     "losia-dense", "LoSiA, dense gradient", f"{_CONFIGURATION}; one block observes",
     functools.partial(_prepare, dense=True), _READS,

@@ -1,0 +1,32 @@
+"""``pytest bench/``: each form of each op under pytest-benchmark, after its gate. Figures of a CPU are labelled CPU."""
+
+import pytest
+import torch
+
+from bench import ops
+from bench.models import shape_of
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+DTYPE = torch.bfloat16 if GPU else torch.float32
+MODEL, TOKENS = ("llama-2-7b", 8192) if GPU else ("smollm2-135m", 1024)
+FORMS = [
+    (op, form) for op, make in ops.CASES.items() for form in ops.forms_for(make((64, 64), 1 / 8, 64, DTYPE), DEVICE)
+]
+
+
+@pytest.mark.parametrize(("op", "form"), FORMS, ids=lambda value: value.replace(" ", "_"))
+def test_op(benchmark, op: str, form: str):
+    case = ops.CASES[op](shape_of(MODEL).linears["up_proj"], 1 / 8, TOKENS, DTYPE)
+    run = ops.forms_for(case, DEVICE)[form]
+    arguments = case.inputs(torch.Generator(DEVICE).manual_seed(0))
+    passed = ops.gate(case, form, run, arguments)
+    benchmark.group = op
+    benchmark.extra_info |= {"device": DEVICE.type, "moved_bytes": case.moved_bytes, "gate": passed}
+
+    def call() -> None:
+        run(*arguments)
+        if GPU:
+            torch.cuda.synchronize()
+
+    benchmark.pedantic(call, rounds=20, warmup_rounds=3)

@@ -1,0 +1,151 @@
+"""The memory model against exact counts on real tensors, and against peaks: real ones, and simulated at full size."""
+
+import dataclasses
+import importlib.util
+import json
+
+import pytest
+import torch
+
+from bench import model
+from bench.live_bytes import LiveBytes, SavedBytes
+from bench.memory import compare
+from bench.methods import Options, get_method
+from bench.models import CONFIGS, Block, build_model, shape_of
+from losia_kernels import cli
+from losia_kernels import memory as memory_model
+from losia_kernels.memory import GIB, ModelShape, Setting, estimate, largest, subnet_values
+
+CPU = torch.device("cpu")
+BF16 = torch.bfloat16
+LLAMA_7B = ModelShape.from_config(CONFIGS["llama-2-7b"])
+TOKENS = 2 * 64
+
+
+def peft_or_skip(method: str) -> None:
+    if method in ("lora", "dora", "lora-fp32") and importlib.util.find_spec("peft") is None:
+        pytest.skip("peft is not installed")
+
+
+@pytest.mark.parametrize(("p", "p_o", "millions"), [
+    (1 / 16, 1 / 8, 41.7), (1 / 8, 1 / 8, 117.6), (1 / 4, 1 / 8, 421.1), (1 / 2, 1 / 8, 1635.4),
+])  # fmt: skip
+def test_trained_values_of_table_14(p, p_o, millions):
+    assert round(subnet_values(LLAMA_7B, p, p_o) / 1e6, 1) == millions
+
+
+def test_model_sizes():
+    sizes = {name: shape_of(name).parameters for name in CONFIGS}
+    assert sizes["llama-2-7b"] == 6_738_415_616 and sizes["smollm2-135m"] == 134_515_008
+    assert sizes["gemma-2b"] == 2_506_172_416 and sizes["qwen2.5-7b"] == 7_615_616_512
+
+
+@pytest.mark.parametrize("method", ["losia-pro", "losia-dense", "lora", "full", "frozen"])
+def test_saved_activations_of_a_block_are_exact(tiny, method):
+    peft_or_skip(method)
+    shape = shape_of(tiny)
+    block = Block(build_model(tiny, CPU, BF16, num_hidden_layers=1))
+    prepared = get_method(f"{method}-off" if method.startswith("losia") else method).prepare(block, Options(rank=4))
+    x = torch.randn(2, 64, 64, dtype=BF16, requires_grad=True)
+    with SavedBytes([*block.parameters(), *block.buffers(), x]) as saved:
+        prepared.module(x)
+    setting = Setting(method=method.replace("losia-pro", "losia"), rank=4)
+    counted = memory_model._saved_by_block(shape, setting, TOKENS, observing=False)
+    rotary = 2 * 2 * 64 * shape.head_dim  # cos and sin, once for all blocks
+    scalars = 64  # eps and the like
+    assert counted <= saved.total <= counted + rotary + scalars
+
+
+@pytest.mark.parametrize("method", ["losia-pro", "lora", "full"])
+def test_state_is_exact(tiny, method):
+    peft_or_skip(method)
+    with LiveBytes():  # only that it does not disturb what it counts
+        prepared = get_method(method).prepare(build_model(tiny, CPU, BF16), Options(rank=4))
+        for name, phase in model.step_phases(prepared, torch.zeros(2, 64, dtype=torch.long)).items():
+            if name == "other":
+                gradients = sum(p.grad.nbytes for p in prepared.module.parameters() if p.grad is not None)
+            phase(0)
+    state = memory_model._training_state(shape_of(tiny), Setting(method=method.replace("-pro", ""), rank=4))
+    assert (state["values"], state["gradients"]) == (prepared.trained, gradients)
+    optimizer = prepared.update.__closure__[0].cell_contents
+    moments = [v for entry in optimizer.state.values() for k, v in entry.items() if k.startswith("exp_avg")]
+    assert state["optimizer"] == sum(value.nbytes for value in moments)
+    if method == "losia-pro":
+        observed = [t for o in optimizer.timeline._observers.values() for t in o.tensors.values()]
+        assert state["importance"] == sum(value.nbytes for value in observed) > 0
+        kept = [t for layer in prepared.subnets.values() for t in (layer.subnet, layer.out_idx, layer.in_idx)]
+        assert state["trained"] == sum(value.nbytes for value in kept)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("method", ["losia-pro", "losia-pro-fused", "lora", "full"])
+def test_peak_of_real_steps(tiny, monkeypatch, method, checkpointing):
+    """Within 5 % of the live tensors' peak over two steps, at a size where activations dominate."""
+    peft_or_skip(method)
+    monkeypatch.setitem(CONFIGS, "tiny", {**CONFIGS["tiny"], "hidden_size": 128, "intermediate_size": 344,
+                                          "vocab_size": 512})  # fmt: skip
+    monkeypatch.setattr("losia_kernels.output_layer.CHUNK_BYTES", 2**16)
+    monkeypatch.setattr(memory_model, "CHUNK_BYTES", 2**16)
+    run = model.Run(method, tiny, 4, 128, checkpointing, Options(rank=4))
+    with LiveBytes() as live:
+        prepared = model.prepare(run, build_model(tiny, CPU, BF16))
+        phases = model.step_phases(prepared, torch.zeros(4, 128, dtype=torch.long))
+        for _ in range(2):
+            live.restart_peak()
+            for phase in phases.values():
+                phase(0)
+    assert model.predicted_bytes(run, BF16) == pytest.approx(live.peak, rel=0.05)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("method", ["losia-pro", "lora", "lora-fp32", "dora", "full", "frozen"])
+def test_peak_of_simulated_llama_7b_blocks(method, checkpointing):
+    """Two blocks of the full width, 4 x 2048 tokens: no memory, no arithmetic, the same tensors."""
+    pytest.importorskip("transformers")
+    peft_or_skip(method)
+    row = compare(model.Run(method, "llama-2-7b", 4, 2048, checkpointing), num_hidden_layers=2)
+    assert row["predicted_bytes"] == pytest.approx(row["live_bytes"], rel=0.05)
+
+
+def test_the_sum_is_the_total_and_more_never_takes_less():
+    sizes = [estimate(LLAMA_7B, Setting(batch=batch, context=1024)) for batch in (1, 2, 4)]
+    assert sizes[0].total < sizes[1].total < sizes[2].total
+    parts = dataclasses.asdict(sizes[0])
+    assert sizes[0].total == sum(parts.values()) - parts["trained_values"]
+    assert estimate(LLAMA_7B, Setting(fused_loss=True)).total < estimate(LLAMA_7B, Setting()).total
+
+
+def test_largest_is_the_last_that_fits():
+    setting, budget = Setting(batch=1, checkpointing=True), 23 * GIB
+    longest = largest(LLAMA_7B, setting, "context", budget)
+    assert estimate(LLAMA_7B, dataclasses.replace(setting, context=longest)).total <= budget
+    assert estimate(LLAMA_7B, dataclasses.replace(setting, context=longest + 1)).total > budget
+    assert largest(LLAMA_7B, setting, "batch", 10 * GIB) == 0
+
+
+def test_estimate_from_the_command_line(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama-2-7b"]))
+    assert cli.main(["estimate", "--model", str(tmp_path), "--memory", "24", "--output-dim-factor", "1/8"]) == 0
+    out = capsys.readouterr().out
+    assert "6.74e9 values" in out and "117.6M" in out and "batch at 2048" in out
+
+
+@pytest.mark.parametrize(("content", "problem"), [
+    (None, "does not exist"), ("{,", "config.json:1: not JSON"), ('{"model_type": "mamba"}', "not model_type 'mamba'"),
+    ('{"model_type": "llama", "num_attention_heads": 2}', "has no 'hidden_size'"),
+])  # fmt: skip
+def test_configs_that_cannot_be_estimated(tmp_path, capsys, content, problem):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    assert cli.main(["estimate", "--model", str(tmp_path), "--memory", "24"]) == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_settings_out_of_range(tmp_path, capsys):
+    with pytest.raises(ValueError, match="unknown method 'lorra'; the memory model knows losia"):
+        Setting(method="lorra")
+    with pytest.raises(ValueError, match="batch must be at least 1"):
+        Setting(batch=0)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama-2-7b"]))
+    assert cli.main(["estimate", "--model", str(tmp_path), "--memory", "1"]) == 2
+    assert "more than the reserve" in capsys.readouterr().err

@@ -1,0 +1,115 @@
+"""Every method takes a step on a tiny model behind its gate, and a wrong gradient is seen."""
+
+import importlib.util
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bench import layer, model
+from bench.harness import RedGate
+from bench.jobs import run_job
+from bench.methods import LAYER_METHODS, METHODS, Options, get_method
+from bench.methods.losia import DenseGradientLinear
+from losia_kernels import LoSiALinear
+
+CPU = torch.device("cpu")
+RUNNABLE = [name for name in METHODS if name not in ("unsloth", "losia-reference", "lora-fp32")]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    real = model.measure
+    for module in (layer, model):
+        monkeypatch.setattr(module, "measure", lambda phases, device, **_: real(phases, device, repeats=1, warmup=1))
+    monkeypatch.setattr(layer, "rotation", lambda size, device: 1)
+
+
+def needs(method: str) -> None:
+    peer = {"galore": "galore_torch"} | dict.fromkeys(("lora", "lora-fp32", "lora-defaults", "dora", "pissa"), "peft")
+    if method in peer and importlib.util.find_spec(peer[method]) is None:
+        pytest.skip(f"{peer[method]} is not installed")
+
+
+@pytest.mark.parametrize("stack", ["linears", "block"])
+@pytest.mark.parametrize("method", [name for name in LAYER_METHODS if name in RUNNABLE])
+def test_a_layer_row(tiny, method, stack):
+    needs(method)
+    row = layer.run_layer(method, tiny, stack, 1, 32, CPU, torch.float32, Options(rank=4))
+    assert row["gate"]["dx"]["error"] <= row["gate"]["dx"]["allowed"]
+    assert {"forward", "backward", "update", "total"} <= row.keys() and row["floor_ms"] > 0
+    assert ("subnet gradient" in row["gate"]) == method.startswith("losia")
+    assert row["peak_bytes"] > 0 and (row["trained"] > 0) == (method != "frozen")
+    assert method != "frozen" or stack != "linears" or row["saved_bytes"] == 0
+
+
+@pytest.mark.parametrize("method", ["losia-pro", "losia-pro-fused", "lora", "full", "galore"])
+def test_a_model_row(tiny, method):
+    needs(method)
+    run = model.Run(method, tiny, 1, 32, checkpointing=True, options=Options(rank=4))
+    row = model.run_model(run, CPU, torch.float32)
+    assert row["us_per_token"]["total"] == pytest.approx(1e3 * row["total"]["ms"] / 32)
+
+
+@pytest.mark.parametrize("method", ["lora-fp32", "dora", "losia-pro"])
+def test_sixteen_bits(tiny, method):
+    needs(method)
+    row = layer.run_layer(method, tiny, "block", 1, 32, CPU, torch.bfloat16, Options(rank=4))
+    assert row["gate"]["dx"]["error"] <= row["gate"]["dx"]["allowed"]
+
+
+@pytest.mark.parametrize("method", [name for name in RUNNABLE if name != "frozen"])
+def test_a_step_changes_what_is_trained_and_leaves_no_gradients(tiny, method):
+    needs(method)
+    torch.manual_seed(0)
+    prepared = get_method(method).prepare(model.build_model(tiny, CPU, torch.float32), Options(rank=4))
+    before = {name: value.clone() for name, value in prepared.module.state_dict().items()}
+    for phase in model.step_phases(prepared, torch.zeros(1, 16, dtype=torch.long)).values():
+        phase(0)
+    assert any(not torch.equal(value, before[name]) for name, value in prepared.module.state_dict().items())
+    assert all(parameter.grad is None for parameter in prepared.module.parameters())
+
+
+def test_a_wrong_subnet_gradient_is_a_red_gate(tiny, monkeypatch):
+    real = LoSiALinear.forward
+
+    def wrong(self, x):
+        if self.subnet.requires_grad and not self.subnet._backward_hooks:
+            self.subnet.register_hook(lambda grad: grad * 1.01)
+        return real(self, x)
+
+    monkeypatch.setattr(LoSiALinear, "forward", wrong)
+    with pytest.raises(RedGate, match="subnet gradient"):
+        layer.run_layer("losia-pro-off", tiny, "linears", 1, 32, CPU, torch.float32, Options())
+
+
+def test_a_wrong_dx_is_a_red_gate(tiny, monkeypatch):
+    monkeypatch.setattr(DenseGradientLinear, "forward", lambda self, x: F.linear(x * 1.001, self.weight))
+    with pytest.raises(RedGate, match="dx"):
+        layer.run_layer("losia-dense-off", tiny, "block", 1, 32, CPU, torch.float32, Options())
+
+
+def test_the_reference_leaves_the_model_as_it_was(tiny):
+    block = layer.build_stack(tiny, "block", CPU, torch.bfloat16)
+    before = {name: value.clone() for name, value in (*block.named_parameters(), *block.named_buffers())}
+    layer.Reference(block, layer.backward_dx(layer.Inputs(block, 1, 16)))
+    for name, value in (*block.named_parameters(), *block.named_buffers()):
+        assert value.dtype == before[name].dtype and torch.equal(value, before[name]), name
+
+
+def test_peers_that_cannot_run_say_so(tiny):
+    jobs = {job.name: job for job in model.jobs(CPU, torch.float32, ("losia-reference", "unsloth"))}
+    for name, reason in (("losia-reference", "no CUDA device"), ("unsloth", "patches transformers")):
+        if name == "losia-reference" and torch.cuda.is_available():
+            continue
+        with pytest.raises(Exception, match=reason):
+            get_method(name).prepare(model.build_model(tiny, CPU, torch.float32), Options())
+        assert name in jobs
+
+
+def test_a_row_names_what_was_run(tiny, monkeypatch):
+    monkeypatch.setattr(model, "run_model", lambda run, device, dtype: {"ran": run.method})
+    row = run_job(next(iter(model.jobs(CPU, torch.float32, ("lora",)))))
+    assert row["status"] == "ok" and row["ran"] == "lora"
+    assert row["id"] == {"suite": "model", "name": "lora", "model": "smollm2-135m", "batch": 1, "context": 128,
+                         "checkpointing": False, "rank": 64, "dtype": "float32"}  # fmt: skip
