@@ -235,7 +235,7 @@ def _cross_entropy(
     label_smoothing=0.0,
 ) -> Tensor | None:  # fmt: skip
     """F.cross_entropy, whose parameters these are."""
-    classes = type(target) is Tensor and target.dtype == torch.int64 and target.dim() == 1 and logits.dim() == 2
+    classes = target.dtype == torch.int64 and target.dim() == 1 and logits.dim() == 2
     if not classes or reduction == "none" or any(old is not None for old in (weight, size_average, reduce)):
         return None
     loss = logits.source.cross_entropy(

@@ -61,7 +61,8 @@ def losia_linear_cross_entropy(
     if chunk_bytes < 1:
         raise ValueError(f"linear_cross_entropy: chunk_bytes must be at least 1, got {chunk_bytes}")
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    readable = type(labels) is Tensor and not torch.compiler.is_compiling()  # a FakeTensor has no values
+    if labels.device.type == "cpu" and readable:
         _check_labels(labels, weight.shape[0], ignore_index)
     formula = {
         "ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss,

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from tiny import TinyLM, make_batches, same_tensors, take_step, tiny_lm
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, calibrate, fused_loss, remove_losia
 from losia_kernels.fused_loss import LazyLogits, fuse_loss, unfuse_loss
@@ -312,3 +313,13 @@ def test_a_compiled_model_takes_the_ordinary_path(calls):
 def test_state_dict_is_untouched():
     fused, plain = pair(output_dim_factor=0.5)
     assert same_tensors(fused.state_dict(), plain.state_dict())
+
+
+@pytest.mark.parametrize("output_dim_factor", EVERY_HEAD)
+def test_shapes_alone(calls, output_dim_factor):
+    """Under FakeTensorMode, where nothing has a value, a step runs as well."""
+    with FakeTensorMode():
+        model = apply_losia(tiny_lm(), LoSiAConfig(rank_factor=0.5, output_dim_factor=output_dim_factor))
+        loss = model(torch.zeros(2, 3, dtype=torch.int64), labels=torch.zeros(2, 3, dtype=torch.int64)).loss
+        loss.backward()
+    assert loss.shape == () and len(calls) == 1
