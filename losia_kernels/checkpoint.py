@@ -94,11 +94,16 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Shards are gathered one tensor at a time: a GPU never holds more of the model than its shards and one weight.
     """
     first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    tied = {_plain(name): id(value) for name, value in model.named_parameters(remove_duplicate=False)}
+    gathered: dict[int | str, Tensor | None] = {}  # once for all names of a tied weight
     whole = {}
     for name, tensor in export_state_dict(model).items():
-        tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
+        key = tied.get(name, name)
+        if key not in gathered:
+            tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
+            gathered[key] = tensor.detach().to("cpu", copy=True) if first else None
         if first:
-            whole[name] = tensor.detach().to("cpu", copy=True)
+            whole[name] = gathered[key]
     return whole
 
 

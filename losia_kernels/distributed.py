@@ -62,6 +62,12 @@ class Ranks:
             for tensor, total in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
                 tensor.copy_(total.view_as(tensor))
 
+    def total(self, count: Tensor) -> int:
+        """The sum over the ranks of an integer that each has."""
+        count = count.clone()
+        self.sum_([count])
+        return int(count)
+
     def any(self, flags: list[bool]) -> list[bool]:
         """Which of ``flags`` are set on at least one rank."""
         return [any(ranks) for ranks in zip(*self._gather(flags), strict=True)]

@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+from accelerate import PartialState
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.utils import logging
@@ -24,11 +25,14 @@ def write_json(path: Path, values: dict) -> None:
     os.replace(beside, path)
 
 
-def save_model(model, tokenizer, folder: Path) -> None:
-    """An ordinary ``save_pretrained`` folder, written beside and renamed. ``folder`` must not exist."""
+def save_model(model, tokenizer, folder: Path, weights: dict | None = None) -> None:
+    """An ordinary ``save_pretrained`` folder, written beside and renamed. ``folder`` must not exist.
+
+    ``weights`` instead of the model's own: those of a model of which this process holds a part.
+    """
     beside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(beside, ignore_errors=True)
-    model.save_pretrained(beside)
+    model.save_pretrained(beside, state_dict=weights)
     if tokenizer is not None:
         tokenizer.save_pretrained(beside)
     os.replace(beside, folder)
@@ -41,6 +45,9 @@ class CheckpointCallback(TrainerCallback):
         self.tokenizer = tokenizer
 
     def on_save(self, args, state, control, optimizer=None, **kwargs):
+        PartialState().wait_for_everyone()  # every process has written its part
+        if not state.is_world_process_zero:
+            return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         self.tokenizer.save_pretrained(folder)
         timeline = losia_timeline(optimizer)

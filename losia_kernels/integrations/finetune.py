@@ -13,26 +13,30 @@ import hashlib
 import json
 import math
 import os
+import warnings
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
 from transformers.utils import logging
 
 from .. import LoSiAConfig, apply_losia, remove_losia
+from ..checkpoint import full_state_dict
 from ..linear import losia_layers
 from . import data
 from .checkpoints import CheckpointCallback, last_checkpoint, save_model, write_json
 from .options import FinetuneOptions, InputError
 from .progress import ProgressCallback
-from .transformers import LoSiACallback, LoSiAOptimizerFactory
+from .transformers import LoSiACallback, LoSiAOptimizerFactory, losia_timeline
 
 PAPER_PERIOD = 100
 FREE_ON_RESUME = ("output", "resume", "save_steps", "print_every")  # options that do not change the result
@@ -41,29 +45,43 @@ FREE_ON_RESUME = ("output", "resume", "save_steps", "print_every")  # options th
 def finetune(options: FinetuneOptions, callbacks: tuple[TrainerCallback, ...] = ()) -> Path:
     """Fine-tune as ``options`` say and return the folder of the finished model.
 
+    Under torchrun or ``accelerate launch`` every process calls this, and the first one writes and speaks.
     Raises InputError for a mistake in the options or the data, FloatingPointError when the loss is no longer finite.
     """
     options.check()
     logging.disable_progress_bar()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("finetune runs in one process: start it without torchrun or accelerate launch")
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    first = processes.is_main_process
+    if not first:
+        warnings.simplefilter("ignore")  # the first process says it for all
     run = Path(options.output)
-    record, checkpoint = _check_run(run, options)
-    if (run / "model").exists():
-        print(f"{run} is finished: the model is in {run / 'model'}")
+    with processes.main_process_first():  # who resumes removes checkpoints that were interrupted
+        record, checkpoint = _check_run(run, options, processes.num_processes)
+        finished = (run / "model").exists()
+    if first and checkpoint:
+        print(f"resuming from {checkpoint}")
+    elif first and options.resume:
+        print("no checkpoint yet: starting from the beginning")
+    if finished:
+        if first:
+            print(f"{run} is finished: the model is in {run / 'model'}")
         return run / "model"
 
     model, tokenizer = load_model(options)
     train_data, eval_data = load_data(options, tokenizer)
     if options.packing:
         check_packing(model)
-    steps = total_steps(options, len(train_data))
+    steps = total_steps(options, len(train_data), processes.num_processes)
     config = apply_with_period(model, options, steps)
-    run.mkdir(parents=True, exist_ok=True)  # not before: what is refused leaves nothing behind
-    write_json(run / "run.json", record)
+    processes.wait_for_everyone()  # all have found the folder as it was
     arguments = training_arguments(options, steps)
     use_cache = model.config.use_cache
-    print(_summary(options, model, train_data, config, arguments, steps), flush=True)
+    speaking = []
+    if first:
+        run.mkdir(parents=True, exist_ok=True)  # not before: what is refused leaves nothing behind
+        write_json(run / "run.json", record)
+        print(_summary(options, model, train_data, config, arguments, steps), flush=True)
+        speaking = [ProgressCallback(run / "log.jsonl", run / "loss_curve.png", options.print_every)]
 
     trainer = FinetuneTrainer(
         model,
@@ -77,15 +95,18 @@ def finetune(options: FinetuneOptions, callbacks: tuple[TrainerCallback, ...] = 
         ),
         callbacks=[
             LoSiACallback(),
-            ProgressCallback(run / "log.jsonl", run / "loss_curve.png", options.print_every),
+            *speaking,
             CheckpointCallback(tokenizer),
             *callbacks,
         ],
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.config.use_cache = use_cache
-    save_model(remove_losia(model), tokenizer, run / "model")
-    print(f"model in {run / 'model'}, loss curve in {run / 'loss_curve.png'}")
+    weights = full_state_dict(model) if processes.num_processes > 1 else None
+    if first:
+        save_model(model if weights else remove_losia(model), tokenizer, run / "model", weights)
+        print(f"model in {run / 'model'}, loss curve in {run / 'loss_curve.png'}")
+    processes.wait_for_everyone()
     return run / "model"
 
 
@@ -101,8 +122,16 @@ class FinetuneTrainer(Trainer):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         lengths = [len(sample["input_ids"]) for sample in self.train_dataset]
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return data.EpochLengthGroupedSampler(batch, lengths, self.args.seed)
+
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """Sharded states are loaded into the tensors that the optimizer has at the checkpoint's step."""
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+            losia_timeline(self.optimizer).resume_at(state.global_step)
+        super()._load_optimizer_and_scheduler(checkpoint)
 
 
 def training_arguments(options: FinetuneOptions, steps: int) -> TrainingArguments:
@@ -133,6 +162,7 @@ def training_arguments(options: FinetuneOptions, steps: int) -> TrainingArgument
         include_num_input_tokens_seen="non_padding",
         seed=options.seed,
         use_cpu=not torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         disable_tqdm=True,
@@ -195,11 +225,11 @@ def check_packing(model) -> None:
         )
 
 
-def total_steps(options: FinetuneOptions, samples: int) -> int:
-    """Optimizer steps of the run."""
+def total_steps(options: FinetuneOptions, samples: int, processes: int = 1) -> int:
+    """Optimizer steps of the run, whose ``processes`` take a batch each at a time."""
     if options.steps is not None:
         return options.steps
-    batches = math.ceil(samples / options.batch_size)
+    batches = math.ceil(samples / (options.batch_size * processes))
     return math.ceil(options.epochs * math.ceil(batches / options.gradient_accumulation))
 
 
@@ -248,17 +278,20 @@ def _summary(options, model, train_data, config: LoSiAConfig, arguments: Trainin
         f"{tokens:,} tokens, {learned:,} learned",
         f"LoSiA  {len(layers)} layers in {count_groups(model)} groups, {values:,} trained values "
         f"({100 * values / total:.2f} %); {period}, {steps / cycle:.1f} cycles",
-        f"run    {steps} steps of {options.batch_size} x {options.gradient_accumulation} samples, lr {options.lr:g} "
+        f"run    {steps} steps of {options.batch_size} x {options.gradient_accumulation} samples"
+        f"{f' on each of {arguments.world_size} processes' if arguments.world_size > 1 else ''}, lr {options.lr:g} "
         f"{options.lr_scheduler}, {config.warmup_steps} steps of warm-up",
     ])
 
 
-def _check_run(run: Path, options: FinetuneOptions) -> tuple[dict, Path | None]:
+def _check_run(run: Path, options: FinetuneOptions, processes: int) -> tuple[dict, Path | None]:
     """What ``run.json`` is to hold, and the checkpoint to go on from. Raises InputError if the folder forbids it.
 
-    A resumed run must have the options and the data of the first.
+    A resumed run must have the options and the data of the first; on another number of processes, batches such that
+    all of them together are as large.
     """
     record = {name: value for name, value in dataclasses.asdict(options).items() if name not in FREE_ON_RESUME}
+    record["batch_size"] *= processes
     for name in ("data", "eval_data"):
         if record[name] is not None:
             record[f"{name}_sha256"] = _sha256(record[name])
@@ -273,9 +306,7 @@ def _check_run(run: Path, options: FinetuneOptions) -> tuple[dict, Path | None]:
     if changed:
         was = ", ".join(f"{name} was {first.get(name)!r}, now {record.get(name)!r}" for name in changed)
         raise InputError(f"cannot resume {run} with other options: {was}")
-    checkpoint = last_checkpoint(run / "checkpoints")
-    print(f"resuming from {checkpoint}" if checkpoint else "no checkpoint yet: starting from the beginning")
-    return record, checkpoint
+    return record, last_checkpoint(run / "checkpoints")
 
 
 def _sha256(path: str) -> str:

@@ -71,7 +71,8 @@ def losia_timeline(optimizer: torch.optim.Optimizer) -> Timeline:
 class _LossDivisor:
     """Before each micro-batch: what the Trainer is about to divide its mean loss by.
 
-    The Trainer's loss is a sum over the micro-batch divided by the learned tokens of the whole accumulated batch; for
+    The Trainer's loss is a sum over the micro-batch divided by the learned tokens of the whole accumulated batch, and
+    so is its mean over the processes, of whose micro-batches both then count all tokens; for
     models that do not take ``num_items_in_batch`` it is the mean divided by the accumulation steps.
     """
 
@@ -85,7 +86,8 @@ class _LossDivisor:
         if items is None or labels is None:
             self.timeline.loss_divisor = float(self.accumulation_steps)
         else:
-            self.timeline.loss_divisor = float(items) / max(1, int((labels[..., 1:] != -100).sum()))
+            learned = self.timeline.ranks.total((labels[..., 1:] != -100).sum())
+            self.timeline.loss_divisor = float(items) / max(1, learned)
 
 
 def _first_batches(dataloader, count: int, device: torch.device) -> list[dict]:

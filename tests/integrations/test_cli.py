@@ -99,12 +99,6 @@ def test_nothing_to_resume(run, data, model_folder, tmp_path):
     assert refused(result, "nothing to resume")
 
 
-def test_several_processes_are_refused(run, data, model_folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    result = run("finetune", "--model", model_folder, "--data", data, "--output", tmp_path / "out")
-    assert refused(result, "finetune runs in one process")
-
-
 @pytest.mark.parametrize("command", [("inspect",), ("export", "out")])
 def test_a_folder_that_is_no_losia_checkpoint(run, model_folder, tmp_path, command):
     name, *output = command
