@@ -148,6 +148,12 @@ def _find_output_layer(model: nn.Module, named: str | None, config: LoSiAConfig)
 
 def _find_targets(model: nn.Module, config: LoSiAConfig, output_name: str | None) -> list[str]:
     everything = config.target_modules == "all-linear"
+    listed = not isinstance(config.target_modules, str)
+    if listed and config.output_dim_factor == 0 and output_name and matches(output_name, config.target_modules):
+        raise ValueError(
+            f"apply_losia: target_modules names {output_name!r}, the output layer, but it is trained by "
+            f"output_dim_factor, the share of its outputs, which is 0"
+        )
     left_out = (config.exclude_modules, config.modules_to_save)
     targets = []
     for name, module in model.named_modules():

@@ -164,8 +164,9 @@ class LoSiAAdamW(torch.optim.Optimizer):
         own = chain.from_iterable(group["params"] for group in self.param_groups)
         for i, parameter in zip(saved, own, strict=True):
             for key, value in state_dict["state"].get(i, {}).items():
-                if key in ("exp_avg", "exp_avg_sq", "master"):
-                    self.state[parameter][key] = value.to(parameter.device, copy=True)
+                if key in ("step", "exp_avg", "exp_avg_sq", "master"):
+                    device = "cpu" if key == "step" else parameter.device  # wherever the file was mapped to
+                    self.state[parameter][key] = value.to(device, copy=True)
 
 
 def _complete_state(optimizer: LoSiAAdamW) -> None:

@@ -31,7 +31,8 @@ class Timeline:
         groups: the layers of each group, by group number, in model order; ``group_names`` names them.
         dense: layers that are trained in full, without a slot (an output layer with ``output_dim_factor=1``).
         loss_divisor: what each micro-batch's mean loss was divided by before its backward (accumulation steps; 1/scale
-            under a GradScaler). The importance is not linear in the gradient and must know (Eq. 3).
+            under a GradScaler, whose overflows are then left out). The importance is not linear in the gradient and
+            must know (Eq. 3).
 
     ``total_steps``: warns once, here, if the run ends before every group has had its turn. ``process_group``: the
     processes that hold replicas of the model, by default its DistributedDataParallel's or all; RanksDifferError if
@@ -125,13 +126,14 @@ class Timeline:
         layer.observe_(lambda grad, outputs=ALL: self._observed(layer, observer, grad, outputs))
 
     def _observed(self, layer: LoSiALinear, observer: Observer, grad: Tensor, outputs: slice) -> None:
-        rows = self._rows(layer)
+        rows, weight = self._rows(layer), layer.weight
         if rows is not None:
-            observer.update(rows.of(layer.weight), rows.scatter_mean(grad), self.loss_divisor, rows)
-            return
-        if self.config.importance_sync == "gradient":
+            weight, grad = rows.of(weight), rows.scatter_mean(grad)
+        elif self.config.importance_sync == "gradient":
             grad = self.ranks.mean_(grad)
-        observer.update(layer.weight, grad, self.loss_divisor, outputs=outputs)
+        if rows is None and self.loss_divisor < 1 and not bool(torch.isfinite(grad).all()):
+            return  # a GradScaler's overflow: it will skip this step, which is then taken anew
+        observer.update(weight, grad, self.loss_divisor, rows, outputs)
 
     def _stop(self, layer: LoSiALinear) -> None:
         del self._observers[layer]

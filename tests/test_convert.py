@@ -82,6 +82,11 @@ def test_an_output_layer_can_be_named():
     assert groups(apply(model, "head", output_dim_factor=0.5)) == {"head": (0, "head"), "layers.0.up": (1, "layers.0")}
 
 
+def test_a_list_of_targets_that_names_the_output_layer_is_told_what_trains_it():
+    with pytest.raises(ValueError, match="'lm_head', the output layer, but .* output_dim_factor"):
+        apply_losia(tiny_lm(), LoSiAConfig(rank_factor=0.5, target_modules=["up_proj", "lm_head"]))
+
+
 def test_an_output_layer_among_the_targets_is_an_output_layer_only():
     model = apply(tiny_lm(), target_modules=["up_proj", "lm_head"], output_dim_factor=0.5)
     assert groups(model) == {"model.layers.0.up_proj": (1, "model.layers.0"), "lm_head": (0, "lm_head"),

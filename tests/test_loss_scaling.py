@@ -1,0 +1,36 @@
+"""In float16 under torch's GradScaler the subnets move as without it, overflows and all."""
+
+import torch
+from tiny import make_batches, same_tensors, tiny_lm
+
+from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia
+
+
+def train_scaled(first_scale: float, importance: str) -> tuple[dict, int]:
+    """Four steps, each tried until the scaler takes it; the final state and how many tries overflowed."""
+    model = apply_losia(tiny_lm(), LoSiAConfig(rank_factor=0.5, period=2, importance=importance))
+    optimizer = LoSiAAdamW(model, lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=first_scale, backoff_factor=2.0**-16)
+    tries = 0
+    for batch in make_batches(4):
+        step = optimizer.timeline.step
+        while optimizer.timeline.step == step:
+            optimizer.timeline.loss_divisor = 1 / scaler.get_scale()
+            with torch.autocast("cpu", torch.float16):
+                loss = model(**batch).loss
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            tries += 1
+    return model.state_dict(), tries - 4
+
+
+def test_an_overflow_leaves_no_trace():
+    """The scaler skips the step, and the slot must not end in infinite scores for it."""
+    for importance in ("sensitivity", "gradient", "marginal"):
+        plain, overflows = train_scaled(2.0**8, importance)
+        assert overflows == 0
+        scaled, overflows = train_scaled(2.0**24, importance)
+        assert overflows > 0
+        assert same_tensors(plain, scaled), importance
