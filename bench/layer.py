@@ -18,7 +18,8 @@ from .methods import LAYER_METHODS, Options, Prepared, get_method
 from .methods.galore import project_once
 from .models import STACKS, build_stack, shape_of
 
-LATE = ("losia-reference", "pissa", "lora-defaults", "unsloth")  # slow to prepare, or less asked for
+# Slow to prepare, or less asked for.
+LATE = ("losia-reference", "losia-reference-off", "pissa", "lora-defaults", "unsloth")
 
 
 class Inputs:

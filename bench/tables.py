@@ -9,6 +9,7 @@ from .models import CONFIGS
 
 Rows = list[dict[str, Any]]
 BUDGETS_GB = (24, 48, 80)
+HAVE_SLOTS = ("losia-pro", "losia-dense", "losia-reference")  # at layer level each has a second row, outside its slot
 
 
 def _select(rows: Rows, suite: str, name: str | None = None, **fields: Any) -> Rows:
@@ -89,7 +90,7 @@ def _layer_table(chosen: Rows, model: str) -> str:
     body = []
     for row in chosen:
         title = _title(row["id"]["name"])
-        if row["id"]["name"] == "losia-pro" or row["id"]["name"] == "losia-dense":
+        if row["id"]["name"] in HAVE_SLOTS:
             title += ", in its slot"
         if row["status"] != "ok":
             body.append([title, *_no_figures(row, len(head) - 1)])
@@ -99,7 +100,7 @@ def _layer_table(chosen: Rows, model: str) -> str:
                      _mib(row["peak_bytes"]), _millions(row["trained"])])  # fmt: skip
     by_name = {row["id"]["name"]: row for row in chosen if row["status"] == "ok"}
     layers = CONFIGS[model]["num_hidden_layers"]
-    for name in ("losia-pro", "losia-dense"):
+    for name in HAVE_SLOTS:
         if name in by_name and f"{name}-off" in by_name:
             on, off = (by_name[key]["total"]["ms"] / by_name[key]["floor_ms"] for key in (name, f"{name}-off"))
             mean = ((layers - 1) * off + on) / layers

@@ -21,9 +21,9 @@ def _prepare(model: nn.Module, options: Options) -> Prepared:
 
 
 def _give_projection(optimizer: torch.optim.Optimizer, weight: Tensor) -> None:
-    """Start between two SVDs, at a random projection: their cost is a row of its own."""
+    """A random projection that is never renewed: the cost of the SVD that would renew it is a row of its own."""
     projector_class = import_peer("galore_torch.galore_projector").GaLoreProjector
-    projector = projector_class(RANK, update_proj_gap=GAP, scale=SCALE, proj_type="std")
+    projector = projector_class(RANK, update_proj_gap=10**9, scale=SCALE, proj_type="std")
     rank = min(RANK, *weight.shape)
     short = min(weight.shape)
     projection = torch.randn(short, rank, device=weight.device).mul_(short**-0.5).to(weight.dtype)

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from .base import Method, MissingPeer, Options, Prepared, decoder_linears
 from .imports import import_peer
 
+NEVER = 10**6  # steps
 EXTENSION_FOLDER = Path(".cache/losia_extension")  # its CUDA extension is built into the current directory on import
 
 
@@ -54,16 +55,17 @@ def _accept_old_argument(scheduler: type) -> None:
     scheduler.__bases__ = (Base,)
 
 
-def _prepare(model: nn.Module, options: Options) -> Prepared:
+def _prepare(model: nn.Module, options: Options, observing: bool = True) -> Prepared:
     peer = _import_losia()
     model.requires_grad_(False)  # as for every method here; its README trains embeddings, norms and head densely
     linears = decoder_linears(model)
     for linear in linears.values():
         linear.weight.requires_grad_()
-    layers = 1 + max(int(name.split(".")[2]) for name in linears)
+    # Its timeline cannot be set: the first layer's slot never ends, or it ends with the first step and never returns.
+    layers = 1 + max(int(name.split(".")[2]) for name in linears) if observing else NEVER
     peer.attach_losia(
         model, SimpleNamespace(num_hidden_layers=layers), num_training_steps=10_000, lr=6e-5,
-        rank_factor=options.rank_factor, period=100, use_pro=True,
+        rank_factor=options.rank_factor, period=NEVER if observing else 1, use_pro=True,
     )  # fmt: skip
     trained = sum(
         int(options.rank_factor * linear.out_features) * int(options.rank_factor * linear.in_features)
@@ -73,6 +75,10 @@ def _prepare(model: nn.Module, options: Options) -> Prepared:
 
 
 REFERENCE = Method(
-    "losia-reference", "losia 0.1.5 (the authors')", "attach_losia(rank_factor=1/8, period=100, use_pro=True); only "
-    "the decoder's linears train; its hooks update during the backward", _prepare, ("rank_factor",),
+    "losia-reference", "losia 0.1.5 (the authors')", "attach_losia(rank_factor=1/8, use_pro=True); only the decoder's "
+    "linears train; its hooks update during the backward; one block observes", _prepare, ("rank_factor",),
+)  # fmt: skip
+REFERENCE_OFF = Method(
+    "losia-reference-off", "losia 0.1.5 (the authors'), outside its slot", "as losia-reference; no block observes",
+    functools.partial(_prepare, observing=False), ("rank_factor",),
 )  # fmt: skip

@@ -63,7 +63,7 @@ def test_ratios_are_to_the_floor_of_the_same_job_and_layers_are_averaged():
     text = tables.layer(ROWS)
     assert "| LoSiA-Pro (ours), in its slot | 1.200 | 12 | 4 | 6 | 2 | 1024 | 2048 | 3.0 |" in text
     assert f"| LoSiA-Pro (ours), mean of 32 layers | {(31 * 1.04 + 1.2) / 32:.3f} |" in text
-    assert "| losia 0.1.5 (the authors') | not run |" in text
+    assert "| losia 0.1.5 (the authors'), in its slot | not run |" in text
 
 
 def test_the_papers_column_stands_beside_ours():
