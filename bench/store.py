@@ -45,5 +45,6 @@ def _identity(row: dict[str, Any]) -> str:
 
 
 def load(folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """All result files, by name."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    """The harness's result files, by name; other studies may keep theirs in the same folder."""
+    contents = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return [content for content in contents if isinstance(content, dict) and content.get("format") == FORMAT]

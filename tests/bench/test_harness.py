@@ -132,6 +132,8 @@ def test_rows_are_on_disk_at_once_and_measured_again_replace_the_old(tmp_path):
     assert [(row["id"]["name"], row["ms"]) for row in load(tmp_path)[0]["rows"]] == [("b", 2), ("a", 3)]
     assert [path.name for path in tmp_path.iterdir()] == ["a-cpu-of-ours-abc.json"]
     assert len(Results.for_run(PROVENANCE, tmp_path).rows) == 2
+    (tmp_path / "other.json").write_text('{"rows": 3}')
+    assert len(load(tmp_path)) == 1
     assert Results.for_run({**PROVENANCE, "sources": "2"}, tmp_path).rows == [], "rows of other code"
 
 
