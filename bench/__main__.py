@@ -1,4 +1,7 @@
-"""``python -m bench all|layer|model|context|ops|scaling|memory [--minutes 9]`` measures, ``report`` writes tables."""
+"""``python -m bench all|layer|model|context|ops|output_layer|scaling|memory [--minutes 9]`` measures.
+
+``python -m bench report`` writes tables.
+"""
 
 import argparse
 import sys
@@ -8,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from . import layer, memory, model, ops, scaling
+from . import layer, memory, model, ops, output_layer, scaling
 from .jobs import Job, run_all
 from .methods import UnknownMethod, get_method
 from .provenance import provenance
 from .store import RESULTS, Results
 
-SUITES = ("layer", "model", "context", "ops", "scaling", "memory")
+SUITES = ("layer", "model", "context", "ops", "output_layer", "scaling", "memory")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def select(suite: str, methods: str | None, device: torch.device, dtype: torch.dtype) -> Iterator[Job]:
     """The jobs of ``suite`` ("all": of every suite), only those of ``methods`` (commas) where given."""
     wanted = None if methods is None else {get_method(name.strip()).name for name in methods.split(",")}
-    for module in (layer, model, ops, scaling, memory):
+    for module in (layer, model, ops, output_layer, scaling, memory):
         for job in module.jobs(device, dtype):
             if suite in ("all", job.suite) and (wanted is None or job.name in wanted):
                 yield job

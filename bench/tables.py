@@ -223,6 +223,18 @@ def ops(rows: Rows) -> str:
     return _table(head, body) if body else ""
 
 
+def output_layer(rows: Rows) -> str:
+    """Loss and gradients of the vocabulary projection; p_o 0 is a frozen one, 1 a dense one."""
+    body = []
+    for row in _select(rows, "output_layer"):
+        found = row["id"]
+        size = f"{found['vocabulary']} x {found['hidden']}, {found['tokens']} tokens"
+        ok = row["status"] == "ok"
+        figures = (_number(row["total"]["ms"]), _gb(row["extra_bytes"])) if ok else _no_figures(row, 2)
+        body.append([size, f"{found['p_o']:.3g}", found["name"], *figures])
+    return _table(("vocabulary", "p_o", "method", "ms", "GB beyond the inputs"), body) if body else ""
+
+
 def context(rows: Rows) -> str:
     """The longest context in 80 GB at batch 1, checkpointed."""
     chosen = [row for row in _select(rows, "context")]
@@ -277,6 +289,7 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "table14": ("Memory over p and r", table14),
     "memory": ("The memory model against what was measured", memory),
     "ops": ("Kernels", ops),
+    "output_layer": ("The output layer's loss", output_layer),
     "scaling": ("How the cost grows", scaling),
     "context": ("Longest context", context),
     "budget": ("Fastest within a card", budget),
