@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach, calibrate
+from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach, calibrate, distributed
 from losia_kernels.checkpoint import full_state_dict, load_checkpoint, save_checkpoint
 from losia_kernels.distributed import Ranks, RanksDifferError, fingerprint
 from losia_kernels.linear import losia_layers
@@ -476,7 +476,10 @@ class Stack(nn.Module):
 
 
 def memory(device: torch.device, blocks: int, narrow: int, wide: int) -> tuple[int, list[int]]:
-    """Bytes that this rank holds between two steps, and the most it allocates on top in each step of one cycle."""
+    """Bytes that this rank holds between two steps, and the most it allocates on top in each step of a cycle.
+
+    Of four cycles the least: gloo's threads free what they have sent when they come to it, late on a busy machine.
+    """
     torch.manual_seed(0)
     model = apply_losia(Stack(blocks, narrow, wide).to(device), LoSiAConfig(rank_factor=1 / 8, period=1))
     for block in model.layers:
@@ -485,7 +488,7 @@ def memory(device: torch.device, blocks: int, narrow: int, wide: int) -> tuple[i
     optimizer = LoSiAAdamW(model, lr=1e-3)
     x = torch.ones(2, narrow, device=device)
     peaks = []
-    for step in range(2 * blocks):
+    for step in range(5 * blocks):
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             model(x).backward()
             optimizer.step()
@@ -494,7 +497,9 @@ def memory(device: torch.device, blocks: int, narrow: int, wide: int) -> tuple[i
             peaks.append(peak_of(profiler))
     held = [value for state in optimizer.state.values() for value in state.values()]
     held += [*model.parameters(), *model.buffers()]
-    return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in held), peaks
+    return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in held), [
+        min(peaks[place::blocks]) for place in range(blocks)
+    ]
 
 
 def peak_of(profiler: profile) -> int:
@@ -505,3 +510,32 @@ def peak_of(profiler: profile) -> int:
         now += event.nbytes()
         most = max(most, now)
     return most
+
+
+def wire(device: torch.device, blocks: int, narrow: int, wide: int, steps: int) -> dict[str, int]:
+    """Bytes that the package, not FSDP, hands to collectives in ``steps`` steps with T = 1, by the collective."""
+    torch.manual_seed(0)
+    model = apply_losia(Stack(blocks, narrow, wide).to(device), LoSiAConfig(rank_factor=1 / 8, period=1))
+    for block in model.layers:
+        fully_shard(block)
+    fully_shard(model)
+    optimizer = LoSiAAdamW(model, lr=1e-3)
+    sent = {"reduce_scatter": 0, "all_gather": 0, "all_reduce": 0}
+
+    def counted(kind, collective, place):
+        def count(*args, **kwargs):
+            sent[kind] += args[place].nbytes
+            return collective(*args, **kwargs)
+
+        return count
+
+    with (
+        mock.patch.object(distributed, "_reduce_scatter", counted("reduce_scatter", distributed._reduce_scatter, 1)),
+        mock.patch.object(distributed, "_all_gather", counted("all_gather", distributed._all_gather, 0)),
+        mock.patch.object(dist, "all_reduce", counted("all_reduce", dist.all_reduce, 0)),
+    ):
+        for _ in range(steps):
+            model(torch.ones(2, narrow, device=device)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return sent
