@@ -1,6 +1,5 @@
 """What the ranks of the tests run: small models, trained for three cycles; every function gets its device first."""
 
-import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from unittest import mock
@@ -11,16 +10,13 @@ import torch.distributed.checkpoint as dcp
 from tiny import make_batches, tiny_lm
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
-from torch.profiler import ProfilerActivity, profile
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach, calibrate, distributed
+from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach, calibrate
 from losia_kernels.checkpoint import full_state_dict, load_checkpoint, save_checkpoint
-from losia_kernels.distributed import Ranks, RanksDifferError, fingerprint
+from losia_kernels.distributed import Ranks
 from losia_kernels.linear import losia_layers
 
 BLOCKS, PERIOD = 3, 2
@@ -138,60 +134,6 @@ def counted_all_reduce(sent: dict[str, int]):
         return reduce(tensor, *args, **kwargs)
 
     return mock.patch.object(dist, "all_reduce", counting)
-
-
-# ranks that are not alike ---------------------------------------------------------------------------------------------
-
-
-def differ(device: torch.device, what: str) -> str:
-    """Start a run in which rank 1 has another ``what``; returns what the ranks are told."""
-    odd = dist.get_rank() == 1
-    model = LossOf(seed=int(odd) if what == "weights" else 0).to(device)
-    if what == "embedding" and odd:
-        with torch.no_grad():
-            model.lm.model.embed_tokens.weight[0, 0] += 1e-12
-    config = LoSiAConfig(
-        rank_factor=0.25,
-        period=PERIOD + (odd and what == "config"),
-        seed=int(odd and what == "seed"),
-        exclude_modules=["down_proj"] if odd and what == "layers" else None,
-    )
-    apply_losia(model, config)
-    if what == "subnet" and odd:
-        layer = next(layer for _, layer in losia_layers(model))
-        layer.set_subnet_(layer.out_idx, torch.arange(len(layer.in_idx), device=device))
-    try:
-        optimizer = LoSiAAdamW(model, lr=2e-2 if odd and what == "lr" else 1e-2)
-        if what == "resumed step":
-            state = optimizer.state_dict()
-            for group in state["param_groups"]:
-                group["losia_step"] = int(odd)
-            optimizer.load_state_dict(state)
-    except RanksDifferError as error:
-        return str(error)
-    return ""
-
-
-def warned_of_weights(device: torch.device) -> list[str]:
-    """DDP copies rank 0's weights over different ones; returns the warnings, once the ranks agree."""
-    model = apply_losia(LossOf(seed=dist.get_rank()).to(device), LoSiAConfig(rank_factor=0.25))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        optimizer = LoSiAAdamW(DistributedDataParallel(model))
-    optimizer.timeline.ranks.check_same({}, {name: fingerprint(value) for name, value in model.state_dict().items()})
-    return [str(warning.message) for warning in caught]
-
-
-def independent_models(device: torch.device) -> int:
-    """Each rank trains a model of its own, in a group of its own."""
-    groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
-    rank = dist.get_rank()
-    model = apply_losia(LossOf(seed=rank).to(device), LoSiAConfig(rank_factor=0.25, period=1 + rank, seed=rank))
-    optimizer = LoSiAAdamW(model, lr=1e-2, process_group=groups[rank])
-    for batch in batches_of(Run(steps=4), rank, dist.get_world_size(), device):
-        model(**batch).backward()
-        optimizer.step()
-    return optimizer.timeline.step
 
 
 # loops that DDP makes harder ------------------------------------------------------------------------------------------
@@ -404,138 +346,3 @@ def export(device: torch.device, engine: str) -> dict:
     model, forward, optimizer, timeline = make(device, engine, Run())
     advance(Run(), device, forward, optimizer, timeline, 3)
     return full_state_dict(forward)
-
-
-# engines that are refused ---------------------------------------------------------------------------------------------
-
-
-def refused(device: torch.device, engine: str) -> str:
-    """What a user is told who trains in ``engine``."""
-    model = LossOf(torch.float32).to(device)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    try:
-        if engine == "shards first":
-            fully_shard(model)
-        elif engine == "tensor parallel first":
-            parallelize_module(model, mesh, {"lm.model.layers.*.up_proj": ColwiseParallel()})
-        apply_losia(model, LoSiAConfig(rank_factor=0.25, importance_sync="slot" if engine == "slot" else "gradient"))
-        if engine == "tensor parallel columns":
-            parallelize_module(model, mesh, {"lm.model.layers.*.up_proj": ColwiseParallel()})
-        elif engine == "tensor parallel rows":
-            parallelize_module(model, mesh, {"lm.model.layers.*.down_proj": RowwiseParallel()})
-        elif engine == "FSDP1":
-            model = FullyShardedDataParallel(model, use_orig_params=True, device_id=device)
-        elif engine == "ZeRO-3":
-            model.lm.lm_head.weight.ds_id = 0  # how DeepSpeed marks what it has partitioned
-        elif engine == "replicas of shards":
-            both = init_device_mesh(device.type, (1, dist.get_world_size()), mesh_dim_names=("replicas", "shards"))
-            fully_shard(model, mesh=both)
-        elif engine == "slot":
-            fully_shard(model)
-        optimizer = LoSiAAdamW(model)
-        if engine == "shards last":
-            fully_shard(model)
-        model(**batches_of(Run(steps=1), 0, 2, device)[0]).backward()
-        optimizer.step()
-    except (ValueError, RuntimeError) as error:
-        return str(error)
-    return "trained"
-
-
-# memory of shards -----------------------------------------------------------------------------------------------------
-
-
-def bfloat16(device: torch.device, offload: bool) -> tuple[list[float], dict, dict]:
-    """bf16 weights and compute, float32 subnets reduced in float32: losses, final state, and each subnet's rounding."""
-    run = Run(dtype=torch.bfloat16)
-    policies = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}
-    if offload:
-        policies["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
-    outcome = train_sharded(device, run, policies)
-    written = {}
-    for name in outcome.subnets[-1]:
-        out_idx, in_idx = outcome.subnets[-1][name]
-        written[name] = outcome.state[f"{name}.weight"][out_idx][:, in_idx]
-    return outcome.losses, outcome.state, written
-
-
-class Stack(nn.Module):
-    """Blocks of two wide linears: nearly all memory is weights."""
-
-    def __init__(self, blocks: int, narrow: int, wide: int):
-        super().__init__()
-        self.layers = nn.ModuleList(
-            nn.Sequential(nn.Linear(narrow, wide, bias=False), nn.ReLU(), nn.Linear(wide, narrow, bias=False))
-            for _ in range(blocks)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.layers:
-            x = x + block(x)
-        return x.square().mean()
-
-
-def memory(device: torch.device, blocks: int, narrow: int, wide: int) -> tuple[int, list[int]]:
-    """Bytes that this rank holds between two steps, and the most it allocates on top in each step of a cycle.
-
-    Of four cycles the least: gloo's threads free what they have sent when they come to it, late on a busy machine.
-    """
-    torch.manual_seed(0)
-    model = apply_losia(Stack(blocks, narrow, wide).to(device), LoSiAConfig(rank_factor=1 / 8, period=1))
-    for block in model.layers:
-        fully_shard(block, reshard_after_forward=True)
-    fully_shard(model)
-    optimizer = LoSiAAdamW(model, lr=1e-3)
-    x = torch.ones(2, narrow, device=device)
-    peaks = []
-    for step in range(5 * blocks):
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            model(x).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        if step >= blocks:  # the first cycle makes the optimizer's state and FSDP's buffers
-            peaks.append(peak_of(profiler))
-    held = [value for state in optimizer.state.values() for value in state.values()]
-    held += [*model.parameters(), *model.buffers()]
-    return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in held), [
-        min(peaks[place::blocks]) for place in range(blocks)
-    ]
-
-
-def peak_of(profiler: profile) -> int:
-    """The largest sum of what was allocated and not yet freed, as the allocator reports it."""
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
-
-
-def wire(device: torch.device, blocks: int, narrow: int, wide: int, steps: int) -> dict[str, int]:
-    """Bytes that the package, not FSDP, hands to collectives in ``steps`` steps with T = 1, by the collective."""
-    torch.manual_seed(0)
-    model = apply_losia(Stack(blocks, narrow, wide).to(device), LoSiAConfig(rank_factor=1 / 8, period=1))
-    for block in model.layers:
-        fully_shard(block)
-    fully_shard(model)
-    optimizer = LoSiAAdamW(model, lr=1e-3)
-    sent = {"reduce_scatter": 0, "all_gather": 0, "all_reduce": 0}
-
-    def counted(kind, collective, place):
-        def count(*args, **kwargs):
-            sent[kind] += args[place].nbytes
-            return collective(*args, **kwargs)
-
-        return count
-
-    with (
-        mock.patch.object(distributed, "_reduce_scatter", counted("reduce_scatter", distributed._reduce_scatter, 1)),
-        mock.patch.object(distributed, "_all_gather", counted("all_gather", distributed._all_gather, 0)),
-        mock.patch.object(dist, "all_reduce", counted("all_reduce", dist.all_reduce, 0)),
-    ):
-        for _ in range(steps):
-            model(torch.ones(2, narrow, device=device)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    return sent

@@ -2,6 +2,7 @@
 
 import pytest
 import runs
+import sharding
 import torch
 
 from bench.cluster import MODELS, Model, Setting, ddp_bytes, fsdp_bytes, held_bytes, peak_bytes, plan
@@ -21,14 +22,14 @@ def test_bytes_of_ddp(two, sync):
 
 def test_bytes_of_shards(two):
     steps = BLOCKS
-    sent = two.run(runs.wire, BLOCKS, NARROW, WIDE, steps)[0]
+    sent = two.run(sharding.wire, BLOCKS, NARROW, WIDE, steps)[0]
     expected = fsdp_bytes(STACK, 1 / 8, 1, weight_bytes=4)
     assert sent["reduce_scatter"] == steps * expected["importance"]
     assert sent["all_gather"] + sent["all_reduce"] == steps * (expected["write_back"] + expected["moves"])
 
 
 def check_memory(pool, ranks: int) -> None:
-    held, peaks = pool.run(runs.memory, BLOCKS, NARROW, WIDE)[0]
+    held, peaks = pool.run(sharding.memory, BLOCKS, NARROW, WIDE)[0]
     assert held == pytest.approx(held_bytes(STACK, 1 / 8, 4, ranks), rel=0.02)
     assert max(peaks) == pytest.approx(peak_bytes(STACK, 1 / 8, 4, ranks, scratch=4), rel=0.1)
 

@@ -3,6 +3,7 @@
 import pytest
 import runs
 import torch
+import unlike
 from runs import Run
 
 from losia_kernels.linear import losia_layers
@@ -98,21 +99,21 @@ TOLD = {
 
 @pytest.mark.parametrize("what", TOLD)
 def test_ranks_that_differ_are_told_before_the_first_step(two, what):
-    for message in two.run(runs.differ, what):
+    for message in two.run(unlike.differ, what):
         assert TOLD[what] in message
 
 
 def test_ranks_that_are_alike_are_told_nothing(two):
-    assert two.run(runs.differ, "nothing") == ["", ""]
+    assert two.run(unlike.differ, "nothing") == ["", ""]
 
 
 def test_weights_that_ddp_made_equal_are_worth_a_warning(two):
-    for warnings in two.run(runs.warned_of_weights):
+    for warnings in two.run(unlike.warned_of_weights):
         assert any("as apply_losia found them" in warning for warning in warnings)
 
 
 def test_several_models_in_groups_of_their_own(two):
-    assert two.run(runs.independent_models) == [4, 4]
+    assert two.run(unlike.independent_models) == [4, 4]
 
 
 def test_two_forwards_before_a_backward(two):

@@ -1,7 +1,7 @@
 """Ways to split a model that LoSiA does not train in: refused by name, with what to use instead."""
 
 import pytest
-import runs
+import sharding
 
 REFUSED = {
     "FSDP1": ("FSDP1", "fully_shard"),
@@ -18,9 +18,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("engine", REFUSED)
 def test_refused_by_name(two, engine):
-    for message in two.run(runs.refused, engine):
+    for message in two.run(sharding.refused, engine):
         assert all(words in message for words in REFUSED[engine]), message
 
 
 def test_what_is_not_refused(two):
-    assert two.run(runs.refused, "none of these") == ["trained"] * 2
+    assert two.run(sharding.refused, "none of these") == ["trained"] * 2
