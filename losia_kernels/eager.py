@@ -51,7 +51,9 @@ def subnet_adamw_(
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     denom = exp_avg_sq.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
-    value = subnet.to(exp_avg.dtype) * (1 - lr * weight_decay)
+    value = subnet.to(exp_avg.dtype)  # the master itself, or a 16-bit subnet in float32
+    if weight_decay:
+        value *= 1 - lr * weight_decay
     value.addcdiv_(exp_avg, denom, value=-lr / (1 - beta1**step))
     if seed is not None:
         value = stochastic_round(value, subnet.dtype, seed)
@@ -166,19 +168,27 @@ def cross_entropy_block_grad_(
     logit_scale: float,
 ) -> None:
     z = capped_logits(logits, softcap, logit_scale)  # [t, block]
-    grad = (z - lse[:, None]).exp_().mul_((1 + 2 * z_loss * lse)[:, None])
-    grad -= label_smoothing / vocabulary
+    grad = z.sub_(lse[:, None]) if softcap is None else z - lse[:, None]  # in place: a chunk is most of the memory
+    grad.exp_()
+    if z_loss:
+        grad *= (1 + 2 * z_loss * lse)[:, None]
+    if label_smoothing:
+        grad -= label_smoothing / vocabulary
     position = labels - first_out
     here = (position >= 0) & (position < logits.shape[1])
     share = torch.where(here, label_smoothing - 1, 0.0).to(grad.dtype)
     grad.scatter_add_(1, position.masked_fill(~here, 0)[:, None], share[:, None])
     if softcap is not None:
         grad *= 1 - (z / softcap).square_()
-    grad *= logit_scale
-    logits.copy_(grad.masked_fill_((labels == ignore_index)[:, None], 0.0))
+    if logit_scale != 1:
+        grad *= logit_scale
+    logits.copy_(grad)
+    logits[labels == ignore_index] = 0.0
 
 
 def capped_logits(logits: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
-    """``softcap * tanh(logit_scale * logits / softcap)`` in float32; without a cap only scaled."""
-    z = logits.to(accumulate_dtype(logits.dtype)) * logit_scale
-    return z if softcap is None else z.div_(softcap).tanh_().mul_(softcap)
+    """``softcap * tanh(logit_scale * logits / softcap)`` in float32; ``logits`` itself where that changes nothing."""
+    z = logits.to(accumulate_dtype(logits.dtype))
+    if logit_scale != 1:
+        z = z * logit_scale
+    return z if softcap is None else (z / softcap).tanh_().mul_(softcap)

@@ -119,7 +119,8 @@ def subnet_grad(dy: Tensor, x: Tensor, out_idx: Tensor | None = None, in_idx: Te
     Returns ``[k_out, k_in]`` float32 (float64 for float64). Deterministic: the tokens are split into ranges whose
     sums are added in fixed order.
     """
-    return subnet_grad_partials(dy, x, out_idx, in_idx).sum(0)
+    partials = subnet_grad_partials(dy, x, out_idx, in_idx)
+    return partials[0] if partials.shape[0] == 1 else partials.sum(0)
 
 
 # subnet_adamw_ --------------------------------------------------------------------------------------------------------
