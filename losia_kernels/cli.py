@@ -148,7 +148,7 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group("training").add_argument
     add("--lr", type=float, help="peak learning rate (the paper: 5e-5 to 2e-4 for bfloat16 models of 2B "
-        "to 13B; for a float32 model of 135M 1e-3 to 2e-3 was best: search)")
+        "to 13B; for a float32 model of 135M 3e-4 to 5e-4 was best: search)")
     add("--lr-scheduler", choices=("cosine", "linear", "constant", "constant_with_warmup"),
         help="over the whole run")
     add("--warmup-ratio", type=float, metavar="SHARE", help="share of the steps in which the rate rises")

@@ -5,6 +5,7 @@ import math
 import os
 import time
 from pathlib import Path
+from statistics import fmean
 
 import psutil
 import torch
@@ -12,7 +13,7 @@ from transformers import TrainerCallback
 
 from .transformers import losia_timeline
 
-SMOOTHING = 0.9  # of the loss curve's moving average
+WINDOW = 0.1  # of the run so far: how much the loss curve's moving average looks back over
 
 
 class ProgressCallback(TrainerCallback):
@@ -130,10 +131,8 @@ def draw_loss_curve(log_path: Path, picture_path: Path) -> None:
     if not losses:
         return
     steps, values = zip(*losses, strict=True)
-    smooth, mean = [], values[0]
-    for value in values:
-        mean = SMOOTHING * mean + (1 - SMOOTHING) * value
-        smooth.append(mean)
+    window = max(1, round(WINDOW * len(values)))
+    smooth = [fmean(values[max(0, last - window) : last]) for last in range(1, len(values) + 1)]
     figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
     axes.plot(steps, values, color="C0", alpha=0.35, linewidth=1, label="loss of the step")
     axes.plot(steps, smooth, color="C0", label="moving average")
