@@ -8,6 +8,7 @@ from torch.library import opcheck
 from losia_kernels import ops
 from losia_kernels.kernels._launch import token_splits
 
+losia = torch.ops.losia
 OUT, IN, TOKENS = 13, 11, 6
 
 
@@ -28,15 +29,15 @@ def in_idx(device):
 
 
 def test_gather_features(make, in_idx):
-    opcheck(ops.gather_features, (make(TOKENS, IN), in_idx))
-    opcheck(ops.gather_features, (make(2, 3, IN).transpose(0, 1), in_idx))
+    opcheck(losia.gather_features.default, (make(TOKENS, IN), in_idx))
+    opcheck(losia.gather_features.default, (make(2, 3, IN).transpose(0, 1), in_idx))
 
 
 def test_subnet_grad_partials(make, out_idx, in_idx):
-    opcheck(ops.subnet_grad_partials, (make(TOKENS, OUT), make(TOKENS, IN), out_idx, in_idx))
-    opcheck(ops.subnet_grad_partials, (make(2, 3, OUT), make(2, 3, 3), out_idx))
-    opcheck(ops.subnet_grad_partials, (make(TOKENS, OUT), make(TOKENS, IN)))
-    opcheck(ops.subnet_grad_partials, (make(1024, OUT), make(1024, IN)))  # several splits on a GPU
+    opcheck(losia.subnet_grad_partials.default, (make(TOKENS, OUT), make(TOKENS, IN), out_idx, in_idx))
+    opcheck(losia.subnet_grad_partials.default, (make(2, 3, OUT), make(2, 3, 3), out_idx))
+    opcheck(losia.subnet_grad_partials.default, (make(TOKENS, OUT), make(TOKENS, IN)))
+    opcheck(losia.subnet_grad_partials.default, (make(1024, OUT), make(1024, IN)))  # several splits on a GPU
 
 
 @pytest.mark.parametrize("splits", [(), (3,)], ids=["finished", "partials"])
@@ -44,23 +45,24 @@ def test_subnet_adamw_(make, out_idx, in_idx, splits):
     weight = make(OUT, IN)
     subnet, grad, exp_avg = (make(*shape, 4, 3, dtype=torch.float32) for shape in ((), splits, ()))
     state = (weight, subnet, grad, exp_avg, exp_avg.square(), out_idx, in_idx)
-    opcheck(ops.subnet_adamw_, (*state, 1e-3, 0.9, 0.999, 1e-8, 0.01, 2))
+    opcheck(losia.subnet_adamw_.default, (*state, 1e-3, 0.9, 0.999, 1e-8, 0.01, 2))
     if weight.dtype == torch.bfloat16:
-        opcheck(ops.subnet_adamw_, (weight, subnet.bfloat16(), *state[2:], 1e-3, 0.9, 0.999, 1e-8, 0.01, 2, 7))
+        stochastic = (weight, subnet.bfloat16(), *state[2:], 1e-3, 0.9, 0.999, 1e-8, 0.01, 2, 7)
+        opcheck(losia.subnet_adamw_.default, stochastic)
 
 
 def test_importance_update_(make):
     state = make(OUT, IN, dtype=torch.float32).abs(), make(OUT, IN, dtype=torch.float32).abs()
-    opcheck(ops.importance_update_, (*state, make(OUT, IN), make(OUT, IN), 0.85, 0.85))
+    opcheck(losia.importance_update_.default, (*state, make(OUT, IN), make(OUT, IN), 0.85, 0.85))
 
 
 def test_importance_marginals(make):
-    opcheck(ops.importance_marginals, (make(OUT, IN), make(OUT, IN), "first_order", 0.5))
+    opcheck(losia.importance_marginals.default, (make(OUT, IN), make(OUT, IN), "first_order", 0.5))
 
 
 def test_score_marginals(make, out_idx, in_idx):
-    opcheck(ops.score_marginals, (make(OUT, IN), make(OUT, IN), out_idx, in_idx))
-    opcheck(ops.score_marginals, (make(OUT, IN),))
+    opcheck(losia.score_marginals.default, (make(OUT, IN), make(OUT, IN), out_idx, in_idx))
+    opcheck(losia.score_marginals.default, (make(OUT, IN),))
 
 
 def test_fake_on_a_gpu_promises_the_splits_of_the_launch():
