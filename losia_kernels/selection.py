@@ -38,10 +38,12 @@ def select_from_importance(
     out_first, in_first = top_neurons(out_sums, k_out), top_neurons(in_sums, k_in)
     out_within, in_within = _marginals(importance, uncertainty, out_first, in_first, rows)
     out_second, in_second = top_neurons(out_within, k_out), top_neurons(in_within, k_in)
-    in_then_out = out_within[out_second].sum() >= in_within[in_second].sum()
+    in_then_out_sum, out_then_in_sum = out_within[out_second].sum(), in_within[in_second].sum()
+    in_then_out = in_then_out_sum >= out_then_in_sum
     return Subnet(
         torch.where(in_then_out, out_second, out_first),
         torch.where(in_then_out, in_first, in_second),
+        captured=torch.maximum(in_then_out_sum, out_then_in_sum) / out_sums.sum(),
     )
 
 

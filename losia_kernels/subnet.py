@@ -21,10 +21,14 @@ def subnet_size(factor: float, features: int, name: str) -> int:
 @dataclass(frozen=True)
 class Subnet:
     """Output neurons ``out_idx [k_out]`` (the paper's Y_S) and input neurons ``in_idx [k_in]`` (X_S), both int64,
-    sorted, unique: the dense block ``weight[out_idx][:, in_idx]``."""
+    sorted, unique: the dense block ``weight[out_idx][:, in_idx]``.
+
+    ``captured``: the block's share of the score it was selected by, a scalar tensor; None where no such score exists.
+    """
 
     out_idx: Tensor
     in_idx: Tensor
+    captured: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

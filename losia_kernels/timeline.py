@@ -1,8 +1,9 @@
 """The timeline of a run (Section 3.3): a clock, who observes, and the relocalization after a slot's last update."""
 
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
-from itertools import chain
+from itertools import chain, product
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from .relocalize import ALL, Observer, make_observer, new_subnet
 from .schedule import Schedule
 from .selection import NonFiniteScoreError
 from .sharded import as_shard, check_shards, move_subnets_, own, uses_fully_shard
+from .subnet import Subnet
 
 # What a resumed run may choose anew: all other fields say where the timeline stands or what the state means.
 _FREE_FIELDS = (
@@ -33,6 +35,7 @@ class Timeline:
         loss_divisor: what each micro-batch's mean loss was divided by before its backward (accumulation steps; 1/scale
             under a GradScaler, whose overflows are then left out). The importance is not linear in the gradient and
             must know (Eq. 3).
+        listeners: called with ``(layer, subnet)`` just before a layer is relocalized to that subnet.
 
     ``total_steps``: warns once, here, if the run ends before every group has had its turn. ``process_group``: the
     processes that hold replicas of the model, by default its DistributedDataParallel's or all; RanksDifferError if
@@ -69,6 +72,7 @@ class Timeline:
         self._check_start(model)
         refuse_join(model)
         self.loss_divisor = 1.0
+        self.listeners: list[Callable[[LoSiALinear, Subnet], None]] = []
         self._observers: dict[LoSiALinear, Observer] = {}
         self._observe()
 
@@ -96,6 +100,8 @@ class Timeline:
             self._next_step(freed=moving)
             raise
         moves = [(layer, subnet) for layer, subnet in moves if subnet is not None]
+        for listener, move in product(self.listeners, moves):
+            listener(*move)
         if self.sharded:
             move_subnets_(moves, self.ranks)
         for layer, subnet in moves:

@@ -49,6 +49,16 @@ def test_importance_and_uncertainty_are_multiplied(importance, data):
 
 
 @thorough
+@given(matrices(9), st.data())
+def test_the_share_of_the_score_that_is_captured(score, data):
+    k_out, k_in = sizes(data, score)
+    chosen = select_subnet(score, k_out, k_in)
+    table = score.numpy().astype(np.float64)
+    share = block_sum(table, *lists(chosen)) / table.sum() if table.any() else float("nan")
+    np.testing.assert_allclose(float(chosen.captured), share, rtol=1e-6)
+
+
+@thorough
 @given(matrices(5), st.data())
 def test_never_better_than_the_best_subnet_never_worse_than_half_way(score, data):
     """At most the optimum; at least what independent choices by the sums reach."""
