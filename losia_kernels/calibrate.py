@@ -37,7 +37,7 @@ def calibrate(
     A layer that no batch reaches stays where it is. Raises ValueError if there is nothing to calibrate, no batch, or a
     non-finite importance (naming the layer); the subnets are then where they were.
     """
-    layers = [layer for _, layer in losia_layers(model) if layer.subnet.shape != layer.weight.shape]
+    layers = [layer for _, layer in losia_layers(model) if layer.subnet.shape != layer.matrix.shape]
     if not layers:
         raise ValueError("calibrate: the model has no LoSiALinear with a subnet to place; call apply_losia first")
     if steps < 1:
@@ -111,8 +111,8 @@ def _update(
     layer: LoSiALinear, observer: MarginalObserver, ranks: Ranks, rows: Rows | None
 ) -> Callable[[Tensor], None]:
     if rows is None:
-        return lambda grad, outputs=ALL: observer.update(layer.weight, ranks.mean_(grad), 1.0, outputs=outputs)
-    return lambda grad: observer.update(rows.of(layer.weight), rows.scatter_mean(grad), grad_scale=1.0, rows=rows)
+        return lambda grad, outputs=ALL: observer.update(layer.matrix, ranks.mean_(grad), 1.0, outputs=outputs)
+    return lambda grad: observer.update(rows.of(layer.matrix), rows.scatter_mean(grad), grad_scale=1.0, rows=rows)
 
 
 def _drop_gradients(model: nn.Module) -> None:

@@ -1,6 +1,8 @@
 """Turn a model's linears into LoSiALinears, in place, and back."""
 
 import re
+import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,7 +12,8 @@ from torch import Tensor, nn
 from .config import LoSiAConfig
 from .distributed import fingerprint, several_processes
 from .fused_loss import fuse_loss, unfuse_loss
-from .linear import LoSiALinear, losia_layers
+from .linear import LoSiAConv1D, LoSiALinear, losia_layers
+from .quantized import refuse_quantized
 
 SUBNET_KEYS = ("subnet", "out_idx", "in_idx")
 
@@ -40,13 +43,14 @@ def matches(name: str, patterns: str | list[str] | tuple[str, ...] | None) -> bo
 def apply_losia(model: nn.Module, config: LoSiAConfig | None = None, output_layer: str | None = None) -> nn.Module:
     """Replace the target linears of ``model`` by LoSiALinears, in place; freeze all that is not trained.
 
-    Groups follow the model's blocks in order (Section 3.3). ``output_layer`` names the vocabulary projection of a
-    model without ``get_output_embeddings``; it is trained as ``config.output_dim_factor`` says and comes first.
-    Initial subnets are drawn from ``config.seed``, the same in every process. Returns the model.
+    A target is an nn.Linear or GPT-2's Conv1D. Other weights in the blocks (a mixture's fused experts) stay frozen,
+    as a warning says. Groups follow the model's blocks in order (Section 3.3). ``output_layer`` names the vocabulary
+    projection of a model without ``get_output_embeddings``; it is trained as ``config.output_dim_factor`` says and
+    comes first. Initial subnets are drawn from ``config.seed``, the same in every process. Returns the model.
 
-    Raises ValueError if nothing matches, if a name or the output layer cannot be found, if a target is no plain
-    nn.Linear or shares its weight with another target, or if a rank factor selects no neuron; the model is then as
-    it was.
+    Raises ValueError if nothing matches, if a name or the output layer cannot be found, if a target is quantized, is
+    no plain linear or shares its weight with another target, or if a rank factor selects no neuron; the model is then
+    as it was.
     """
     config = LoSiAConfig() if config is None else config
     if next(losia_layers(model), None) is not None:
@@ -69,12 +73,12 @@ def apply_losia(model: nn.Module, config: LoSiAConfig | None = None, output_laye
             planned.append((name, (factor, factor), Membership(number, block, config)))
     _refuse_shared_weights(model, [name for name, _, _ in planned], saved)
 
-    modules = dict(model.named_modules())
+    modules = _named_modules(model)
     was_trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     layers = []
     try:
         for name, factors, member in planned:
-            layer = LoSiALinear.from_linear(
+            layer = _layer_class(modules[name]).from_linear(
                 modules[name], factors, master=config.master_weights, generator=generator, name=name
             )
             layer.losia = member
@@ -88,6 +92,8 @@ def apply_losia(model: nn.Module, config: LoSiAConfig | None = None, output_laye
     _replace(model, {modules[name]: layer for name, layer in layers})
     for name in saved:
         modules[name].requires_grad_(True)
+    if config.target_modules == "all-linear":
+        _tell_what_stays_frozen(model, blocks, config)
     if config.fused_loss and output_name is not None:
         fuse_loss(model, output_name)
     return model
@@ -126,9 +132,22 @@ def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 # what to replace ------------------------------------------------------------------------------------------------------
 
 
+def _named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """``model.named_modules()`` without what torch.compile adds to the names."""
+    return {re.sub(r"(^|\.)_orig_mod(?=\.|$)", "", name).removeprefix("."): m for name, m in model.named_modules()}
+
+
+def _layer_class(module: nn.Module) -> type[LoSiALinear] | None:
+    """What ``module`` becomes; None if it can hold no subnet."""
+    if type(module) is nn.Linear:
+        return LoSiALinear
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)  # a model of it has imported it
+    return LoSiAConv1D if type(module) is conv1d else None
+
+
 def _find_output_layer(model: nn.Module, named: str | None, config: LoSiAConfig) -> str | None:
     """The name of the vocabulary projection; None if there is none and none is asked for."""
-    modules = dict(model.named_modules())
+    modules = _named_modules(model)
     if named is not None:
         if named not in modules:
             raise ValueError(f"apply_losia: the model has no module {named!r} (output_layer)")
@@ -156,11 +175,12 @@ def _find_targets(model: nn.Module, config: LoSiAConfig, output_name: str | None
         )
     left_out = (config.exclude_modules, config.modules_to_save)
     targets = []
-    for name, module in model.named_modules():
+    for name, module in _named_modules(model).items():
         wanted = everything or matches(name, config.target_modules)
         if not wanted or not name or name == output_name or any(matches(name, patterns) for patterns in left_out):
             continue
-        if type(module) is nn.Linear:
+        refuse_quantized(name, module)
+        if _layer_class(module) is not None:
             targets.append(name)
         elif not everything:
             hint = "; its weight is quantized or computed" if isinstance(module, nn.Linear) else ""
@@ -185,7 +205,7 @@ def _group_by_block(model: nn.Module, targets: list[str], config: LoSiAConfig) -
     """
     containers: list[str] = []
     for kind in (nn.ModuleList, nn.Sequential):
-        for name, module in model.named_modules():
+        for name, module in _named_modules(model).items():
             inside = any(_is_within(name, container) for container in containers)
             if isinstance(module, kind) and not inside and any(_is_within(target, name) for target in targets):
                 containers.append(name)
@@ -216,7 +236,7 @@ def _rank_factor(name: str, config: LoSiAConfig) -> float:
 
 
 def _find_modules_to_save(model: nn.Module, config: LoSiAConfig) -> list[str]:
-    names = [name for name, _ in model.named_modules() if matches(name, config.modules_to_save)]
+    names = [name for name in _named_modules(model) if matches(name, config.modules_to_save)]
     for wanted in config.modules_to_save or []:
         if not any(matches(name, [wanted]) for name in names):
             raise ValueError(f"apply_losia: modules_to_save names {wanted!r}, but the model has no such module")
@@ -225,7 +245,7 @@ def _find_modules_to_save(model: nn.Module, config: LoSiAConfig) -> list[str]:
 
 def _refuse_shared_weights(model: nn.Module, names: list[str], saved: list[str]) -> None:
     """One storage under two subnets, or under a subnet and a dense update, would be written by both."""
-    modules = dict(model.named_modules())
+    modules = _named_modules(model)
     owner: dict[int, str] = {}
     for name in names:
         first = owner.setdefault(id(modules[name].weight), name)
@@ -238,6 +258,29 @@ def _refuse_shared_weights(model: nn.Module, names: list[str], saved: list[str])
                     f"apply_losia: {name!r} (modules_to_save) shares its weight with {owner[id(parameter)]!r}, which "
                     f"has a subnet; train it one way only"
                 )
+
+
+def _tell_what_stays_frozen(model: nn.Module, blocks: dict[str, list[str]], config: LoSiAConfig) -> None:
+    """Warn, with names, of matrices inside the blocks that can hold no subnet: fused experts, routers, convolutions."""
+    inside = tuple(f"{block}." for block in blocks)
+    frozen: dict[str, int] = {}
+    trainable = 0
+    for name, module in _named_modules(model).items():
+        if not name.startswith(inside) or isinstance(module, nn.Embedding) or matches(name, config.exclude_modules):
+            continue
+        matrices = {key: p for key, p in module.named_parameters(recurse=False) if p.dim() > 1}
+        if isinstance(module, LoSiALinear):
+            trainable += module.weight.numel()
+        elif matrices and not any(p.requires_grad for p in matrices.values()):
+            kind = f"{re.sub(r'[.][0-9]+(?=[.])', '.*', name)} ({type(module).__name__}: {', '.join(matrices)})"
+            frozen[kind] = frozen.get(kind, 0) + sum(p.numel() for p in matrices.values())
+    if frozen:
+        share = sum(frozen.values()) / (sum(frozen.values()) + trainable)
+        warnings.warn(
+            f"LoSiA: {share:.1%} of the blocks' weights stay frozen, for only linear layers can hold a subnet: "
+            f"{'; '.join(frozen)}. Name them in modules_to_save to train them in full, in exclude_modules if not",
+            stacklevel=3,
+        )
 
 
 def _replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:

@@ -95,8 +95,8 @@ class LoSiALinear(nn.Linear):
             raise ValueError(f"{name}: cannot train a subnet of a {linear.weight.dtype} weight; dequantize it first")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer.in_features, layer.out_features = linear.in_features, linear.out_features
         layer.weight, layer.bias = linear.weight, linear.bias
+        layer.out_features, layer.in_features = layer.matrix.shape
         layer.training = linear.training
         layer._add_subnet(rank_factor, master, generator, name)
         return layer
@@ -114,10 +114,15 @@ class LoSiALinear(nn.Linear):
         device = self.weight.device
         self.register_buffer("out_idx", first.out_idx.to(device))
         self.register_buffer("in_idx", first.in_idx.to(device))
-        self.subnet = nn.Parameter(self.current_subnet.gather(self.weight.detach()).to(self._subnet_dtype))
+        self.subnet = nn.Parameter(self.current_subnet.gather(self.matrix.detach()).to(self._subnet_dtype))
         self.fingerprint: int | None = None  # of the weight it was made with; a sharded one cannot be compared any more
         self._probe: Tensor | None = None
         self.observe_callback: Callable[..., None] | None = None
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as ``[out, in]``, as subnets, gradients and importance see it, however the model stores it."""
+        return self.weight
 
     @property
     def _subnet_dtype(self) -> torch.dtype:
@@ -131,24 +136,24 @@ class LoSiALinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in]`` -> ``[..., out]``, as nn.Linear, autocast included."""
         if not (torch.is_grad_enabled() and self.subnet.requires_grad):
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(x, self.matrix, self.bias)
         device = x.device.type
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # meta has none
         if autocast and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))  # before the function, so that it keeps the smaller x
         out_idx = None if self.subnet.shape[0] == self.out_features else self.out_idx
         in_idx = None if self.subnet.shape[1] == self.in_features else self.in_idx
-        return _SubnetLinear.apply(x, self.weight, self.bias, self.subnet, out_idx, in_idx, self._probe)
+        return _SubnetLinear.apply(x, self.matrix, self.bias, self.subnet, out_idx, in_idx, self._probe)
 
     @torch.no_grad()
     def write_back_(self) -> None:
         """Round ``subnet`` into ``weight``: after the step of an optimizer that knows nothing of the weight."""
-        self.weight[self.out_idx[:, None], self.in_idx] = self.subnet.to(self.weight.dtype)
+        self.matrix[self.out_idx[:, None], self.in_idx] = self.subnet.to(self.weight.dtype)
 
     @torch.no_grad()
     def read_subnet_(self) -> None:
         """Fill ``subnet`` from ``weight``: after something else has written the weight."""
-        self.subnet.copy_(self.current_subnet.gather(self.weight))
+        self.subnet.copy_(self.current_subnet.gather(self.matrix))
 
     def set_subnet_(self, out_idx: Tensor, in_idx: Tensor) -> None:
         """Move the subnet: write the old one back, then train ``weight[out_idx][:, in_idx]``.
@@ -186,7 +191,7 @@ class LoSiALinear(nn.Linear):
         # while the weight itself stays frozen for optimizers, DDP, FSDP and everyone who looks at requires_grad.
         # A plain tensor even while fully_shard holds the weight in shards; the indices are where the layer computes.
         zero = torch.zeros((), dtype=self.weight.dtype, device=self.out_idx.device)
-        probe = zero.expand(self.weight.shape).requires_grad_()
+        probe = zero.expand(self.matrix.shape).requires_grad_()
 
         def hand_over(leaf: Tensor) -> None:
             grad, leaf.grad = leaf.grad, None
@@ -231,6 +236,32 @@ class LoSiALinear(nn.Linear):
         k_out, k_in = self.subnet.shape
         share = k_out * k_in / math.prod(self.weight.shape)
         return f"{super().extra_repr()}, subnet=({k_out}, {k_in}), trained={share:.2%}"
+
+
+class LoSiAConv1D(LoSiALinear):
+    """A LoSiALinear around transformers' ``Conv1D`` (GPT-2), whose ``weight`` stays ``[in, out]`` as it is saved.
+
+    Made by ``from_linear`` only.
+    """
+
+    def __init__(self, *args, **kwargs):
+        raise TypeError("LoSiAConv1D is made around an existing Conv1D: LoSiAConv1D.from_linear(conv)")
+
+    @property
+    def matrix(self) -> Tensor:
+        """``[out, in]``, a view: what is written to it is in the weight."""
+        return self.weight.T
+
+    def to_linear(self) -> nn.Module:
+        """A plain Conv1D around the same weight and bias."""
+        from transformers.pytorch_utils import Conv1D  # there, for the model is of it
+
+        conv = Conv1D.__new__(Conv1D)
+        nn.Module.__init__(conv)
+        conv.nf, conv.nx = self.out_features, self.in_features
+        conv.weight, conv.bias = self.weight, self.bias
+        conv.training = self.training
+        return conv
 
 
 def losia_layers(model: nn.Module) -> Iterator[tuple[str, LoSiALinear]]:

@@ -101,7 +101,7 @@ class LoSiAAdamW(torch.optim.Optimizer):
         layers = [layer for layer in layers if layer.subnet.grad is not None]
         if not self.timeline.sharded:
             for layer in layers:
-                self._update_subnet(layer, layer.weight, layer.out_idx, layer.in_idx, group, lr)
+                self._update_subnet(layer, layer.matrix, layer.out_idx, layer.in_idx, group, lr)
             return
         for layer in layers:
             # the subnet's own rows alone (maybe none): where they belong in the weight is mostly on other ranks

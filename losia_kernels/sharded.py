@@ -11,15 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from .distributed import Ranks, Rows, gather_together, is_sharded
-from .linear import LoSiALinear
+from .linear import LoSiAConv1D, LoSiALinear, losia_layers
 from .subnet import Subnet
 
 
 def uses_fully_shard(model: nn.Module) -> bool:
-    """Whether ``fully_shard`` has been called on the model or a part of it."""
+    """Whether ``fully_shard`` has been called on the model or a part of it.
+
+    Raises ValueError if a layer then stores its weight as ``[in, out]``: its rows are no outputs.
+    """
     from torch.distributed.fsdp import FSDPModule
 
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+    if not any(isinstance(module, FSDPModule) for module in model.modules()):
+        return False
+    for name, layer in losia_layers(model):
+        if isinstance(layer, LoSiAConv1D):
+            raise ValueError(f"{name}: fully_shard would cut the weight of a Conv1D, stored as [in, out], by its "
+                             f"inputs, which LoSiA cannot train; use DDP, or leave it out with exclude_modules")
+    return True
 
 
 def check_shards(layer: LoSiALinear, ranks: Ranks) -> None:

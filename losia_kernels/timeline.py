@@ -132,7 +132,7 @@ class Timeline:
         layer.observe_(lambda grad, outputs=ALL: self._observed(layer, observer, grad, outputs))
 
     def _observed(self, layer: LoSiALinear, observer: Observer, grad: Tensor, outputs: slice) -> None:
-        rows, weight = self._rows(layer), layer.weight
+        rows, weight = self._rows(layer), layer.matrix
         if rows is not None:
             weight, grad = rows.of(weight), rows.scatter_mean(grad)
         elif self.config.importance_sync == "gradient":
@@ -177,7 +177,7 @@ class Timeline:
         seen = self.ranks.any([bool(observer.tensors) for observer in observers])
         for layer, observer, anywhere in zip(moving, observers, seen, strict=True):
             if anywhere and not observer.tensors:  # used on other ranks only
-                observer.update(layer.weight, torch.zeros_like(layer.weight), 1.0)
+                observer.update(layer.matrix, torch.zeros_like(layer.matrix), 1.0)
         self.ranks.sum_([tensor for observer in observers for tensor in observer.tensors.values()])
 
     def _check_start(self, model: nn.Module) -> None:
@@ -320,9 +320,9 @@ def _check_shapes(layer: LoSiALinear, state: dict, observed: dict) -> None:
                 f"{layer.name}: the checkpoint's {key} is {tuple(value.shape)}, the subnet {tuple(layer.subnet.shape)}"
             )
     for key, value in observed.items():
-        if value.dim() == 2 and value.shape != layer.weight.shape:
+        if value.dim() == 2 and value.shape != layer.matrix.shape:
             raise ValueError(
-                f"{layer.name}: the checkpoint's {key} is {tuple(value.shape)}, the weight {tuple(layer.weight.shape)}"
+                f"{layer.name}: the checkpoint's {key} is {tuple(value.shape)}, the weight {tuple(layer.matrix.shape)}"
             )
 
 

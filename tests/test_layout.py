@@ -24,7 +24,7 @@ FLOORS = [
     ["ops/_op"],
     ["ops/*"],
     ["ops/__init__", "subnet", "config", "schedule", "distributed"],
-    ["selection", "linear", "output_layer"],
+    ["selection", "linear", "output_layer", "quantized"],
     ["fused_loss"],
     ["convert", "relocalize", "sharded"],
     ["timeline", "calibrate"],
