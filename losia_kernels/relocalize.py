@@ -52,7 +52,8 @@ class GradientObserver:
         self, weight: Tensor, grad: Tensor, grad_scale: float, rows: Rows | None = None, outputs: slice = ALL
     ) -> None:
         if not self.tensors:
-            self.tensors["gradient"] = torch.zeros_like(weight, dtype=eager.accumulate_dtype(weight.dtype))
+            dtype = eager.accumulate_dtype(weight.dtype)
+            self.tensors["gradient"] = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
         self.tensors["gradient"][outputs] += grad
 
     def select(self, k_out: int, k_in: int, rows: Rows | None = None) -> Subnet:
