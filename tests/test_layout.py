@@ -31,7 +31,7 @@ FLOORS = [
     ["optimizer"],
     ["checkpoint", "memory"],
     ["__init__"],
-    ["integrations/options", "integrations/__init__"],
+    ["integrations/options", "integrations/history", "integrations/__init__"],
     ["integrations/data", "integrations/transformers", "integrations/peft"],
     ["integrations/checkpoints", "integrations/progress"],
     ["integrations/finetune"],

@@ -4,6 +4,7 @@ The output folder of a run:
     model/         the result: an ordinary transformers folder, there only when the run is done
     checkpoints/   what ``resume`` goes on from
     log.jsonl      one line a step
+    subnets.jsonl  where each layer's subnet has been
     loss_curve.png
     run.json       the options, which ``resume`` holds to
 """
@@ -93,13 +94,9 @@ def finetune(options: FinetuneOptions, callbacks: tuple[TrainerCallback, ...] = 
             LoSiAOptimizerFactory,
             {"lr": options.lr, "weight_decay": options.weight_decay, "total_steps": steps},
         ),
-        callbacks=[
-            LoSiACallback(),
-            *speaking,
-            CheckpointCallback(tokenizer),
-            *callbacks,
-        ],
+        callbacks=[*speaking, CheckpointCallback(tokenizer), *callbacks],
     )
+    trainer.add_callback(LoSiACallback(trainer, history=run / "subnets.jsonl"))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.config.use_cache = use_cache
     weights = full_state_dict(model) if processes.num_processes > 1 else None

@@ -1,8 +1,6 @@
 """What a run shows while it trains: a line on the terminal, a log file of JSON lines, the loss curve as a picture."""
 
-import json
 import math
-import os
 import time
 from pathlib import Path
 from statistics import fmean
@@ -11,6 +9,7 @@ import psutil
 import torch
 from transformers import TrainerCallback
 
+from .history import append_log, read_log, rewind_log
 from .transformers import losia_timeline
 
 WINDOW = 0.1  # of the run so far: how much the loss curve's moving average looks back over
@@ -84,8 +83,7 @@ class ProgressCallback(TrainerCallback):
         )
 
     def _write(self, entry: dict) -> None:
-        with open(self.log_path, "a") as file:
-            file.write(json.dumps(entry) + "\n")
+        append_log(self.log_path, [entry])
 
 
 def memory_gib() -> float:
@@ -98,25 +96,6 @@ def memory_gib() -> float:
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
-
-
-def read_log(path: Path) -> list[dict]:
-    """The entries of a log file; a last line cut off by a crash is left out."""
-    entries = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            break
-    return entries
-
-
-def rewind_log(path: Path, step: int) -> None:
-    """Drop the entries after ``step``: a run resumed from there writes them anew."""
-    kept = [entry for entry in read_log(path) if entry["step"] <= step]
-    beside = path.with_suffix(".tmp")
-    beside.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-    os.replace(beside, path)
 
 
 def draw_loss_curve(log_path: Path, picture_path: Path) -> None:

@@ -1,25 +1,31 @@
-"""LoSiA in transformers' Trainer: an optimizer factory and a callback; the Trainer itself stays as it is.
+"""LoSiA in transformers' Trainer and TRL's SFTTrainer: an optimizer factory and a callback; the Trainer stays as it is.
 
     model = apply_losia(model, config)
     trainer = Trainer(
-        model, args, train_dataset=..., callbacks=[LoSiACallback()],
-        optimizer_cls_and_kwargs=(LoSiAOptimizerFactory, {"lr": args.learning_rate}),
+        model, args, train_dataset=..., optimizer_cls_and_kwargs=(LoSiAOptimizerFactory, {"lr": args.learning_rate})
     )
+    trainer.add_callback(LoSiACallback(trainer))
 
 Checkpoints and ``resume_from_checkpoint`` are the Trainer's own: the subnets and their places are in the model's state
 dict, everything else in the optimizer's.
 """
 
 from itertools import islice
+from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import nn
 from torch.utils.data import IterableDataset
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
+from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from ..calibrate import calibrate, start_from_frequency
+from ..linear import LoSiALinear, losia_layers
 from ..optimizer import LoSiAAdamW
+from ..subnet import Subnet
 from ..timeline import Timeline
+from .history import Place, SubnetHistory, append_log, rewind_log
 
 CALIBRATION_STEPS = 4
 COUNTED_BATCHES = 64
@@ -36,16 +42,29 @@ class LoSiAOptimizerFactory:
 
 
 class LoSiACallback(TrainerCallback):
-    """Places the initial subnets from the first batches, and tells the timeline how the Trainer scaled the loss.
+    """Places the first subnets, tells the timeline how ``trainer`` scales each loss, and reports what the subnets do.
 
     Calibration takes ``calibration_steps`` batches before the first step, if the config's ``init_subnet`` is
     "calibrated"; with ``output_init="frequency"`` the labels of the first 64 batches are counted. A resumed run is left
     where it was.
+
+    Whatever ``args.report_to`` names (TensorBoard, ...) gets, with each of the Trainer's logs: ``losia/lr/<group>``,
+    the group's learning rate with its rewarming; ``losia/observing``, the number of the group that observes (-1: none;
+    with ``update_type="sync"`` 0 stands for all); and of the layers that have moved since the last log, averaged,
+    ``losia/overlap`` and ``losia/captured`` (see ``history.Place``).
+
+    ``history``: a file that gets every place of every subnet, for ``losia-kernels plot``.
+
+    Raises ValueError when training begins with another optimizer than LoSiAAdamW, RuntimeError in the first step when
+    no gradient reaches the output layer's subnet (a fused loss that reads its weight, as SFTTrainer's and Liger's do).
     """
 
-    def __init__(self, calibration_steps: int = CALIBRATION_STEPS):
-        self.calibration_steps = calibration_steps
-        self._hook = None
+    def __init__(self, trainer: Trainer, calibration_steps: int = CALIBRATION_STEPS, history: Path | None = None):
+        self.trainer, self.calibration_steps, self.history = trainer, calibration_steps, history
+        self._training_step = trainer.training_step
+        trainer.training_step = self._tell_divisor_and_train
+
+    # before the first step --------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
         timeline = losia_timeline(optimizer)
@@ -54,40 +73,101 @@ class LoSiACallback(TrainerCallback):
             calibrate(model.train(), batches, self.calibration_steps)  # in training mode gradients are checkpointed
         if state.global_step == 0 and timeline.config.output_init == "frequency":
             start_from_frequency(model, _first_batches(train_dataloader, COUNTED_BATCHES, args.device))
-        if args.gradient_accumulation_steps > 1:
-            divisor = _LossDivisor(timeline, args.gradient_accumulation_steps)
-            self._hook = model.register_forward_pre_hook(divisor, with_kwargs=True)
+        kinds = tuple(INTEGRATION_TO_CALLBACK.values())
+        self._reporters = [each for each in self.trainer.callback_handler.callbacks if isinstance(each, kinds)]
+        self._moved: list[Place] = []
+        self._first_step = True
+        if not state.is_world_process_zero:
+            return
+        if self.history and state.global_step == 0:
+            SubnetHistory.begin(self.history, timeline)
+        elif self.history:
+            rewind_log(self.history, state.global_step)
+        if (self.history or self._reporters) and self._note not in timeline.listeners:
+            timeline.listeners.append(self._note)
 
-    def on_train_end(self, args, state, control, **kwargs):
-        if self._hook is not None:
-            self._hook.remove()
+    # how the loss is scaled -------------------------------------------------------------------------------------------
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        scaler = getattr(optimizer, "scaler", None)  # of accelerate's wrapper, in float16; changes at most once a step
+        self._scale = scaler.get_scale() if scaler is not None else 1.0
+
+    def _tell_divisor_and_train(self, model, inputs, num_items_in_batch=None):
+        timeline = losia_timeline(self.trainer.optimizer)
+        timeline.loss_divisor = self._divisor(inputs, num_items_in_batch, timeline) / self._scale
+        return self._training_step(model, inputs, num_items_in_batch)
+
+    def _divisor(self, inputs: dict, items: torch.Tensor | None, timeline: Timeline) -> float:
+        """What the Trainer divides the mean loss of this micro-batch by.
+
+        Its loss is a sum over the micro-batch divided by ``items``, the learned tokens of the whole accumulated batch,
+        and so is its mean over the processes, of whose micro-batches both then count all tokens; for models that do
+        not take ``num_items_in_batch`` it is the mean divided by the number of micro-batches.
+        """
+        if self.trainer.args.gradient_accumulation_steps == 1:
+            return 1.0
+        if items is None:
+            return float(self.trainer.current_gradient_accumulation_steps)
+        labels = inputs.get("shift_labels")
+        if labels is None:
+            shifts = getattr(self.trainer, "_loss_shifts_labels", True)
+            labels = inputs["labels"][..., 1:] if shifts else inputs["labels"]
+        return float(items) / max(1, timeline.ranks.total((labels != -100).sum()))
+
+    # what it did ------------------------------------------------------------------------------------------------------
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        timeline = losia_timeline(optimizer)
+        if self._first_step:
+            _check_gradients(model)
+            self._first_step = False
+        self._rates = {
+            f"losia/lr/{name}": optimizer.param_groups[group]["lr"] * timeline.lr_factor(group)
+            for group, name in enumerate(timeline.group_names)
+        }
+        self._observing = min(timeline.observing, default=-1)
+
+    def _note(self, layer: LoSiALinear, subnet: Subnet) -> None:
+        self._moved.append(Place.after(layer, subnet, self.trainer.state.global_step + 1))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.history:
+            new = [place for place in self._moved if place.step == state.global_step]
+            append_log(self.history, [place.to_json() for place in new])
+        if not self._reporters:
+            self._moved.clear()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in logs or not self._reporters:
+            return
+        values = {**self._rates, "losia/observing": self._observing}
+        for name in ("overlap", "captured"):
+            known = [getattr(place, name) for place in self._moved if getattr(place, name) is not None]
+            if known:
+                values[f"losia/{name}"] = fmean(known)
+        self._moved.clear()
+        for reporter in self._reporters:
+            reporter.on_log(args, state, control, logs=values, **kwargs)
 
 
 def losia_timeline(optimizer: torch.optim.Optimizer) -> Timeline:
-    """The timeline of the LoSiAAdamW that a callback is handed; accelerate wraps it."""
-    return getattr(optimizer, "optimizer", optimizer).timeline
+    """The timeline of the LoSiAAdamW that a callback is handed; accelerate wraps it. ValueError for another one."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(inner, LoSiAAdamW):
+        raise ValueError(
+            f"the Trainer's optimizer is {type(inner).__name__}, which does not know the subnets: give the Trainer "
+            f"optimizer_cls_and_kwargs=(LoSiAOptimizerFactory, {{'lr': ...}})"
+        )
+    return inner.timeline
 
 
-class _LossDivisor:
-    """Before each micro-batch: what the Trainer is about to divide its mean loss by.
-
-    The Trainer's loss is a sum over the micro-batch divided by the learned tokens of the whole accumulated batch, and
-    so is its mean over the processes, of whose micro-batches both then count all tokens; for
-    models that do not take ``num_items_in_batch`` it is the mean divided by the accumulation steps.
-    """
-
-    def __init__(self, timeline: Timeline, accumulation_steps: int):
-        self.timeline, self.accumulation_steps = timeline, accumulation_steps
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if not torch.is_grad_enabled():
-            return
-        items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
-        if items is None or labels is None:
-            self.timeline.loss_divisor = float(self.accumulation_steps)
-        else:
-            learned = self.timeline.ranks.total((labels[..., 1:] != -100).sum())
-            self.timeline.loss_divisor = float(items) / max(1, learned)
+def _check_gradients(model: nn.Module) -> None:
+    for name, layer in losia_layers(model):
+        if layer.losia.is_output and layer.subnet.grad is None:
+            raise RuntimeError(
+                f"{name}: no gradient has reached its subnet, so something computes the loss from its weight directly, "
+                f"as SFTTrainer and Liger do: set LoSiAConfig.output_dim_factor=0, or train with transformers' Trainer"
+            )
 
 
 def _first_batches(dataloader, count: int, device: torch.device) -> list[dict]:
@@ -100,5 +180,5 @@ def _first_batches(dataloader, count: int, device: torch.device) -> list[dict]:
     batches = []
     for indices in islice(dataloader.batch_sampler, count):
         batch = dataloader.collate_fn([dataloader.dataset[i] for i in indices])
-        batches.append({key: value.to(device) for key, value in batch.items()})
+        batches.append({key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()})
     return batches

@@ -36,12 +36,15 @@ def options(tmp_path, **changes):
     return FinetuneOptions(**{**values, **changes})
 
 
-def make_trainer(model, tmp_path, trainer=FinetuneTrainer, callbacks=None, **changes):
-    return trainer(
+def make_trainer(model, tmp_path, kind=FinetuneTrainer, callbacks=(), **changes):
+    trainer = kind(
         model, training_arguments(options(tmp_path, **changes), STEPS), data_collator=Collator(256),
         train_dataset=samples(), optimizer_cls_and_kwargs=(LoSiAOptimizerFactory, {"lr": LR}),
-        callbacks=[LoSiACallback()] if callbacks is None else callbacks,
     )  # fmt: skip
+    trainer.add_callback(LoSiACallback(trainer))
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    return trainer
 
 
 def by_hand(model, batches):
@@ -62,7 +65,7 @@ def by_hand(model, batches):
 
 def test_the_trainer_takes_the_steps_of_a_loop_written_out_by_hand(tmp_path):
     seen = apply_losia(make_model(), CONFIG)
-    trainer = make_trainer(seen, tmp_path, trainer=Trainer)
+    trainer = make_trainer(seen, tmp_path, kind=Trainer)
     trainer.train()
     batches = list(trainer.get_train_dataloader())
     model = apply_losia(make_model(), CONFIG)
@@ -97,7 +100,7 @@ def places(model):
 def test_the_first_subnets_are_calibrated_before_the_first_step_unless_told_not_to(tmp_path, init_subnet):
     model = apply_losia(make_model(), LoSiAConfig(rank_factor=1 / 4, init_subnet=init_subnet))
     drawn, snapshot = places(model), Snapshot()
-    make_trainer(model, tmp_path, callbacks=[LoSiACallback(), snapshot]).train()
+    make_trainer(model, tmp_path, callbacks=[snapshot]).train()
     moved = [name for name in drawn if not torch.equal(drawn[name], snapshot.places[name])]
     assert bool(moved) == (init_subnet == "calibrated")
 
@@ -106,7 +109,7 @@ def test_the_output_layer_starts_at_the_tokens_of_the_data(tmp_path):
     config = LoSiAConfig(rank_factor=0.25, output_dim_factor=0.1, init_subnet="random", output_init="frequency")
     model, snapshot = apply_losia(make_model(), config), Snapshot()
     count = np.bincount(np.concatenate([sample["labels"][sample["labels"] != IGNORE] for sample in samples()]))
-    make_trainer(model, tmp_path, callbacks=[LoSiACallback(), snapshot]).train()
+    make_trainer(model, tmp_path, callbacks=[snapshot]).train()
     chosen = snapshot.places["lm_head.out_idx"].numpy()
     assert count[chosen].min() >= np.delete(count, chosen).max() and count[chosen].sum() > len(chosen)
 

@@ -1,0 +1,135 @@
+"""The records of a run, in JSON lines: reading and rewinding them, and where its subnets have been.
+
+``subnets.jsonl`` begins with ``{"step": 0, "groups": [name, ...], "config": {...}}``. Each other line is a Place: a
+layer's first subnet, then each that it was relocalized to. Indices are bitmaps of the layer's neurons, in base64.
+"""
+
+import base64
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from ..linear import LoSiALinear
+from ..subnet import Subnet
+from ..timeline import Timeline
+
+
+def read_log(path: Path) -> list[dict]:
+    """The entries of a log file; a last line cut off by a crash is left out."""
+    entries = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            break
+    return entries
+
+
+def rewind_log(path: Path, step: int) -> None:
+    """Drop the entries after ``step``: a run resumed from there writes them anew."""
+    kept = [entry for entry in read_log(path) if entry["step"] <= step]
+    beside = path.with_suffix(".tmp")
+    beside.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+    os.replace(beside, path)
+
+
+def append_log(path: Path, entries: list[dict]) -> None:
+    """Add ``entries`` to a log file."""
+    with open(path, "a") as file:
+        file.writelines(json.dumps(entry) + "\n" for entry in entries)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a layer's subnet is after ``step`` optimizer steps, until the layer's next Place.
+
+    ``features`` (out, in) are the layer's neurons, ``out_idx`` and ``in_idx`` (numpy, int64, sorted) the chosen ones.
+    ``overlap``: share of the subnet's weights that the one before had too; None for the first. ``captured``: share of
+    the score that it was selected by; None where no score of single weights exists.
+    """
+
+    step: int
+    layer: str
+    group: str
+    features: tuple[int, int]
+    out_idx: np.ndarray
+    in_idx: np.ndarray
+    overlap: float | None = None
+    captured: float | None = None
+
+    @classmethod
+    def first(cls, layer: LoSiALinear) -> "Place":
+        """Where ``layer`` is before the first step."""
+        return cls(0, layer.name, layer.losia.group_name, (layer.out_features, layer.in_features),
+                   _numpy(layer.out_idx), _numpy(layer.in_idx))
+
+    @classmethod
+    def after(cls, layer: LoSiALinear, subnet: Subnet, step: int) -> "Place":
+        """Where ``layer``, which has not moved yet, will be. Waits for the GPU."""
+        captured = math.nan if subnet.captured is None else float(subnet.captured)
+        return cls(step, layer.name, layer.losia.group_name, (layer.out_features, layer.in_features),
+                   _numpy(subnet.out_idx), _numpy(subnet.in_idx),
+                   overlap=subnet.overlap(layer.current_subnet), captured=captured if math.isfinite(captured) else None)
+
+    def to_json(self) -> dict:
+        """The line of ``subnets.jsonl``."""
+        return {**vars(self), "out_idx": _bits(self.out_idx, self.features[0]),
+                "in_idx": _bits(self.in_idx, self.features[1])}
+
+    @classmethod
+    def from_json(cls, entry: dict) -> "Place":
+        """What ``to_json`` wrote."""
+        return cls(**{**entry, "features": tuple(entry["features"]),
+                      "out_idx": _indices(entry["out_idx"]), "in_idx": _indices(entry["in_idx"])})
+
+
+@dataclass(frozen=True)
+class SubnetHistory:
+    """All of ``subnets.jsonl``: the groups in model order, the LoSiAConfig as a dict, the places in order of time."""
+
+    groups: list[str]
+    config: dict
+    places: list[Place]
+
+    @staticmethod
+    def begin(path: Path, timeline: Timeline) -> None:
+        """Write the head and every layer's first place."""
+        layers = [layer for layers in [*timeline.groups, timeline.dense] for layer in layers]
+        head = {"step": 0, "groups": timeline.group_names, "config": timeline.config.to_dict()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+        append_log(path, [head, *(Place.first(layer).to_json() for layer in layers)])
+
+    @classmethod
+    def read(cls, path: Path) -> "SubnetHistory":
+        """Raises FileNotFoundError if there is no history."""
+        if not path.exists():
+            raise FileNotFoundError(f"no {path}: it was not recorded where the run's subnets were")
+        head, *entries = read_log(path)
+        return cls(head["groups"], head["config"], [Place.from_json(entry) for entry in entries])
+
+    def of_layers(self) -> dict[str, list[Place]]:
+        """Each layer's places, in order of time; layers in model order."""
+        layers: dict[str, list[Place]] = {}
+        for place in self.places:
+            layers.setdefault(place.layer, []).append(place)
+        return layers
+
+
+def _numpy(idx: Tensor) -> np.ndarray:
+    return idx.cpu().numpy().copy()
+
+
+def _bits(idx: np.ndarray, features: int) -> str:
+    chosen = np.zeros(features, dtype=bool)
+    chosen[idx] = True
+    return base64.b64encode(np.packbits(chosen)).decode()
+
+
+def _indices(bits: str) -> np.ndarray:
+    return np.flatnonzero(np.unpackbits(np.frombuffer(base64.b64decode(bits), dtype=np.uint8)))
