@@ -142,17 +142,27 @@ def cross_entropy_grad_(
     write_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     z = capped_logits(logits, softcap, logit_scale)  # [t, V]
-    lse = z.logsumexp(-1)
     ignored = labels == ignore_index
     target = z.gather(1, labels.masked_fill(ignored, 0)[:, None])[:, 0]
-    losses = lse - (1 - label_smoothing) * target + z_loss * lse.square()
-    if label_smoothing:
-        losses -= label_smoothing * z.mean(-1)
+    mean = z.mean(-1) if label_smoothing else 0.0
     if write_grad:
-        cross_entropy_block_grad_(
-            logits, labels, lse, 0, logits.shape[1], ignore_index, label_smoothing, z_loss, softcap, logit_scale
-        )
+        probability = z if softcap is None else z.clone()  # in place: a chunk is most of the memory
+        lse = softmax_(probability)
+        _write_cross_entropy_grad(
+            logits, probability, z, labels, lse, 0, logits.shape[1], ignore_index, label_smoothing, z_loss, softcap,
+            logit_scale,
+        )  # fmt: skip
+    else:
+        lse = z.logsumexp(-1)
+    losses = lse - (1 - label_smoothing) * target - label_smoothing * mean + z_loss * lse.square()
     return losses.masked_fill_(ignored, 0.0), lse
+
+
+def softmax_(z: Tensor) -> Tensor:
+    """``z [t, V]`` becomes its softmax; returns its logsumexp ``[t]``. One pass of exponentials for both."""
+    largest = z.amax(-1)
+    torch.softmax(z, -1, out=z)
+    return largest - z.amax(-1).log_()  # the largest probability is exp(largest - logsumexp)
 
 
 def cross_entropy_block_grad_(
@@ -168,8 +178,18 @@ def cross_entropy_block_grad_(
     logit_scale: float,
 ) -> None:
     z = capped_logits(logits, softcap, logit_scale)  # [t, block]
-    grad = z.sub_(lse[:, None]) if softcap is None else z - lse[:, None]  # in place: a chunk is most of the memory
-    grad.exp_()
+    probability = (z.sub_(lse[:, None]) if softcap is None else z - lse[:, None]).exp_()
+    _write_cross_entropy_grad(
+        logits, probability, z, labels, lse, first_out, vocabulary, ignore_index, label_smoothing, z_loss, softcap,
+        logit_scale,
+    )  # fmt: skip
+
+
+def _write_cross_entropy_grad(
+    logits, probability, z, labels, lse, first_out, vocabulary, ignore_index, label_smoothing, z_loss, softcap,
+    logit_scale,
+):  # fmt: skip
+    grad = probability
     if z_loss:
         grad *= (1 + 2 * z_loss * lse)[:, None]
     if label_smoothing:
@@ -182,8 +202,9 @@ def cross_entropy_block_grad_(
         grad *= 1 - (z / softcap).square_()
     if logit_scale != 1:
         grad *= logit_scale
-    logits.copy_(grad)
-    logits[labels == ignore_index] = 0.0
+    if grad is not logits:
+        logits.copy_(grad)
+    logits.index_fill_(0, (labels == ignore_index).nonzero()[:, 0], 0.0)
 
 
 def capped_logits(logits: Tensor, softcap: float | None, logit_scale: float) -> Tensor:

@@ -43,7 +43,8 @@ def losia_linear_cross_entropy(
     nothing. Returns the loss, a float32 scalar (float64 for float64).
 
     Memory: beyond the gradients themselves one chunk of logits, at most ``chunk_bytes`` in float32 (half of that in
-    16 bits), at least one token. The gradients are made with the loss; the backward only scales them.
+    16 bits), at least one token. The gradients are made with the loss; the backward only scales them. On the CPU
+    ignored tokens have no logits.
 
     ``on_gradient(grad [rows, d] float32, rows)`` is called in the backward for blocks of the vocabulary in order, until
     all of the dense weight gradient has passed (a layer that observes); no block is larger than ``chunk_bytes``.
@@ -64,6 +65,9 @@ def losia_linear_cross_entropy(
     readable = type(labels) is Tensor and not torch.compiler.is_compiling()  # a FakeTensor has no values
     if labels.device.type == "cpu" and readable:
         _check_labels(labels, weight.shape[0], ignore_index)
+        learned = labels != ignore_index
+        if not learned.all():  # a prompt's tokens need no logits; on a GPU their number is not known without waiting
+            hidden, labels = hidden[learned], labels[learned]
     formula = {
         "ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss,
         "softcap": softcap, "logit_scale": logit_scale,

@@ -5,6 +5,7 @@ from tolerance import assert_within
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from csrc_ref.cross_entropy import linear_cross_entropy_ref
+from losia_kernels import eager
 from losia_kernels.output_layer import CHUNK_BYTES, _tokens_per_chunk, losia_linear_cross_entropy
 
 OPTIONS = {
@@ -143,6 +144,17 @@ def test_all_labels_ignored(reduction):
     torch.testing.assert_close(loss, expected, equal_nan=True)
     for grad in (*torch.autograd.grad(loss, (hidden, subnet)), *seen):
         assert torch.equal(grad, torch.zeros_like(grad))
+
+
+def test_ignored_tokens_have_no_logits(monkeypatch):
+    """On the CPU; most tokens of a prompt-and-completion batch are ignored."""
+    sizes, plain = [], eager.cross_entropy_grad_
+    monkeypatch.setattr(eager, "cross_entropy_grad_", lambda z, *args: sizes.append(len(z)) or plain(z, *args))
+    hidden, weight = torch.randn(12, 4, requires_grad=True), torch.randn(9, 4)
+    labels = torch.randint(0, 9, (12,))
+    labels[[0, 3, 4, 11]] = -100
+    losia_linear_cross_entropy(hidden, weight, labels).backward()
+    assert sizes == [8] and not hidden.grad[[0, 3, 4, 11]].any() and hidden.grad[1].any()
 
 
 def test_any_leading_dimensions():

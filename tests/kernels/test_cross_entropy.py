@@ -168,5 +168,7 @@ def test_bad_input(problem, change):
 
 def test_opcheck():
     logits, labels = make((3, 7), torch.float32, "cpu")
-    torch.library.opcheck(ops.cross_entropy_grad_, (logits, labels, -100, 0.1, 0.01, 5.0, 0.5))
-    torch.library.opcheck(ops.cross_entropy_block_grad_, (logits[:, 2:5], labels, logits.logsumexp(-1), 2, 7))
+    losia = torch.ops.losia
+    torch.library.opcheck(losia.cross_entropy_grad_.default, (logits, labels, -100, 0.1, 0.01, 5.0, 0.5))
+    block = (logits[:, 2:5], labels, logits.logsumexp(-1), 2, 7)
+    torch.library.opcheck(losia.cross_entropy_block_grad_.default, block)
