@@ -6,8 +6,11 @@ Exit codes: 0 done; 1 training broke off; 2 a mistake in the arguments or the da
 import argparse
 import dataclasses
 import sys
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 
@@ -44,26 +47,87 @@ def _finetune(**options) -> None:
 def _export(checkpoint: str, output: str) -> None:
     from .integrations.checkpoints import export_checkpoint
 
-    export_checkpoint(Path(checkpoint), Path(output))
+    with _told_in_one_line():
+        export_checkpoint(Path(checkpoint), Path(output), _track)
     print(f"model in {output}")
 
 
-def _inspect(checkpoint: str) -> None:
-    from .integrations.checkpoints import describe_checkpoint
+def _inspect(folder: str) -> None:
+    with _told_in_one_line():
+        if (Path(folder) / "delta.json").exists():
+            from .delta import describe_delta as describe
+        elif (Path(folder) / "lora_error.json").exists():
+            from .lora_export import describe_lora as describe
+        else:
+            from .integrations.checkpoints import describe_checkpoint as describe
+        print(describe(Path(folder)))
 
-    print(describe_checkpoint(Path(checkpoint)))
+
+def _delta(action: str, **folders) -> None:
+    from . import delta
+
+    with _told_in_one_line():
+        if action == "make":
+            delta.make_delta(**folders, track=_track)
+            print(delta.describe_delta(folders["output"]))
+        elif action == "verify":
+            digest = delta.verify_delta(**folders, track=_track)
+            print(f"{folders['base']} is the base of {folders['delta']}: sha256 {digest}")
+        else:
+            convert = {"apply": delta.apply_delta, "subtract": delta.subtract_delta}[action]
+            convert(**folders, track=_track)
+            print(f"model in {folders['output']}")
+
+
+def _lora(base: str, trained: str, output: str, rank: int | None) -> None:
+    from .lora_export import describe_lora, export_lora
+
+    with _told_in_one_line():
+        export_lora(base, trained, output, rank, _track)
+        print(describe_lora(output))
 
 
 def _estimate(**options) -> None:
     from .memory import describe_fit
 
-    try:
+    with _told_in_one_line():
         print(describe_fit(**options))
-    except ValueError as error:
+
+
+COMMANDS = {
+    "finetune": _finetune,
+    "export": _export,
+    "inspect": _inspect,
+    "delta": _delta,
+    "lora": _lora,
+    "estimate": _estimate,
+}
+
+
+@contextmanager
+def _told_in_one_line() -> Iterator[None]:
+    """For work on folders alone, where a ValueError or OSError is about what the user named."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
         raise InputError(str(error)) from None
 
 
-COMMANDS = {"finetune": _finetune, "export": _export, "inspect": _inspect, "estimate": _estimate}
+def _track(names: Sequence[str], doing: str) -> Iterator[str]:
+    """Yields ``names`` and says on stderr how far it is: one line, rewritten; in a log a line every half minute."""
+    terminal = sys.stderr.isatty()
+    start = "\r\033[K" if terminal else ""  # back to the start of the line, and clear it
+    started = said = time.perf_counter()
+    for done, name in enumerate(names):
+        now = time.perf_counter()
+        if done and now - said > (0.2 if terminal else 30):
+            left = timedelta(seconds=round((now - started) / done * (len(names) - done)))
+            text = f"{start}{doing} {done}/{len(names)}  left {left}"
+            print(text, end="" if terminal else "\n", file=sys.stderr, flush=True)
+            said = now
+        yield name
+    if terminal:
+        print(start, end="", file=sys.stderr, flush=True)
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
@@ -103,8 +167,16 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="write the plain model of a checkpoint of a LoSiA run")
     export.add_argument("checkpoint", help="a folder OUTPUT/checkpoints/checkpoint-STEP")
     export.add_argument("output", help="the new folder")
-    inspect = commands.add_parser("inspect", help="say what a checkpoint of a LoSiA run holds")
-    inspect.add_argument("checkpoint", help="a folder OUTPUT/checkpoints/checkpoint-STEP")
+    inspect = commands.add_parser("inspect", help="say what a checkpoint, a model, a delta or a LoRA folder holds")
+    inspect.add_argument("folder", help="such as OUTPUT/checkpoints/checkpoint-STEP")
+    _add_delta(commands.add_parser(
+        "delta", help="what a training changed, exactly: make it, apply it, verify it, subtract it",
+        description="Models are save_pretrained folders; a delta is a folder of the size of what the training touched.",
+    ))
+    lora = commands.add_parser("lora", help="write what a training changed as a LoRA adapter", formatter_class=_Help)
+    _add_folders(lora, base="the model before the training", trained="and after", output="the new adapter folder")
+    lora.add_argument("--rank", type=int, metavar="R", help="at most this in every layer, the best approximation "
+                      "where that is too little; without it the adapter is exact")
     estimate = commands.add_parser(
         "estimate", help="say which rank factor, batch and context fit a GPU", formatter_class=_Help,
         description="Arithmetic on the model's config.json: nothing is loaded, nothing is run.",
@@ -117,6 +189,21 @@ def _parser() -> argparse.ArgumentParser:
     estimate.add_argument("--reserve", type=float, default=1.0, metavar="GIB",
                           help="left to the CUDA context and the allocator")
     return parser
+
+
+def _add_folders(parser: argparse.ArgumentParser, **folders: str) -> None:
+    for name, text in folders.items():
+        parser.add_argument(name, help=text)
+
+
+def _add_delta(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    add, base, delta, output = actions.add_parser, "the model before the training", "the delta", "the new folder"
+    _add_folders(add("make", help="write trained - base"), base=base, trained="and after", output=output)
+    _add_folders(add("apply", help="write base + delta: the trained model"), base=base, delta=delta, output=output)
+    _add_folders(add("subtract", help="write trained - delta: the base"),
+                 trained="the trained model", delta=delta, output=output)
+    _add_folders(add("verify", help="say whether a delta is of this base"), base=base, delta=delta)
 
 
 def _add_finetune(parser: argparse.ArgumentParser) -> None:

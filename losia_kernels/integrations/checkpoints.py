@@ -8,14 +8,15 @@ from collections import Counter
 from pathlib import Path
 
 from accelerate import PartialState
-from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from transformers.utils import logging
+from transformers import TrainerCallback
 
+from ..convert import SUBNET_KEYS
+from ..model_folder import ModelFolder, Spec, Track, new_folder, silent, size_of, write_model
 from .options import InputError
 from .transformers import losia_timeline
 
 MARKER = "losia.json"  # written last: a checkpoint without it was interrupted
+OF_THE_RUN = (MARKER, "trainer_state.json")  # files of a checkpoint that its model has no use for
 
 
 def write_json(path: Path, values: dict) -> None:
@@ -30,19 +31,17 @@ def save_model(model, tokenizer, folder: Path, weights: dict | None = None) -> N
 
     ``weights`` instead of the model's own: those of a model of which this process holds a part.
     """
-    beside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    model.save_pretrained(beside, state_dict=weights)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(beside)
-    os.replace(beside, folder)
+    with new_folder(folder) as beside:
+        model.save_pretrained(beside, state_dict=weights)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(beside)
 
 
 class CheckpointCallback(TrainerCallback):
     """Completes each of the Trainer's checkpoints with the tokenizer and, last, the marker that it is whole."""
 
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer, use_cache: bool):
+        self.tokenizer, self.use_cache = tokenizer, use_cache
 
     def on_save(self, args, state, control, optimizer=None, **kwargs):
         PartialState().wait_for_everyone()  # every process has written its part
@@ -50,6 +49,8 @@ class CheckpointCallback(TrainerCallback):
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         self.tokenizer.save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
+        write_json(folder / "config.json", config | {"use_cache": self.use_cache})  # the Trainer turns it off
         timeline = losia_timeline(optimizer)
         values = {
             "step": state.global_step,
@@ -71,31 +72,36 @@ def last_checkpoint(folder: Path) -> Path | None:
     return whole[max(whole)] if whole else None
 
 
-def export_checkpoint(checkpoint: Path, output: Path) -> None:
+def export_checkpoint(checkpoint: Path, output: Path, track: Track = silent) -> None:
     """Write the plain model of a LoSiA checkpoint to the new folder ``output``; the checkpoint stays as it is.
 
-    Raises InputError if ``checkpoint`` holds no subnets or ``output`` exists.
+    Tensors are copied one at a time, bit for bit, without what belongs to subnets; config, generation config and
+    tokenizer are copied. Raises ValueError if ``checkpoint`` is no model folder or ``output`` exists, InputError if it
+    holds no subnets.
     """
-    _subnet_shapes(checkpoint)
-    if output.exists():
-        raise InputError(f"{output} exists: name a new folder")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # the subnets are keys that the plain model does not know
-    try:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
-    finally:
-        logging.set_verbosity(verbosity)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint) if (checkpoint / "tokenizer_config.json").exists() else None
-    save_model(model, tokenizer, output)
+    folder = ModelFolder(checkpoint)
+    layers = _subnet_layers(folder.specs)
+    if not layers:
+        raise InputError(f"{checkpoint} holds no LoSiA subnets: it is a plain model")
+    extra = {f"{layer}.{key}" for layer in layers for key in SUBNET_KEYS}
+    specs = {name: spec for name, spec in folder.specs.items() if name not in extra}
+    with new_folder(output) as beside:
+        write_model(beside, folder, specs, folder.get, track)
+        for file in folder.side_files():
+            if file not in OF_THE_RUN:
+                shutil.copyfile(checkpoint / file, beside / file)
 
 
 def describe_checkpoint(checkpoint: Path) -> str:
     """What a LoSiA checkpoint holds, as text: its step, who observes, and every kind of layer with its subnet.
 
-    Raises InputError if it holds no subnets.
+    Of a plain model it says that, and its size. Raises ValueError if it is no model folder.
     """
-    shapes = _subnet_shapes(checkpoint)
+    specs = ModelFolder(checkpoint).specs
+    shapes = _subnet_shapes(checkpoint, specs)
+    if not shapes:
+        dtypes = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype, _ in specs.values()}))
+        return f"plain model     no subnets; {len(specs)} tensors, {dtypes}, {size_of(specs.values()) / 1e6:,.2f} MB"
     lines = []
     if (checkpoint / MARKER).exists():
         run = json.loads((checkpoint / MARKER).read_text())
@@ -106,6 +112,9 @@ def describe_checkpoint(checkpoint: Path) -> str:
             f"groups          {len(run['groups'])}, period {config['period']}, update {config['update_type']}",
             f"importance      {config['importance']}",
         ]
+    elif (checkpoint / "trainer_state.json").exists():
+        step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+        lines.append(f"step            {step}; no {MARKER}: interrupted, or not of finetune")
     trained = sum(out * in_ for _, (out, in_) in shapes.values())
     total = sum(out * in_ for (out, in_), _ in shapes.values())
     lines += [f"layers          {len(shapes)}", f"trained values  {trained:,} of {total:,} in these layers", ""]
@@ -115,21 +124,18 @@ def describe_checkpoint(checkpoint: Path) -> str:
     return "\n".join(lines)
 
 
-def _subnet_shapes(checkpoint: Path) -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:
-    """Layer name -> shapes of its weight and its subnet, (out, in), from the files' headers alone."""
-    files = sorted(checkpoint.glob("*.safetensors"))
-    if not files:
-        raise InputError(f"{checkpoint} is no checkpoint: it has no .safetensors file")
+def _subnet_layers(specs: dict[str, Spec]) -> list[str]:
+    return [name.removesuffix(".subnet") for name in specs if name.endswith(".subnet")]
+
+
+def _subnet_shapes(checkpoint: Path, specs: dict[str, Spec]) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Layer name -> shapes of its weight and its subnet, (out, in)."""
     shapes = {}
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            shapes |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}
-    layers = [key.removesuffix(".subnet") for key in shapes if key.endswith(".subnet")]
-    if not layers:
-        raise InputError(f"{checkpoint} holds no LoSiA subnets: it is a plain model")
-    sizes = {name: (shapes.get(f"{name}.weight"), shapes[f"{name}.subnet"]) for name in layers}
-    for name, (weight, subnet) in sizes.items():
-        if weight is None:  # tied to the embedding, under whose name it is saved; the subnet takes all inputs
+    for layer in _subnet_layers(specs):
+        _, subnet = specs[f"{layer}.subnet"]
+        if f"{layer}.weight" in specs:
+            shapes[layer] = specs[f"{layer}.weight"][1], subnet
+        else:  # tied to the embedding, under whose name it is saved; the subnet takes all inputs
             vocabulary = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
-            sizes[name] = (vocabulary, subnet[1]), subnet
-    return sizes
+            shapes[layer] = (vocabulary, subnet[1]), subnet
+    return shapes

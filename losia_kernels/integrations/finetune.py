@@ -94,7 +94,7 @@ def finetune(options: FinetuneOptions, callbacks: tuple[TrainerCallback, ...] = 
             LoSiAOptimizerFactory,
             {"lr": options.lr, "weight_decay": options.weight_decay, "total_steps": steps},
         ),
-        callbacks=[*speaking, CheckpointCallback(tokenizer), *callbacks],
+        callbacks=[*speaking, CheckpointCallback(tokenizer, use_cache), *callbacks],
     )
     trainer.add_callback(LoSiACallback(trainer, history=run / "subnets.jsonl"))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -99,12 +99,14 @@ def test_nothing_to_resume(run, data, model_folder, tmp_path):
     assert refused(result, "nothing to resume")
 
 
-@pytest.mark.parametrize("command", [("inspect",), ("export", "out")])
-def test_a_folder_that_is_no_losia_checkpoint(run, model_folder, tmp_path, command):
-    name, *output = command
-    assert refused(run(name, tmp_path, *(tmp_path / path for path in output)), "is no checkpoint")
-    assert refused(run(name, model_folder, *(tmp_path / path for path in output)), "holds no LoSiA subnets")
-    assert not (tmp_path / "out").exists()
+def test_a_folder_that_is_no_losia_checkpoint(run, model_folder, tmp_path):
+    for folder, problem in ((tmp_path, "is no model folder"), (tmp_path / "absent", "is no folder")):
+        assert refused(run("inspect", folder), problem)
+        assert refused(run("export", folder, tmp_path / "out"), problem)
+    assert refused(run("export", model_folder, tmp_path / "out"), "holds no LoSiA subnets")
+    assert [path.name for path in tmp_path.iterdir()] == []
+    code, out, err = run("inspect", model_folder)
+    assert (code, err) == (0, "") and "no subnets; 20 tensors, float32, 0.10 MB" in out
 
 
 @pytest.mark.parametrize("error", [FloatingPointError, NonFiniteScoreError])
