@@ -10,6 +10,7 @@ from torch import Tensor
 
 SLACK = 1e-6
 MAX_REPEATS = 200
+MOST_CYCLES = 2.1e9  # a second, of a GPU's fastest clock
 CPU_CACHE = 32 * 2**20
 
 
@@ -47,18 +48,21 @@ def measure(
     """Time ``phases``, run in order, over and over; each gets the number of the repetition, to rotate its inputs.
 
     CUDA events on a GPU, ``perf_counter`` on a CPU. Adds "total" where there are several phases. ``hide_launch`` keeps
-    the GPU busy beforehand, so that a kernel is timed and not its launch; only for phases that do not wait for the GPU.
+    the GPU busy beforehand for twice as long as the host took to launch, so that kernels are timed and not their
+    launch; only for phases that do not wait for the GPU.
     """
-    one = time.perf_counter()
+    one = launching = 0.0
     for i in range(warmup):
-        one = time.perf_counter()
+        start = time.perf_counter()
         for phase in phases.values():
             phase(i)
+        launching = time.perf_counter() - start
         _synchronize(device)
-    one = time.perf_counter() - one
+        one = time.perf_counter() - start
+    spin = int(MOST_CYCLES * (2 * launching + 1e-4)) if hide_launch and device.type == "cuda" else 0
     if repeats is None:
         repeats = max(5, min(MAX_REPEATS, int(seconds / max(one, 1e-6))))
-    marks = [_marked_run(phases, device, i, hide_launch) for i in range(repeats)]
+    marks = [_marked_run(phases, device, i, spin) for i in range(repeats)]
     _synchronize(device)
     samples = [[_elapsed_ms(a, b) for a, b in zip(run, run[1:], strict=False)] for run in marks]
     timings = {name: Timing.of([run[k] for run in samples]) for k, name in enumerate(phases)}
@@ -67,9 +71,9 @@ def measure(
     return timings
 
 
-def _marked_run(phases, device: torch.device, number: int, hide_launch: bool) -> list:
-    if hide_launch and device.type == "cuda":
-        torch.cuda._sleep(500_000)  # cycles, a quarter of a millisecond
+def _marked_run(phases, device: torch.device, number: int, spin: int) -> list:
+    if spin:
+        torch.cuda._sleep(spin)
     marks = [_mark(device)]
     for phase in phases.values():
         phase(number)

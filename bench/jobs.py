@@ -13,6 +13,11 @@ from .harness import RedGate
 from .methods import MissingPeer
 
 UNITS = {"B": 1, "bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+FIRST_GUESS = {"model": 40.0, "context": 240.0}  # seconds of a suite's first job; 15 for the others
+
+
+class DeviceLost(RuntimeError):
+    """The device answers no call of this process any more, as after an illegal memory access."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,11 @@ class Job:
     @property
     def key(self) -> dict[str, Any]:
         return {"suite": self.suite, "name": self.name, **self.settings}
+
+    @property
+    def kind(self) -> tuple[str, Any]:
+        """Jobs of one kind take about as long as each other."""
+        return self.suite, self.settings.get("model")
 
 
 def run_job(job: Job) -> dict[str, Any]:
@@ -45,7 +55,6 @@ def run_job(job: Job) -> dict[str, Any]:
             outcome = {"status": "failed", "reason": f"{type(error).__name__}: {first_line(error)}"}
         else:
             outcome = {"status": "oom", "bytes_asked_for": asked}
-    free_memory()
     return {"id": job.key, **outcome, "seconds": round(time.perf_counter() - started, 1)}
 
 
@@ -67,9 +76,14 @@ def first_line(error: Exception) -> str:
 
 
 def free_memory() -> None:
+    """Give the device back what the last job left. Raises DeviceLost where that cannot be done."""
     gc.collect()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            raise DeviceLost(first_line(error)) from None
 
 
 def run_all(
@@ -77,24 +91,38 @@ def run_all(
 ) -> list[Job]:
     """Run ``jobs`` by priority, hand each row to ``add`` at once; stop in time. Returns the jobs not reached.
 
-    A job is begun only while the longest job of its suite so far would still fit into ``minutes``.
+    A job is begun only while the longest of its kind so far (before there is one, a guess) would still fit into
+    ``minutes``. Raises DeviceLost, after the row of the job that lost it.
     """
     started = time.monotonic()
-    longest: dict[str, float] = {}
+    longest: dict[tuple, float] = {}
+
+    def expected(job: Job) -> float:
+        return longest.get(job.kind, FIRST_GUESS.get(job.suite, 15.0))
+
+    def time_left() -> float:
+        return float("inf") if minutes is None else 60 * minutes - (time.monotonic() - started)
+
     left = sorted(jobs, key=lambda job: job.priority)
     skipped: list[Job] = []
-    for job in left:
-        used = time.monotonic() - started
-        if minutes is not None and used + longest.get(job.suite, 0.0) > 60 * minutes:
+    while left:
+        job = left.pop(0)
+        if longest and expected(job) > time_left():
             skipped.append(job)
             continue
         row = run_job(job)
-        longest[job.suite] = max(longest.get(job.suite, 0.0), row["seconds"])
+        longest[job.kind] = max(longest.get(job.kind, 0.0), row["seconds"])
         add(row)
-        say(describe(row))
+        ahead = min(sum(map(expected, left)), max(time_left(), 0.0))
+        say(f"{describe(row)}; {len(left)} to go, about {_clock(ahead)}")
+        free_memory()
     if skipped:
-        say(f"not reached in {minutes:g} minutes: {len(skipped)} of {len(left)} jobs")
+        say(f"not reached in {minutes:g} minutes: {len(skipped)} jobs; the same command goes on with them")
     return skipped
+
+
+def _clock(seconds: float) -> str:
+    return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
 
 
 def describe(row: dict[str, Any]) -> str:

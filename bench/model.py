@@ -4,7 +4,7 @@ Random weights from the config, random tokens, loss over all positions, SDPA att
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from .harness import measure
 from .jobs import Job, free_memory
 from .layer import LATE, peak_bytes
 from .methods import MODEL_METHODS, Options, Prepared, get_method
-from .models import build_model, shape_of
+from .models import BUDGETS_GB, GPU_BATCH, GPU_CONTEXT, build_model, shape_of
 
 GATE_TOKENS = 256
 PREDICTED = {  # the memory model's name and settings of a method
@@ -124,7 +124,7 @@ def run_model(run: Run, device: torch.device, dtype: torch.dtype, **changes: Any
     row["peak_bytes"] = peak_bytes(phases, device) + before
     if on_gpu and not changes:  # on a CPU the peak is counted above a step's start, without weights and state
         row["predicted_bytes"] = predicted_bytes(run, dtype)
-    timings = measure(phases, device, seconds=3.0, repeats=None if on_gpu else 3, warmup=1)
+    timings = measure(phases, device, seconds=3.0, repeats=None if on_gpu else 5, warmup=1)
     row |= {phase: timing.to_dict() for phase, timing in timings.items()}
     row["us_per_token"] = {phase: 1e3 * timing.ms / ids.numel() for phase, timing in timings.items()}
     return row
@@ -133,65 +133,86 @@ def run_model(run: Run, device: torch.device, dtype: torch.dtype, **changes: Any
 # which runs, and when -------------------------------------------------------------------------------------------------
 
 
-def _runs(device: torch.device, methods: tuple[str, ...]) -> Iterator[tuple[float, Run]]:
+def _runs(device: torch.device, dtype: torch.dtype, methods: tuple[str, ...]) -> Iterator[tuple[float, Run]]:
     """(priority, run), most telling first."""
     if device.type != "cuda":
         for rank, method in enumerate(methods):
             yield 20 + rank / 100, Run(method, "smollm2-135m", 1, 128, False)
         return
+    llama = ("llama-2-7b", GPU_BATCH, GPU_CONTEXT)
     for rank, method in enumerate(methods):
         for checkpointing in (True, False):
             priority = 20 + (not checkpointing) + rank / 100 + (20 if method in LATE else 0)
-            yield priority, Run(method, "llama-2-7b", 4, 2048, checkpointing)
+            yield priority, Run(method, *llama, checkpointing)
     for p_o in (1 / 8, 1.0):
         for p in (1 / 8, 1 / 16, 1 / 4, 1 / 2):
-            yield 45, Run("losia-pro", "llama-2-7b", 4, 2048, True, Options(p, p_o))
+            yield 45, Run("losia-pro", *llama, True, Options(p, p_o))
     for r in (16, 256, 1024):
         for method in ("lora", "lora-fp32"):
-            yield 46, Run(method, "llama-2-7b", 4, 2048, True, Options(rank=r))
+            yield 46, Run(method, *llama, True, Options(rank=r))
     main = tuple(name for name in methods if name not in LATE)
     for model in ("gemma-2b", "llama-2-13b"):
         for rank, method in enumerate(main):
-            yield 72 + rank / 100, Run(method, model, 4, 2048, True)
-    for batch in (1, 2, 8, 16):  # with 4 above: the fastest within 24, 48 and 80 GB
+            yield 72 + rank / 100, Run(method, model, GPU_BATCH, GPU_CONTEXT, True)
+    for batch in (1, 2, 8, 16):  # with 4 above: the fastest within a card
         for rank, method in enumerate(main):
             for checkpointing in (True, False):
-                yield 90 + rank / 100, Run(method, "llama-2-7b", batch, 2048, checkpointing)
+                run = Run(method, "llama-2-7b", batch, GPU_CONTEXT, checkpointing)
+                if (predicted_bytes(run, dtype) or 0) < 1.1e9 * max(BUDGETS_GB):  # far too large for all: not tried
+                    yield 90 + rank / 100, run
 
 
 def longest_context(method: str, model: str, budget: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """The longest context at batch 1, to 1024 tokens, whose step stays within ``budget`` bytes of the allocator.
 
-    Starts where the memory model ends and walks until the boundary is crossed; every length is really run.
+    The search starts where the memory model ends; every length that counts is really run.
     """
     run = Run(method, model, 1, 1024, checkpointing=True)
     passed = gate(run, device, dtype)
+    free_memory()
     torch.manual_seed(0)
     prepared = prepare(run, build_model(model, device, dtype))
     vocabulary = shape_of(model).vocabulary
-    setting = Setting(checkpointing=True, batch=1, **PREDICTED.get(method, {"method": "lora"}))
+    setting = Setting(checkpointing=True, batch=1, **PREDICTED[method])
     predicted = largest(shape_of(model), setting, "context", budget) // 1024 * 1024
 
-    def peak(context: int) -> int | None:
+    def step(context: int) -> bool:
+        """Whether a step could be taken at all."""
         phases = step_phases(prepared, tokens_of(dataclasses.replace(run, context=context), vocabulary, device))
         try:
-            before = torch.cuda.memory_allocated()
-            return max(peak_bytes(phases, device) for _ in range(2)) + before
+            for phase in phases.values():
+                phase(0)
+            torch.cuda.synchronize()
         except torch.OutOfMemoryError:
-            prepared.module.zero_grad()
-            free_memory()
-            return None
+            return False
+        return True
 
-    def fits(context: int) -> bool:
-        found = peak(context)
-        return found is not None and found <= budget
+    def fits(thousands: int) -> bool:
+        torch.cuda.reset_peak_memory_stats()
+        if step(1024 * thousands):
+            return torch.cuda.max_memory_allocated() <= budget
+        prepared.module.zero_grad()
+        free_memory()
+        return False
 
-    context = max(predicted, 1024)
-    step = 1024 if fits(context) else -1024
-    while context + step > 0 and fits(context + step) == (step > 0):
-        context += step
-    longest = context if step > 0 else context + step
-    return {"gate": passed, "longest": longest, "predicted": predicted}
+    step(1024)  # makes the optimizer's state
+    return {"gate": passed, "longest": 1024 * last_that_fits(fits, predicted // 1024), "predicted": predicted}
+
+
+def last_that_fits(fits: Callable[[int], bool], guess: int) -> int:
+    """The largest number that fits, 0 if 1 does not; a good guess takes few calls."""
+    low, high, step, number = 0, None, 1, max(guess, 1)
+    while high is None or high - low > 1:
+        if fits(number):
+            low = number
+        else:
+            high = number
+        if low and high:
+            number = (low + high) // 2
+        else:
+            number = low + step if low else max(high - step, 1)
+            step *= 2
+    return low
 
 
 def jobs(device: torch.device, dtype: torch.dtype, methods: tuple[str, ...] = MODEL_METHODS) -> Iterator[Job]:
@@ -203,7 +224,7 @@ def jobs(device: torch.device, dtype: torch.dtype, methods: tuple[str, ...] = MO
                 return longest_context(method, "llama-2-7b", 80 * 10**9, device, dtype)
 
             yield Job("context", method, settings, search, 95)
-    for priority, run in _runs(device, methods):
+    for priority, run in _runs(device, dtype, methods):
 
         def measured(run=run) -> dict:
             return run_model(run, device, dtype)

@@ -7,6 +7,11 @@ from torch import nn
 
 from losia_kernels.memory import ModelShape
 
+from .methods import MissingPeer
+
+GPU_BATCH, GPU_CONTEXT = 4, 2048  # the paper's Table 15
+BUDGETS_GB = (24, 48, 80)
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama-2-7b": {
         "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
@@ -43,7 +48,10 @@ def shape_of(name: str) -> ModelShape:
 
 def build_model(name: str, device: torch.device, dtype: torch.dtype, **changes: Any) -> nn.Module:
     """The causal LM of ``name`` with random weights and SDPA attention; ``changes`` to its config, say fewer layers."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError as error:
+        raise MissingPeer(f"transformers cannot be imported: {error}") from None
 
     values = {**CONFIGS[name], **changes}
     config = AutoConfig.for_model(values["model_type"], **{k: v for k, v in values.items() if k != "model_type"})

@@ -221,6 +221,7 @@ def forms_for(case: OpCase, device: torch.device) -> dict[str, Callable]:
     return {**case.forms, "compiled eager": torch.compile(lambda *arguments: eager_form(*arguments), dynamic=False)}
 
 
+@torch.no_grad()  # as in a backward and in an optimizer's step, where these ops run
 def run_case(case: OpCase, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Gate and time every form. Raises RedGate when ours is wrong; a peer's trouble is that form's entry."""
     generator = torch.Generator(device).manual_seed(0)

@@ -11,8 +11,12 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-PEERS = ("transformers", "peft", "galore-torch", "losia", "unsloth", "bitsandbytes")
-CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
+PEERS = (
+    "transformers", "peft", "galore-torch", "losia", "unsloth", "bitsandbytes", "liger-kernel", "cut-cross-entropy",
+)  # fmt: skip
+CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
+# Code that measures nothing: a table may be mended without making the rows stale.
+REPORTING = ("report.py", "tables.py", "plots.py", "slopes.py", "paper.py", "cluster.py", "test_ops.py")
 
 
 def provenance(device: torch.device, commit: str | None = None) -> dict[str, Any]:
@@ -33,8 +37,8 @@ def provenance(device: torch.device, commit: str | None = None) -> dict[str, Any
         properties = torch.cuda.get_device_properties(device)
         found |= {
             "cuda": torch.version.cuda or torch.version.hip,
-            "driver": _nvidia_smi("driver_version"),
-            "clocks": _nvidia_smi(CLOCKS),
+            "driver": _nvidia_smi("driver_version", device),
+            "clocks": _clocks_at_work(device),
             "memory_bytes": properties.total_memory,
             "multiprocessors": properties.multi_processor_count,
         }
@@ -58,8 +62,29 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _nvidia_smi(query: str) -> str | None:
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"]
+def clocks(device: torch.device) -> str | None:
+    """Clocks, power limit and temperature at this moment; None where nvidia-smi does not know the device."""
+    found = _nvidia_smi(CLOCKS, device)
+    if found is None or found.count(",") != CLOCKS.count(","):
+        return found
+    sm, most, memory, power, celsius = found.split(", ")
+    return f"SM {sm} of {most} MHz, memory {memory} MHz, {power} W, {celsius} C"
+
+
+def _clocks_at_work(device: torch.device) -> str | None:
+    """Read while products are queued: an idle GPU shows clocks that nothing is measured at."""
+    a = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
+    for _ in range(1000):
+        torch.mm(a, a)
+    found = clocks(device)
+    torch.cuda.synchronize(device)
+    return found
+
+
+def _nvidia_smi(query: str, device: torch.device) -> str | None:
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)  # its number may differ from nvidia-smi's
+    number = "0" if uuid is None else f"GPU-{uuid}"
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", f"--id={number}"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
@@ -78,9 +103,11 @@ def _commit() -> str:
 
 
 def _sources() -> str:
-    """A hash of the code that was run, which holds where there is no history too."""
+    """A hash of the code that figures depend on, which holds where there is no history too."""
     digest = hashlib.sha256()
     for folder in ("losia_kernels", "bench"):
         for path in sorted((ROOT / folder).rglob("*.py")):
+            if folder == "bench" and (path.name in REPORTING or "quality" in path.parts):
+                continue
             digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]

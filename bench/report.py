@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .plots import draw_plots
+from .plots import PICTURES, draw_plots, picture_path
 from .provenance import ROOT
 from .store import load
 from .tables import TABLES
@@ -68,13 +68,23 @@ def fill_markers(text: str, files: list[dict[str, Any]]) -> str:
     return MARKER.sub(fill, text)
 
 
+def _pictures(device: list[dict[str, Any]], folder: Path) -> list[Path]:
+    """Drawn anew; where matplotlib is not installed, those that are there."""
+    try:
+        return draw_plots(device, folder)
+    except ImportError as error:
+        print(f"no new plots: {error}")
+        drawn = (picture_path(folder, device[0]["provenance"], name) for name in PICTURES)
+        return [path for path in drawn if path.exists()]
+
+
 def write_reports(results: Path, root: Path = ROOT) -> None:
     """Write ``bench/RESULTS.md``, the plots, and the marked tables of ``README.md`` and ``bench/README.md``."""
     files = load(results)
     head = "Made by `python -m bench report` from the JSON in `results/`. CPU and GPU figures do not compare."
     sections = ["# Results", head]
     for device in by_device(files):
-        pictures = draw_plots(device, results / "plots")
+        pictures = _pictures(device, results / "plots")
         links = "\n".join(f"![{path.stem}](results/plots/{path.name})" for path in pictures)
         sections.append(render(device) + (f"\n\n{links}" if links else ""))
     (root / "bench" / "RESULTS.md").write_text("\n\n".join(sections) + "\n")

@@ -8,44 +8,50 @@ import torch
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia
 from losia_kernels.linear import losia_layers
 
-from .harness import measure
+from .gradients import Reference
+from .harness import RedGate, measure
 from .jobs import Job
-from .layer import Inputs, run_layer, step_phases
-from .methods import Options, Prepared
+from .layer import Inputs, backward_dx, run_layer, step_phases
+from .methods import Options, Prepared, get_method
+from .methods.base import stepper
 from .model import Run, run_model
-from .models import build_stack
+from .models import GPU_BATCH, GPU_CONTEXT, build_stack, shape_of
+
+NEVER = 10**9  # steps
 
 
 def run_relocalization(model: str, batch: int, context: int, device: torch.device, dtype: torch.dtype) -> dict:
-    """One decoder layer whose slot ends with every step: what the update costs with the relocalization in it.
+    """What localization costs one decoder layer: a step outside its slot, one inside, and one that ends with a move.
 
-    The layer observes in each step, so that there is importance to judge by; beside it the same without relocalizing.
+    The moving layer's slot is one step long, so that every step ends one.
     """
     rows: dict[str, Any] = {}
-    for name, period in (("relocalizing", 1), ("observing", 10**9)):
+    for name, period in (("resting", NEVER), ("observing", NEVER), ("moving", 1)):
         torch.manual_seed(0)
-        module = apply_losia(build_stack(model, "block", device, dtype), LoSiAConfig(period=period))
-        optimizer = LoSiAAdamW(module)
-
-        def update(optimizer=optimizer) -> None:
-            optimizer.step()
-            optimizer.zero_grad()
-
-        before = [layer.in_idx.clone() for _, layer in losia_layers(module)]
-        prepared = Prepared(module, update, 0)
-        timings = measure(step_phases(prepared, Inputs(module, batch, context)), device, seconds=1.0)
-        rows[name] = {phase: timing.to_dict() for phase, timing in timings.items()}
-        after = [layer.in_idx for _, layer in losia_layers(module)]
-        rows[name]["moved"] = any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    if not rows["relocalizing"]["moved"] or rows["observing"]["moved"]:
-        raise RuntimeError("the subnets moved when they should not, or did not when they should")
-    return {**rows, "total": rows["relocalizing"]["total"],
-            "relocalization_ms": rows["relocalizing"]["update"]["ms"] - rows["observing"]["update"]["ms"]}  # fmt: skip
+        module = build_stack(model, "block", device, dtype)
+        inputs = Inputs(module, batch, context)
+        reference = Reference(module, backward_dx(inputs))
+        optimizer = LoSiAAdamW(apply_losia(module, LoSiAConfig(period=period)))
+        layers = dict(losia_layers(module))
+        if name == "resting":
+            for layer in layers.values():
+                layer.observe_(None)
+        prepared = Prepared(module, stepper(optimizer), 0, subnets=layers)
+        passed = reference.check(get_method("losia-pro"), prepared)
+        del reference
+        before = [layer.in_idx.clone() for layer in layers.values()]
+        timings = measure(step_phases(prepared, inputs), device, seconds=1.0)
+        rows[name] = {"gate": passed, **{phase: timing.to_dict() for phase, timing in timings.items()}}
+        moved = any(not torch.equal(layer.in_idx, old) for layer, old in zip(layers.values(), before, strict=True))
+        if moved != (name == "moving"):
+            raise RedGate(f"{name}: the subnets {'moved' if moved else 'did not move'}")
+    return {**rows, "total": rows["moving"]["total"], "layers": shape_of(model).layers,
+            "relocalization_ms": rows["moving"]["update"]["ms"] - rows["observing"]["update"]["ms"]}  # fmt: skip
 
 
 def jobs(device: torch.device, dtype: torch.dtype) -> Iterator[Job]:
     gpu = device.type == "cuda"
-    model, batch, context = ("llama-2-7b", 4, 2048) if gpu else ("smollm2-135m", 1, 256)
+    model, batch, context = ("llama-2-7b", GPU_BATCH, GPU_CONTEXT) if gpu else ("smollm2-135m", 1, 256)
     common = {"model": model, "dtype": str(dtype).removeprefix("torch.")}
 
     def relocalize() -> dict:

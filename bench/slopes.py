@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 
 Rows = list[dict[str, Any]]
-PERIODS = (50, 100, 150)
+UNITS = {"p": "p^2", "tokens": "1000 tokens", "layers": "layer"}
+PERIODS = (25, 50, 100, 150, 400)
 
 
 def series(rows: Rows, name: str) -> tuple[list[float], list[float]]:
@@ -19,6 +20,11 @@ def series(rows: Rows, name: str) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
 
 
+def scaled(name: str, value: float) -> float:
+    """What the cost should be linear in, in ``UNITS[name]``."""
+    return value**2 if name == "p" else value / 1000 if name == "tokens" else value
+
+
 def fit_line(x: list[float], y: list[float]) -> tuple[float, float]:
     """Slope and intercept of least squares."""
     slope, intercept = np.polyfit(x, y, 1)
@@ -26,27 +32,28 @@ def fit_line(x: list[float], y: list[float]) -> tuple[float, float]:
 
 
 def localization_share(row: dict[str, Any], period: int) -> float:
-    """Share of a layer's step in its slot that goes to moving its subnets, spread over the slot's ``period`` steps."""
-    moving = row["relocalization_ms"] / period
-    return moving / (row["observing"]["total"]["ms"] + moving)
+    """Share of a step that goes to localization: one layer of many observes, and moves once in ``period`` steps."""
+    resting = row["resting"]["total"]["ms"]
+    localizing = row["observing"]["total"]["ms"] - resting + row["relocalization_ms"] / period
+    return localizing / (row["layers"] * resting + localizing)
 
 
 def describe_slopes(rows: Rows) -> str:
     lines = []
-    units = {"p": ("p^2", "ms over the floor"), "tokens": ("1000 tokens", "ms a layer"), "layers": ("layer", "ms")}
-    for name, (unit, what) in units.items():
+    for name, what in (("p", "ms over the floor"), ("tokens", "ms a layer"), ("layers", "ms")):
         x, y = series(rows, name)
         if len(x) < 2:
             continue
-        scaled = [value**2 for value in x] if name == "p" else [v / 1000 for v in x] if name == "tokens" else x
-        slope, intercept = fit_line(scaled, y)
+        slope, intercept = fit_line([scaled(name, value) for value in x], y)
         measured = ", ".join(f"{a:g}: {b:.4g}" for a, b in zip(x, y, strict=True))
-        lines.append(f"- {name}: {slope:.4g} ms per {unit}, {intercept:.4g} ms at 0 ({what}; {measured})")
+        lines.append(f"- {name}: {slope:.4g} ms per {UNITS[name]}, {intercept:.4g} ms at 0 ({what}; {measured})")
     for row in rows:
         if row["id"]["name"] == "relocalization":
             shares = ", ".join(f"T {period}: {100 * localization_share(row, period):.2f} %" for period in PERIODS)
             lines.append(
-                f"- T: moving one layer's seven subnets takes {row['relocalization_ms']:.4g} ms, once in its slot; "
-                f"spread over the slot, as a share of the layer's steps: {shares}"
+                f"- T: observing adds {row['observing']['total']['ms'] - row['resting']['total']['ms']:.4g} ms to a "
+                f"layer's step of {row['resting']['total']['ms']:.4g} ms, moving its seven subnets "
+                f"{row['relocalization_ms']:.4g} ms once in T steps; both as a share of a step of {row['layers']} "
+                f"layers, {shares}"
             )
     return "\n".join(lines)

@@ -1,14 +1,15 @@
 """Markdown tables of one result file. Pure functions of its contents, so that they can be made again, byte by byte."""
 
 from collections.abc import Callable, Iterable
+from fractions import Fraction
 from typing import Any
 
 from . import paper
 from .methods import METHODS
-from .models import CONFIGS
+from .methods.galore import GAP
+from .models import BUDGETS_GB, CONFIGS
 
 Rows = list[dict[str, Any]]
-BUDGETS_GB = (24, 48, 80)
 HAVE_SLOTS = ("losia-pro", "losia-dense", "losia-reference")  # at layer level each has a second row, outside its slot
 
 
@@ -81,35 +82,58 @@ def layer(rows: Rows) -> str:
                 first = chosen[0]["id"]
                 what = "a decoder layer" if stack == "block" else "a decoder layer's linears"
                 parts.append(f"{what} of {model}, {first['batch']} x {first['context']} tokens, {first['dtype']}\n\n"
-                             + _layer_table(chosen, model))  # fmt: skip
+                             + _layer_table(chosen, model, _svd_of(rows, model)))  # fmt: skip
     return "\n\n".join(parts)
 
 
-def _layer_table(chosen: Rows, model: str) -> str:
-    head = ("method", "over the floor", "ms", "forward", "backward", "update", "saved MiB", "peak MiB", "trained M")
+def _layer_table(chosen: Rows, model: str, svd: dict[str, Any] | None) -> str:
+    head = ("method", "over the floor", "ms (20-80 %)", "forward", "backward", "update", "saved MiB", "peak MiB",
+            "trained M")  # fmt: skip
     body = []
-    for row in chosen:
-        title = _title(row["id"]["name"])
-        if row["id"]["name"] in HAVE_SLOTS:
-            title += ", in its slot"
-        if row["status"] != "ok":
-            body.append([title, *_no_figures(row, len(head) - 1)])
-            continue
-        times = [_number(row[phase]["ms"]) for phase in ("total", "forward", "backward", "update")]
-        body.append([title, f"{row['total']['ms'] / row['floor_ms']:.3f}", *times, _mib(row["saved_bytes"]),
-                     _mib(row["peak_bytes"]), _millions(row["trained"])])  # fmt: skip
-    by_name = {row["id"]["name"]: row for row in chosen if row["status"] == "ok"}
-    layers = CONFIGS[model]["num_hidden_layers"]
-    for name in HAVE_SLOTS:
-        if name in by_name and f"{name}-off" in by_name:
-            on, off = (by_name[key]["total"]["ms"] / by_name[key]["floor_ms"] for key in (name, f"{name}-off"))
-            mean = ((layers - 1) * off + on) / layers
+    by_name = {row["id"]["name"]: row for row in chosen}
+    for name, row in by_name.items():
+        if name.removesuffix("-off") in HAVE_SLOTS and name.endswith("-off") and name.removesuffix("-off") in by_name:
+            continue  # stands with the row of the method in its slot
+        off = by_name.get(f"{name}-off")
+        if off is not None and row["status"] == off["status"] == "ok":
+            layers = CONFIGS[model]["num_hidden_layers"]
+            mean = ((layers - 1) * _over_floor(off) + _over_floor(row)) / layers
             body.append([f"{_title(name)}, mean of {layers} layers", f"{mean:.3f}"] + [""] * (len(head) - 2))
+        title = _title(name) + (", in its slot" if name in HAVE_SLOTS else "")
+        body.append([title, *_layer_cells(row, len(head) - 1)])
+        if off is not None:
+            body.append([_title(f"{name}-off"), *_layer_cells(off, len(head) - 1)])
+        if name == "galore" and svd is not None and row["status"] == svd["status"] == "ok":
+            extra = svd["total"]["ms"] / GAP
+            cells = [f"{(row['total']['ms'] + extra) / row['floor_ms']:.3f}", _number(row["total"]["ms"] + extra),
+                     "", "", _number(row["update"]["ms"] + extra), "", "", ""]  # fmt: skip
+            body.append([f"{_title(name)}, with its SVD", *cells])
     return _table(head, body)
 
 
+def _layer_cells(row: dict[str, Any], columns: int) -> list[str]:
+    if row["status"] != "ok":
+        return _no_figures(row, columns)
+    phases = [_number(row[phase]["ms"]) for phase in ("forward", "backward", "update")]
+    return [f"{_over_floor(row):.3f}", _with_spread(row["total"]), *phases, _mib(row["saved_bytes"]),
+            _mib(row["peak_bytes"]), _millions(row["trained"])]  # fmt: skip
+
+
+def _over_floor(row: dict[str, Any]) -> float:
+    return row["total"]["ms"] / row["floor_ms"]
+
+
+def _with_spread(timing: dict[str, Any], scale: float = 1.0) -> str:
+    ms, low, high = (_number(scale * timing[key]) for key in ("ms", "low", "high"))
+    return f"{ms} ({low}-{high})"
+
+
+def _svd_of(rows: Rows, model: str) -> dict[str, Any] | None:
+    return next(iter(_select(rows, "layer", "galore-svd", model=model)), None)
+
+
 def model(rows: Rows) -> str:
-    """Table 15: microseconds a token, with and without gradient checkpointing, the paper's total beside ours."""
+    """Table 15: microseconds a token, with and without gradient checkpointing, the paper's beside ours."""
     parts = []
     for name in _values(rows, "model", "model"):
         for checkpointing in (True, False):
@@ -119,7 +143,8 @@ def model(rows: Rows) -> str:
                 first = chosen[0]["id"]
                 size = f"{name}, {first['batch']} x {first['context']} tokens, {first['dtype']}"
                 how = f"{'with' if checkpointing else 'without'} gradient checkpointing"
-                parts.append(f"{size}, {how}, us a token\n\n{_model_table(chosen, name, checkpointing)}")
+                parts.append(f"{size}, {how}, us a token\n\n"
+                             f"{_model_table(chosen, name, checkpointing, _svd_of(rows, name))}")  # fmt: skip
     return "\n\n".join(parts)
 
 
@@ -133,24 +158,30 @@ def _is_default(row: dict[str, Any]) -> bool:
         "rank", 64) == 64  # fmt: skip
 
 
-def _model_table(chosen: Rows, name: str, checkpointing: bool) -> str:
+def _model_table(chosen: Rows, name: str, checkpointing: bool, svd: dict[str, Any] | None) -> str:
     compared = name == "llama-2-7b"
     gpu = any("predicted_bytes" in row for row in chosen)
     memory = ["peak GB", "predicted GB"] if gpu else ["peak GB above start"]
-    head = ["method", "forward", "backward", "other", "total", *memory, "trained M"]
-    head += ["paper (A800): total"] if compared else []
+    head = ["method", "forward", "backward", "other", "total (20-80 %)", *memory, "trained M"]
+    head += ["paper, A800: forward / backward / total" if checkpointing else "paper, A800: total"] if compared else []
+    theirs = paper.CHECKPOINTED if checkpointing else paper.NOT_CHECKPOINTED
     body = []
     for row in chosen:
         method = row["id"]["name"]
         if row["status"] == "ok":
-            times = [_number(row["us_per_token"][phase]) for phase in ("forward", "backward", "other", "total")]
-            cells = [*times, _gb(row["peak_bytes"]), *([_gb(row["predicted_bytes"])] if gpu else []),
+            times = [_number(row["us_per_token"][phase]) for phase in ("forward", "backward", "other")]
+            total = _with_spread(row["total"], row["us_per_token"]["total"] / row["total"]["ms"])
+            cells = [*times, total, _gb(row["peak_bytes"]), *([_gb(row["predicted_bytes"])] if gpu else []),
                      _millions(row["trained"])]  # fmt: skip
         else:
             cells = _no_figures(row, 5 + len(memory))
-        if compared:
-            cells.append(str((paper.CHECKPOINTED if checkpointing else paper.NOT_CHECKPOINTED).get(method, "")))
-        body.append([_title(method), *cells])
+        body.append([_title(method), *cells, *([theirs.get(method, "")] if compared else [])])
+        if method == "galore" and svd is not None and row["status"] == svd["status"] == "ok":
+            tokens = row["id"]["batch"] * row["id"]["context"]
+            extra = 1e3 * svd["total"]["ms"] * CONFIGS[name]["num_hidden_layers"] / GAP / tokens
+            cells = [_number(row["us_per_token"][phase] + extra) for phase in ("other", "total")]
+            body.append([f"{_title(method)}, with its SVD", "", "", *cells, *[""] * (len(memory) + 1),
+                         *([theirs.get(f"{method}, with its SVD", "")] if compared else [])])  # fmt: skip
     return _table(head, body)
 
 
@@ -169,7 +200,7 @@ def table14(rows: Rows) -> str:
             found = row["id"]
             if found["name"] == "losia-pro" and found["output_dim_factor"] > 0:
                 p, p_o = found["rank_factor"], found["output_dim_factor"]
-                title, theirs = f"LoSiA-Pro, p 1/{1 / p:.0f}, p_o 1/{1 / p_o:.0f}", paper.LOSIA_GB.get((p, p_o))
+                title, theirs = f"LoSiA-Pro, p 1/{1 / p:.0f}, p_o {Fraction(p_o)}", paper.LOSIA_GB.get((p, p_o))
             elif found["name"] in ("lora", "lora-fp32"):
                 title, theirs = f"{_title(found['name'])}, r {found['rank']}", paper.LORA_GB.get(found["rank"])
             else:

@@ -24,6 +24,7 @@ def test_op(benchmark, op: str, form: str):
     benchmark.group = op
     benchmark.extra_info |= {"device": DEVICE.type, "moved_bytes": case.moved_bytes, "gate": passed}
 
+    @torch.no_grad()
     def call() -> None:
         run(*arguments)
         if GPU:

@@ -33,10 +33,9 @@ def _give_projection(optimizer: torch.optim.Optimizer, weight: Tensor) -> None:
 
 
 def project_once(gradient: Tensor) -> Tensor:
-    """What GaLore does to one matrix every 200 steps: the SVD of its gradient ``[out, in]``."""
+    """What GaLore does to one matrix every 200 steps: the SVD of ``[short, long]``, cut to ``[short, rank]``."""
     projector_class = import_peer("galore_torch.galore_projector").GaLoreProjector
-    side = "right" if gradient.shape[0] >= gradient.shape[1] else "left"
-    return projector_class(RANK).get_orthogonal_matrix(gradient, RANK, type=side)
+    return projector_class(RANK).get_orthogonal_matrix(gradient, RANK, type="left")
 
 
 GALORE = Method(

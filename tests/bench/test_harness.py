@@ -12,10 +12,8 @@ from bench.harness import RedGate, gate_relative, gate_rule, measure, rotation
 from bench.jobs import Job, bytes_asked_for, run_all, run_job
 from bench.methods import MissingPeer, UnknownMethod, get_method
 from bench.roof import Roof
-from bench.store import Results, load
 
 CPU = torch.device("cpu")
-PROVENANCE = {"device": "A CPU (of ours)", "commit": "abc", "sources": "1", "started": "2026-01-01T00:00:00"}
 
 
 def job(run, name: str = "x", suite: str = "ops", priority: float = 0.0, **settings) -> Job:
@@ -123,18 +121,28 @@ def test_an_unknown_method_is_named_with_the_known_ones(capsys):
     assert "'lorra'" in capsys.readouterr().err
 
 
-def test_rows_are_on_disk_at_once_and_measured_again_replace_the_old(tmp_path):
-    results = Results.for_run(PROVENANCE, tmp_path)
-    assert results.path.name == "a-cpu-of-ours-abc.json"
-    results.add({"id": {"name": "a"}, "ms": 1})
-    results.add({"id": {"name": "b"}, "ms": 2})
-    results.add({"id": {"name": "a"}, "ms": 3})
-    assert [(row["id"]["name"], row["ms"]) for row in load(tmp_path)[0]["rows"]] == [("b", 2), ("a", 3)]
-    assert [path.name for path in tmp_path.iterdir()] == ["a-cpu-of-ours-abc.json"]
-    assert len(Results.for_run(PROVENANCE, tmp_path).rows) == 2
-    (tmp_path / "other.json").write_text('{"rows": 3}')
-    assert len(load(tmp_path)) == 1
-    assert Results.for_run({**PROVENANCE, "sources": "2"}, tmp_path).rows == [], "rows of other code"
+@pytest.mark.parametrize(("arguments", "problem"), [
+    (["all", "--minutes", "-1"], "expected a positive number of minutes, got -1"),
+    (["all", "--minutes", "soon"], "expected a positive number of minutes, got soon"),
+    (["all", "--device", "tpu"], "expected cuda, cuda:1 or cpu"),
+    (["all", "--device", "cuda:99"], "torch sees"),
+    (["all", "--commit", "../x"], "expected a commit's hash"),
+    (["ops", "--methods", "lora", "--device", "cpu"], "it has subnet_grad, importance_update_"),
+    (["context", "--device", "cpu"], "nothing on cpu"),
+    (["layers"], "invalid choice: 'layers'"),
+])  # fmt: skip
+def test_bad_arguments_say_what_was_expected(arguments, problem, capsys):
+    try:
+        code = command.main(arguments)
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == 2 and problem in capsys.readouterr().err
+
+
+def test_the_list_is_in_the_order_of_the_run(capsys):
+    assert command.main(["all", "--device", "cpu", "--methods", "frozen,lora", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("layer frozen model=smollm2-135m stack=block") and len(lines) > 5
 
 
 def test_provenance_says_what_was_measured_and_not_where(tmp_path):

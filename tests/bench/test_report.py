@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 
 from bench import report, tables
 from bench.provenance import ROOT
+from bench.slopes import localization_share
 from bench.store import RESULTS, load
 
 GPU = {
@@ -37,7 +39,7 @@ def model_row(name: str, us: float, peak: float, checkpointing: bool = True, bat
                "checkpointing": checkpointing, "dtype": "bfloat16", **fields},
         "status": "ok", "us_per_token": {"forward": us / 4, "backward": us / 2, "other": us / 4, "total": us},
         "peak_bytes": int(peak * 1e9), "predicted_bytes": int(peak * 1.01e9), "trained": 117_571_584,
-        "total": timing(us),
+        "total": {"ms": 10 * us, "low": 9 * us, "high": 12 * us, "repeats": 5},
     }  # fmt: skip
 
 
@@ -60,15 +62,27 @@ FILE = {"provenance": GPU, "rows": ROWS}
 
 
 def test_ratios_are_to_the_floor_of_the_same_job_and_layers_are_averaged():
-    text = tables.layer(ROWS)
-    assert "| LoSiA-Pro (ours), in its slot | 1.200 | 12 | 4 | 6 | 2 | 1024 | 2048 | 3.0 |" in text
-    assert f"| LoSiA-Pro (ours), mean of 32 layers | {(31 * 1.04 + 1.2) / 32:.3f} |" in text
-    assert "| losia 0.1.5 (the authors'), in its slot | not run |" in text
+    lines = tables.layer(ROWS).splitlines()
+    own = lines.index("| LoSiA-Pro (ours), in its slot | 1.200 | 12 (12-12) | 4 | 6 | 2 | 1024 | 2048 | 3.0 |")
+    assert lines[own - 1].startswith(f"| LoSiA-Pro (ours), mean of 32 layers | {(31 * 1.04 + 1.2) / 32:.3f} |")
+    assert lines[own + 1].startswith("| LoSiA-Pro (ours), outside its slot | 1.040 |")
+    assert any(line.startswith("| losia 0.1.5 (the authors'), in its slot | not run |") for line in lines)
+
+
+def test_the_svds_are_spread_over_the_steps_between_them():
+    svd = {"id": {"suite": "layer", "name": "galore-svd", "model": "llama-2-7b"}, "status": "ok", "total": timing(400)}
+    rows = [layer_row("galore", 20.0), model_row("galore", 50.0, 30.0), svd]
+    assert "| GaLore, with its SVD | 2.200 | 22 |" in tables.layer(rows)
+    other, total = (value + 2 * 32 * 1e3 / 8192 for value in (12.5, 50.0))
+    cells = f"|  |  | {other:.4g} | {total:.4g} |  |  |  | 70.1 / 227.5 / 437.7 |"
+    assert f"| GaLore, with its SVD {cells}" in tables.model(rows)
+    assert "SVD" not in tables.model(rows[:2])
 
 
 def test_the_papers_column_stands_beside_ours():
     text = tables.model(ROWS)
-    assert "| LoSiA-Pro (ours) | 12.5 | 25 | 12.5 | 50 | 20.00 | 20.20 | 117.6 | 244.8 |" in text
+    paper = "71.4 / 173.4 / 244.8"
+    assert f"| LoSiA-Pro (ours) | 12.5 | 25 | 12.5 | 50 (45-60) | 20.00 | 20.20 | 117.6 | {paper} |" in text
     assert f"| PEFT LoRA, float32 adapters | out of memory (1.50 GB asked for) |{'  |' * 6} out of memory |" in text
     assert "| LoSiA-Pro, p 1/16, p_o 1/8 | 117.6 | 21.50 | 21.71 | 21.84 |" in tables.table14(ROWS)
 
@@ -126,6 +140,15 @@ def test_plots_are_drawn_and_come_out_the_same(tmp_path):
     assert "10 ms per 1000 tokens" in tables.scaling(sweep)
 
 
+def test_localization_counts_the_slot_and_the_move():
+    row = {
+        "id": {"suite": "scaling", "name": "relocalization"}, "status": "ok", "layers": 32, "relocalization_ms": 50.0,
+        "resting": {"total": timing(10.0)}, "observing": {"total": timing(14.0)}, "moving": {"total": timing(64.0)},
+    }  # fmt: skip
+    assert localization_share(row, 50) == pytest.approx(5 / (320 + 5))
+    assert "T 50: 1.54 %" in tables.scaling([row])
+
+
 def test_committed_results_name_no_machine_and_no_figure_of_a_red_gate():
     import platform
 
@@ -133,3 +156,12 @@ def test_committed_results_name_no_machine_and_no_figure_of_a_red_gate():
         assert platform.node() not in json.dumps(file["provenance"])
         for row in file["rows"]:
             assert row["status"] == "ok" or "total" not in row
+
+
+def test_tables_are_written_without_matplotlib(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    shutil.copytree(RESULTS, tmp_path / "bench" / "results", ignore=shutil.ignore_patterns("*.partial"))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    report.write_reports(tmp_path / "bench" / "results", tmp_path)
+    assert "no new plots" in capsys.readouterr().out
+    assert (tmp_path / "bench" / "RESULTS.md").read_bytes() == (ROOT / "bench" / "RESULTS.md").read_bytes()
