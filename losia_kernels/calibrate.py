@@ -22,6 +22,7 @@ def calibrate(
     steps: int = 4,
     loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
     process_group: "dist.ProcessGroup | None" = None,
+    loss_divisor: float = 1.0,
 ) -> nn.Module:
     """Move every subnet to the neurons of largest summed importance over the first ``steps`` of ``batches``.
 
@@ -29,7 +30,8 @@ def calibrate(
     forward and backward of all layers; the row and column sums of I (Eq. 3) are smoothed over the batches as in the
     timeline: ``out + in`` floats a layer, and one dense weight gradient at a time.
 
-    ``loss_fn(model, batch)`` returns the mean loss; by default ``model(**batch).loss``. Of several processes
+    ``loss_fn(model, batch)`` returns the mean loss divided by ``loss_divisor`` (in float16, 1/scale: importance is not
+    linear in the gradient); by default ``model(**batch).loss``. Of several processes
     (``process_group``, by default as in ``LoSiAAdamW``) each brings its own batches, as many on each, and the
     importance is that of their averaged gradients. Call it before the first optimizer step. Leaves gradients None and
     the training mode as it was. Returns the model.
@@ -48,7 +50,7 @@ def calibrate(
     observers = {layer: MarginalObserver(beta1=0.85) for layer in layers}
     observing_before = {layer: layer.observe_callback for layer in layers}
     for layer, observer in observers.items():
-        layer.observe_(_update(layer, observer, ranks, rows[layer]))
+        layer.observe_(_update(layer, observer, ranks, rows[layer], loss_divisor))
     try:
         seen = 0
         for batch in batches:
@@ -108,11 +110,11 @@ def start_from_frequency(
 
 
 def _update(
-    layer: LoSiALinear, observer: MarginalObserver, ranks: Ranks, rows: Rows | None
+    layer: LoSiALinear, observer: MarginalObserver, ranks: Ranks, rows: Rows | None, scale: float
 ) -> Callable[[Tensor], None]:
     if rows is None:
-        return lambda grad, outputs=ALL: observer.update(layer.matrix, ranks.mean_(grad), 1.0, outputs=outputs)
-    return lambda grad: observer.update(rows.of(layer.matrix), rows.scatter_mean(grad), grad_scale=1.0, rows=rows)
+        return lambda grad, outputs=ALL: observer.update(layer.matrix, ranks.mean_(grad), scale, outputs=outputs)
+    return lambda grad: observer.update(rows.of(layer.matrix), rows.scatter_mean(grad), scale, rows=rows)
 
 
 def _drop_gradients(model: nn.Module) -> None:

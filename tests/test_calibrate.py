@@ -51,6 +51,15 @@ def test_the_neurons_of_largest_marginals_of_the_first_batches(options, steps):
         assert torch.equal(layer.subnet, layer.current_subnet.gather(layer.weight))
 
 
+def test_a_scaled_loss_is_scaled_back():
+    """2^20 is exact, and large enough that the importance's second order would rule."""
+    plain, scaled, untold = make_model(), make_model(), make_model()
+    calibrate(plain, make_batches(2))
+    calibrate(scaled, make_batches(2), loss_fn=lambda model, batch: 2**20 * model(**batch).loss, loss_divisor=2**-20)
+    calibrate(untold, make_batches(2), loss_fn=lambda model, batch: 2**20 * model(**batch).loss)
+    assert subnets(plain) == subnets(scaled) != subnets(untold)
+
+
 def test_the_batches_are_as_many_as_there_are_at_most_steps_and_no_more_is_drawn():
     drawn = []
     stream = (drawn.append(1) or batch for batch in make_batches(9))

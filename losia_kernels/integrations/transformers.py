@@ -23,6 +23,7 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK
 from ..calibrate import calibrate, start_from_frequency
 from ..linear import LoSiALinear, losia_layers
 from ..optimizer import LoSiAAdamW
+from ..selection import NonFiniteScoreError
 from ..subnet import Subnet
 from ..timeline import Timeline
 from .history import Place, SubnetHistory, append_log, rewind_log
@@ -70,7 +71,7 @@ class LoSiACallback(TrainerCallback):
         timeline = losia_timeline(optimizer)
         if state.global_step == 0 and timeline.config.init_subnet == "calibrated":
             batches = _first_batches(train_dataloader, self.calibration_steps, args.device)
-            calibrate(model.train(), batches, self.calibration_steps)  # in training mode gradients are checkpointed
+            _calibrate(model.train(), batches, _loss_scale(optimizer))  # in training mode gradients are checkpointed
         if state.global_step == 0 and timeline.config.output_init == "frequency":
             start_from_frequency(model, _first_batches(train_dataloader, COUNTED_BATCHES, args.device))
         kinds = tuple(INTEGRATION_TO_CALLBACK.values())
@@ -89,8 +90,7 @@ class LoSiACallback(TrainerCallback):
     # how the loss is scaled -------------------------------------------------------------------------------------------
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
-        scaler = getattr(optimizer, "scaler", None)  # of accelerate's wrapper, in float16; changes at most once a step
-        self._scale = scaler.get_scale() if scaler is not None else 1.0
+        self._scale = _loss_scale(optimizer)  # once a step, which is as often as it changes
 
     def _tell_divisor_and_train(self, model, inputs, num_items_in_batch=None):
         timeline = losia_timeline(self.trainer.optimizer)
@@ -159,6 +159,24 @@ def losia_timeline(optimizer: torch.optim.Optimizer) -> Timeline:
             f"optimizer_cls_and_kwargs=(LoSiAOptimizerFactory, {{'lr': ...}})"
         )
     return inner.timeline
+
+
+def _loss_scale(optimizer: torch.optim.Optimizer) -> float:
+    """What accelerate, whose wrapper ``optimizer`` is, multiplies losses with: 1, but in float16."""
+    scaler = getattr(optimizer, "scaler", None)
+    return 1.0 if scaler is None else scaler.get_scale()
+
+
+def _calibrate(model: nn.Module, batches: list[dict], scale: float) -> None:
+    """``calibrate`` with the largest scale of the loss, from ``scale`` down, that does not overflow."""
+    try:
+        calibrate(
+            model, batches, len(batches), lambda model, batch: scale * model(**batch).loss, loss_divisor=1 / scale
+        )
+    except NonFiniteScoreError:
+        if scale <= 1:
+            raise
+        _calibrate(model, batches, max(1.0, scale / 16))
 
 
 def _check_gradients(model: nn.Module) -> None:
