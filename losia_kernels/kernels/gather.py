@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._device import load_index
 from ._launch import launch_config
 
 
@@ -19,17 +20,24 @@ def gather_features_kernel(
     stride_x_in,
     BLOCK_T: tl.constexpr,
     BLOCK_IN: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
-    offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)  # [BLOCK_T]
-    offs_in = tl.program_id(1) * BLOCK_IN + tl.arange(0, BLOCK_IN)  # [BLOCK_IN]
-    mask_in = offs_in < k_in
-    idx = tl.load(idx_ptr + offs_in, mask=mask_in, other=0)  # read once for all tokens of the tile
-    mask = (offs_t < tokens)[:, None] & mask_in[None, :]
+    first_t = tl.program_id(0).to(tl.int64) * BLOCK_T
+    first_in = tl.program_id(1) * BLOCK_IN
+    offs_t = first_t + tl.arange(0, BLOCK_T)  # [BLOCK_T]
+    offs_in = first_in + tl.arange(0, BLOCK_IN)  # [BLOCK_IN]
+    idx = load_index(idx_ptr, offs_in, k_in, ALIGN)  # read once for all tokens of the tile
+    mask = (offs_t < tokens)[:, None] & (offs_in < k_in)[None, :]
     x = tl.load(x_ptr + offs_t[:, None] * stride_x_t + (idx * stride_x_in)[None, :], mask=mask)  # [BLOCK_T, BLOCK_IN]
-    tl.store(out_ptr + offs_t[:, None] * k_in + offs_in[None, :], x, mask=mask)
+    # Stored flat, so that the wide stores do not spread the threads of a load: neighbours share its cache lines.
+    offs = tl.arange(0, BLOCK_T * BLOCK_IN)
+    offs_t = first_t + offs // BLOCK_IN
+    offs_in = first_in + offs % BLOCK_IN
+    flat = tl.reshape(x, (BLOCK_T * BLOCK_IN,))
+    tl.store(out_ptr + offs_t * k_in + offs_in, flat, mask=(offs_t < tokens) & (offs_in < k_in))
 
 
-def launch_gather_features(x: Tensor, idx: Tensor) -> Tensor:
+def launch_gather_features(x: Tensor, idx: Tensor, alignment: int = 1) -> Tensor:
     """``x [..., n]``, ``idx [k]`` int64 -> contiguous ``[..., k]``; see ``ops.gather_features``."""
     k_in = idx.shape[0]
     out = x.new_empty(*x.shape[:-1], k_in)
@@ -42,6 +50,6 @@ def launch_gather_features(x: Tensor, idx: Tensor) -> Tensor:
     with torch.cuda.device_of(x):
         gather_features_kernel[grid](
             x, idx.contiguous(), out, tokens, k_in, *x.stride(),
-            BLOCK_T=config.block_t, BLOCK_IN=config.block_in, **config.compiler,
-        )
+            BLOCK_T=config.block_t, BLOCK_IN=config.block_in, ALIGN=alignment, **config.compiler,
+        )  # fmt: skip
     return out

@@ -1,12 +1,13 @@
-"""``dy[:, out_idx].T @ x[:, in_idx]`` (Eq. 9) with both gathers inside the product, one partial sum per token range."""
+"""``dy[:, out_idx].T @ x[:, in_idx]`` (Eq. 9), one partial sum per range of tokens; the forms are in ``_launch``."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import dot, store_as
-from ._launch import launch_config
+from ._device import dot, load_index, store_as
+from ._launch import LaunchConfig, launch_config
+from .gather import launch_gather_features
 
 
 @triton.jit
@@ -27,56 +28,95 @@ def subnet_grad_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
     # Neighbouring programs differ in the inputs first: they read the same dy, from the cache.
     tiles_in = tl.cdiv(k_in, BLOCK_IN)
     offs_out = tl.program_id(0) // tiles_in * BLOCK_OUT + tl.arange(0, BLOCK_OUT)  # [BLOCK_OUT]
     offs_in = tl.program_id(0) % tiles_in * BLOCK_IN + tl.arange(0, BLOCK_IN)  # [BLOCK_IN]
     split = tl.program_id(1).to(tl.int64)
-    mask_out = offs_out < k_out
-    mask_in = offs_in < k_in
+    mask_out = (offs_out < k_out)[None, :]
+    mask_in = (offs_in < k_in)[None, :]
 
     out_idx = offs_out.to(tl.int64)
     if out_idx_ptr is not None:
-        out_idx = tl.load(out_idx_ptr + offs_out, mask=mask_out, other=0)
+        out_idx = load_index(out_idx_ptr, offs_out, k_out, ALIGN)
     in_idx = offs_in.to(tl.int64)
     if in_idx_ptr is not None:
-        in_idx = tl.load(in_idx_ptr + offs_in, mask=mask_in, other=0)
+        in_idx = load_index(in_idx_ptr, offs_in, k_in, ALIGN)
     dy_ptrs = dy_ptr + (out_idx * stride_dy_out)[None, :]  # [1, BLOCK_OUT]
     x_ptrs = x_ptr + (in_idx * stride_x_in)[None, :]  # [1, BLOCK_IN]
 
     start = split * tokens_per_split
     end = tl.minimum(start + tokens_per_split, tokens)
     acc = tl.zeros((BLOCK_OUT, BLOCK_IN), dtype=tl.float32)
+    if PREFETCH:  # entries of 2 bytes cannot be copied asynchronously: a tile of dy is on its way while one is used
+        offs_t = start + tl.arange(0, BLOCK_T).to(tl.int64)[:, None]  # [BLOCK_T, 1]
+        dy_next = tl.load(dy_ptrs + offs_t * stride_dy_t, mask=(offs_t < end) & mask_out, other=0.0)
     for first in range(start, end, BLOCK_T):
-        offs_t = first + tl.arange(0, BLOCK_T).to(tl.int64)  # [BLOCK_T]
-        mask_t = offs_t < end
-        dy_sub = tl.load(dy_ptrs + (offs_t * stride_dy_t)[:, None], mask=mask_t[:, None] & mask_out[None, :], other=0.0)
-        x_sub = tl.load(x_ptrs + (offs_t * stride_x_t)[:, None], mask=mask_t[:, None] & mask_in[None, :], other=0.0)
+        offs_t = first + tl.arange(0, BLOCK_T).to(tl.int64)[:, None]  # [BLOCK_T, 1]
+        if PREFETCH:
+            dy_sub = dy_next
+            offs_next = offs_t + BLOCK_T
+            dy_next = tl.load(dy_ptrs + offs_next * stride_dy_t, mask=(offs_next < end) & mask_out, other=0.0)
+        else:
+            dy_sub = tl.load(dy_ptrs + offs_t * stride_dy_t, mask=(offs_t < end) & mask_out, other=0.0)
+        x_sub = tl.load(x_ptrs + offs_t * stride_x_t, mask=(offs_t < end) & mask_in, other=0.0)
         acc = dot(tl.trans(dy_sub), x_sub, acc)  # [BLOCK_OUT, BLOCK_IN]
 
     partials_ptrs = partials_ptr + (split * k_out + offs_out)[:, None] * k_in + offs_in[None, :]
-    store_as(partials_ptrs, acc, mask_out[:, None] & mask_in[None, :])
+    store_as(partials_ptrs, acc, (offs_out < k_out)[:, None] & mask_in)
 
 
-def launch_subnet_grad(dy: Tensor, x: Tensor, out_idx: Tensor | None, in_idx: Tensor | None) -> Tensor:
+def launch_subnet_grad(
+    dy: Tensor, x: Tensor, out_idx: Tensor | None, in_idx: Tensor | None, alignment: int = 1
+) -> Tensor:
     """``[splits, k_out, k_in]`` float32, to be summed over the splits; see ``ops.subnet_grad_partials``."""
     k_out = dy.shape[-1] if out_idx is None else out_idx.shape[0]
     k_in = x.shape[-1] if in_idx is None else in_idx.shape[0]
     tokens = dy.shape[:-1].numel()
-    config = launch_config("subnet_grad", dy, tokens=tokens, n_out=k_out, n_in=k_in)
-    partials = dy.new_empty(config.splits, k_out, k_in, dtype=torch.float32)
-    if k_out == 0 or k_in == 0:
-        return partials
+    config = launch_config("subnet_grad", dy, tokens=tokens, n_out=k_out, n_in=k_in, alignment=alignment)
     dy = dy.reshape(tokens, dy.shape[-1])  # copies only where the leading dimensions have no common stride
     x = x.reshape(tokens, x.shape[-1])
+    if config.variant.startswith("gathered"):
+        if out_idx is not None:
+            dy, out_idx = launch_gather_features(dy, out_idx, alignment), None
+        if config.variant == "gathered_library":
+            x = x if in_idx is None else launch_gather_features(x, in_idx, alignment)
+            return _library_product(dy, x)
+    return _launch_product(dy, x, out_idx, in_idx, k_out, k_in, alignment, config)
+
+
+def _launch_product(
+    dy: Tensor,
+    x: Tensor,
+    out_idx: Tensor | None,
+    in_idx: Tensor | None,
+    k_out: int,
+    k_in: int,
+    alignment: int,
+    config: LaunchConfig,
+) -> Tensor:
+    partials = dy.new_empty(config.splits, k_out, k_in, dtype=torch.float32)
+    if partials.numel() == 0:
+        return partials
     out_idx = None if out_idx is None else out_idx.contiguous()
     in_idx = None if in_idx is None else in_idx.contiguous()
+    tokens = dy.shape[0]
     tokens_per_split = triton.cdiv(triton.cdiv(tokens, config.splits), config.block_t) * config.block_t
     grid = (triton.cdiv(k_out, config.block_out) * triton.cdiv(k_in, config.block_in), config.splits)
     with torch.cuda.device_of(dy):
         subnet_grad_kernel[grid](
             dy, x, out_idx, in_idx, partials, tokens, tokens_per_split, k_out, k_in, *dy.stride(), *x.stride(),
-            BLOCK_T=config.block_t, BLOCK_OUT=config.block_out, BLOCK_IN=config.block_in, **config.compiler,
-        )
+            BLOCK_T=config.block_t, BLOCK_OUT=config.block_out, BLOCK_IN=config.block_in, ALIGN=alignment,
+            PREFETCH=config.prefetch and out_idx is not None, **config.compiler,
+        )  # fmt: skip
     return partials
+
+
+def _library_product(dy: Tensor, x: Tensor) -> Tensor:
+    """``dy.T @ x`` by the vendor's library, ``[1, k_out, k_in]`` float32."""
+    if dy.is_cuda and dy.dtype != torch.float32:
+        return torch.mm(dy.T, x, out_dtype=torch.float32).unsqueeze(0)
+    return (dy.float().T @ x.float()).unsqueeze(0)

@@ -12,9 +12,9 @@ def random_index(n: int, k: int, device: str) -> torch.Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(n * k))[:k].sort().values.to(device)
 
 
-def check(x: torch.Tensor, idx: torch.Tensor) -> None:
+def check(x: torch.Tensor, idx: torch.Tensor, alignment: int = 1) -> None:
     """A copy is exact: bit for bit what the oracle picks."""
-    result = launch_gather_features(x, idx)
+    result = launch_gather_features(x, idx, alignment)
     assert result.is_contiguous() and result.dtype == x.dtype
     assert torch.equal(result, gather_features_ref(x, idx))
 
@@ -47,6 +47,16 @@ def test_index_may_be_strided_repeated_and_unsorted(device):
     x = torch.randn(5, 11, device=device)
     check(x, torch.tensor([7, 0, 7, 3, 10, 1], device=device)[::2])
     check(x, torch.tensor([10, 2, 2], device=device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("alignment", [2, 4, 16])
+def test_runs_of_neighbours(device, dtype, alignment):
+    idx = (random_index(96 // alignment, 48 // alignment, device)[:, None] * alignment
+           + torch.arange(alignment, device=device)).flatten()
+    check(torch.randn(2, 9, 96, device=device).to(dtype), idx, alignment)
+    check(torch.randn(7, 101, device=device).to(dtype)[:, 5:], idx, alignment)  # start that is not aligned
+    check(torch.randn(96, 6, device=device).to(dtype).T, idx, alignment)  # neighbours are not next to each other
 
 
 def test_empty(device):

@@ -4,7 +4,14 @@ import sys
 import pytest
 import torch
 
-from losia_kernels.kernels._launch import choose_config, launch_config, override_arch, override_config, token_splits
+from losia_kernels.kernels._launch import (
+    SUBNET_GRAD_VARIANTS,
+    choose_config,
+    choose_subnet_grad,
+    launch_config,
+    override_arch,
+    override_config,
+)
 
 KERNELS = ("gather_features", "subnet_grad", "subnet_adamw_", "importance_update_", "importance_marginals",
            "score_marginals")
@@ -35,7 +42,7 @@ def test_override_nests_and_ends():
             inner = launch_config("subnet_grad", like, **sizes)
             assert (inner.splits, inner.block_t, inner.block_in) == (3, 128, chosen.block_in)
         outer = launch_config("subnet_grad", like, **sizes)
-        assert (outer.splits, outer.block_t) == (token_splits(10_000, 512, 512), chosen.block_t) == (3, chosen.block_t)
+        assert (outer.splits, outer.block_t) == (3, chosen.block_t)
         assert launch_config("gather_features", like).splits == 1
     assert launch_config("subnet_grad", like, **sizes) == chosen
 
@@ -52,12 +59,38 @@ def test_arch_can_be_pretended():
 SHAPES = [(0, 5, 5), (1, 1, 1), (255, 64, 64), (700, 3, 5), (8192, 512, 512), (8192, 4000, 4096)]
 
 
+@pytest.mark.parametrize("variant", SUBNET_GRAD_VARIANTS)
 @pytest.mark.parametrize("tokens, k_out, k_in", SHAPES)
-def test_splits_keep_enough_tokens(tokens, k_out, k_in):
-    splits = token_splits(tokens, k_out, k_in)
-    assert splits == choose_config("subnet_grad", "sm_90", torch.bfloat16, tokens, k_out, k_in).splits
-    assert splits == choose_config("subnet_grad", "gfx942", torch.float32, tokens, k_out, k_in).splits
-    assert splits == 1 or tokens // splits >= 256
+def test_splits_keep_enough_tokens(tokens, k_out, k_in, variant):
+    for arch in ("sm_80", "sm_90", "gfx942", "cpu"):
+        config = choose_config("subnet_grad", arch, torch.bfloat16, tokens, k_out, k_in, variant=variant)
+        assert config.variant == variant
+        assert config.splits == 1 or tokens // config.splits >= 256
+
+
+def test_the_form_of_the_subnets_gradient():
+    """What the table says for LLaMA-2 7B at p = 1/8, and that an override wins with the tiles of its own form."""
+    bf16 = torch.bfloat16
+    assert choose_subnet_grad("sm_90", bf16, 512, alignment=1) == "fused_wide"
+    assert choose_subnet_grad("sm_90", bf16, 1376, alignment=1) == "gathered"
+    assert choose_subnet_grad("sm_90", bf16, 512, alignment=16) == "fused"
+    assert choose_subnet_grad("sm_90", torch.float32, 512, alignment=1) == "fused"
+    sizes = {"tokens": 8192, "n_out": 1376, "n_in": 512}
+    like = torch.zeros(1, dtype=bf16)
+    with override_arch("sm_90"):
+        assert launch_config("subnet_grad", like, **sizes).block_in == 512
+        with override_config("subnet_grad", variant="gathered"):
+            assert launch_config("subnet_grad", like, **sizes).block_in == 128
+        with override_config("subnet_grad", variant="fast"), pytest.raises(ValueError, match="not 'fast'"):
+            launch_config("subnet_grad", like, **sizes)
+
+
+def test_a_gather_of_single_entries_shares_no_layout_with_the_vector_loads():
+    """Triton gives tiles of one shape one layout, eight entries a thread: the gather's neighbours would be far apart."""
+    for variant in ("fused", "fused_wide"):
+        for k_in in (16, 64, 128, 512, 1376):
+            config = choose_config("subnet_grad", "sm_90", torch.bfloat16, 8192, 512, k_in, variant=variant)
+            assert config.prefetch and config.block_out != config.block_in
 
 
 def test_imports_no_triton():

@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 from losia_kernels import ops
-from losia_kernels.kernels._launch import token_splits
+from losia_kernels.kernels._launch import launch_config
 
 losia = torch.ops.losia
 OUT, IN, TOKENS = 13, 11, 6
@@ -69,5 +69,6 @@ def test_fake_on_a_gpu_promises_the_splits_of_the_launch():
     with FakeTensorMode():
         dy, x = (torch.empty(8192, n, dtype=torch.bfloat16, device="cuda") for n in (OUT, IN))
         partials = ops.subnet_grad_partials(dy, x)
-    assert partials.shape == (token_splits(8192, OUT, IN), OUT, IN) and partials.shape[0] > 1
+    splits = launch_config("subnet_grad", dy, 8192, OUT, IN).splits
+    assert partials.shape == (splits, OUT, IN) and splits > 1
     assert partials.dtype == torch.float32

@@ -4,18 +4,33 @@ from tolerance import assert_within
 
 from csrc_ref.kernels import subnet_grad_ref
 from losia_kernels import eager
-from losia_kernels.kernels._launch import override_config, token_splits
+from losia_kernels.kernels._launch import SUBNET_GRAD_VARIANTS, launch_config, override_config
 from losia_kernels.kernels.subnet_grad import launch_subnet_grad
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True, params=SUBNET_GRAD_VARIANTS)
+def variant(request):
+    """Every test of this file holds for every form."""
+    with override_config("subnet_grad", variant=request.param):
+        yield request.param
 
 
 def random_index(n: int, k: int, device: str) -> torch.Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(n * k))[:k].sort().values.to(device)
 
 
-def check(dy: torch.Tensor, x: torch.Tensor, out_idx: torch.Tensor | None, in_idx: torch.Tensor | None) -> None:
-    result = launch_subnet_grad(dy, x, out_idx, in_idx).sum(0)
+def aligned_index(n: int, k: int, alignment: int, device: str) -> torch.Tensor:
+    """Runs of ``alignment`` neighbours, each from a multiple of it."""
+    starts = random_index(n // alignment, k // alignment, device) * alignment
+    return (starts[:, None] + torch.arange(alignment, device=device)).flatten()
+
+
+def check(
+    dy: torch.Tensor, x: torch.Tensor, out_idx: torch.Tensor | None, in_idx: torch.Tensor | None, alignment: int = 1
+) -> None:
+    result = launch_subnet_grad(dy, x, out_idx, in_idx, alignment).sum(0)
     plain = eager.subnet_grad_partials(dy, x, out_idx, in_idx).sum(0)
     assert_within(result, plain, subnet_grad_ref(dy, x, out_idx, in_idx))
 
@@ -34,6 +49,25 @@ def test_matches_oracle(device, dtype, tokens, n_out, k_out, n_in, k_in):
     check(dy, x[:, in_idx], out_idx, None)
     check(dy, x, None, in_idx)
     check(dy, x, None, None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("alignment", [2, 16])
+def test_runs_of_neighbours(device, dtype, alignment):
+    dy, x = torch.randn(37, 90, device=device).to(dtype), torch.randn(37, 64, device=device).to(dtype)
+    out_idx, in_idx = aligned_index(90, 32, alignment, device), aligned_index(64, 48, alignment, device)
+    check(dy, x, out_idx, in_idx, alignment)
+    check(dy, x[:, in_idx], out_idx, None, alignment)
+    check(dy, x, None, in_idx, alignment)
+    check(dy.T.contiguous().T, x, out_idx, in_idx, alignment)  # neurons that lie next to each other, but not in memory
+
+
+def test_the_index_of_a_run_is_that_of_its_start(device):
+    """Only starts are read: the caller answers for the rest, so that no launch has to look."""
+    dy, x = torch.randn(5, 8, device=device), torch.randn(5, 3, device=device)
+    starts_only = torch.tensor([4, 0, 0, 0], device=device)
+    full = torch.tensor([4, 5, 6, 7], device=device)
+    assert torch.equal(launch_subnet_grad(dy, x, starts_only, None, 4), launch_subnet_grad(dy, x, full, None, 4))
 
 
 def test_any_strides(device):
@@ -73,14 +107,15 @@ def test_what_lies_beyond_the_tokens_is_not_read(device):
     assert torch.equal(launch_subnet_grad(dy[:3], x[:3], None, None).sum(0), torch.full((5, 6), 6.0, device=device))
 
 
+@pytest.mark.parametrize("variant", [name for name in SUBNET_GRAD_VARIANTS if name != "gathered_library"], indirect=True)
 @pytest.mark.parametrize("splits", [1, 2, 3, 7])
-def test_splits_are_sums_over_ranges_of_tokens(device, splits):
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_splits_are_sums_over_ranges_of_tokens(device, splits, prefetch):
     """Also when the tokens do not divide evenly, and when a split gets none."""
     dy, x = torch.randn(53, 19, device=device), torch.randn(53, 21, device=device)
     out_idx, in_idx = random_index(19, 6, device), random_index(21, 8, device)
-    with override_config("subnet_grad", splits=splits, block_t=16, block_out=16, block_in=16):
+    with override_config("subnet_grad", splits=splits, prefetch=prefetch, block_t=16, block_out=16, block_in=16):
         partials = launch_subnet_grad(dy, x, out_idx, in_idx)
-        assert partials.shape == (token_splits(53, 6, 8), 6, 8)
         check(dy, x, out_idx, in_idx)
     assert partials.shape[0] == splits
     per_split = -(-53 // (splits * 16)) * 16
@@ -90,19 +125,20 @@ def test_splits_are_sums_over_ranges_of_tokens(device, splits):
         assert_within(partials[split], eager.subnet_grad_partials(dy[part], x[part], out_idx, in_idx)[0], truth)
 
 
-def test_same_bits_twice(device):
+def test_same_bits_twice(device, variant):
     dy, x = torch.randn(200, 33, device=device).bfloat16(), torch.randn(200, 35, device=device).bfloat16()
     out_idx = random_index(33, 17, device)
-    with override_config("subnet_grad", splits=4):
+    with override_config("subnet_grad", splits=1 if variant == "gathered_library" else 4):
         first, second = (launch_subnet_grad(dy, x, out_idx, None).sum(0) for _ in range(2))
     assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("tokens, k_out, k_in", [(0, 3, 4), (1, 1, 1), (700, 3, 5), (520, 40, 20)])
 def test_number_of_splits_follows_from_the_shape(device, tokens, k_out, k_in):
-    """The fake op promises ``token_splits``; the launch must return as many."""
+    """The fake op promises those of the configuration; the launch must return as many."""
     dy, x = torch.zeros(tokens, k_out, device=device), torch.zeros(tokens, k_in, device=device)
-    assert launch_subnet_grad(dy, x, None, None).shape == (token_splits(tokens, k_out, k_in), k_out, k_in)
+    splits = launch_config("subnet_grad", dy, tokens, k_out, k_in).splits
+    assert launch_subnet_grad(dy, x, None, None).shape == (splits, k_out, k_in)
 
 
 def test_float32_keeps_all_its_bits(device):
