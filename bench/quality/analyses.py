@@ -1,0 +1,141 @@
+"""What happens inside: where gradients lie, what a subnet captures, what moves, what of the weights stays."""
+
+import itertools
+from dataclasses import asdict
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from losia_kernels.linear import losia_layers
+from losia_kernels.selection import select_subnet
+
+from .study import Run
+from .tasks import TASKS
+from .training import Base, prepare, setting_of, train
+
+KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")  # of three blocks each
+SINGULAR_VECTORS = 100
+BATCHES = 8  # whose importance is averaged
+SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
+
+
+def carry_out_analysis(run: Run, base: Base) -> dict[str, Any]:
+    """The paper's Figures 2 and 9 (gradients), 7 (selection), 8 (singular vectors); how good the greedy subnet is."""
+    model = base.fresh()
+    names = chosen_layers(model)
+    before = {name: model.get_submodule(name).weight.detach().clone() for name in names}
+    gradients, importance = observe(model, run, base, names)
+    trained, setting = prepare(run, TASKS[run.task], model, base)
+    counts = {name: torch.zeros(layer.in_features) for name, layer in losia_layers(trained.model)}
+    placed = {name: layer.in_idx.clone() for name, layer in losia_layers(trained.model)}
+    moved = dict.fromkeys(counts, 0)
+    for name, layer in losia_layers(trained.model):
+        counts[name][layer.in_idx.cpu()] += 1
+
+    def count_moves(step: int) -> None:
+        for name, layer in losia_layers(trained.model):
+            if not torch.equal(layer.in_idx, placed[name]):
+                placed[name] = layer.in_idx.clone()
+                counts[name][layer.in_idx.cpu()] += 1
+                moved[name] += 1
+
+    train(trained, setting, count_moves)
+    plain = trained.finish()
+    return {
+        "run": asdict(run), "status": "ok",
+        "gradients": {name: {"out": concentration(g.sum(1)), "in": concentration(g.sum(0))}
+                      for name, g in gradients.items()},
+        "captured": {name: captured(scores) for name, scores in importance.items()},
+        "small_matrices": small_matrices(next(iter(importance.values()))),
+        "selected": {name: torch.bincount(counts[name].long()).tolist() for name in names},
+        "moves": sum(moved.values()),
+        "singular": {name: similarity(before[name], plain.get_submodule(name).weight.detach()) for name in names},
+    }  # fmt: skip
+
+
+def chosen_layers(model) -> list[str]:
+    last = model.config.num_hidden_layers - 1
+    return [f"model.layers.{block}.{kind}" for block in sorted({0, last // 2, last}) for kind in KINDS]
+
+
+def observe(model, run: Run, base: Base, names: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """|g| and the importance |gW - (gW)²/2| (Eq. 3) of ``names`` ``[out, in]``, means over batches, untrained."""
+    weights = {name: model.get_submodule(name).weight for name in names}
+    gradients = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    importance = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    for batch in islice(setting_of(run, TASKS[run.task], base).batches(), BATCHES):
+        grads = torch.autograd.grad(model(**batch).loss, list(weights.values()))
+        for (name, weight), grad in zip(weights.items(), grads, strict=True):
+            product = grad * weight.detach()
+            gradients[name] += grad.abs() / BATCHES
+            importance[name] += (product - product**2 / 2).abs() / BATCHES
+    return gradients, importance
+
+
+def concentration(sums: Tensor) -> list[float]:
+    """Share of the total that the largest 1/16, 1/8, 1/4 and 1/2 of the neurons hold."""
+    ordered = sums.double().sort(descending=True).values.cumsum(0)
+    return [round(float(ordered[max(1, int(share * len(sums))) - 1] / ordered[-1]), 4) for share in SHARES]
+
+
+def share_of(scores: Tensor, out_idx: Tensor, in_idx: Tensor) -> float:
+    return float(scores[out_idx][:, in_idx].double().sum() / scores.double().sum())
+
+
+def captured(scores: Tensor, restarts: int = 10) -> dict[str, float]:
+    """Share of all importance in a subnet of p = 1/8: greedy (Algorithm 1), best of random restarts, random, and the
+    sum of the largest entries anywhere, which no block can exceed."""
+    k_out, k_in = (max(1, size // 8) for size in scores.shape)
+    greedy = select_subnet(scores, k_out, k_in)
+    generator = torch.Generator().manual_seed(0)
+    starts = [torch.randperm(scores.shape[1], generator=generator)[:k_in] for _ in range(restarts)]
+    best = max(share_of(scores, *improve(scores, start, k_out, k_in)) for start in starts)
+    random_out = torch.randperm(scores.shape[0], generator=generator)[:k_out]
+    entries = scores.flatten().double().topk(k_out * k_in).values.sum() / scores.double().sum()
+    return {
+        "greedy": round(share_of(scores, greedy.out_idx, greedy.in_idx), 4),
+        "restarts": round(best, 4),
+        "random": round(share_of(scores, random_out, starts[0]), 4),
+        "entries": round(float(entries), 4),
+    }
+
+
+def improve(scores: Tensor, in_idx: Tensor, k_out: int, k_in: int) -> tuple[Tensor, Tensor]:
+    """Best outputs for the inputs, best inputs for those, and so on until nothing changes."""
+    total = -1.0
+    while True:
+        out_idx = scores[:, in_idx].sum(1).topk(k_out).indices
+        in_idx = scores[out_idx].sum(0).topk(k_in).indices
+        new = float(scores[out_idx][:, in_idx].sum())
+        if new <= total * (1 + 1e-6):
+            return out_idx, in_idx
+        total = new
+
+
+def small_matrices(scores: Tensor, size: int = 12, k: int = 4, count: int = 40) -> dict[str, float]:
+    """Greedy over the optimum on ``count`` blocks of ``size``² of real importance: mean and worst."""
+    generator = torch.Generator().manual_seed(0)
+    ratios = []
+    for _ in range(count):
+        rows, columns = (torch.randperm(length, generator=generator)[:size] for length in scores.shape)
+        block = scores[rows][:, columns]
+        greedy = select_subnet(block, k, k)
+        ratios.append(share_of(block, greedy.out_idx, greedy.in_idx) / optimum(block, k))
+    return {"mean": round(sum(ratios) / count, 4), "worst": round(min(ratios), 4)}
+
+
+def optimum(block: Tensor, k: int) -> float:
+    """The largest share of a k x k subnet: for each choice of outputs the best inputs are known."""
+    chosen = torch.tensor(list(itertools.combinations(range(block.shape[0]), k)))
+    sums = block.double()[chosen].sum(1)  # [choices, in]
+    return float(sums.topk(k, dim=1).values.sum(1).max() / block.double().sum())
+
+
+def similarity(before: Tensor, after: Tensor) -> dict[str, float]:
+    """Mean and least |cosine| of the leading left singular vectors of a weight before and after (Figure 8)."""
+    k = min(SINGULAR_VECTORS, *before.shape)
+    first, second = (torch.linalg.svd(w.float(), full_matrices=False).U[:, :k] for w in (before, after))
+    cosine = (first * second).sum(0).abs()
+    return {"mean": round(float(cosine.mean()), 4), "least": round(float(cosine.min()), 4)}

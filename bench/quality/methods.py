@@ -1,0 +1,178 @@
+"""The methods that are compared, each from its real library, at that library's recommended settings but for the lr."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach, calibrate, remove_losia
+
+from ..methods import MissingPeer
+from ..methods.base import adamw, decoder_linears, target_names, trained_parameters
+from ..methods.imports import import_peer
+
+CALIBRATION_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a constructor may need to know of the run. ``batches()`` starts the run's own batches anew."""
+
+    lr: float
+    steps: int
+    warmup: int
+    seed: int
+    batches: Callable[[], Any]
+    options: dict[str, Any]
+
+
+@dataclass
+class Trained:
+    """``model`` is trained by ``optimizer``; ``finish()`` gives the plain model of the same weights; ``made``: what
+    followed from the run's length."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    finish: Callable[[], nn.Module]
+    made: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method:
+    """``lrs``: the learning rates that are tried, as many for each method."""
+
+    name: str
+    title: str
+    settings: str
+    lrs: tuple[float, ...]
+    prepare: Callable[[nn.Module, Setting], Trained]
+
+
+def _full(model: nn.Module, setting: Setting) -> Trained:
+    model.requires_grad_(True)
+    return Trained(model, adamw(trained_parameters(model), setting.lr), lambda: model)
+
+
+def _adapters(model: nn.Module, setting: Setting, rank: int, **config: Any) -> Trained:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise MissingPeer(f"peft cannot be imported: {error}") from None
+    torch.manual_seed(setting.seed)  # of the adapters' first values
+    rank = setting.options.get("rank", rank)
+    adapted = get_peft_model(
+        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=target_names(model), **config)
+    )
+    return Trained(adapted, adamw(trained_parameters(adapted), setting.lr), adapted.merge_and_unload)
+
+
+def _galore(model: nn.Module, setting: Setting) -> Trained:
+    """As its README: the projection for the decoder's linears, plain AdamW for all other parameters."""
+    peer = import_peer("galore_torch")
+    model.requires_grad_(True)
+    projected = [linear.weight for linear in decoder_linears(model).values()]
+    of_linears = {id(weight) for weight in projected}
+    rank = max(1, model.config.hidden_size // 8)  # the paper's 512 for a hidden size of 4096
+    groups = [
+        {"params": [p for p in model.parameters() if id(p) not in of_linears]},
+        {"params": projected, "rank": rank, "update_proj_gap": 200, "scale": 2.0, "proj_type": "std"},
+    ]
+    optimizer = peer.GaLoreAdamW(groups, lr=setting.lr, weight_decay=0.0, no_deprecation_warning=True)
+    return Trained(model, optimizer, lambda: model)
+
+
+CYCLES = 1  # how often every group moves in a run; the period follows from the number of steps
+
+
+def losia_config(model: nn.Module, setting: Setting, rank_factor: float) -> LoSiAConfig:
+    """The config of a run; options are its fields, or ``cycles``, from which the period follows.
+
+    Raises MissingPeer for a field that this version of the package does not have.
+    """
+    groups = model.config.num_hidden_layers
+    options = {name: value for name, value in setting.options.items() if name not in ("cycles", "nearest", "bfloat16")}
+    unknown = sorted(set(options) - set(inspect.signature(LoSiAConfig).parameters))
+    if unknown:
+        raise MissingPeer(f"LoSiAConfig has no field {', '.join(unknown)}")
+    period = max(1, int(setting.steps / (groups * setting.options.get("cycles", CYCLES))))
+    values = {"rank_factor": rank_factor, "period": period, "warmup_steps": setting.warmup, "seed": setting.seed}
+    return LoSiAConfig(**(values | options))
+
+
+def _losia(model: nn.Module, setting: Setting, rank_factor: float) -> Trained:
+    config = losia_config(model, setting, rank_factor)
+    apply_losia(model, config)
+    calibration_batches = CALIBRATION_BATCHES if config.init_subnet == "calibrated" else 0
+    if calibration_batches:
+        calibrate(model, setting.batches(), calibration_batches)
+    if setting.options.get("nearest"):  # what the authors' code does: 16-bit values, no master, rounded to nearest
+        optimizer = torch.optim.AdamW(trained_parameters(model), lr=setting.lr, weight_decay=0.0)
+        attach(optimizer, model)
+    else:
+        optimizer = LoSiAAdamW(model, lr=setting.lr)
+    made = {"period": config.period, "calibration_batches": calibration_batches}
+    return Trained(model, optimizer, lambda: remove_losia(model), made)
+
+
+_ADAPTER_LRS = (1e-4, 3e-4, 1e-3, 3e-3)
+_LORA = "no dropout, all linears of the decoder blocks"
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("fft", "full fine-tuning", "all parameters, torch AdamW", (1e-5, 3e-5, 1e-4, 3e-4), _full),
+        Method("lora-r8", "LoRA r 8", f"peft, alpha 16, {_LORA}", _ADAPTER_LRS,
+               functools.partial(_adapters, rank=8)),
+        Method("losia-p8", "LoSiA p 1/8", "this package, its defaults, calibrated start", _ADAPTER_LRS,
+               functools.partial(_losia, rank_factor=1 / 8)),
+        Method("lora-r64", "LoRA r 64", f"peft, alpha 128, {_LORA}", _ADAPTER_LRS,
+               functools.partial(_adapters, rank=64)),
+        Method("losia-p4", "LoSiA p 1/4", "as p 1/8", _ADAPTER_LRS, functools.partial(_losia, rank_factor=1 / 4)),
+        Method("dora-r64", "DoRA r 64", "peft, LoRA r 64 with use_dora", _ADAPTER_LRS,
+               functools.partial(_adapters, rank=64, use_dora=True)),
+        Method("pissa-r64", "PiSSA r 64", "peft, LoRA r 64 with init_lora_weights=pissa_niter_4",
+               (3e-5, 1e-4, 3e-4, 1e-3),
+               functools.partial(_adapters, rank=64, init_lora_weights="pissa_niter_4")),
+        Method("galore", "GaLore", "galore-torch, rank 1/8 of the hidden size, scale 2, gap 200; embeddings and norms "
+               "by AdamW", (3e-5, 1e-4, 3e-4, 1e-3), _galore),
+        Method("losia-p16", "LoSiA p 1/16", "as p 1/8", _ADAPTER_LRS, functools.partial(_losia, rank_factor=1 / 16)),
+        Method("losia-p2", "LoSiA p 1/2", "as p 1/8", _ADAPTER_LRS, functools.partial(_losia, rank_factor=1 / 2)),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One choice of LoSiA p 1/8 changed, at the learning rate that was found for it unchanged."""
+
+    name: str
+    title: str
+    options: dict[str, Any]
+
+
+VARIANTS: dict[str, Variant] = {
+    variant.name: variant
+    for variant in (
+        Variant("random", "random first subnets (the paper)", {"init_subnet": "random"}),
+        Variant("marginal", "importance: sums only, no state of the weight's size", {"importance": "marginal"}),
+        Variant("gl", "GL: |gradient| instead of importance", {"importance": "gradient"}),
+        Variant("sl", "SL: all layers move together", {"update_type": "sync"}),
+        Variant("no-wds", "w/o WDS: no rewarming", {"rewarm": False}),
+        Variant("no-reset", "Adam's step count kept", {"reset_step": False}),
+        Variant("ffto", "FFTO: the output layer trained in full", {"output_dim_factor": 1.0}),
+        Variant("alignment-16", "neurons in runs of 16", {"alignment": 16}),
+        Variant("cycles-quarter", "coverage: a quarter of the groups gets a turn", {"cycles": 0.25}),
+        Variant("cycles-quarter-random", "the same from random subnets", {"cycles": 0.25, "init_subnet": "random"}),
+        Variant("cycles-half", "twice the period", {"cycles": 0.5}),
+        Variant("cycles-2", "half the period", {"cycles": 2}),
+        Variant("bf16", "bf16 model, float32 master", {"bfloat16": True}),
+        Variant("bf16-stochastic", "bf16 model, no master, stochastic rounding",
+                {"bfloat16": True, "master_weights": False}),
+        Variant("bf16-nearest", "bf16 model, no master, rounded to nearest (the authors' code)",
+                {"bfloat16": True, "master_weights": False, "nearest": True}),
+    )
+}  # fmt: skip

@@ -1,0 +1,62 @@
+"""The check that a result is not our bug: a run of LoSiA again by the dense-gradient reference, from the same start."""
+
+from dataclasses import asdict
+from typing import Any
+
+from csrc_ref.training import Config, Training
+from losia_kernels.linear import losia_layers
+
+from .methods import Trained
+from .study import Run
+from .tasks import TASKS
+from .training import Base, prepare, schedule, score, thinned, train
+
+
+def carry_out_oracle(run: Run, base: Base) -> dict[str, Any]:
+    """Train twice: with the package and with the reference; say how far apart losses, subnets and scores are."""
+    task = TASKS[run.task]
+    trained, setting = prepare(run, task, base.fresh(), base)
+    initial = {name: (layer.out_idx.clone(), layer.in_idx.clone()) for name, layer in losia_layers(trained.model)}
+    losses = train(trained, setting)["losses"]
+    package_subnets = {name: (layer.out_idx.clone(), layer.in_idx.clone()) for name, layer in
+                       losia_layers(trained.model)}  # fmt: skip
+    package = score(trained.finish(), base, task, run)
+
+    reference_losses, reference, model = _reference(trained, setting, initial, base)
+    found = score(model, base, task, run)
+    shared = [_shared(package_subnets[name], (m.out_idx, m.in_idx)) for name, m in reference.moved.items()]
+    return {
+        "run": asdict(run), "status": "ok", "scores": package["scores"], "reference_scores": found["scores"],
+        "items": package["items"], "curve": thinned(losses), "reference_curve": thinned(reference_losses),
+        "largest_loss_difference": max(abs(a - b) for a, b in zip(losses, reference_losses, strict=True)),
+        "shared_subnet": sum(shared) / len(shared),
+        "same_subnets": sum(share == 1.0 for share in shared), "layers": len(shared),
+    }  # fmt: skip
+
+
+def _reference(trained: Trained, setting, initial: dict, base: Base):
+    model = base.fresh()
+    timeline = trained.optimizer.timeline
+    model.requires_grad_(False)
+    groups = []
+    for layers in timeline.groups:
+        groups.append({layer.name: model.get_submodule(layer.name) for layer in layers})
+    for linear in (linear for group in groups for linear in group.values()):
+        linear.weight.requires_grad_(True)
+    config = Config(timeline.config.period, importance=timeline.config.importance, rewarm=timeline.config.rewarm,
+                    update_type=timeline.config.update_type, warmup_steps=setting.warmup)  # fmt: skip
+    model.train()
+    reference = Training(model, groups, initial, config, lambda model, batch: model(**batch).loss)
+    losses = []
+    for step, batch in enumerate(setting.batches()):
+        done = reference.step([batch], setting.lr * schedule(step, setting.steps, setting.warmup))
+        losses += done.losses
+    return losses, reference, model
+
+
+def _shared(first: tuple, second: tuple) -> float:
+    """The part of a subnet's weights that is in the other one too."""
+    share = 1.0
+    for mine, other in zip(first, second, strict=True):
+        share *= len(set(mine.tolist()) & set(other.tolist())) / len(mine)
+    return share

@@ -1,0 +1,140 @@
+"""The declarative list of runs, most telling first."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from .methods import METHODS, VARIANTS
+from .tasks import TASKS
+
+SEARCH_SEED = 100  # its order of batches is in no final run
+SEEDS = (0, 1, 2)
+TOKENS_PER_MINUTE = 4000  # of one CPU core, forward and backward, float32; a run's own figure replaces it
+TOKENS = {"past-tense": 12, "plural": 12, "pronunciation": 16, "arithmetic": 14, "code": 98}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """``few``: score the first held-out items of each task only; ``tasks``, ``methods``: what is worth the time."""
+
+    name: str
+    steps: int
+    batch: int
+    few: bool
+
+
+SCALES = {scale.name: scale for scale in (Scale("small", 60, 4, few=True), Scale("large", 300, 16, few=False))}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One result file. ``lr`` None: the best of the method's search on the task; ``steps`` None: as many as take the
+    time of full fine-tuning's."""
+
+    kind: str  # untrained, search, main, ablation, oracle, sequence, analysis, timing, equal-time
+    scale: str
+    task: str
+    method: str
+    seed: int = 0
+    lr: float | None = None
+    steps: int | None = 0
+    variant: str = ""
+
+    @property
+    def id(self) -> str:
+        """Its file's name."""
+        last = f"lr{self.lr:.0e}" if self.kind == "search" else f"seed{self.seed}"
+        return "_".join(filter(None, (self.scale, self.task, self.kind, self.method, self.variant, last)))
+
+    @property
+    def minutes(self) -> float:
+        """Estimated for one CPU core."""
+        scale = SCALES[self.scale]
+        if self.kind in ("sequence", "analysis"):
+            return 8.0
+        work = (self.steps or scale.steps) * scale.batch * TOKENS[self.task] / TOKENS_PER_MINUTE
+        evaluation = {"search": 0.1, "timing": 0.0}.get(self.kind, 0.4)
+        return (work * (3 if self.kind == "oracle" else 1) + evaluation) * (1 if scale.few else 3)
+
+
+def searches(scale: Scale, task: str, *methods: str) -> Iterator[Run]:
+    for method in methods:
+        for lr in METHODS[method].lrs:
+            yield Run("search", scale.name, task, method, SEARCH_SEED, lr, scale.steps)
+
+
+def finals(scale: Scale, task: str, *methods: str) -> Iterator[Run]:
+    for seed in SEEDS:
+        for method in methods:
+            yield Run("main", scale.name, task, method, seed, None, scale.steps)
+
+
+def ablations(scale: Scale, task: str, names: tuple[str, ...]) -> Iterator[Run]:
+    for seed in SEEDS:
+        for name in names:
+            yield Run("ablation", scale.name, task, "losia-p8", seed, None, scale.steps, name)
+
+
+FIRST = ("fft", "lora-r8", "losia-p8", "lora-r64")
+REST = tuple(name for name in METHODS if name not in FIRST)
+TELLING = ("random", "marginal", "no-wds", "sl", "gl")
+SEQUENCE = ("past-tense", "pronunciation", "arithmetic", "code", "plural")
+
+
+def study(scale: Scale) -> list[Run]:
+    """All runs of one scale."""
+    base = Run("untrained", scale.name, "past-tense", "fft")
+    runs: list[Run] = []
+    for task in ("past-tense", "pronunciation"):
+        runs.append(replace(base, task=task))
+        runs += [*searches(scale, task, *FIRST), *finals(scale, task, *FIRST)]
+        if task == "pronunciation":
+            runs.append(Run("oracle", scale.name, task, "losia-p8", 0, None, scale.steps))
+            runs += ablations(scale, task, TELLING)
+    for task in ("arithmetic", "code"):
+        runs.append(replace(base, task=task))
+        runs += [*searches(scale, task, *FIRST), *finals(scale, task, *FIRST)]
+    for task in ("pronunciation", "past-tense", "arithmetic", "code"):
+        for method in REST:
+            runs += [*searches(scale, task, method), *finals(scale, task, method)]
+    runs += ablations(scale, "pronunciation", tuple(name for name in VARIANTS if name not in TELLING))
+    runs += data_scales(scale)
+    runs += [Run("analysis", scale.name, "pronunciation", "losia-p8", 0, None, scale.steps)]
+    runs += sequences(scale)
+    return runs
+
+
+def data_scales(scale: Scale) -> Iterator[Run]:
+    """The paper's Table 4: does the best period grow with the number of samples?"""
+    for factor in (0.5, 2, 4):
+        for variant in ("cycles-half", "", "cycles-2"):
+            steps = int(scale.steps * factor)
+            yield Run(f"scale-{steps}", scale.name, "pronunciation", "losia-p8", 0, None, steps, variant)
+
+
+def sequences(scale: Scale) -> Iterator[Run]:
+    """Five tasks one after another, with the searches and single-task runs that the fifth still lacks."""
+    methods = ("lora-r8", "losia-p8", "lora-r64")
+    yield Run("untrained", scale.name, "plural", "fft")
+    yield from searches(scale, "plural", *methods)
+    yield from finals(scale, "plural", *methods)
+    for seed in SEEDS:
+        for method in methods:
+            yield Run("sequence", scale.name, "+".join(SEQUENCE), method, seed, None, scale.steps)
+
+
+def timings(scale: Scale) -> list[Run]:
+    """Seconds a step of every method, and runs as long as full fine-tuning's: only where nothing else runs."""
+    runs = [Run("timing", scale.name, "pronunciation", method, 0, METHODS[method].lrs[0], 12) for method in METHODS]
+    for method in METHODS:
+        if method != "fft":
+            runs += [Run("equal-time", scale.name, "pronunciation", method, seed, None, None) for seed in SEEDS]
+    return runs
+
+
+def ten_minutes() -> list[Run]:
+    """One seed of the four first methods on the past tense, at the learning rates that the study found."""
+    small = SCALES["small"]
+    return [Run("main", small.name, "past-tense", method, 0, None, small.steps) for method in FIRST]
+
+
+assert set(TOKENS) == set(TASKS)

@@ -1,0 +1,174 @@
+"""Carry out one run: train, score, say what it took."""
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .evaluate import score_items, summary
+from .items import Item, batches, fingerprint
+from .methods import METHODS, VARIANTS, Setting, Trained
+from .study import SCALES, Run
+from .tasks import TASKS, Task, english
+
+WARMUP = 0.1  # share of the steps, as in the paper; then the rate falls to zero on a line
+CURVE_POINTS = 60
+OTHER_TEXT = {"small": 10, "large": 40}  # items of English and of code on which what was lost is measured
+
+
+@dataclass
+class Base:
+    """The pretrained model, copied for each run."""
+
+    model: nn.Module
+    tokenizer: Any
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device) -> "Base":
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+        return cls(model, AutoTokenizer.from_pretrained(folder))
+
+    def fresh(self, variant: str = "") -> nn.Module:
+        model = copy.deepcopy(self.model)
+        bfloat16 = variant and VARIANTS[variant].options.get("bfloat16")
+        return model.to(torch.bfloat16) if bfloat16 else model
+
+
+class Diverged(Exception):
+    """The loss is not finite."""
+
+
+def schedule(step: int, steps: int, warmup: int) -> float:
+    """What the learning rate is multiplied with in ``step``, which counts from 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return (steps - step) / max(1, steps - warmup)
+
+
+def setting_of(run: Run, task: Task, base: Base) -> Setting:
+    scale = SCALES[run.scale]
+    device = base.model.device
+
+    def make():
+        return batches(task.splits.train, base.tokenizer, scale.batch, run.steps, run.seed, task.max_length, device)
+
+    options = dict(VARIANTS[run.variant].options) if run.variant else {}
+    return Setting(run.lr, run.steps, max(1, int(WARMUP * run.steps)), run.seed, make, options)
+
+
+def prepare(run: Run, task: Task, model: nn.Module, base: Base) -> tuple[Trained, Setting]:
+    setting = setting_of(run, task, base)
+    return METHODS[run.method].prepare(model, setting), setting
+
+
+def train(trained: Trained, setting: Setting, after_step: Callable[[int], None] = lambda step: None) -> dict[str, Any]:
+    """All steps; the curve of the loss and the seconds. Raises Diverged."""
+    optimizer = trained.optimizer
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: schedule(step, setting.steps, setting.warmup) if step < setting.steps else 0.0
+    )
+    trained.model.train()
+    losses, seconds = [], []
+    for step, batch in enumerate(setting.batches()):
+        started = time.perf_counter()
+        loss = trained.model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        seconds.append(time.perf_counter() - started)
+        if not math.isfinite(losses[-1]):
+            raise Diverged(f"the loss is {losses[-1]} in step {step}")
+        after_step(step)
+    return {"losses": losses, "seconds": seconds}
+
+
+def thinned(losses: list[float]) -> list[list[float]]:
+    """At most CURVE_POINTS of ``[last step of a stretch, its mean loss]``."""
+    length = math.ceil(len(losses) / CURVE_POINTS)
+    stretches = [(start, losses[start : start + length]) for start in range(0, len(losses), length)]
+    return [[start + len(part) - 1, round(sum(part) / len(part), 4)] for start, part in stretches]
+
+
+def held_out(task: Task, few: bool) -> list[Item]:
+    return task.splits.held_out[: task.few] if few else task.splits.held_out
+
+
+def score(model: nn.Module, base: Base, task: Task, run: Run) -> dict[str, Any]:
+    """What the run is for: the search split alone, or the held-out items and what was lost on other text."""
+    if run.kind == "search":
+        items = task.splits.search
+        return {"scores": {"search": summary(items, score_items(model, base.tokenizer, items, task.max_length))},
+                "items": fingerprint(items)}  # fmt: skip
+    items = held_out(task, SCALES[run.scale].few)
+    found = score_items(model, base.tokenizer, items, task.max_length)
+    scores = {"held_out": summary(items, found)}
+    amount = OTHER_TEXT[run.scale]
+    for name, text, longest in (
+        ("english", english()[:amount], 192), ("code", TASKS["code"].splits.held_out[:amount], 192),
+    ):  # fmt: skip
+        if name != task.name:
+            scores[name] = summary(text, score_items(model, base.tokenizer, text, longest))
+    each = [[round(s.nll, 3), s.tokens, s.hits, s.right, s.lines] for s in found]
+    return {"scores": scores, "items": fingerprint(items), "each": each}
+
+
+def memory(model: nn.Module, optimizer: torch.optim.Optimizer, run: Run) -> dict[str, int]:
+    """Bytes that the method adds to the weights, counted from its tensors: they are the same on every machine."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
+    counted = {
+        "trained_values": sum(p.numel() for p in trained),
+        "gradient_bytes": sum(p.numel() * p.element_size() for p in trained),
+        "optimizer_bytes": sum(tensor.numel() * tensor.element_size() for tensor in state),
+    }
+    if run.method.startswith("losia"):
+        groups = optimizer.timeline.groups if hasattr(optimizer, "timeline") else []
+        observed = 0 if run.variant in ("marginal", "bf16-nearest") else 8  # Ī and Ū in float32
+        largest = max((sum(layer.weight.numel() for layer in layers) for layers in groups), default=0)
+        counted["observing_bytes"] = observed * largest
+    if torch.cuda.is_available():
+        counted["peak_bytes"] = torch.cuda.max_memory_allocated()
+    return counted
+
+
+def carry_out(run: Run, base: Base) -> dict[str, Any]:
+    """The result of a resolved run of one task. A run that diverges is a result, with status "diverged"."""
+    task = TASKS[run.task]
+    result: dict[str, Any] = {"run": asdict(run), "status": "ok"}
+    started = time.perf_counter()
+    model = base.fresh(run.variant)
+    if run.kind == "untrained":
+        return result | score(model, base, task, run)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    trained, setting = prepare(run, task, model, base)
+    prepared = time.perf_counter()
+    try:
+        progress = train(trained, setting)
+    except Diverged as error:
+        return result | {"status": "diverged", "reason": str(error)}
+    result["curve"] = thinned(progress["losses"])
+    result["memory"] = memory(trained.model, trained.optimizer, run)
+    result["made"] = trained.made
+    after = time.perf_counter()
+    if run.kind != "timing":
+        plain = trained.finish().float()
+        result |= score(plain, base, task, run)
+    steady = sorted(progress["seconds"][2:])
+    result["seconds"] = {
+        "prepare": round(prepared - started, 2),
+        "train": round(after - prepared, 2),
+        "step": round(steady[len(steady) // 2], 4) if steady else None,
+        "score": round(time.perf_counter() - after, 2),
+    }
+    return result
