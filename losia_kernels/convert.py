@@ -57,7 +57,7 @@ def apply_losia(model: nn.Module, config: LoSiAConfig | None = None, output_laye
         raise ValueError("apply_losia: the model has LoSiALinears already; call remove_losia first")
     output_name = _find_output_layer(model, output_layer, config)
     targets = _find_targets(model, config, output_name)
-    blocks = _group_by_block(model, targets, config)
+    blocks = group_by_block(model, targets, config)
     saved = _find_modules_to_save(model, config)
 
     generator = torch.Generator().manual_seed(config.seed)
@@ -69,16 +69,16 @@ def apply_losia(model: nn.Module, config: LoSiAConfig | None = None, output_laye
     first = sum(member.group is not None for _, _, member in planned)
     for number, (block, names) in enumerate(blocks.items(), start=first):
         for name in names:
-            factor = _rank_factor(name, config)
+            factor = find_rank_factor(name, config)
             planned.append((name, (factor, factor), Membership(number, block, config)))
-    _refuse_shared_weights(model, [name for name, _, _ in planned], saved)
+    refuse_shared_weights(model, [name for name, _, _ in planned], saved)
 
     modules = _named_modules(model)
     was_trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     layers = []
     try:
         for name, factors, member in planned:
-            layer = _layer_class(modules[name]).from_linear(
+            layer = layer_class(modules[name]).from_linear(
                 modules[name], factors, master=config.master_weights, generator=generator, name=name
             )
             layer.losia = member
@@ -137,7 +137,7 @@ def _named_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {re.sub(r"(^|\.)_orig_mod(?=\.|$)", "", name).removeprefix("."): m for name, m in model.named_modules()}
 
 
-def _layer_class(module: nn.Module) -> type[LoSiALinear] | None:
+def layer_class(module: nn.Module) -> type[LoSiALinear] | None:
     """What ``module`` becomes; None if it can hold no subnet."""
     if type(module) is nn.Linear:
         return LoSiALinear
@@ -180,7 +180,7 @@ def _find_targets(model: nn.Module, config: LoSiAConfig, output_name: str | None
         if not wanted or not name or name == output_name or any(matches(name, patterns) for patterns in left_out):
             continue
         refuse_quantized(name, module)
-        if _layer_class(module) is not None:
+        if layer_class(module) is not None:
             targets.append(name)
         elif not everything:
             hint = "; its weight is quantized or computed" if isinstance(module, nn.Linear) else ""
@@ -197,7 +197,7 @@ def _find_targets(model: nn.Module, config: LoSiAConfig, output_name: str | None
     return targets
 
 
-def _group_by_block(model: nn.Module, targets: list[str], config: LoSiAConfig) -> dict[str, list[str]]:
+def group_by_block(model: nn.Module, targets: list[str], config: LoSiAConfig) -> dict[str, list[str]]:
     """Targets by the block that holds them, in model order.
 
     A block is a child of an outermost ModuleList (of a Sequential in a model without one) that holds targets; a model
@@ -228,7 +228,8 @@ def _is_within(name: str, container: str) -> bool:
     return name.startswith(container + ".") if container else bool(name)
 
 
-def _rank_factor(name: str, config: LoSiAConfig) -> float:
+def find_rank_factor(name: str, config: LoSiAConfig) -> float:
+    """The rank factor of the module ``name``: of the first in ``config.rank_pattern`` that matches, or the config's."""
     for pattern, factor in config.rank_pattern.items():
         if re.fullmatch(rf"(.*\.)?({pattern})", name):
             return factor
@@ -243,7 +244,7 @@ def _find_modules_to_save(model: nn.Module, config: LoSiAConfig) -> list[str]:
     return names
 
 
-def _refuse_shared_weights(model: nn.Module, names: list[str], saved: list[str]) -> None:
+def refuse_shared_weights(model: nn.Module, names: list[str], saved: list[str]) -> None:
     """One storage under two subnets, or under a subnet and a dense update, would be written by both."""
     modules = _named_modules(model)
     owner: dict[int, str] = {}
