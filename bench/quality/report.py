@@ -1,0 +1,165 @@
+"""``python -m bench quality-report``: README.md and the plots, from the result files alone."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .methods import METHODS
+from .plots import draw_plots
+from .store import RESULTS, Store
+from .study import SCALES, SEEDS, Scale, study, timings
+from .tables import OURS, SECTIONS, Results, compared, comparison, of, quality, searched, title, usable
+from .tasks import TASKS
+
+HEAD = """\
+# Does it learn better?
+
+Full fine-tuning, LoRA, DoRA, PiSSA, GaLore and LoSiA on SmolLM2-135M-Instruct (float32) and real data. Written by
+`python -m bench quality-report` from the files in `results/`; nothing here is typed in.
+
+```
+python examples/past_tense/smollm.py .cache        # the model, once
+python -m bench quality --list                     # what there is, what is done
+python -m bench quality --minutes 60               # runs what is missing, most telling first; stop it when you like
+python -m bench quality --set ten-minutes --results runs/quality   # four runs again, to see whether they come out alike
+python -m bench quality --set timings --quiet-machine              # seconds; only where nothing else runs
+python -m bench quality-report
+```
+
+On a GPU the same commands run the larger scale; `--minutes 8.5`, again and again, cuts it into pieces. Each run is one
+JSON file, written when it ends; a run that is stopped is run again.
+
+**How.** Every method sees the same batches in the same order. Its learning rate is the best of {trials} tried with a
+seed of its own on a search split that is in no other table; all else is as its library recommends. The rate warms up
+over 10 % of the steps and falls to zero on a line. Weight decay is 0. LoSiA calibrates its first subnets on the first
+{calibration} batches, which cost it as many forward and backward passes more, and its period gives every block one
+turn. No item (verb, word, problem, file) is in two splits.
+
+**What is counted.** *Exact match*: greedy decoding would give the whole answer, to its newline; of several right
+answers any counts. *Lines right*: the same of each line of code, given the right code before it. *Tokens right*: the
+same of each token. *Nats a token*: the cost of the right answer, which separates methods long before exact match does.
+*english, code*: the same on text that was not trained, Python's language reference and held-out sources: what was lost.
+± is the standard deviation over seeds.
+
+**Tests.** Differences are paired over the held-out items (means over seeds), all of them, with random flips of their
+signs; p is Holm's over a task's comparisons. It says whether a difference would hold for other items of the same kind;
+whether it holds for other seeds is in the last column, and with {seeds} seeds that cannot be much.
+"""
+
+SIGNIFICANT = 0.05
+NOTABLE = 0.01  # nats a token on other text below which no difference is spoken of
+AUTO = """\
+## What this says about the defaults
+
+`period="auto"` and `rank_factor="auto"` are not offered: nothing here shows yet that they would be at least as good as
+fixed values."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench quality-report", description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
+    arguments = parser.parse_args(argv)
+    path = arguments.results.parent / "README.md"
+    path.write_text(render(Store(arguments.results)))
+    print(path)
+    return 0
+
+
+def render(store: Store) -> str:
+    everything = store.all()
+    trials = sorted({len(method.lrs) for method in METHODS.values()})
+    parts = [HEAD.format(trials="/".join(map(str, trials)), calibration=4, seeds=len(SEEDS))]
+    parts.append("\n".join(["| task | data |", "| --- | --- |",
+                            *(f"| {task.title} | {task.source} |" for task in TASKS.values())]))  # fmt: skip
+    for name in ("large", "small"):
+        here = [result for result in everything if result["run"]["scale"] == name]
+        if here:
+            parts.append(one_scale(here, SCALES[name], store))
+    parts.append(AUTO)
+    return "\n\n".join(parts) + "\n"
+
+
+def one_scale(everything: Results, scale: Scale, store: Store) -> str:
+    results, dropped = usable(everything)
+    tasks = [task for task in TASKS if of(results, task=task)]
+    parts = [f"## {scale.name.capitalize()} scale: {scale.steps} steps of {scale.batch}", origin(everything),
+             worse(results, tasks), remaining(scale, store)]  # fmt: skip
+    for task in tasks:
+        tables = [quality(results, task), comparison(results, task), searched(results, task)]
+        titles = ["at equal steps", "paired over items", "the search, nats a token on the search split"]
+        for what, text in zip(titles, tables, strict=True):
+            if text:
+                parts.append(f"### {TASKS[task].title.capitalize()}: {what}\n\n{text}")
+    for what, section in SECTIONS.items():
+        text = section(results)
+        if text:
+            parts.append(f"### {what}\n\n{text}")
+    pictures = draw_plots(results, tasks, scale.name, store.folder / "plots")
+    if pictures:
+        parts.append("\n".join(f"![{p.stem}]({store.folder.name}/plots/{p.name})" for p in pictures))
+    parts.append("### Dropped\n\n" + ("\n".join(f"- {line}" for line in dropped) or "Nothing."))
+    return "\n\n".join(parts)
+
+
+def worse(results: Results, tasks: list[str]) -> str:
+    """Where LoSiA p 1/8 is worse, where better and where no difference was found, in words, from the same tests."""
+    lines: dict[str, list[str]] = {"worse": [], "better": [], "neither": []}
+    for task in tasks:
+        for row in compared(results, task):
+            where = f"{title(row['method'])} on {TASKS[task].title}"
+            name = f"{where} ({row['nll']:+.2f} nats an item, seeds: {row['seeds']})"
+            if row["nll_p"] < SIGNIFICANT:
+                lines["worse" if row["nll"] > 0 else "better"].append(name)
+            else:
+                lines["neither"].append(name)
+    more_lost = [f"{title(method)} on {TASKS[task].title} (english: {ours:.2f} nats a token, not {theirs:.2f})"
+                 for task in tasks for method, ours, theirs in lost(results, task)
+                 if ours > theirs + NOTABLE]  # fmt: skip
+    text = {
+        "worse": "**By the cost of right answers LoSiA p 1/8 is worse than**", "better": "**It is better than**",
+        "neither": "**No difference was found to**",
+    }  # fmt: skip
+    parts = [f"{text[kind]}: {'; '.join(names) or 'none so far'}." for kind, names in lines.items()]
+    parts.append(f"**It loses more of other text than**: {'; '.join(more_lost) or 'none so far'}.")
+    return "\n\n".join(parts)
+
+
+def lost(results: Results, task: str) -> list[tuple[str, float, float]]:
+    """Mean cost on English of LoSiA p 1/8 and of each other method, after training on ``task``."""
+
+    def mean(method: str) -> float | None:
+        found = of(results, task=task, kind="main", method=method)
+        return sum(r["scores"]["english"][""]["nll"] for r in found) / len(found) if found else None
+
+    ours = mean(OURS)
+    others = [(method, mean(method)) for method in METHODS if method != OURS]
+    return [(method, ours, theirs) for method, theirs in others if ours is not None and theirs is not None]
+
+
+def remaining(scale: Scale, store: Store) -> str:
+    """How much of the study these figures are."""
+    runs = study(scale) + timings(scale)
+    missing: dict[str, list[int]] = {}
+    for run in runs:
+        kind = "data scales" if run.kind.startswith("scale-") else run.kind
+        counts = missing.setdefault(f"{run.task} {kind}" if run.kind in ("search", "main") else kind, [0, 0])
+        counts[0] += 1
+        counts[1] += not store.is_done(run)
+    done = len(runs) - sum(left for _, left in missing.values())
+    text = f"**{done} of {len(runs)} runs are done.** "
+    left = [f"{name} {left} of {count}" for name, (count, left) in missing.items() if left]
+    return text + (f"Not run yet: {'; '.join(left)}." if left else "Nothing is missing.")
+
+
+def origin(results: Results) -> str:
+    """Which machines, versions and commits the figures come from."""
+
+    def found(value: Any) -> str:
+        return ", ".join(sorted({str(value(result["provenance"])) for result in results}))
+
+    peers = sorted({f"{name} {version}" for r in results for name, version in r["provenance"]["peers"].items()
+                    if version and name in ("peft", "galore-torch", "transformers")})  # fmt: skip
+    return (f"{found(lambda p: p['device'])}; torch {found(lambda p: p['torch'])}, {', '.join(peers)}, Python "
+            f"{found(lambda p: p['python'])}; commit {found(lambda p: p['commit'])}; "
+            f"{found(lambda p: p['started'][:10])}.")  # fmt: skip

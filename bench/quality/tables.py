@@ -1,0 +1,268 @@
+"""Tables of the report, each from result files alone."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from .methods import METHODS, VARIANTS
+from .paired import holm, item_differences, mean_and_spread, sign_flip_test
+from .sequence import measures, single_task
+from .tasks import TASKS
+
+OURS = "losia-p8"
+Results = list[dict[str, Any]]
+
+
+def of(results: Results, **wanted: Any) -> Results:
+    """Those whose run has these values, by seed."""
+    found = [result for result in results if all(result["run"][key] == value for key, value in wanted.items())]
+    return sorted(found, key=lambda result: result["run"]["seed"])
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def show(values: list[float], digits: int = 2) -> str:
+    """Mean ± spread, and how many where it is not three."""
+    if not values:
+        return ""
+    mean, spread = mean_and_spread(values)
+    text = f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")
+    return text if len(values) == 3 else f"{text} (n={len(values)})"
+
+
+def show_p(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def held_out(result: dict, value: str, group: str = "") -> float:
+    return result["scores"]["held_out"][group][value]
+
+
+def title(method: str, variant: str = "") -> str:
+    return VARIANTS[variant].title if variant else METHODS[method].title
+
+
+def usable(results: Results) -> tuple[Results, list[str]]:
+    """What may be compared, and what was dropped and why: diverged runs, runs at a learning rate that is no longer the
+    search's best, runs scored on other items than most of their task."""
+    best = {key: min(trials, key=lambda trial: trial["scores"]["search"][""]["nll"])["run"]["lr"]
+            for key, trials in _searches(results).items() if trials}  # fmt: skip
+    most = {}
+    for result in results:
+        if "items" in result:
+            run = result["run"]
+            most.setdefault((run["scale"], run["task"], run["kind"] == "search"), Counter())[result["items"]] += 1
+    kept, dropped = [], []
+    for result in results:
+        run = result["run"]
+        where = f"{run['task']} {run['kind']}, {title(run['method'], run['variant'])}, seed {run['seed']}"
+        chosen = best.get((run["scale"], run["task"], run["method"]))
+        items = most.get((run["scale"], run["task"], run["kind"] == "search"))
+        if result["status"] != "ok":
+            dropped.append(f"{where}, lr {run['lr']}: {result['status']}, {result.get('reason', '')}")
+        elif run["kind"] not in ("search", "timing", "untrained", "sequence") and chosen != run["lr"]:
+            dropped.append(f"{where}: at lr {run['lr']}, but the search's best is {chosen}")
+        elif "items" in result and result["items"] != items.most_common(1)[0][0]:
+            dropped.append(f"{where}: scored on other items (another version of the data)")
+        else:
+            kept.append(result)
+    return kept, dropped
+
+
+def _searches(results: Results) -> dict[tuple[str, str, str], Results]:
+    trials: dict[tuple[str, str, str], Results] = {}
+    for result in results:
+        run = result["run"]
+        if run["kind"] == "search" and result["status"] == "ok":
+            trials.setdefault((run["scale"], run["task"], run["method"]), []).append(result)
+    return trials
+
+
+def quality(results: Results, task: str) -> str:
+    """All methods on a task at equal steps: what was gained, and what was lost elsewhere."""
+    untrained = of(results, task=task, kind="untrained")
+    groups = [group for group in (untrained or of(results, task=task, kind="main") or [{}])[0]
+              .get("scores", {}).get("held_out", {}) if group]  # fmt: skip
+    others = [name for name in ("english", "code") if name != task]
+    head = ["method", "lr", f"{TASKS[task].unit}, %", *(f"{group}, %" for group in groups), "tokens right, %",
+            "nats a token", *(f"{name}, nats a token" for name in others)]  # fmt: skip
+    rows = []
+    trained = {method: of(results, task=task, kind="main", method=method) for method in METHODS}
+    for method, found in ({"untrained": untrained} | trained).items():
+        if found:
+            rows.append([
+                title(method) if method in METHODS else method,
+                f"{found[0]['run']['lr']:.0e}" if method in METHODS else "",
+                show([held_out(r, "right") for r in found], 1),
+                *(show([held_out(r, "right", group) for r in found], 1) for group in groups),
+                show([held_out(r, "tokens") for r in found], 1),
+                show([held_out(r, "nll") for r in found], 3),
+                *(show([r["scores"][name][""]["nll"] for r in found], 3) for name in others),
+            ])  # fmt: skip
+    return table(head, rows) if len(rows) > 1 else ""
+
+
+def compared(results: Results, task: str) -> list[dict[str, Any]]:
+    """LoSiA p 1/8 against every other method: differences over items and their p, Holm's over all of the task's."""
+    ours = of(results, task=task, kind="main", method=OURS)
+    rows = []
+    for method in METHODS:
+        theirs = of(results, task=task, kind="main", method=method)
+        shared = {r["run"]["seed"] for r in ours} & {r["run"]["seed"] for r in theirs}
+        if method == OURS or not shared:
+            continue
+        row = {"method": method, "seeds": len(shared)}
+        for value in ("nll", "right"):
+            differences = item_differences(ours, theirs, value)
+            row[value] = sum(differences) / len(differences)
+            row[f"{value}_p"] = sign_flip_test(differences)
+        better = [held_out(a, "nll") < held_out(b, "nll") for a in ours for b in theirs
+                  if a["run"]["seed"] == b["run"]["seed"]]  # fmt: skip
+        rows.append(row | {"better": sum(better)})
+    adjusted = holm([row[f"{value}_p"] for row in rows for value in ("nll", "right")])
+    for place, row in enumerate(rows):
+        row["nll_p"], row["right_p"] = adjusted[2 * place], adjusted[2 * place + 1]
+    return rows
+
+
+def comparison(results: Results, task: str) -> str:
+    head = ["LoSiA p 1/8 against", "nats an item", "p", f"{TASKS[task].unit}, lines an item", "p",
+            "seeds in which it is better"]  # fmt: skip
+    rows = [[title(row["method"]), f"{row['nll']:+.3f}", show_p(row["nll_p"]), f"{row['right']:+.3f}",
+             show_p(row["right_p"]), f"{row['better']} of {row['seeds']}"]
+            for row in compared(results, task)]  # fmt: skip
+    return table(head, rows) if rows else ""
+
+
+def searched(results: Results, task: str) -> str:
+    """Every trial of every search."""
+    trials = {method: of(results, task=task, kind="search", method=method) for method in METHODS}
+    rates = sorted({r["run"]["lr"] for found in trials.values() for r in found})
+    rows = []
+    for method, found in trials.items():
+        costs = {r["run"]["lr"]: r["scores"]["search"][""]["nll"] for r in found}
+        if costs:
+            best = min(costs, key=costs.__getitem__)
+            whole = len(costs) == len(METHODS[method].lrs)
+            edge = whole and best in (min(METHODS[method].lrs), max(METHODS[method].lrs))
+            cells = [(f"**{costs[r]:.3f}**" if r == best and whole else f"{costs[r]:.3f}") if r in costs else ""
+                     for r in rates]  # fmt: skip
+            rows.append([title(method), str(len(costs)), *cells, "at the edge" if edge else ""])
+    return table(["method", "trials", *(f"{rate:.0e}" for rate in rates), ""], rows) if rows else ""
+
+
+def ablations(results: Results, task: str = "pronunciation") -> str:
+    """One choice changed, the same seeds, the same learning rate."""
+    base = of(results, task=task, kind="main", method=OURS)
+    rows = []
+    for name, variant in VARIANTS.items():
+        found = of(results, task=task, kind="ablation", variant=name)
+        shared = {r["run"]["seed"] for r in found} & {r["run"]["seed"] for r in base}
+        if shared:
+            differences = item_differences(found, base, "nll")
+            more = f"{sum(differences) / len(differences):+.3f}"
+            rows.append([variant.title, *_three(found), more, show_p(sign_flip_test(differences))])
+    if not rows:
+        return ""
+    head = ["changed", "nats a token", "tokens right, %", "english, nats a token", "nats an item more than the default",
+            "p (of one test)"]  # fmt: skip
+    return table(head, [["nothing", *_three(base), "", ""], *rows])
+
+
+def _three(found: Results) -> list[str]:
+    return [show([held_out(r, "nll") for r in found], 3), show([held_out(r, "tokens") for r in found], 1),
+            show([r["scores"]["english"][""]["nll"] for r in found], 3)]  # fmt: skip
+
+
+def data_scales(results: Results) -> str:
+    """Cost by number of steps and cycles (the paper's Table 4)."""
+    found = [r for r in results if r["run"]["kind"].startswith("scale-") or
+             (r["run"]["task"] == "pronunciation" and r["run"]["kind"] in ("main", "ablation"))]  # fmt: skip
+    cycles = {"cycles-half": "1/2", "": "1", "cycles-2": "2"}
+    lengths = sorted({r["run"]["steps"] for r in found if r["run"]["kind"].startswith("scale-")})
+    rows = []
+    for steps in sorted({r["run"]["steps"] for r in found} if lengths else ()):
+        row = [str(steps)]
+        for variant in cycles:
+            mine = of(found, steps=steps, method=OURS, variant=variant)
+            row.append(show([held_out(r, "nll") for r in mine], 3))
+        rows.append(row)
+    return table(["steps", *(f"{name} cycles" for name in cycles.values())], rows) if rows else ""
+
+
+def costs(results: Results, task: str = "pronunciation") -> str:
+    """Bytes that a method adds to the weights, and seconds where the machine was quiet."""
+    rows = []
+    for method in METHODS:
+        found = of(results, task=task, kind="main", method=method)
+        timed = [r for r in of(results, kind="timing", method=method) if r["provenance"]["quiet"]]
+        if found:
+            memory = found[0]["memory"]
+            added = 0 if method in ("fft", "galore") else 4 * memory["trained_values"]
+            rest = sum(memory.get(key, 0) for key in ("gradient_bytes", "optimizer_bytes", "observing_bytes"))
+            rows.append([title(method), f"{memory['trained_values'] / 1e6:.2f}", f"{(added + rest) / 1e6:.0f}",
+                         show([held_out(r, "nll") for r in found], 3),
+                         f"{timed[0]['seconds']['step']:.3f}" if timed else "not measured",
+                         show([held_out(r, "nll") for r in of(results, task=task, kind="equal-time", method=method)], 3)
+                         or ("" if method == "fft" else "not run")])  # fmt: skip
+    head = ["method", "values trained, M", "MB added to the weights", "nats a token at equal steps", "seconds a step",
+            "nats a token in full fine-tuning's time"]  # fmt: skip
+    return table(head, rows) if rows else ""
+
+
+def continual(results: Results) -> str:
+    """Table 5 of the paper."""
+    rows = []
+    for method in METHODS:
+        found = []
+        for result in of(results, kind="sequence", method=method):
+            names = result["run"]["task"].split("+")
+            alone = [of(results, kind="main", method=method, task=name, seed=result["run"]["seed"]) for name in names]
+            if all(alone):
+                found.append(measures(result["after"], [single_task(singles[0]) for singles in alone]))
+        if found:
+            rows.append([title(method), *(show([m[name] for m in found], 1) for name in ("AP", "FWT", "BWT"))])
+    return table(["method", "AP", "FWT", "BWT"], rows) if rows else ""
+
+
+def oracle(results: Results) -> str:
+    rows = []
+    for r in of(results, kind="oracle"):
+        mine, other = (r[key]["held_out"][""] for key in ("scores", "reference_scores"))
+        rows.append([r["run"]["task"], f"{r['largest_loss_difference']:.1e}", f"{r['same_subnets']} of {r['layers']}",
+                     f"{r['shared_subnet']:.4f}", f"{mine['nll']:.4f} / {other['nll']:.4f}",
+                     f"{mine['right']:.1f} / {other['right']:.1f}"])  # fmt: skip
+    head = ["task", "largest difference of a loss", "same subnets at the end", "weights shared",
+            "nats a token, package / reference", "right, %"]  # fmt: skip
+    return table(head, rows) if rows else ""
+
+
+def captured(results: Results) -> str:
+    found = of(results, kind="analysis")
+    if not found:
+        return ""
+    result = found[0]
+    rows = [[name.removeprefix("model."), *(f"{100 * values[key]:.1f}" for key in values),
+             f"{100 * result['gradients'][name]['out'][1]:.1f}", f"{100 * result['gradients'][name]['in'][1]:.1f}",
+             f"{result['singular'][name]['mean']:.3f}"] for name, values in result["captured"].items()]  # fmt: skip
+    keys = {"greedy": "greedy, %", "restarts": "best of restarts, %", "random": "random, %",
+            "entries": "as many entries anywhere, %"}  # fmt: skip
+    first = next(iter(result["captured"].values()))
+    head = ["layer", *(keys[key] for key in first), "|g| in the top 1/8 outputs, %", "in the top 1/8 inputs, %",
+            "singular vectors, mean cosine after training"]  # fmt: skip
+    small = result["small_matrices"]
+    worst = f"{small['mean']:.3f} on average, {small['worst']:.3f} at worst"
+    return f"{table(head, rows)}\n\nGreedy over the optimum on 12 x 12 blocks, k = 4: {worst}."
+
+
+SECTIONS: dict[str, Callable[[Results], str]] = {
+    "Ablations of LoSiA p 1/8, spelling to sounds": ablations,
+    "Number of steps and cycles, LoSiA p 1/8, spelling to sounds": data_scales,
+    "Memory and time, spelling to sounds": costs,
+    "Five tasks in sequence": continual,
+    "The same run by the dense-gradient reference": oracle,
+    "What a subnet captures": captured,
+}
