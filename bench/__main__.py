@@ -3,6 +3,8 @@
     python -m bench all --minutes 9     the most telling rows of every suite, most important first
     python -m bench layer               one suite
     python -m bench report              RESULTS.md, the READMEs' tables and the plots, from the JSON
+    python -m bench quality             what the methods learn (options: python -m bench quality --help)
+    python -m bench quality-report      bench/quality/README.md, from its JSON
 
 suites:
     ops           each kernel against eager, compiled and library forms; share of the roof
@@ -43,6 +45,9 @@ class BadArgument(ValueError):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one suite or all. Exit code 1: a gate was red; 2: a mistake in the arguments; 3: the device was lost."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in ("quality", "quality-report"):
+        return _quality(words)
     arguments = _parser().parse_args(argv)
     if arguments.suite == "report":
         from .report import write_reports
@@ -64,6 +69,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = Results.for_run(provenance(device, arguments.commit), arguments.results)
     to_do = jobs if arguments.again else list(not_measured(jobs, results))
     return _run(to_do, len(jobs) - len(to_do), results, device, arguments.minutes)
+
+
+def _quality(words: list[str]) -> int:
+    """The study of what is learned has a command line of its own."""
+    if words[0] == "quality-report":
+        from .quality.report import main as write_report
+
+        return write_report(words[1:])
+    from .quality.runner import main as run_study
+
+    return run_study(words[1:])
 
 
 def _run(jobs: list[Job], kept: int, results: Results, device: torch.device, minutes: float | None) -> int:
