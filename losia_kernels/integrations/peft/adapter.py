@@ -1,0 +1,181 @@
+"""LoSiAAdapter: one adapter of one linear, a LoSiALinear on the base layer's own weight."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ...convert import Membership
+from ...distributed import is_sharded
+from ...linear import LoSiALinear
+from ...subnet import Subnet
+
+BLOCKS = ("block_out_idx", "block_in_idx", "block_values")
+
+
+class LoSiAAdapter(LoSiALinear):
+    """Trains a subnet of ``base_layer.weight`` in place, and can take all that it ever trained out again, bit for bit.
+
+    It keeps a block for each place its subnet has been: ``block_out_idx [n, k_out]``, ``block_in_idx [n, k_in]`` and
+    ``block_values [n, k_out, k_in]`` in the weight's dtype. While the adapter is in the weight (``in_weight``) these
+    are the values that each block replaced, in order, so that writing them back last to first restores the base.
+    While it is out they are the trained ones, as in a state dict. Once the blocks would be as large as the weight, one
+    block of the whole weight replaces them.
+
+    ``generator`` draws the first subnet. The subnet is float32; see ``set_master_``.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, rank_factor: tuple[float, float], generator: torch.Generator, name: str,
+        alignment: int,
+    ):  # fmt: skip
+        nn.Module.__init__(self)
+        self._base = (base_layer,)  # in a tuple, so that it is no submodule: it belongs to the tuner layer
+        self.out_features, self.in_features = self.matrix.shape
+        self._add_subnet(rank_factor, True, generator, name, alignment)
+        self.in_weight = False
+        self.membership: Membership | None = None
+        self._synced: tuple[int, int] | None = None
+        self.register_buffer("block_out_idx", self.out_idx[None].clone())
+        self.register_buffer("block_in_idx", self.in_idx[None].clone())
+        self.register_buffer("block_values", self.current_subnet.gather(self.matrix.detach())[None])
+
+    @property
+    def weight(self) -> Tensor:
+        weight = self._base[0].weight
+        if is_sharded(weight):
+            raise ValueError(f"{self.name}: LoSiA does not train under fully_shard through PEFT; use apply_losia")
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self._base[0].bias
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.weight.T if isinstance(self._base[0], Conv1D) else self.weight
+
+    @property
+    def losia(self) -> Membership:
+        """The place in the timeline, which only an adapter has that is in the weight and trained."""
+        if self.in_weight and self.subnet.requires_grad and self.membership is not None:
+            return self.membership
+        raise AttributeError(f"{self.name}: this adapter is not being trained")
+
+    # the subnet and the weight ----------------------------------------------------------------------------------------
+
+    def sync_(self) -> None:
+        """Write the subnet into the weight if an optimizer that knows nothing of the weight has changed it.
+
+        Not in compiled code, which needs an optimizer that does.
+        """
+        if self.in_weight and not torch.compiler.is_compiling() and self._synced != self._subnet_state():
+            self.write_back_()
+
+    def _subnet_state(self) -> tuple[int, int] | None:
+        return None if self.subnet.is_inference() else (id(self.subnet), self.subnet._version)
+
+    def write_back_(self) -> None:
+        if self.in_weight and not self.subnet.is_meta:  # else: when it enters
+            super().write_back_()
+            self._synced = self._subnet_state()
+
+    def set_master_(self, master: bool) -> None:
+        """Keep the subnet in float32 (True) or in the weight's dtype."""
+        self.master = master
+        if self.subnet.dtype != self._subnet_dtype:
+            self.subnet = nn.Parameter(self.subnet.detach().to(self._subnet_dtype), self.subnet.requires_grad)
+
+    @torch.no_grad()
+    def move_subnet_(self, subnet: Subnet) -> None:
+        if not self.in_weight:
+            raise RuntimeError(f"{self.name}: a subnet can only move while its adapter is active and enabled")
+        super().move_subnet_(subnet)
+        self._synced = self._subnet_state()
+        self._keep_block()
+
+    # what has been trained, and what was there before -----------------------------------------------------------------
+
+    def blocks(self) -> Iterator[tuple[int, Subnet]]:
+        """The blocks in the order in which the subnet came to them, numbered."""
+        for number, (out_idx, in_idx) in enumerate(zip(self.block_out_idx, self.block_in_idx, strict=True)):
+            yield number, Subnet(out_idx, in_idx)
+
+    def _keep_block(self) -> None:
+        """Keep what is at the current subnet, before it is trained."""
+        if self.block_values[0].shape == self.matrix.shape:
+            return
+        *_, (last, block) = self.blocks()
+        untrained = _same_bits(block.gather(self.matrix), self.block_values[last])
+        kept = last if untrained else last + 1  # calibration moves subnets that have not been trained
+        if (kept + 1) * self.subnet.numel() >= self.matrix.numel():
+            base = self.matrix.clone(memory_format=torch.contiguous_format)
+            self._restore(base)
+            everything = [torch.arange(size, device=base.device) for size in base.shape]
+            self.block_out_idx, self.block_in_idx, self.block_values = (t[None] for t in (*everything, base))
+            return
+        here = self.out_idx, self.in_idx, self.current_subnet.gather(self.matrix)
+        for name, new in zip(BLOCKS, here, strict=True):
+            setattr(self, name, torch.cat([getattr(self, name)[:kept], new[None]]))
+
+    def _restore(self, matrix: Tensor) -> None:
+        for number, block in reversed(list(self.blocks())):
+            _scatter_(matrix, block, self.block_values[number])
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def enter_(self) -> None:
+        """Write the adapter's values into the weight and keep what was there."""
+        matrix, trained = self.matrix, self.block_values
+        replaced = torch.empty_like(trained, dtype=matrix.dtype)
+        for number, block in self.blocks():
+            replaced[number] = block.gather(matrix)
+            _scatter_(matrix, block, trained[number].to(matrix.dtype))
+        self.block_values, self.in_weight = replaced, True
+        self.write_back_()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def leave_(self) -> None:
+        """Take the adapter out of the weight: the base again, bit for bit."""
+        trained = self.trained_values()
+        self._restore(self.matrix)
+        self.block_values, self.in_weight, self._synced = trained, False, None
+
+    @torch.no_grad()
+    def trained_values(self) -> Tensor:
+        """The adapter's final values, ``[n, k_out, k_in]`` in the weight's dtype; those of overlapping blocks agree."""
+        if not self.in_weight:
+            return self.block_values
+        self.sync_()
+        matrix = self.matrix
+        return torch.stack([block.gather(matrix) for _, block in self.blocks()])
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "block_values"] = self.trained_values()
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        """The tuner layer has taken the adapter out of the weight. The number of blocks is the checkpoint's."""
+        loaded = [state_dict.get(prefix + name) for name in BLOCKS]
+        if all(tensor is not None for tensor in loaded):
+            self._check_blocks(*loaded)
+            for name, tensor in zip(BLOCKS, loaded, strict=True):
+                setattr(self, name, getattr(self, name).new_empty(tensor.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _check_blocks(self, out_idx: Tensor, in_idx: Tensor, values: Tensor) -> None:
+        if values.shape != (len(out_idx), *out_idx.shape[1:], *in_idx.shape[1:]) or len(in_idx) != len(out_idx):
+            raise ValueError(f"{self.name}: the checkpoint's blocks do not agree: {tuple(out_idx.shape)} outputs, "
+                             f"{tuple(in_idx.shape)} inputs, {tuple(values.shape)} values")
+        for block in map(Subnet, out_idx, in_idx):
+            block.check((self.out_features, self.in_features), self.name)
+
+
+def _scatter_(matrix: Tensor, block: Subnet, values: Tensor) -> None:
+    matrix[block.out_idx[:, None], block.in_idx] = values
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))

@@ -1,0 +1,164 @@
+"""LoSiAModel: the tuner that PEFT makes from a LoSiAPeftConfig."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _get_in_out_features,
+    _maybe_include_all_linear_layers,
+)
+from torch import nn
+
+from ...convert import Membership, find_rank_factor, group_by_block, layer_class, refuse_shared_weights
+from ...distributed import is_sharded
+from ...quantized import refuse_quantized
+from ...subnet import subnet_size
+from .adapter import LoSiAAdapter
+from .config import LoSiAPeftConfig
+from .layer import LoSiATunerLinear
+
+
+class LoSiAModel(BaseTuner):
+    """The base model with LoSiA adapters, made by ``peft.get_peft_model(model, LoSiAPeftConfig(...))``.
+
+    The layers of the active adapter are LoSiALinears, so that ``LoSiAAdamW(peft_model)``, ``attach``, ``calibrate``
+    and the Trainer's factory and callback train it as they train a model from ``apply_losia``.
+
+    Raises ValueError, before anything has changed, if a target is no plain linear, shares its weight with another, or
+    is too small for the rank factor.
+    """
+
+    prefix = "losia_"
+    tuner_layer_cls = LoSiATunerLinear
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        peft_config = self.peft_config[adapter_name]
+        self._output_name = _add_output_layer(model, peft_config)
+        self._generator = torch.Generator().manual_seed(peft_config.seed)
+        peft_config = _maybe_include_all_linear_layers(peft_config, model)
+        self._check_targets(model, peft_config)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._group(model, adapter_name, peft_config)
+
+    def _check_targets(self, model: nn.Module, config: LoSiAPeftConfig) -> None:
+        targets, inside = [], "\n"
+        for name, module in model.named_modules():
+            if name.startswith(inside):
+                continue
+            if isinstance(module, BaseTunerLayer):
+                inside = name + "."
+            if self._check_target_module_exists(config, name):
+                self._check_target(name, module)
+                targets.append((name, module))
+        refuse_shared_weights(model, [name for name, _ in targets], [])
+        for name, module in targets:
+            for factor, features in zip(self._factors(name, config), _get_in_out_features(module)[::-1], strict=True):
+                subnet_size(factor, features, name, config.alignment)
+
+    def _check_target(self, name: str, module: nn.Module) -> None:
+        if isinstance(module, LoSiATunerLinear):
+            return
+        refuse_quantized(name, module)
+        if layer_class(module) is None:
+            raise ValueError(f"LoSiA: target_modules matches {name!r}, a {type(module).__name__}, but only a plain "
+                             f"nn.Linear or Conv1D can hold a subnet; exclude it with exclude_modules")
+        if is_sharded(module.weight):
+            raise ValueError(f"LoSiA: the weight of {name!r} is sharded already, but through PEFT it is trained whole: "
+                             f"use apply_losia, then fully_shard")
+
+    def _create_and_replace(
+        self, peft_config: LoSiAPeftConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
+        current_key: str, parameter_name: str | None = None,
+    ) -> None:  # fmt: skip
+        self._check_target(current_key, target)
+        factors = self._factors(current_key, peft_config)
+        layer = target if isinstance(target, LoSiATunerLinear) else LoSiATunerLinear(target)
+        adapter = LoSiAAdapter(layer.base_layer, factors, self._generator, current_key, peft_config.alignment)
+        if not peft_config.init_weights:
+            with torch.no_grad():
+                adapter.subnet.add_(torch.randn_like(adapter.subnet))
+        layer.add_adapter(adapter_name, adapter)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    def _factors(self, name: str, config: LoSiAPeftConfig) -> tuple[float, float]:
+        if name == self._output_name:
+            return config.output_dim_factor, 1.0
+        factor = find_rank_factor(name, config.losia_config())
+        return factor, factor
+
+    def _group(self, model: nn.Module, adapter_name: str, peft_config: LoSiAPeftConfig) -> None:
+        """Note each layer's place in the timeline, as apply_losia does: the output layer, then block by block."""
+        config = peft_config.losia_config()
+        adapters = {
+            name: layer.losia_adapter[adapter_name]
+            for name, layer in model.named_modules()
+            if isinstance(layer, LoSiATunerLinear) and adapter_name in layer.losia_adapter
+        }
+        output = adapters.pop(self._output_name, None)
+        first = 0
+        if output is not None:
+            first = int(peft_config.output_dim_factor < 1)
+            output.membership = Membership(0 if first else None, self._output_name, config, True)
+        blocks = group_by_block(model, list(adapters), config)
+        for number, (block, names) in enumerate(blocks.items(), start=first):
+            for name in names:
+                adapters[name].membership = Membership(number, block, config)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        for adapter in self._adapters(adapter_name):
+            adapter.set_master_(autocast_adapter_dtype)
+            if adapter.membership is not None:
+                config = replace(adapter.membership.config, master_weights=autocast_adapter_dtype)
+                adapter.membership = replace(adapter.membership, config=config)
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+
+    def _adapters(self, name: str) -> Iterator[LoSiAAdapter]:
+        for layer in self.model.modules():
+            if isinstance(layer, LoSiATunerLinear) and name in layer.losia_adapter:
+                yield layer.losia_adapter[name]
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make the adapter (several, if no layer has two of them) the active one: its values are in the weights."""
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        for layer in self.model.modules():
+            if isinstance(layer, LoSiATunerLinear):
+                layer.only_one(names)  # before any layer changes
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("LoSiA: one batch cannot mix adapters (adapter_names=), which share one weight; call the "
+                             "model once for each adapter, after set_adapter")
+        yield
+
+
+def _add_output_layer(model: nn.Module, config: LoSiAPeftConfig) -> str | None:
+    """Make the output layer a target if it is to have a subnet; its name, or None if it is left alone."""
+    if config.output_dim_factor == 0:
+        return None
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if get is not None else None
+    if not isinstance(head, (nn.Linear, LoSiATunerLinear)):
+        raise ValueError(f"LoSiA: output_dim_factor={config.output_dim_factor} needs an nn.Linear output layer, found "
+                         f"{type(head).__name__}; leave it at 0")
+    name = next(name for name, module in model.named_modules() if module is head)
+    if BaseTuner._check_target_module_exists(config, name):
+        return name
+    _maybe_include_all_linear_layers(config, model)
+    if isinstance(config.target_modules, str):
+        config.target_modules = f"(?:{config.target_modules})|{re.escape(name)}"
+    else:
+        config.target_modules = {*config.target_modules, name}
+    if not BaseTuner._check_target_module_exists(config, name):
+        raise ValueError(f"LoSiA: output_dim_factor={config.output_dim_factor} would train {name!r}, which "
+                         f"exclude_modules or modules_to_save names")
+    return name
