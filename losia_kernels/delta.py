@@ -62,19 +62,10 @@ def make_delta(base: str | Path, trained: str | Path, output: str | Path, track:
     blocks: dict[str, Tensor] = {}
     values: dict[str, dict[str, Tensor]] = {side: {} for side in folders}
     for name in track(list(folders["base"].specs), "comparing"):
-        tensors = {side: folder.get(name) for side, folder in folders.items()}
-        entry = record["tensors"][name] = {
-            "shape": list(tensors["base"].shape),
-            "dtype": {side: str(tensor.dtype).removeprefix("torch.") for side, tensor in tensors.items()},
-            "sha256": {side: sha256(name, tensor) for side, tensor in tensors.items()},
-        }
-        changed = _bits(tensors["base"].to(tensors["trained"].dtype)) != _bits(tensors["trained"])
-        if changed.any():
-            where = _find_blocks(changed)
-            blocks |= {f"{name}.{part}": indices for part, indices in where.items()}
-            for side, tensor in tensors.items():
-                values[side][name] = _take(tensor, where)
-            entry |= {"blocks": len(where["out_counts"]), "values": len(values["base"][name])}
+        record["tensors"][name], where, changed = _compare(name, folders)
+        blocks |= {f"{name}.{part}": indices for part, indices in where.items()}
+        for side, flat in changed.items():
+            values[side][name] = flat
     for side, folder in folders.items():
         record["sha256"][side] = _combined(record, side)
         record["files"][side] = folder.side_files()
@@ -144,6 +135,22 @@ def describe_delta(delta: str | Path) -> str:
         counts = f"{blocks[0]} to {blocks[-1]}" if len(blocks) > 1 else blocks[0]
         lines.append(f"{len(entries):4} x {name}  {' x '.join(map(str, shape))}  {counts} blocks, {100 * share:.2f} %")
     return "\n".join(lines)
+
+
+def _compare(name: str, folders: dict[str, ModelFolder]) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
+    """What delta.json says of one tensor, and, if it has changed, where, and its values there on both sides."""
+    tensors = {side: folder.get(name) for side, folder in folders.items()}
+    entry = {
+        "shape": list(tensors["base"].shape),
+        "dtype": {side: str(tensor.dtype).removeprefix("torch.") for side, tensor in tensors.items()},
+        "sha256": {side: sha256(name, tensor) for side, tensor in tensors.items()},
+    }
+    changed = _bits(tensors["base"].to(tensors["trained"].dtype)) != _bits(tensors["trained"])
+    if not changed.any():
+        return entry, {}, {}
+    where = _find_blocks(changed)
+    values = {side: _take(tensor, where) for side, tensor in tensors.items()}
+    return entry | {"blocks": len(where["out_counts"]), "values": len(values["base"])}, where, values
 
 
 def _convert(source, delta, output, here: str, there: str, track: Track) -> None:

@@ -57,19 +57,28 @@ class CheckpointCallback(TrainerCallback):
             "observing": [timeline.group_names[group] for group in timeline.observing],
             "groups": list(timeline.group_names),
             "config": timeline.config.to_dict(),
+            "files": {path.name: path.stat().st_size for path in folder.iterdir()},
         }
         write_json(folder / MARKER, values)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint in ``folder``; those that were interrupted are removed."""
+    """The newest whole checkpoint in ``folder``; those whose saving or removal was interrupted are removed."""
     whole = {}
     for path in folder.glob("checkpoint-*"):
-        if (path / MARKER).exists():
+        if _is_whole(path):
             whole[int(path.name.removeprefix("checkpoint-"))] = path
         else:
             shutil.rmtree(path)
     return whole[max(whole)] if whole else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    if not (checkpoint / MARKER).exists():
+        return False
+    sizes = json.loads((checkpoint / MARKER).read_text()).get("files", {})
+    files = {name: checkpoint / name for name in sizes}
+    return all(file.exists() and file.stat().st_size == sizes[name] for name, file in files.items())
 
 
 def export_checkpoint(checkpoint: Path, output: Path, track: Track = silent) -> None:
