@@ -200,7 +200,7 @@ def attach(
     """
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, layer in losia_layers(model):
-        if id(layer.subnet) not in held:
+        if hasattr(layer, "losia") and id(layer.subnet) not in held:
             raise ValueError(f"attach: the optimizer does not hold the subnet of {name}; call apply_losia first")
     if isinstance(optimizer, LoSiAAdamW) or any("layer_group" in group for group in optimizer.param_groups):
         raise ValueError("attach: the optimizer drives the subnets already")
