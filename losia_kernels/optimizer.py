@@ -69,6 +69,7 @@ class LoSiAAdamW(torch.optim.Optimizer):
         timeline.check_parameters(self)
         if self._only_makes_state():
             return loss
+        timeline.check_gradients()
         for number, layers in enumerate(timeline.groups):
             lr = float(self.param_groups[number]["lr"]) * timeline.lr_factor(number)
             self._update_subnets(layers, self.param_groups[number], lr)
@@ -193,10 +194,11 @@ def attach(
 
     Each of its steps then writes the subnets back into the weights, relocalizes and rewarms. Its parameter groups are
     split by layer group (same options), so call this before making a learning-rate scheduler. A relocalized subnet's
-    state is dropped, and the optimizer makes it anew. Returns the timeline; ``timeline.detach()`` undoes the hooks.
+    state is dropped, and the optimizer makes it anew. Returns the timeline, which is also ``optimizer.timeline``;
+    ``timeline.detach()`` undoes the hooks. A step that GradScaler makes a fused optimizer skip is none of the clock's.
 
     Raises ValueError, having changed nothing, if the optimizer lacks a subnet, drives the subnets already (LoSiAAdamW,
-    a second attach), has a scheduler, or has stepped.
+    a second attach), has a scheduler, has stepped, or sets its own learning rate, which cannot be rewarmed.
     """
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, layer in losia_layers(model):
@@ -208,7 +210,10 @@ def attach(
         raise ValueError("attach: the optimizer has a learning-rate scheduler already; attach first, then make it")
     if optimizer.state:
         raise ValueError("attach: the optimizer has taken steps already; attach before the first one")
-    timeline = Timeline(model, total_steps, process_group)
+    if any(group["lr"] is None for group in optimizer.param_groups):
+        raise ValueError(f"attach: {type(optimizer).__name__} sets its own learning rate, which cannot be rewarmed; "
+                         f"give it one (transformers' Adafactor: relative_step=False, lr=...)")
+    timeline = optimizer.timeline = Timeline(model, total_steps, process_group)
     number_of = {id(layer.subnet): number for number, layers in enumerate(timeline.groups) for layer in layers}
     optimizer.param_groups[:] = [
         {**group, "params": [p for p in group["params"] if number_of.get(id(p)) == number], "layer_group": number}
@@ -216,6 +221,9 @@ def attach(
         for number in [*range(len(timeline.groups)), None]
         if any(number_of.get(id(p)) == number for p in group["params"])
     ]
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):  # torchao's: schedulers fill it in place
+            group["lr"] = group["lr"].clone()
 
     def rewarm(optimizer, args, kwargs):
         timeline.check_parameters(optimizer)
@@ -227,6 +235,9 @@ def attach(
     def write_back(optimizer, args, kwargs):
         for group in optimizer.param_groups:
             group["lr"] = group.pop("scheduled_lr")
+        if getattr(optimizer, "found_inf", None) is not None and bool(optimizer.found_inf):
+            return  # there for the time of a GradScaler's step: the optimizer has changed nothing
+        timeline.check_gradients()
         for layers in [*timeline.groups, timeline.dense]:
             if timeline.sharded:
                 write_back_(layers, timeline.ranks)
@@ -237,5 +248,7 @@ def attach(
             timeline.advance(optimizer)
 
     timeline.bind(optimizer)
+    if type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict:
+        timeline.load_around(optimizer)
     timeline.handles += [optimizer.register_step_pre_hook(rewarm), optimizer.register_step_post_hook(write_back)]
     return timeline

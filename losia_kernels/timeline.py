@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from itertools import chain, product
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from .config import LoSiAConfig
 from .distributed import Ranks, RanksDifferError, Rows, fingerprint, is_sharded, refuse_engines, refuse_join
+from .first_step import check_gradients
 from .linear import LoSiALinear, losia_layers
 from .relocalize import ALL, Observer, make_observer, new_subnet
 from .schedule import Schedule
@@ -72,6 +74,7 @@ class Timeline:
         self._check_start(model)
         refuse_join(model)
         self.loss_divisor = 1.0
+        self._first = True
         self.listeners: list[Callable[[LoSiALinear, Subnet], None]] = []
         self._observers: dict[LoSiALinear, Observer] = {}
         self._observe()
@@ -149,13 +152,16 @@ class Timeline:
 
     @property
     def sharded(self) -> bool:
-        """Whether the layers are in shards. Looked up late: accelerate makes the optimizer first, then the shards."""
-        if self._sharded is None:
-            self._sharded = self.ranks.group is not None and uses_fully_shard(self._model)
-            if self._sharded and self.config.importance_sync != "gradient":
-                raise ValueError("importance_sync='slot' needs whole weights on each rank: under fully_shard use "
-                                 "'gradient'")
-        return self._sharded
+        """Whether the layers are in shards. Looked up anew until the first step: accelerate makes the optimizer first,
+        asks for its state, and then makes the shards."""
+        if self._sharded is not None:
+            return self._sharded
+        sharded = self.ranks.group is not None and uses_fully_shard(self._model)
+        if sharded and self.config.importance_sync != "gradient":
+            raise ValueError("importance_sync='slot' needs whole weights on each rank: under fully_shard use 'gradient'")
+        if sharded or not self._first:
+            self._sharded = sharded
+        return sharded
 
     def check_parameters(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise RuntimeError if the optimizer would step parameters that the model no longer has."""
@@ -168,6 +174,12 @@ class Timeline:
                 )
             if self.sharded:
                 check_shards(layer, self.ranks)
+
+    def check_gradients(self) -> None:
+        """In the first step alone: warn of subnets without a gradient, or RuntimeError (``first_step``)."""
+        if self._first:
+            self._first = False
+            check_gradients([*chain.from_iterable(self.groups), *self.dense])
 
     def _rows(self, layer: LoSiALinear) -> Rows | None:
         return Rows(self.ranks, layer.out_features) if self.sharded else None
@@ -214,6 +226,19 @@ class Timeline:
             optimizer.register_load_state_dict_pre_hook(self._check_loaded),
             optimizer.register_load_state_dict_post_hook(self._load),
         ]
+
+    def load_around(self, optimizer: torch.optim.Optimizer) -> None:
+        """For an optimizer whose own ``load_state_dict`` runs no hooks (bitsandbytes'): do there what they would do."""
+        plain = optimizer.load_state_dict
+
+        def load_state_dict(state_dict: dict, *args, **kwargs) -> None:
+            plain(self._check_loaded(optimizer, state_dict), *args, **kwargs)
+            self._load(optimizer)
+
+        for handle in self.handles[1:]:
+            handle.remove()
+        optimizer.load_state_dict = load_state_dict
+        self.handles[1:] = [SimpleNamespace(remove=lambda: optimizer.__dict__.pop("load_state_dict", None))]
 
     def detach(self) -> None:
         """Take the hooks off the optimizer and stop observing; subnets and weights stay as they are."""
@@ -327,10 +352,16 @@ def _check_shapes(layer: LoSiALinear, state: dict, observed: dict) -> None:
 
 
 def _reset_state(optimizer: torch.optim.Optimizer, subnet: Tensor, reset_step: bool) -> None:
-    """Forget the moments of the old subnet; with ``reset_step`` everything, so that the step count restarts too."""
+    """Forget the moments of the old subnet; with ``reset_step`` everything, so that the step count restarts too.
+
+    Raises ValueError, naming the optimizer, for moments that zeros do not stand for: quantized ones.
+    """
     if reset_step:
         optimizer.state.pop(subnet, None)
         return
-    for key, value in optimizer.state.get(subnet, {}).items():
-        if key != "step" and isinstance(value, Tensor):  # also moments of another shape, as Adafactor's
-            value.zero_()
+    moments = {k: v for k, v in optimizer.state.get(subnet, {}).items() if k != "step" and isinstance(v, Tensor)}
+    for key, value in moments.items():  # also those of another shape, as Adafactor's
+        if type(value) is not Tensor and not is_sharded(value) or not value.is_floating_point():
+            raise ValueError(f"{type(optimizer).__name__} keeps {key} quantized, which cannot be zeroed alone: "
+                             f"reset_step=False needs another optimizer")
+        value.zero_()

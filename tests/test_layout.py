@@ -26,7 +26,7 @@ FLOORS = [
     ["ops/__init__", "subnet", "config", "schedule", "distributed"],
     ["selection", "linear", "output_layer", "quantized"],
     ["fused_loss"],
-    ["convert", "relocalize", "sharded"],
+    ["convert", "relocalize", "sharded", "first_step"],
     ["timeline", "calibrate"],
     ["optimizer"],
     ["checkpoint", "memory", "model_folder"],
