@@ -36,7 +36,8 @@ class Reference:
 
     def _run(self, model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
         dx = self._backward(model)
-        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        named = model.named_parameters(remove_duplicate=False)  # a tied output layer is under both names
+        grads = {name: p.grad for name, p in named if p.grad is not None}
         model.zero_grad()
         return dx, grads
 

@@ -87,10 +87,9 @@ def step_phases(prepared: Prepared, inputs: Inputs) -> dict:
     return {"forward": forward, "backward": backward, "update": lambda number: prepared.update()}
 
 
-def memory_of_step(prepared: Prepared, inputs: Inputs) -> dict[str, int]:
+def memory_of_step(prepared: Prepared, inputs: Inputs, device: torch.device) -> dict[str, int]:
     """Bytes kept for the backward, and the peak of a step above what is there before it (inputs, weights, state)."""
     phases = step_phases(prepared, inputs)
-    device = inputs[0][0].device
     known = [*prepared.module.parameters(), *prepared.module.buffers(), inputs[0][0]]
     with SavedBytes(known) as saved:
         phases["forward"](0)
@@ -131,7 +130,7 @@ def run_layer(
     del reference
     floor = floor_method.prepare(build_stack(model, stack, device, dtype), options)
 
-    memory = memory_of_step(prepared, inputs)
+    memory = memory_of_step(prepared, inputs, device)
     before = measure(step_phases(floor, inputs), device, seconds=0.5)["total"]
     timings = measure(step_phases(prepared, inputs), device, seconds=1.0)
     after = measure(step_phases(floor, inputs), device, seconds=0.5)["total"]

@@ -173,8 +173,8 @@ def longest_context(method: str, model: str, budget: int, device: torch.device, 
     torch.manual_seed(0)
     prepared = prepare(run, build_model(model, device, dtype))
     vocabulary = shape_of(model).vocabulary
-    setting = Setting(checkpointing=True, batch=1, **PREDICTED[method])
-    predicted = largest(shape_of(model), setting, "context", budget) // 1024 * 1024
+    setting = Setting(checkpointing=True, batch=1, **PREDICTED.get(method, {"method": "lora"}))
+    guess = largest(shape_of(model), setting, "context", budget) // 1024
 
     def step(context: int) -> bool:
         """Whether a step could be taken at all."""
@@ -196,7 +196,8 @@ def longest_context(method: str, model: str, budget: int, device: torch.device, 
         return False
 
     step(1024)  # makes the optimizer's state
-    return {"gate": passed, "longest": 1024 * last_that_fits(fits, predicted // 1024), "predicted": predicted}
+    predicted = 1024 * guess if method in PREDICTED else None
+    return {"gate": passed, "longest": 1024 * last_that_fits(fits, guess), "predicted": predicted}
 
 
 def last_that_fits(fits: Callable[[int], bool], guess: int) -> int:
@@ -217,7 +218,7 @@ def last_that_fits(fits: Callable[[int], bool], guess: int) -> int:
 
 def jobs(device: torch.device, dtype: torch.dtype, methods: tuple[str, ...] = MODEL_METHODS) -> Iterator[Job]:
     if device.type == "cuda":
-        for method in PREDICTED:
+        for method in methods:
             settings = {"model": "llama-2-7b", "budget_gb": 80, "dtype": str(dtype).removeprefix("torch.")}
 
             def search(method=method) -> dict:

@@ -270,7 +270,7 @@ def context(rows: Rows) -> str:
     """The longest context in 80 GB at batch 1, checkpointed."""
     chosen = [row for row in _select(rows, "context")]
     body = [
-        [_title(row["id"]["name"]), *([str(row["longest"]), str(row["predicted"])] if row["status"] == "ok"
+        [_title(row["id"]["name"]), *([str(row["longest"]), str(row["predicted"] or "")] if row["status"] == "ok"
                                       else _no_figures(row, 2))]
         for row in chosen
     ]  # fmt: skip

@@ -19,8 +19,23 @@ NEVER = 10**6  # steps
 EXTENSION_FOLDER = Path(".cache/losia_extension")  # its CUDA extension is built into the current directory on import
 
 
-@functools.cache
 def _import_losia() -> ModuleType:
+    found = _try_import()
+    if isinstance(found, str):
+        raise MissingPeer(found)
+    return found
+
+
+@functools.cache
+def _try_import() -> ModuleType | str:
+    """The package, or why there is none; a build that fails takes minutes and is not tried twice."""
+    try:
+        return _build_and_import()
+    except MissingPeer as error:
+        return str(error)
+
+
+def _build_and_import() -> ModuleType:
     if not torch.cuda.is_available():
         raise MissingPeer("losia 0.1.5 builds a CUDA extension when it is imported; there is no CUDA device here")
     if shutil.which("nvcc") is None and "CUDA_HOME" not in os.environ:
@@ -28,7 +43,7 @@ def _import_losia() -> ModuleType:
     try:
         with _working_in(EXTENSION_FOLDER):
             peer = import_peer("losia.optimizer")
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         raise MissingPeer(f"losia 0.1.5: its CUDA extension does not build: {str(error).splitlines()[0]}") from None
     _accept_old_argument(import_peer("losia.losia_torch.scheduler").LambdaLR4LoSiA)
     return peer

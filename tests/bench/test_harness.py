@@ -109,7 +109,7 @@ def test_the_most_telling_come_first_and_the_run_stops_in_time():
     jobs = [job(lambda k=k: order.append(k) or {}, str(k), priority=k) for k in (3, 1, 2)]
     assert run_all(jobs, lambda row: None, None, say=lambda line: None) == []
     assert order == [1, 2, 3]
-    slow = [job(lambda: time.sleep(0.11) or {}, str(k)) for k in range(20)]
+    slow = [job(lambda: time.sleep(0.11) or {}, str(k), "layer") for k in range(20)]
     left = run_all(slow, lambda row: None, 0.5 / 60, say=lambda line: None)
     assert 0 < 20 - len(left) <= 5 and left[-1].name == "19"
 

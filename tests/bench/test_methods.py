@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from bench import layer, model
 from bench.harness import RedGate
 from bench.jobs import run_job
-from bench.methods import LAYER_METHODS, METHODS, Options, get_method
+from bench.methods import LAYER_METHODS, METHODS, MissingPeer, Options, get_method, losia_reference
+from bench.methods.fused_lora import FusedLoRALinear
 from bench.methods.losia import DenseGradientLinear
+from bench.models import CONFIGS
 from losia_kernels import LoSiALinear
 
 CPU = torch.device("cpu")
@@ -52,7 +54,7 @@ def test_a_model_row(tiny, method):
     assert row["us_per_token"]["total"] == pytest.approx(1e3 * row["total"]["ms"] / 32)
 
 
-@pytest.mark.parametrize("method", ["lora-fp32", "dora", "losia-pro"])
+@pytest.mark.parametrize("method", ["lora", "lora-fp32", "dora", "pissa", "lora-fused", "galore", "losia-pro"])
 def test_sixteen_bits(tiny, method):
     needs(method)
     row = layer.run_layer(method, tiny, "block", 1, 32, CPU, torch.bfloat16, Options(rank=4))
@@ -69,6 +71,43 @@ def test_a_step_changes_what_is_trained_and_leaves_no_gradients(tiny, method):
         phase(0)
     assert any(not torch.equal(value, before[name]) for name, value in prepared.module.state_dict().items())
     assert all(parameter.grad is None for parameter in prepared.module.parameters())
+
+
+def test_the_hand_fused_lora_has_the_gradients_of_the_plain_one():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(12, 20, dtype=torch.float64)
+    fused = FusedLoRALinear(linear, rank=4, alpha=8)
+    torch.nn.init.normal_(fused.up)
+    x = torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=True)
+    inputs = (x, fused.down, fused.up)
+    expected = linear(x) + 2 * (x @ fused.down.T @ fused.up.T)
+    dy = torch.randn_like(expected)
+    torch.testing.assert_close(fused(x), expected)
+    for found, true in zip(torch.autograd.grad(fused(x), inputs, dy), torch.autograd.grad(expected, inputs, dy),
+                           strict=True):  # fmt: skip
+        torch.testing.assert_close(found, true)
+
+
+def test_a_tied_output_layer_passes_the_gate(tiny, monkeypatch):
+    monkeypatch.setitem(CONFIGS, tiny, {**CONFIGS[tiny], "tie_word_embeddings": True})
+    run = model.Run("losia-pro", tiny, 1, 32, False, Options(1 / 8, 1 / 8))
+    assert "subnet gradient" in model.gate(run, CPU, torch.float32)
+
+
+def test_the_authors_package_is_built_once_even_if_that_fails(monkeypatch):
+    built = []
+
+    def fail():
+        built.append(1)
+        raise MissingPeer("does not build")
+
+    monkeypatch.setattr(losia_reference, "_build_and_import", fail)
+    losia_reference._try_import.cache_clear()
+    for _ in range(2):
+        with pytest.raises(MissingPeer, match="does not build"):
+            losia_reference._import_losia()
+    losia_reference._try_import.cache_clear()
+    assert len(built) == 1
 
 
 def test_a_wrong_subnet_gradient_is_a_red_gate(tiny, monkeypatch):

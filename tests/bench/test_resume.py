@@ -80,9 +80,10 @@ def test_the_command_keeps_what_is_measured_unless_told_again(tmp_path, monkeypa
     assert command.main([*arguments, "--again"]) == 0 and len(ran) == 2
 
 
-def test_time_and_jobs_left_are_told(monkeypatch):
+def test_time_and_jobs_left_are_told():
     lines = []
-    run_all([job(lambda: {"total": {"ms": 1.0}}, name) for name in "abc"], lambda row: None, 1.0, lines.append)
+    jobs = [job(lambda: {"total": {"ms": 1.0}}, "same", tokens=tokens) for tokens in range(3)]
+    run_all(jobs, lambda row: None, 1.0, lines.append)
     assert "2 to go, about 0:00" in lines[0] and "0 to go" in lines[2]
 
 

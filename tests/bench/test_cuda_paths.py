@@ -1,0 +1,253 @@
+"""What only a GPU's run executes, executed here: every tensor that asks for a GPU is made on the CPU instead.
+
+It holds that these lines run, hand over what they should and end in whole rows. It says nothing about kernels, devices,
+times or bytes: only a GPU does.
+"""
+
+import contextlib
+import json
+import shutil
+import subprocess
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from bench import __main__ as command
+from bench import harness, layer, model, ops, output_layer, provenance, roof, scaling
+from bench.jobs import run_job
+from bench.methods import MissingPeer, Options
+from bench.methods.imports import import_peer
+from bench.models import CONFIGS
+from bench.roof import Roof
+
+CUDA, BF16 = torch.device("cuda"), torch.bfloat16
+SMI = "1980, 1980, 2619, 700.00, 45\n"
+
+
+class MadeOnTheCpu(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if "cuda" in str(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
+
+
+class Generator(torch.Generator):
+    def __new__(cls, device="cpu"):
+        return super().__new__(cls, "cpu")
+
+
+class Event:
+    def __init__(self, enable_timing: bool):
+        assert enable_timing
+
+    def record(self) -> None:
+        self.seconds = time.perf_counter()
+
+    def elapsed_time(self, end: "Event") -> float:
+        return 1e3 * (end.seconds - self.seconds)
+
+
+class Allocator:
+    """What ``torch.cuda`` says of memory: 3 GB, and a peak of ``peak`` bytes since the last reset."""
+
+    def __init__(self):
+        self.peak, self.resets = 5 * 10**9, 0
+
+    def reset(self) -> None:
+        self.resets += 1
+
+
+@pytest.fixture
+def pretended(monkeypatch, tiny):
+    """A GPU on paper, the models tiny; returns its allocator and the cycles it was asked to spin."""
+    for peer in ("peft", "galore_torch"):  # before they are told of a GPU, which their own dependencies would look into
+        with contextlib.suppress(MissingPeer):
+            import_peer(peer)
+    allocator, spins = Allocator(), []
+    properties = SimpleNamespace(
+        L2_cache_size=2**14, total_memory=140 * 10**9, multi_processor_count=132, uuid="1-2", major=9, minor=0
+    )
+    said = {
+        "is_available": lambda: True, "device_count": lambda: 1, "synchronize": lambda device=None: None,
+        "empty_cache": lambda: None, "memory_allocated": lambda: 3 * 10**9,
+        "max_memory_allocated": lambda: allocator.peak, "reset_peak_memory_stats": allocator.reset,
+        "get_device_properties": lambda device: properties,
+        "get_device_name": lambda device: "NVIDIA Pretended", "Event": Event, "_sleep": spins.append,
+    }  # fmt: skip
+    for name, answer in said.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    monkeypatch.setattr(torch, "Generator", Generator)
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    small = {key: value for key, value in CONFIGS[tiny].items() if key != "model_type"} | {"head_dim": 16}
+    for name, config in CONFIGS.items():
+        monkeypatch.setitem(CONFIGS, name, {**config, **small})
+    for module in (layer, model, scaling):
+        monkeypatch.setattr(module, "GPU_BATCH", 2)
+        monkeypatch.setattr(module, "GPU_CONTEXT", 32)
+    monkeypatch.setattr(model, "GATE_TOKENS", 32)
+    with MadeOnTheCpu():
+        yield SimpleNamespace(allocator=allocator, spins=spins)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    real = harness.measure
+
+    def measure(phases, device, seconds=1.0, repeats=None, warmup=1, hide_launch=False):
+        return real(phases, device, repeats=2, warmup=1, hide_launch=hide_launch)
+
+    for module in (layer, model, ops, output_layer, scaling):
+        monkeypatch.setattr(module, "measure", measure)
+    monkeypatch.setattr(layer, "rotation", lambda size, device: 2)
+    monkeypatch.setattr(ops, "measure_roof", lambda device, dtype: Roof(10.0, 0.1, 0.1))
+
+
+def rows_of(module, chosen=lambda job: True) -> list[dict]:
+    """The first job of each name that is ``chosen``."""
+    jobs = {job.name: job for job in reversed(list(module.jobs(CUDA, BF16))) if chosen(job)}
+    rows = [run_job(job) for job in jobs.values()]
+    json.dumps(rows)
+    return rows
+
+
+NOT_INSTALLED = {"unsloth", "losia-reference", "losia-reference-off"}
+
+
+def check(rows: list[dict]) -> None:
+    for row in rows:
+        expected = "missing" if row["id"]["name"] in NOT_INSTALLED else "ok"
+        assert row["status"] == expected, row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", [layer, model, scaling, ops])
+def test_every_gpu_job_makes_a_row(pretended, quick, module):
+    pytest.importorskip("peft")
+    pytest.importorskip("galore_torch")
+    rows = rows_of(module, lambda job: job.suite != "context" and job.settings.get("stack", "block") == "block")
+    check(rows)
+    assert len(rows) == {layer: 17, model: 14, scaling: 4, ops: len(ops.CASES)}[module]
+    if module is model:
+        assert all(row["peak_bytes"] == pretended.allocator.peak for row in rows if row["status"] == "ok")
+        predicted = {row["id"]["name"] for row in rows if row.get("predicted_bytes")}
+        assert predicted == set(model.PREDICTED)
+    if module is layer:
+        peaks = {row["peak_bytes"] for row in rows if "peak_bytes" in row}
+        assert peaks == {2 * 10**9} and pretended.allocator.resets >= 13
+    if module is ops:
+        assert all("compiled eager" in row["forms"] for row in rows) and len(pretended.spins) > 20
+        assert all(entry["status"] == "ok" for row in rows for entry in row["forms"].values())
+
+
+@pytest.mark.parametrize("name", ["gemma-2b", "qwen2.5-7b", "llama-2-13b"])
+def test_the_other_models_too(pretended, quick, name):
+    run = model.Run("losia-pro", name, 1, 32, True, Options(1 / 8, 1 / 8))
+    row = model.run_model(run, CUDA, BF16)
+    assert row["predicted_bytes"] > 0 and row["gate"]["subnet gradient"]["error"] >= 0
+    assert layer.run_layer("losia-pro-off", name, "block", 1, 32, CUDA, BF16, Options())["total"]["ms"] > 0
+
+
+def test_the_longest_context_is_the_last_that_fits(pretended, monkeypatch):
+    ran = []
+    real = model.tokens_of
+
+    def tokens_of(run, vocabulary, device):
+        if run.context == model.GATE_TOKENS:
+            return real(run, vocabulary, device)
+        ran.append(run.context)
+        pretended.allocator.peak = 30 * 10**6 * run.context
+        return real(model.dataclasses.replace(run, context=8), vocabulary, device)
+
+    monkeypatch.setattr(model, "tokens_of", tokens_of)
+    monkeypatch.setattr(model, "largest", lambda *a: 4500)
+    row = model.longest_context("losia-pro", "llama-2-7b", 80 * 10**9, CUDA, BF16)
+    assert row["longest"] == 2048 and row["predicted"] == 4096 and pretended.allocator.resets == len(ran) - 1
+
+
+def test_a_context_that_runs_out_of_memory_is_too_long(pretended, monkeypatch):
+    real = model.step_phases
+    freed = []
+
+    def step_phases(prepared, ids):
+        def fail(number):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+        return real(prepared, ids[:, :8]) if ids.shape[1] <= 3072 else {"forward": fail}
+
+    monkeypatch.setattr(model, "step_phases", step_phases)
+    monkeypatch.setattr(model, "largest", lambda *a: 1024)
+    monkeypatch.setattr(model, "free_memory", lambda: freed.append(1))
+    assert model.longest_context("lora-fused", "llama-2-7b", 80 * 10**9, CUDA, BF16)["longest"] == 3072
+    assert len(freed) > 1
+
+
+@pytest.mark.parametrize("guess", [0, 1, 9, 10, 11, 500])
+@pytest.mark.parametrize("longest", [0, 1, 10])
+def test_the_search_finds_the_boundary_from_any_guess(guess, longest):
+    tried = []
+    found = model.last_that_fits(lambda n: tried.append(n) or n <= longest, guess)
+    assert found == longest and len(tried) == len(set(tried)) <= 2 + 2 * max(guess, longest).bit_length()
+
+
+def test_configurations_far_over_every_card_are_not_tried(monkeypatch):
+    runs = [run for _, run in model._runs(CUDA, BF16, ("full", "losia-pro", "lora-fused"))]
+    tried = {(run.method, run.batch, run.checkpointing) for run in runs}
+    assert ("losia-pro", 16, True) in tried and ("losia-pro", 16, False) not in tried
+    assert ("lora-fused", 16, False) in tried, "unknown to the memory model, so tried"
+    assert ("full", 4, False) in tried, "Table 15 has every method"
+
+
+def test_kernels_are_timed_behind_a_spin_longer_than_their_launch(pretended):
+    harness.measure({"slow": lambda i: time.sleep(0.01)}, CUDA, repeats=2, hide_launch=True)
+    assert len(pretended.spins) == 2 and pretended.spins[0] > 0.02 * harness.MOST_CYCLES
+    timing = harness.measure({"a": lambda i: time.sleep(0.002), "b": lambda i: None}, CUDA, repeats=3)
+    assert timing["a"].ms >= 2 > timing["b"].ms and len(pretended.spins) == 2
+
+
+def test_inputs_are_rotated_past_the_l2(pretended):
+    assert harness.rotation(2**12, CUDA) == 9 and harness.rotation(2**20, CUDA) == 2
+
+
+def test_the_roof(pretended):
+    assert roof._copy_gbs(CUDA, 2**16) > 0 and roof._matmul_tflops(CUDA, BF16, 16) > 0
+
+
+def test_the_output_layer(pretended, quick):
+    inputs = output_layer.Inputs.make(300, 96, 16, 1 / 8, CUDA, BF16)
+    row = output_layer.run(output_layer.losia, inputs, CUDA)
+    assert row["extra_bytes"] == 2 * 10**9 and len(row["gate"]) == 3
+
+
+def test_provenance_of_a_gpu(pretended, monkeypatch):
+    asked = []
+    run = subprocess.run
+
+    def answer(words, **more):
+        if words[0] != "nvidia-smi":
+            return run(words, **more)
+        asked.append(words)
+        return SimpleNamespace(stdout=SMI if "clocks" in words[1] else "580.1\n")
+
+    monkeypatch.setattr(subprocess, "run", answer)
+    monkeypatch.setattr(torch, "mm", lambda a, b: a)
+    found = provenance.provenance(CUDA, "0123456789ab")
+    assert found["kind"] == "GPU" and found["device"] == "NVIDIA Pretended" and found["driver"] == "580.1"
+    assert found["clocks"] == "SM 1980 of 1980 MHz, memory 2619 MHz, 700.00 W, 45 C"
+    assert found["commit"] == "0123456789ab" and all("--id=GPU-1-2" in words for words in asked)
+
+
+def test_the_command_runs_on_a_gpu_and_writes_clocks(pretended, monkeypatch, tmp_path, quick):
+    monkeypatch.setattr(provenance, "_clocks_at_work", lambda device: "some")
+    monkeypatch.setattr(provenance, "_nvidia_smi", lambda query, device: SMI.strip())
+    arguments = ["model", "--device", "cuda", "--methods", "frozen", "--minutes", "0.001", "--results", str(tmp_path)]
+    assert command.main(arguments) == 0
+    [path] = tmp_path.iterdir()
+    [row] = json.loads(path.read_text())["rows"]
+    assert row["id"]["dtype"] == "bfloat16" and row["clocks"].startswith("SM 1980") and row["status"] == "ok"
+    assert path.name.startswith("nvidia-pretended-")
