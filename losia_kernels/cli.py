@@ -15,7 +15,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from . import __version__
-from .integrations.options import FinetuneOptions, InputError
+from .integrations.options import PICTURES, FinetuneOptions, InputError
 from .selection import NonFiniteScoreError
 
 
@@ -94,8 +94,15 @@ def _estimate(**options) -> None:
         print(describe_fit(**options))
 
 
+def _plot(run: str, **options) -> None:
+    from .integrations.plots import plot_run
+
+    plot_run(Path(run), **options)
+
+
 COMMANDS = {
     "finetune": _finetune,
+    "plot": _plot,
     "export": _export,
     "inspect": _inspect,
     "delta": _delta,
@@ -162,7 +169,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_finetune(commands.add_parser(
         "finetune", help="fine-tune a causal language model on a JSONL file", formatter_class=_Help,
         description="Fine-tune a causal language model. OUTPUT gets model/ (an ordinary transformers folder), "
-        "checkpoints/, log.jsonl and loss_curve.png.",
+        "checkpoints/, log.jsonl, subnets.jsonl and loss_curve.png.",
+    ))
+    _add_plot(commands.add_parser(
+        "plot", help="draw what a run did: its loss, where its subnets were, what they changed", formatter_class=_Help,
+        description="Pictures of a finetune run, as PNG files in RUN/plots/.",
     ))
     export = commands.add_parser("export", help="write the plain model of a checkpoint of a LoSiA run")
     export.add_argument("checkpoint", help="a folder OUTPUT/checkpoints/checkpoint-STEP")
@@ -204,6 +215,15 @@ def _add_delta(parser: argparse.ArgumentParser) -> None:
     _add_folders(add("subtract", help="write trained - delta: the base"),
                  trained="the trained model", delta=delta, output=output)
     _add_folders(add("verify", help="say whether a delta is of this base"), base=base, delta=delta)
+
+
+def _add_plot(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run", metavar="RUN", help="the output folder of a finetune run")
+    add("--only", nargs="+", choices=PICTURES, metavar="PICTURE",
+        help=f"of {', '.join(PICTURES)} (default: all; the last two load the model)")
+    add("--vectors", type=int, default=500, metavar="COUNT", help="singular vectors of each weight to compare")
+    add("--base", metavar="MODEL", help="the model before training, if it is no longer where run.json says")
 
 
 def _add_finetune(parser: argparse.ArgumentParser) -> None:
@@ -250,6 +270,7 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group("progress").add_argument
     add("--print-every", type=int, metavar="STEPS", help="a line on the terminal; log.jsonl has every step")
+    add("--report-to", metavar="NAME", help="where the Trainer reports to as well: tensorboard, wandb, ...")
     add("--eval-steps", type=int, metavar="STEPS", help="between evaluations; the last step has one too")
     add("--save-steps", type=int, metavar="STEPS", help="between checkpoints, two are kept; 0: none")
     add("--resume", action="store_true", help="go on from the last checkpoint in --output, with the same options")

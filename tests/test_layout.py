@@ -37,8 +37,9 @@ FLOORS = [
     ["integrations/peft/layer"],
     ["integrations/peft/model"],
     ["integrations/peft/__init__"],
-    ["integrations/checkpoints", "integrations/progress"],
+    ["integrations/checkpoints", "integrations/progress", "integrations/spectra"],
     ["integrations/finetune"],
+    ["integrations/plots"],
     ["cli"],
     ["__main__"],
 ]

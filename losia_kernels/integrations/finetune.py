@@ -28,6 +28,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging
 
 from .. import LoSiAConfig, apply_losia, remove_losia
@@ -40,7 +41,7 @@ from .progress import ProgressCallback
 from .transformers import LoSiACallback, LoSiAOptimizerFactory, losia_timeline
 
 PAPER_PERIOD = 100
-FREE_ON_RESUME = ("output", "resume", "save_steps", "print_every")  # options that do not change the result
+FREE_ON_RESUME = ("output", "resume", "save_steps", "print_every", "report_to")  # options that do not change the result
 
 
 def finetune(options: FinetuneOptions, callbacks: tuple[TrainerCallback, ...] = ()) -> Path:
@@ -50,6 +51,8 @@ def finetune(options: FinetuneOptions, callbacks: tuple[TrainerCallback, ...] = 
     Raises InputError for a mistake in the options or the data, FloatingPointError when the loss is no longer finite.
     """
     options.check()
+    if options.report_to not in ("none", "all", *get_available_reporting_integrations()):
+        raise InputError(f"report_to: {options.report_to} is not installed, or nothing that the Trainer reports to")
     logging.disable_progress_bar()
     processes = PartialState(cpu=not torch.cuda.is_available())
     first = processes.is_main_process
@@ -163,7 +166,7 @@ def training_arguments(options: FinetuneOptions, steps: int) -> TrainingArgument
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         disable_tqdm=True,
-        report_to="none",
+        report_to=options.report_to,
         **{checkpointing: options.gradient_checkpointing, f"{checkpointing}_kwargs": {"use_reentrant": False}},
     )
 

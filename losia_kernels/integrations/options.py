@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+PICTURES = ("loss", "timeline", "subnets", "frequency", "gradients", "singular_vectors")  # of ``losia-kernels plot``
+
 
 class InputError(ValueError):
     """A mistake in the user's input that one line can say: the command line prints it and exits with code 2."""
@@ -39,6 +41,7 @@ class FinetuneOptions:
     save_steps: int = 500
     eval_steps: int = 500
     print_every: int = 10
+    report_to: str = "none"
     resume: bool = False
 
     def check(self) -> None:
