@@ -25,6 +25,7 @@ class Config:
     rewarm: bool = True
     reset_step: bool = True
     warmup_steps: int = 0
+    alignment: int = 1
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -101,16 +102,16 @@ class Matrix:
         k_out, k_in = len(self.out_idx), len(self.in_idx)
         if config.importance == "marginal":  # row sums of an EMA are the EMA of the row sums
             sums = self.importance.sum(dim=1), self.importance.sum(dim=0)
-            out_idx, in_idx = select_marginal_ref(*sums, k_out, k_in)
+            out_idx, in_idx = select_marginal_ref(*sums, k_out, k_in, config.alignment)
         else:
             if config.importance == "gradient":  # ablation GL: |g| of the slot's last step
                 score = importance_ref(self.linear.weight.detach(), grad, "gradient")
             else:
                 score = score_ref(self.importance, self.uncertainty)  # Eq. 6
             if self.all_in:
-                out_idx, in_idx = select_outputs_ref(score, k_out), list(range(k_in))
+                out_idx, in_idx = select_outputs_ref(score, k_out, config.alignment), list(range(k_in))
             else:
-                out_idx, in_idx = select_ref(score.numpy(), k_out, k_in)
+                out_idx, in_idx = select_ref(score.numpy(), k_out, k_in, config.alignment)
         self.place(torch.tensor(out_idx), torch.tensor(in_idx))
         self.forget_importance()
         if config.reset_step:

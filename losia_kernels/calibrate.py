@@ -101,7 +101,7 @@ def start_from_frequency(
         raise ValueError("start_from_frequency: the batches have no labels to count")
     score = 2 * count
     score[head.out_idx] += 1  # of equally frequent tokens those drawn
-    subnet = Subnet(top_neurons(score, head.subnet.shape[0]), head.in_idx.clone())
+    subnet = Subnet(top_neurons(score, head.subnet.shape[0], head.alignment), head.in_idx.clone())
     if ranks.group is not None and uses_fully_shard(model):
         move_subnets_([(head, subnet)], ranks)
     else:

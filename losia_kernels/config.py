@@ -13,6 +13,8 @@ class LoSiAConfig:
         rank_factor: p; a linear ``[out, in]`` trains ``int(p * out) x int(p * in)`` of its weights.
         output_dim_factor: p_o of the output layer, which trains ``int(p_o * vocabulary)`` outputs and all inputs
             (Section 3.2). 0: left frozen. 1: trained densely, without a slot in the timeline (ablation FFTO).
+        alignment: choose runs of that many neighbouring neurons, by their summed score, in place of single ones (1, the
+            paper): a gather of 16 reads only the memory it needs. A power of two; a side taken whole has no runs.
         rank_pattern: other rank factors by module name, ``{regex: p}``; a key matches a name or its last components.
     Timeline (Section 3.3)
         period: T, optimizer steps in which one group observes before its subnets move.
@@ -65,6 +67,7 @@ class LoSiAConfig:
     master_weights: bool = True
     fused_loss: bool = True
     seed: int = 0
+    alignment: int = 1
 
     def __post_init__(self) -> None:
         _check_factor("rank_factor", self.rank_factor)
@@ -77,6 +80,8 @@ class LoSiAConfig:
         _check("period", self.period, _is_int(self.period) and self.period >= 1, "a whole number of steps, at least 1")
         _check("warmup_steps", self.warmup_steps, _is_int(self.warmup_steps) and self.warmup_steps >= 0,
                "a whole number of steps, at least 0")
+        _check("alignment", self.alignment, _is_int(self.alignment) and self.alignment >= 1
+               and self.alignment & (self.alignment - 1) == 0, "a power of two, at least 1")
         _check_choice("update_type", self.update_type, ("async", "sync"))
         _check_choice("importance", self.importance, ("sensitivity", "gradient", "marginal"))
         _check_choice("init_subnet", self.init_subnet, ("calibrated", "random"))

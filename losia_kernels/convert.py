@@ -79,7 +79,8 @@ def apply_losia(model: nn.Module, config: LoSiAConfig | None = None, output_laye
     try:
         for name, factors, member in planned:
             layer = layer_class(modules[name]).from_linear(
-                modules[name], factors, master=config.master_weights, generator=generator, name=name
+                modules[name], factors, master=config.master_weights, generator=generator, name=name,
+                alignment=config.alignment,
             )
             layer.losia = member
             layer.fingerprint = fingerprint(layer.weight) if several_processes() else None

@@ -18,15 +18,15 @@ class _SubnetLinear(torch.autograd.Function):
 
     Of x the backward keeps the subnet's input neurons: ``d_subnet = dy[:, out_idx]^T x[:, in_idx]`` (Eq. 9). Only while
     the layer observes (``probe`` is given) it keeps all of x and returns the dense ``dy^T x`` as the probe's gradient.
-    ``out_idx`` or ``in_idx`` of None is all neurons.
+    ``out_idx`` or ``in_idx`` of None is all neurons; ``alignment`` is that of the indices.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, subnet, out_idx, in_idx, probe):
+    def forward(ctx, x, weight, bias, subnet, out_idx, in_idx, probe, alignment):
         # x [..., in], weight [out, in], subnet [k_out, k_in]; subnet only carries the gradient, weight is current
         keep_all = probe is not None or in_idx is None
-        ctx.observing = probe is not None
-        ctx.save_for_backward(x if keep_all else ops.gather_features(x, in_idx), weight, out_idx, in_idx)
+        ctx.observing, ctx.alignment = probe is not None, alignment
+        ctx.save_for_backward(x if keep_all else ops.gather_features(x, in_idx, alignment), weight, out_idx, in_idx)
         return F.linear(x, weight, bias)
 
     @staticmethod
@@ -39,10 +39,11 @@ class _SubnetLinear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             d_bias = dy.reshape(-1, dy.shape[-1]).sum(0)
         if ctx.needs_input_grad[3]:
-            d_subnet = ops.subnet_grad(dy, x, out_idx, in_idx if ctx.observing else None)  # [k_out, k_in]
+            in_idx = in_idx if ctx.observing else None
+            d_subnet = ops.subnet_grad(dy, x, out_idx, in_idx, ctx.alignment)  # [k_out, k_in]
         if ctx.observing:
             d_weight = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])  # [out, in]
-        return dx, None, d_bias, d_subnet, None, None, d_weight
+        return dx, None, d_bias, d_subnet, None, None, d_weight, None
 
 
 class LoSiALinear(nn.Linear):
@@ -55,8 +56,8 @@ class LoSiALinear(nn.Linear):
 
     ``rank_factor`` p selects ``int(p * dim)`` neurons on both sides; a pair selects ``(p_out, p_in)``. The first subnet
     is drawn at random from ``generator`` (torch's default if None). ``master=False`` keeps the subnet in the weight's
-    dtype. Works alone with any optimizer plus ``write_back_()`` after its step. Raises ValueError for a factor outside
-    (0, 1] or one that selects no neuron.
+    dtype; ``alignment`` trains runs of that many neighbours (``LoSiAConfig``). Works alone with any optimizer plus
+    ``write_back_()`` after its step. Raises ValueError for a factor outside (0, 1] or one that selects no neuron.
     """
 
     def __init__(
@@ -70,9 +71,10 @@ class LoSiALinear(nn.Linear):
         rank_factor: float | tuple[float, float] = 1 / 8,
         master: bool = True,
         generator: torch.Generator | None = None,
+        alignment: int = 1,
     ):
         super().__init__(in_features, out_features, bias, device, dtype)
-        self._add_subnet(rank_factor, master, generator, "LoSiALinear")
+        self._add_subnet(rank_factor, master, generator, "LoSiALinear", alignment)
 
     @classmethod
     def from_linear(
@@ -83,6 +85,7 @@ class LoSiALinear(nn.Linear):
         master: bool = True,
         generator: torch.Generator | None = None,
         name: str = "LoSiALinear",
+        alignment: int = 1,
     ) -> "LoSiALinear":
         """A LoSiALinear around ``linear``'s own weight and bias (shared, not copied; both are frozen).
 
@@ -98,19 +101,24 @@ class LoSiALinear(nn.Linear):
         layer.weight, layer.bias = linear.weight, linear.bias
         layer.out_features, layer.in_features = layer.matrix.shape
         layer.training = linear.training
-        layer._add_subnet(rank_factor, master, generator, name)
+        layer._add_subnet(rank_factor, master, generator, name, alignment)
         return layer
 
-    def _add_subnet(self, rank_factor, master: bool, generator, name: str) -> None:
+    def _add_subnet(self, rank_factor, master: bool, generator, name: str, alignment: int = 1) -> None:
         out_factor, in_factor = rank_factor if isinstance(rank_factor, tuple) else (rank_factor, rank_factor)
-        shape = subnet_size(out_factor, self.out_features, name), subnet_size(in_factor, self.in_features, name)
+        features = self.out_features, self.in_features
+        shape = tuple(
+            subnet_size(factor, size, name, alignment)
+            for factor, size in zip((out_factor, in_factor), features, strict=True)
+        )
         self.name = name
+        self.alignment = alignment
         self.master = master
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
         generator = torch.default_generator if generator is None else generator
-        first = Subnet.random((self.out_features, self.in_features), shape, generator)
+        first = Subnet.random(features, shape, generator, alignment)
         device = self.weight.device
         self.register_buffer("out_idx", first.out_idx.to(device))
         self.register_buffer("in_idx", first.in_idx.to(device))
@@ -143,7 +151,9 @@ class LoSiALinear(nn.Linear):
             x = x.to(torch.get_autocast_dtype(device))  # before the function, so that it keeps the smaller x
         out_idx = None if self.subnet.shape[0] == self.out_features else self.out_idx
         in_idx = None if self.subnet.shape[1] == self.in_features else self.in_idx
-        return _SubnetLinear.apply(x, self.matrix, self.bias, self.subnet, out_idx, in_idx, self._probe)
+        return _SubnetLinear.apply(
+            x, self.matrix, self.bias, self.subnet, out_idx, in_idx, self._probe, self.alignment
+        )
 
     @torch.no_grad()
     def write_back_(self) -> None:
@@ -163,7 +173,7 @@ class LoSiALinear(nn.Linear):
         a backward and the next forward.
         """
         subnet = Subnet(out_idx, in_idx)
-        subnet.check((self.out_features, self.in_features), self.name)
+        subnet.check((self.out_features, self.in_features), self.name, self.alignment)
         if subnet.shape != tuple(self.subnet.shape):
             raise ValueError(f"{self.name}: the subnet is {tuple(self.subnet.shape)}, the indices give {subnet.shape}")
         self.move_subnet_(subnet)
@@ -215,7 +225,7 @@ class LoSiALinear(nn.Linear):
         loaded = [state_dict.get(prefix + key) for key in ("out_idx", "in_idx")]
         if all(idx is not None for idx in loaded):
             name, subnet = prefix.removesuffix(".") or self.name, Subnet(*loaded)
-            subnet.check((self.out_features, self.in_features), name)
+            subnet.check((self.out_features, self.in_features), name, self.alignment)
             if subnet.shape != tuple(self.subnet.shape):
                 raise ValueError(f"{name}: the checkpoint's subnet is {subnet.shape}, ours {tuple(self.subnet.shape)}")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

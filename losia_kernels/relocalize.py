@@ -38,8 +38,8 @@ class SensitivityObserver:
             weight=weight[outputs], grad=grad, beta1=self.beta1, beta2=self.beta2, grad_scale=grad_scale,
         )  # fmt: skip
 
-    def select(self, k_out: int, k_in: int, rows: Rows | None = None) -> Subnet:
-        return select_from_importance(**self.tensors, k_out=k_out, k_in=k_in, rows=rows)
+    def select(self, k_out: int, k_in: int, rows: Rows | None = None, alignment: int = 1) -> Subnet:
+        return select_from_importance(**self.tensors, k_out=k_out, k_in=k_in, rows=rows, alignment=alignment)
 
 
 class GradientObserver:
@@ -56,8 +56,8 @@ class GradientObserver:
             self.tensors["gradient"] = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
         self.tensors["gradient"][outputs] += grad
 
-    def select(self, k_out: int, k_in: int, rows: Rows | None = None) -> Subnet:
-        return select_from_importance(self.tensors["gradient"].abs(), None, k_out, k_in, rows)
+    def select(self, k_out: int, k_in: int, rows: Rows | None = None, alignment: int = 1) -> Subnet:
+        return select_from_importance(self.tensors["gradient"].abs(), None, k_out, k_in, rows, alignment)
 
 
 class MarginalObserver:
@@ -82,10 +82,10 @@ class MarginalObserver:
             self.tensors["in_importance"] *= self.beta1
         self.tensors["in_importance"] += (1 - self.beta1) * in_sums
 
-    def select(self, k_out: int, k_in: int, rows: Rows | None = None) -> Subnet:
+    def select(self, k_out: int, k_in: int, rows: Rows | None = None, alignment: int = 1) -> Subnet:
         out_sums = self.tensors["out_importance"]
         out_sums = out_sums if rows is None else rows.gather(out_sums)
-        return select_from_marginals(out_sums, self.tensors["in_importance"], k_out, k_in)
+        return select_from_marginals(out_sums, self.tensors["in_importance"], k_out, k_in, alignment)
 
 
 Observer = SensitivityObserver | GradientObserver | MarginalObserver
@@ -109,6 +109,6 @@ def new_subnet(layer: LoSiALinear, observer: Observer, rows: Rows | None = None)
         return None
     k_out, k_in = layer.subnet.shape
     try:
-        return observer.select(k_out, k_in, rows)
+        return observer.select(k_out, k_in, rows, layer.alignment)
     except NonFiniteScoreError as error:
         raise NonFiniteScoreError(f"{layer.name}: {error}; its subnet stays where it was") from None

@@ -6,16 +6,33 @@ import torch
 from torch import Tensor
 
 
-def subnet_size(factor: float, features: int, name: str) -> int:
-    """k = int(p * dim), the number of neurons a factor selects. Raises ValueError when that is none."""
+def subnet_size(factor: float, features: int, name: str, alignment: int = 1) -> int:
+    """k = int(p * dim), the number of neurons a factor selects, in whole runs of ``alignment`` unless it is all of
+    them. Raises ValueError when that is none."""
     if not 0 < factor <= 1:
         raise ValueError(f"{name}: the rank factor must be in (0, 1], got {factor!r}")
     k = int(factor * features + 1e-9)  # 1/49 * 49 is 0.999...: rounding noise must not cost a neuron
+    if k < features:
+        k -= k % alignment
     if k == 0:
+        runs = f" in runs of {alignment}" if alignment > 1 else ""
         raise ValueError(
-            f"{name}: a rank factor of {factor} selects none of {features} neurons; use at least 1/{features}"
+            f"{name}: a rank factor of {factor} selects none of {features} neurons{runs}; use at least "
+            f"{min(alignment, features)}/{features}" + (" or a smaller alignment" if runs else "")
         )
     return k
+
+
+def neurons_of_runs(runs: Tensor, alignment: int) -> Tensor:
+    """The neurons of runs ``[k / alignment]``: run r is ``alignment`` neighbours, from ``r * alignment`` on."""
+    if alignment == 1:
+        return runs
+    return (runs[:, None] * alignment + torch.arange(alignment, device=runs.device)).flatten()
+
+
+def run_length(k: int, features: int, alignment: int) -> int:
+    """Neighbours that are chosen together where ``k`` of ``features`` neurons are: a side taken whole has no runs."""
+    return 1 if k == features else alignment
 
 
 @dataclass(frozen=True)
@@ -36,16 +53,24 @@ class Subnet:
         return self.out_idx.shape[0], self.in_idx.shape[0]
 
     @classmethod
-    def random(cls, features: tuple[int, int], shape: tuple[int, int], generator: torch.Generator) -> "Subnet":
-        """Independent uniform choices of ``shape = (k_out, k_in)`` of ``features = (out, in)`` neurons, on the CPU."""
-        out_idx, in_idx = (
-            torch.randperm(size, generator=generator)[:k].sort().values
-            for size, k in zip(features, shape, strict=True)
-        )
-        return cls(out_idx, in_idx)
+    def random(
+        cls, features: tuple[int, int], shape: tuple[int, int], generator: torch.Generator, alignment: int = 1
+    ) -> "Subnet":
+        """Independent uniform choices of ``shape = (k_out, k_in)`` of ``features = (out, in)`` neurons, on the CPU.
 
-    def check(self, features: tuple[int, int], name: str) -> None:
+        ``alignment``: of runs of that many neighbours.
+        """
+        chosen = []
+        for size, k in zip(features, shape, strict=True):
+            run = run_length(k, size, alignment)
+            runs = torch.randperm(size // run, generator=generator)[: k // run].sort().values
+            chosen.append(neurons_of_runs(runs, run))
+        return cls(*chosen)
+
+    def check(self, features: tuple[int, int], name: str, alignment: int = 1) -> None:
         """Raise ValueError, naming the layer ``name``, unless both indices fit a weight of ``features = (out, in)``.
+
+        With ``alignment`` also unless they are runs of that many neighbours, each from a multiple of it.
 
         Reads the values, so it waits for the GPU: for indices that come from outside, not for selected ones.
         """
@@ -62,6 +87,9 @@ class Subnet:
                 raise ValueError(f"{where} must be in [0, {size}), got values from {low} to {high}")
             if idx.numel() > 1 and not bool((idx[1:] > idx[:-1]).all()):
                 raise ValueError(f"{where} must be sorted and without repeats")
+            run = run_length(idx.numel(), size, alignment)
+            if idx.numel() % run or not torch.equal(idx, neurons_of_runs(idx[::run] // run, run)):
+                raise ValueError(f"{where} must be runs of {run} neighbours, each from a multiple of {run}")
 
     def gather(self, weight: Tensor) -> Tensor:
         """The block ``weight[out_idx][:, in_idx]``, ``[k_out, k_in]``, a copy."""

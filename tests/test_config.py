@@ -30,6 +30,7 @@ BAD = {
     "exclude_modules": ["", [], 3, [None], "*"],
     "modules_to_save": ["embed_tokens", 3, [1]],
     "rank_pattern": [None, 0.5, {"q_proj": 0}, {"q_proj": 1.5}, {"q_proj": NAN}, {"(q": 0.5}, {1: 0.5}],
+    "alignment": [0, 3, -2, 1.5, True, None],
     "seed": [-1, 0.5, True, None],
 }
 

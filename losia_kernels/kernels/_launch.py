@@ -11,6 +11,7 @@ SUBNET_GRAD_VARIANTS = ("fused", "fused_wide", "gathered", "gathered_library")
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}  # A100, H100 and H200, B200, MI300X
 MIN_TOKENS_PER_SPLIT = 256  # below this a split costs more in partial sums than it gains in parallelism
 MAX_SPLITS = 16
+MAX_VECTOR = 16  # bytes in one load, and more entries than any vector has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +70,13 @@ def choose_config(
     raise ValueError(f"no launch configuration for kernel {kernel!r}")
 
 
+def subnet_grad_config(dy: torch.Tensor, k_out: int, k_in: int, gathers: bool, alignment: int) -> LaunchConfig:
+    """``launch_config`` of "subnet_grad" for ``dy [..., out]``; without ``gathers`` its columns are all taken."""
+    tokens = dy.shape[:-1].numel()
+    run = alignment if gathers else MAX_VECTOR
+    return launch_config("subnet_grad", dy, tokens=tokens, n_out=k_out, n_in=k_in, alignment=run)
+
+
 def choose_subnet_grad(arch: str, dtype: torch.dtype, k_in: int, alignment: int) -> str:
     """The form of the subnet's gradient ``dy[:, out_idx].T @ x``.
 
@@ -81,7 +89,7 @@ def choose_subnet_grad(arch: str, dtype: torch.dtype, k_in: int, alignment: int)
     loaded 16 bytes at a time inside the product, and gathering first only adds bytes. Single entries of 2 bytes are
     bound by their number: "fused_wide" loads each once up to 512 inputs, past that "gathered" does.
     """
-    if alignment * dtype.itemsize >= 16 or dtype.itemsize > 2 or arch == "cpu":
+    if alignment * dtype.itemsize >= MAX_VECTOR or dtype.itemsize > 2 or arch == "cpu":
         return "fused"
     return "fused_wide" if k_in <= 512 else "gathered"
 
@@ -90,7 +98,7 @@ def _subnet_grad_tiles(
     variant: str, arch: str, dtype: torch.dtype, tokens: int, k_out: int, k_in: int, alignment: int
 ) -> LaunchConfig:
     """One tile for each form; as many splits of the tokens as fill the device with the programs it holds at once."""
-    wide_loads = variant.startswith("gathered") or alignment * dtype.itemsize >= 16
+    wide_loads = variant.startswith("gathered") or alignment * dtype.itemsize >= MAX_VECTOR
     if variant not in SUBNET_GRAD_VARIANTS:
         raise ValueError(f"subnet_grad has the variants {', '.join(SUBNET_GRAD_VARIANTS)}, not {variant!r}")
     if dtype.itemsize > 2:

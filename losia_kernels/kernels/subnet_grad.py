@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._device import dot, load_index, store_as
-from ._launch import LaunchConfig, launch_config
+from ._launch import LaunchConfig, subnet_grad_config
 from .gather import launch_gather_features
 
 
@@ -76,7 +76,7 @@ def launch_subnet_grad(
     k_out = dy.shape[-1] if out_idx is None else out_idx.shape[0]
     k_in = x.shape[-1] if in_idx is None else in_idx.shape[0]
     tokens = dy.shape[:-1].numel()
-    config = launch_config("subnet_grad", dy, tokens=tokens, n_out=k_out, n_in=k_in, alignment=alignment)
+    config = subnet_grad_config(dy, k_out, k_in, out_idx is not None, alignment)
     dy = dy.reshape(tokens, dy.shape[-1])  # copies only where the leading dimensions have no common stride
     x = x.reshape(tokens, x.shape[-1])
     if config.variant.startswith("gathered"):

@@ -58,9 +58,9 @@ def _(dy, x, out_idx=None, in_idx=None, alignment=1):
     k_out, k_in = _size(out_idx, dy.shape[-1]), _size(in_idx, x.shape[-1])
     splits = 1
     if dy.is_cuda and dy.dtype != torch.float64:
-        from ..kernels._launch import launch_config
+        from ..kernels._launch import subnet_grad_config
 
-        splits = launch_config("subnet_grad", dy, dy.shape[:-1].numel(), k_out, k_in, alignment).splits
+        splits = subnet_grad_config(dy, k_out, k_in, out_idx is not None, alignment).splits
     return dy.new_empty(splits, k_out, k_in, dtype=eager.accumulate_dtype(dy.dtype))
 
 

@@ -86,7 +86,7 @@ def test_the_form_of_the_subnets_gradient():
 
 
 def test_a_gather_of_single_entries_shares_no_layout_with_the_vector_loads():
-    """Triton gives tiles of one shape one layout, eight entries a thread: the gather's neighbours would be far apart."""
+    """Triton gives tiles of one shape one layout, eight entries a thread: a gather's threads would share no line."""
     for variant in ("fused", "fused_wide"):
         for k_in in (16, 64, 128, 512, 1376):
             config = choose_config("subnet_grad", "sm_90", torch.bfloat16, 8192, 512, k_in, variant=variant)

@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 from losia_kernels import ops
-from losia_kernels.kernels._launch import launch_config
+from losia_kernels.kernels._launch import subnet_grad_config
 
 losia = torch.ops.losia
 OUT, IN, TOKENS = 13, 11, 6
@@ -69,6 +69,6 @@ def test_fake_on_a_gpu_promises_the_splits_of_the_launch():
     with FakeTensorMode():
         dy, x = (torch.empty(8192, n, dtype=torch.bfloat16, device="cuda") for n in (OUT, IN))
         partials = ops.subnet_grad_partials(dy, x)
-    splits = launch_config("subnet_grad", dy, 8192, OUT, IN).splits
+    splits = subnet_grad_config(dy, OUT, IN, gathers=False, alignment=1).splits
     assert partials.shape == (splits, OUT, IN) and splits > 1
     assert partials.dtype == torch.float32
