@@ -148,7 +148,7 @@ class LoSiATunerLinear(nn.Module, BaseTunerLayer):
         if adapters or base in state_dict:
             self._take_out(self._in_weight())
         if adapters and base in state_dict:
-            state_dict[base] = self.base_layer.weight.detach()
+            state_dict[base] = self.base_layer.weight  # the parameter itself: it may be tied, and loading may assign
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:

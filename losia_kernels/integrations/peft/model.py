@@ -1,6 +1,5 @@
 """LoSiAModel: the tuner that PEFT makes from a LoSiAPeftConfig."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +14,7 @@ from peft.tuners.tuners_utils import (
 )
 from torch import nn
 
-from ...convert import Membership, find_rank_factor, group_by_block, layer_class, refuse_shared_weights
+from ...convert import Membership, find_rank_factor, group_by_block, layer_class, matches, refuse_shared_weights
 from ...distributed import is_sharded
 from ...quantized import refuse_quantized
 from ...subnet import subnet_size
@@ -40,12 +39,19 @@ class LoSiAModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         peft_config = self.peft_config[adapter_name]
-        self._output_name = _add_output_layer(model, peft_config)
+        self._output_name = _output_layer(model, peft_config)
+        if isinstance(peft_config.target_modules, set):  # of targets named so PEFT would save the whole weight
+            peft_config.target_modules.discard(self._output_name)
         self._generator = torch.Generator().manual_seed(peft_config.seed)
         peft_config = _maybe_include_all_linear_layers(peft_config, model)
         self._check_targets(model, peft_config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self._group(model, adapter_name, peft_config)
+
+    def _check_target_module_exists(self, peft_config: LoSiAPeftConfig, key: str) -> Any:
+        if key == self._output_name and peft_config.output_dim_factor > 0:
+            return True
+        return BaseTuner._check_target_module_exists(peft_config, key)
 
     def _check_targets(self, model: nn.Module, config: LoSiAPeftConfig) -> None:
         targets, inside = [], "\n"
@@ -59,7 +65,8 @@ class LoSiAModel(BaseTuner):
                 targets.append((name, module))
         refuse_shared_weights(model, [name for name, _ in targets], [])
         for name, module in targets:
-            for factor, features in zip(self._factors(name, config), _get_in_out_features(module)[::-1], strict=True):
+            linear = module.get_base_layer() if isinstance(module, LoSiATunerLinear) else module
+            for factor, features in zip(self._factors(name, config), _get_in_out_features(linear)[::-1], strict=True):
                 subnet_size(factor, features, name, config.alignment)
 
     def _check_target(self, name: str, module: nn.Module) -> None:
@@ -141,24 +148,17 @@ class LoSiAModel(BaseTuner):
         yield
 
 
-def _add_output_layer(model: nn.Module, config: LoSiAPeftConfig) -> str | None:
-    """Make the output layer a target if it is to have a subnet; its name, or None if it is left alone."""
-    if config.output_dim_factor == 0:
-        return None
+def _output_layer(model: nn.Module, config: LoSiAPeftConfig) -> str | None:
+    """The name of the output layer if it is to have a subnet, else None."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if get is not None else None
+    name = next((name for name, module in model.named_modules() if module is head), None)
+    if config.output_dim_factor == 0:
+        if name is not None and isinstance(config.target_modules, set) and matches(name, list(config.target_modules)):
+            raise ValueError(f"LoSiA: target_modules names {name!r}, the output layer, but it is trained by "
+                             f"output_dim_factor, the share of its outputs, which is 0")
+        return None
     if not isinstance(head, (nn.Linear, LoSiATunerLinear)):
         raise ValueError(f"LoSiA: output_dim_factor={config.output_dim_factor} needs an nn.Linear output layer, found "
                          f"{type(head).__name__}; leave it at 0")
-    name = next(name for name, module in model.named_modules() if module is head)
-    if BaseTuner._check_target_module_exists(config, name):
-        return name
-    _maybe_include_all_linear_layers(config, model)
-    if isinstance(config.target_modules, str):
-        config.target_modules = f"(?:{config.target_modules})|{re.escape(name)}"
-    else:
-        config.target_modules = {*config.target_modules, name}
-    if not BaseTuner._check_target_module_exists(config, name):
-        raise ValueError(f"LoSiA: output_dim_factor={config.output_dim_factor} would train {name!r}, which "
-                         f"exclude_modules or modules_to_save names")
     return name
