@@ -35,21 +35,18 @@ class Splits:
 
 
 def split_by_key(items: list[Item], search: int, held_out: int, seed: int = 0) -> Splits:
-    """At least ``held_out`` and ``search`` items, all items of a key in one split; the rest trains."""
+    """``held_out`` and ``search`` keys with one item each, so that their items are independent; all other keys train.
+    """
     keys = sorted({item.key for item in items})
     random.Random(seed).shuffle(keys)
     of_key: dict[str, list[Item]] = {key: [] for key in keys}
     for item in items:
         of_key[item.key].append(item)
-    parts: list[list[Item]] = [[], [], []]
-    sizes = held_out, search, len(items)
-    place = 0
-    for key in keys:
-        if len(parts[place]) >= sizes[place]:
-            place += 1
-        parts[place] += of_key[key]
-    random.Random(seed).shuffle(parts[2])
-    return Splits(train=parts[2], search=parts[1], held_out=parts[0])
+    chooser = random.Random(seed)
+    one_each = [chooser.choice(of_key[key]) for key in keys[: held_out + search]]
+    train = [item for key in keys[held_out + search :] for item in of_key[key]]
+    random.Random(seed).shuffle(train)
+    return Splits(train, one_each[held_out:], one_each[:held_out])
 
 
 def fingerprint(items: list[Item]) -> str:

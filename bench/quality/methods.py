@@ -63,7 +63,6 @@ def _adapters(model: nn.Module, setting: Setting, rank: int, **config: Any) -> T
     except ImportError as error:
         raise MissingPeer(f"peft cannot be imported: {error}") from None
     torch.manual_seed(setting.seed)  # of the adapters' first values
-    rank = setting.options.get("rank", rank)
     adapted = get_peft_model(
         model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=target_names(model), **config)
     )
@@ -140,6 +139,8 @@ METHODS: dict[str, Method] = {
         Method("galore", "GaLore", "galore-torch, rank 1/8 of the hidden size, scale 2, gap 200; embeddings and norms "
                "by AdamW", (3e-5, 1e-4, 3e-4, 1e-3), _galore),
         Method("losia-p16", "LoSiA p 1/16", "as p 1/8", _ADAPTER_LRS, functools.partial(_losia, rank_factor=1 / 16)),
+        Method("lora-r11", "LoRA r 11", "peft, alpha 22: adds as many bytes as LoSiA p 1/8", _ADAPTER_LRS,
+               functools.partial(_adapters, rank=11)),
         Method("losia-p2", "LoSiA p 1/2", "as p 1/8", _ADAPTER_LRS, functools.partial(_losia, rank_factor=1 / 2)),
     )
 }  # fmt: skip

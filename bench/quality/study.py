@@ -75,7 +75,8 @@ def ablations(scale: Scale, task: str, names: tuple[str, ...]) -> Iterator[Run]:
 
 
 FIRST = ("fft", "lora-r8", "losia-p8", "lora-r64")
-REST = tuple(name for name in METHODS if name not in FIRST)
+EQUAL_MEMORY = "lora-r11"
+REST = tuple(name for name in METHODS if name not in (*FIRST, EQUAL_MEMORY))
 TELLING = ("random", "marginal", "no-wds", "sl", "gl")
 SEQUENCE = ("past-tense", "pronunciation", "arithmetic", "code", "plural")
 
@@ -90,6 +91,7 @@ def study(scale: Scale) -> list[Run]:
         if task == "pronunciation":
             runs.append(Run("oracle", scale.name, task, "losia-p8", 0, None, scale.steps))
             runs += ablations(scale, task, TELLING)
+    runs += [*searches(scale, "pronunciation", EQUAL_MEMORY), *finals(scale, "pronunciation", EQUAL_MEMORY)]
     for task in ("arithmetic", "code"):
         runs.append(replace(base, task=task))
         runs += [*searches(scale, task, *FIRST), *finals(scale, task, *FIRST)]

@@ -122,7 +122,7 @@ LONGEST = 480  # characters of such a window: none is cut off
 
 
 def code() -> Splits:
-    """Windows of the standard library's own sources; split by file."""
+    """Windows of the standard library's own sources; split by file, of which one window each is held out."""
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"test", "tests", "site-packages", "dist-packages", "idlelib", "pydoc_data", "lib2to3", "encodings"}
     items = []
@@ -136,20 +136,7 @@ def code() -> Splits:
             prompt, completion = "".join(window[:CONTEXT]), "".join(window[CONTEXT:])
             if prompt.strip() and 100 < len(completion.strip()) and len(prompt + completion) < LONGEST:
                 items.append(Item(name.as_posix(), prompt, completion))
-    return _one_of_each_file(items)
-
-
-def _one_of_each_file(items: list[Item]) -> Splits:
-    """Search: one window each of 30 files; held out: of 90 more; all other files train."""
-    by_file: dict[str, list[Item]] = {}
-    for item in items:
-        by_file.setdefault(item.key, []).append(item)
-    names = sorted(by_file)
-    generator = random.Random(0)
-    generator.shuffle(names)
-    one_each = [generator.choice(by_file[name]) for name in names[:120]]
-    train = [item for name in names[120:] for item in by_file[name]]
-    return Splits(train, one_each[:30], one_each[30:])
+    return split_by_key(items, search=30, held_out=90)
 
 
 def english(windows: int = 40) -> list[Item]:

@@ -1,0 +1,148 @@
+"""Statistics, and the report from files made up so that what it must say is known."""
+
+import math
+import re
+from dataclasses import asdict
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+
+from bench.quality import report
+from bench.quality.paired import holm, item_differences, mean_and_spread, sign_flip_test
+from bench.quality.store import Store
+from bench.quality.study import SCALES, Run, ablations, finals, searches
+from bench.quality.tables import compared, show, show_p, usable
+
+SMALL = SCALES["small"]
+ORIGIN = {"device": "a CPU", "torch": "2", "peers": {"peft": "1"}, "python": "3.11", "commit": "abc",
+          "started": "2026-01-01T", "quiet": False}  # fmt: skip
+ITEMS = 30
+
+
+def result(run: Run, nll: float, right: float = 0.5, english: float = 3.0, **more) -> dict:
+    """Each item costs ``nll`` and a little that depends on the item."""
+    each = [[nll + 0.1 * math.sin(i + run.seed), 1, 1, int(i < right * ITEMS), 1] for i in range(ITEMS)]
+    scores = {name: {"": {"right": 100 * right, "tokens": 70.0, "nll": nll, "items": ITEMS}}
+              for name in (("search",) if run.kind == "search" else ("held_out", "english", "code"))}  # fmt: skip
+    if run.kind != "search":
+        scores["english"][""]["nll"] = english
+    return {"run": asdict(run), "status": "ok", "items": run.kind == "search" and "s" or "h", "each": each,
+            "scores": scores, "curve": [[0, 2.0], [1, 1.0]], "provenance": ORIGIN,
+            "memory": {"trained_values": 10**6, "gradient_bytes": 4, "optimizer_bytes": 8}} | more  # fmt: skip
+
+
+@pytest.fixture
+def filled(tmp_path):
+    """Full fine-tuning is better, LoRA r 8 worse and LoRA r 64 alike; the search's best rate is the second."""
+    kept = Store(tmp_path / "results")
+    costs = {"fft": 0.5, "lora-r8": 1.5, "losia-p8": 1.0, "lora-r64": 1.0}
+    for method, nll in costs.items():
+        for place, trial in enumerate(searches(SMALL, "pronunciation", method)):
+            kept.write(trial, result(trial, nll + abs(place - 1)))
+        for run in finals(SMALL, "pronunciation", method):
+            run = kept.resolve(run)
+            jitter = 0.01 * (run.seed - 1) if method == "lora-r64" else 0
+            kept.write(run, result(run, nll + jitter, english=3.2 if method == "losia-p8" else 3.0))
+    return kept
+
+
+def test_mean_and_spread():
+    assert mean_and_spread([1.0, 2.0, 3.0]) == (2.0, 1.0)
+    assert mean_and_spread([5.0]) == (5.0, None)
+    assert show([1.0, 2.0, 3.0], 1) == "2.0 ± 1.0" and show([4.0], 1) == "4.0 (n=1)" and show([]) == ""
+
+
+def test_sign_flips_by_hand():
+    assert sign_flip_test([1.0, 2.0, 4.0]) == pytest.approx(2 / 8)
+    assert sign_flip_test([3.0, -1.0]) == pytest.approx(4 / 4)  # |2| is the least of |±3 ± 1|
+    assert sign_flip_test([1.0, 2.0, -2.5]) == pytest.approx(8 / 8)
+    assert sign_flip_test([5.0, 1.0, -1.0]) == pytest.approx(6 / 8)
+    assert sign_flip_test([0.0] * 40) == 1.0
+    with pytest.raises(ValueError):
+        sign_flip_test([])
+
+
+def test_many_sign_flips_are_drawn():
+    assert sign_flip_test([0.2 + 0.1 * math.sin(i) for i in range(60)]) < 0.001
+    mixed = [(-1) ** i * (1 + i / 60) for i in range(60)]
+    assert sign_flip_test(mixed) > 0.5
+    assert sign_flip_test(mixed) == sign_flip_test(mixed)
+    # of 20 equal ones the exact p is that of all heads or all tails
+    assert sign_flip_test([1.0] * 16) == pytest.approx(2 / 2**16, abs=3e-4)
+    binomial = sum(math.comb(20, k) for k in (*range(6), *range(15, 21))) / 2**20  # 15 of 20 or more extreme
+    assert sign_flip_test([1.0] * 15 + [-1.0] * 5) == pytest.approx(binomial, abs=0.006)
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert show_p(0.0004) == "< 0.001" and show_p(0.0312) == "0.031"
+
+
+def test_pairs_are_items_over_shared_seeds():
+    run = Run("main", "small", "pronunciation", "fft", 0, 1e-4, 60)
+    first = [result(run, 2.0), result(Run(**asdict(run) | {"seed": 7}), 9.0)]
+    assert item_differences(first, [result(run, 1.5)], "nll") == pytest.approx([0.5] * ITEMS)
+    assert sum(item_differences([result(run, 1, 0.5)], [result(run, 1, 0.3)], "right")) == 6
+    with pytest.raises(ValueError, match="seed"):
+        item_differences(first[1:], [result(run, 1.5)], "nll")
+    with pytest.raises(ValueError, match="items"):
+        item_differences(first, [result(run, 1.5, items="other")], "nll")
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    """Drawing takes most of a report's time."""
+    monkeypatch.setattr(report, "draw_plots", lambda *arguments: [])
+
+
+def test_the_report_says_where_losia_is_worse(filled, no_plots):
+    text = report.render(filled)
+    beginnings = "LoSiA p 1/8 is worse than", "It is better than", "No difference was found to", "other text than"
+    worse, better, neither, lost = (re.search(rf"{words}\*\*: (.*)", text)[1] for words in beginnings)
+    assert "full fine-tuning on spelling to sounds (+0.50 nats an item" in worse and "LoRA" not in worse
+    assert "LoRA r 8" in better and "fine-tuning" not in better
+    assert "LoRA r 64" in neither
+    assert all(name in lost for name in ("full fine-tuning", "LoRA r 8", "LoRA r 64"))
+
+
+def test_the_report_names_trials_and_what_is_missing(filled, no_plots):
+    text = report.render(filled)
+    assert "28 of " in re.search(r"\*\*(.*) runs are done", text)[0]
+    assert "pronunciation search 24 of 40" in text and "oracle 1 of 1" in text and "equal-time" in text
+    assert "| LoSiA p 1/8 | 4 |  |  | 2.000 | **1.000** | 2.000 | 3.000 |" in text
+    assert "Nothing." in text.split("### Dropped")[1]
+    assert '`period="auto"`' in text and "not measured" in text
+
+
+def test_what_cannot_be_compared_is_dropped_and_named(filled, no_plots):
+    runs = [filled.resolve(run) for run in finals(SMALL, "pronunciation", "lora-r8")]
+    filled.write(runs[0], result(runs[0], 1.0, items="other"))
+    filled.write(runs[1], {"run": asdict(runs[1]), "status": "diverged", "reason": "loss nan", "provenance": ORIGIN})
+    filled.write(runs[2], result(Run(**asdict(runs[2]) | {"lr": 0.5}), 1.0))
+    kept, dropped = usable(filled.all())
+    assert len(dropped) == 3 and len(kept) == 25
+    text = report.render(filled)
+    for reason in ("scored on other items", "diverged, loss nan", "at lr 0.5, but the search's best is"):
+        assert reason in text.split("### Dropped")[1]
+    assert [row["method"] for row in compared(kept, "pronunciation")] == ["fft", "lora-r64"]
+
+
+def test_ablations_are_paired_with_the_default(filled, no_plots):
+    for run in ablations(SMALL, "pronunciation", ("random",)):
+        run = filled.resolve(run)
+        filled.write(run, result(run, 1.25))
+    line = next(line for line in report.render(filled).splitlines() if line.startswith("| random first subnets"))
+    assert "+0.250" in line and "< 0.001" in line
+
+
+def test_the_same_files_give_the_same_report(filled, capsys):
+    assert report.main(["--results", str(filled.folder)]) == 0
+    path = filled.folder.parent / "README.md"
+    pictures = re.findall(r"\((results/plots/.*?)\)", path.read_text())
+    assert len(pictures) == 2 and all((path.parent / picture).exists() for picture in pictures)
+    first = path.read_text(), {p.name: p.read_bytes() for p in (filled.folder / "plots").iterdir()}
+    assert report.main(["--results", str(filled.folder)]) == 0
+    assert first == (path.read_text(), {p.name: p.read_bytes() for p in (filled.folder / "plots").iterdir()})

@@ -1,0 +1,180 @@
+"""Every method and every variant trains and gives a plain model back; the reference agrees; sequences are scored."""
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from quality_tiny import tiny_base, tiny_tasks
+
+from bench.methods import MissingPeer
+from bench.quality import analyses, oracle, sequence, training
+from bench.quality.methods import METHODS, VARIANTS
+from bench.quality.study import Run
+from bench.quality.tasks import TASKS
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    for name, task in tiny_tasks().items():
+        monkeypatch.setitem(TASKS, name, task)
+    monkeypatch.setattr(training, "english", lambda: TASKS["code"].splits.held_out)
+
+
+@pytest.fixture(scope="module")
+def base():
+    return tiny_base()
+
+
+@pytest.fixture(scope="module")
+def plain_runs(base):
+    """The default run of LoSiA and the untrained model, made once."""
+    made = {}
+
+    def result(kind):
+        if kind not in made:
+            made[kind] = training.carry_out(run_of("losia-p8" if kind == "main" else "fft", kind=kind), base)
+        return made[kind]
+
+    return result
+
+
+def run_of(method: str, variant: str = "", kind: str = "main", steps: int = 12, lr: float | None = None) -> Run:
+    lr = lr or METHODS[method].lrs[2]
+    return Run(kind, "small", "pronunciation", method, 0, lr, steps, variant)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns(method, base, plain_runs):
+    before = {key: value.clone() for key, value in base.model.state_dict().items()}
+    try:
+        result = training.carry_out(run_of(method, lr=3e-3), base)
+    except MissingPeer as missing:
+        pytest.skip(str(missing))
+    losses = [loss for _, loss in result["curve"]]
+    assert result["status"] == "ok" and len(losses) == 12 and sum(losses[-3:]) < 0.9 * sum(losses[:3])
+    assert set(result["scores"]) == {"held_out", "english", "code"} and len(result["each"]) == 3
+    untrained = plain_runs("untrained")
+    assert result["scores"]["held_out"][""]["nll"] < untrained["scores"]["held_out"][""]["nll"]
+    assert result["memory"]["trained_values"] > 0 and result["memory"]["optimizer_bytes"] > 0
+    assert all(torch.equal(value, before[key]) for key, value in base.model.state_dict().items()), "base has changed"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_left_is_the_plain_model_with_the_trained_function(method, base):
+    model = base.fresh()
+    try:
+        trained, setting = training.prepare(run_of(method, steps=4, lr=3e-3), TASKS["pronunciation"], model, base)
+    except MissingPeer as missing:
+        pytest.skip(str(missing))
+    training.train(trained, setting)
+    batch = next(setting.batches())
+    trained.model.eval()
+    with torch.no_grad():
+        logits = trained.model(input_ids=batch["input_ids"]).logits
+        plain = trained.finish()
+        torch.testing.assert_close(plain(input_ids=batch["input_ids"]).logits, logits, rtol=1e-4, atol=1e-4)
+    assert plain.state_dict().keys() == base.model.state_dict().keys()
+    assert all(type(m) is nn.Linear for name, m in plain.named_modules() if name.endswith("proj"))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_differs_from_the_default(variant, base, plain_runs):
+    default = plain_runs("main")
+    try:
+        result = training.carry_out(run_of("losia-p8", variant, steps=12), base)
+    except MissingPeer as missing:
+        pytest.skip(str(missing))
+    assert result["status"] == "ok"
+    assert result["curve"] != default["curve"] or result["made"] != default["made"]
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    factors = [training.schedule(step, steps=10, warmup=2) for step in range(10)]
+    assert factors[:3] == [0.5, 1.0, 1.0] and factors[-1] == pytest.approx(1 / 8)
+    assert all(a >= b for a, b in zip(factors[1:], factors[2:], strict=False))
+
+
+def test_a_search_sees_the_search_split_only(base, plain_runs):
+    result = training.carry_out(run_of("lora-r8", kind="search", steps=2), base)
+    assert set(result["scores"]) == {"search"} and "each" not in result
+    assert result["items"] != plain_runs("untrained")["items"]
+
+
+def test_a_run_that_diverges_is_a_result(base):
+    result = training.carry_out(run_of("fft", lr=1e18), base)
+    assert result["status"] == "diverged" and "step" in result["reason"] and "scores" not in result
+
+
+def test_the_period_gives_every_group_a_turn(base, plain_runs):
+    assert plain_runs("main")["made"] == {"period": 4, "calibration_batches": 4}
+    random = training.carry_out(run_of("losia-p8", "cycles-quarter-random"), base)["made"]
+    assert random == {"period": 16, "calibration_batches": 0}
+
+
+def test_bytes_are_counted(base):
+    found = training.carry_out(run_of("lora-r8", steps=2), base)["memory"]
+    per_block = 4 * (128 + 128) + 3 * (128 + 256)
+    assert found["trained_values"] == 3 * 8 * per_block
+    assert found["gradient_bytes"] == 4 * found["trained_values"]
+    assert found["optimizer_bytes"] == pytest.approx(8 * found["trained_values"], rel=0.01)
+    losia = training.carry_out(run_of("losia-p8", steps=2), base)["memory"]
+    assert losia["observing_bytes"] == 8 * (4 * 128 * 128 + 3 * 128 * 256)
+    assert training.carry_out(run_of("losia-p8", "marginal", steps=2), base)["memory"]["observing_bytes"] == 0
+
+
+def test_the_reference_agrees(base):
+    result = oracle.carry_out_oracle(run_of("losia-p8", kind="oracle", steps=12), base)
+    assert result["largest_loss_difference"] < 1e-4
+    assert result["same_subnets"] == result["layers"] == 21 and result["shared_subnet"] == 1.0
+    mine, other = (result[key]["held_out"][""]["nll"] for key in ("scores", "reference_scores"))
+    assert mine == pytest.approx(other, rel=1e-4)
+
+
+def test_the_reference_would_notice(base, monkeypatch):
+    monkeypatch.setattr(oracle, "schedule", lambda *arguments: 0.5)  # another learning rate than the package's
+    result = oracle.carry_out_oracle(run_of("losia-p8", kind="oracle", steps=12), base)
+    assert result["largest_loss_difference"] > 1e-3
+
+
+def test_a_sequence_is_scored_after_each_task(base):
+    class Searched:
+        def best_lr(self, scale, task, method):
+            return 3e-3
+
+    run = Run("sequence", "small", "past-tense+plural", "lora-r8", 0, None, 4)
+    result = sequence.carry_out_sequence(run, base, Searched())
+    assert len(result["after"]) == 2 and all(len(row) == 2 for row in result["after"]) and result["lrs"] == [3e-3, 3e-3]
+
+
+def test_measures_of_a_sequence():
+    after = [[80.0, 10.0, 5.0], [70.0, 60.0, 10.0], [50.0, 55.0, 90.0]]
+    found = sequence.measures(after, single=[80.0, 65.0, 85.0])
+    assert found == pytest.approx({"AP": 65.0, "FWT": 0.0, "BWT": (-30.0 - 5.0) / 2})
+    assert sequence.single_task({"each": [[1.0, 3, 3, 1, 1], [2.0, 3, 1, 0, 1]]}) == 50.0
+
+
+def test_analysis(base):
+    result = analyses.carry_out_analysis(run_of("losia-p8", "cycles-2", kind="analysis", steps=12), base)
+    for values in result["captured"].values():
+        assert values["random"] < values["greedy"] <= values["entries"] <= 1
+        assert values["restarts"] <= values["entries"]
+    assert 0.8 < result["small_matrices"]["worst"] <= result["small_matrices"]["mean"] <= 1
+    assert result["moves"] > 0
+    assert all(0 < values["mean"] <= 1 for values in result["singular"].values())
+    for name, counts in result["selected"].items():
+        assert sum(counts) == base.model.get_submodule(name).in_features
+
+
+def test_optimum_and_concentration_of_known_matrices():
+    block = torch.zeros(6, 6)
+    block[:2, :2] = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    block[5, 5] = 9.0
+    assert analyses.optimum(block, 2) == pytest.approx(13 / 19)  # the 9 with the 4
+    assert analyses.optimum(block, 3) == pytest.approx(1.0)
+    shares = [15 / 120, 29 / 120, 54 / 120, 92 / 120]
+    assert analyses.concentration(torch.arange(16.0)) == pytest.approx(shares, abs=1e-4)
+    weight = torch.randn(8, 12)
+    assert analyses.similarity(weight, 3 * weight)["least"] == pytest.approx(1.0, abs=1e-3)
