@@ -339,8 +339,9 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 def _check_shapes(layer: LoSiALinear, state: dict, observed: dict) -> None:
     for key, value in state.items():
-        pairs = zip(value.shape, layer.subnet.shape, strict=False) if isinstance(value, Tensor) else ()
-        if any(size not in (1, k) for size, k in pairs):  # 1: a factored moment, as Adafactor's
+        alike = isinstance(value, Tensor) and value.dim() == 2
+        if alike and any(size not in (1, k) for size, k in zip(value.shape, layer.subnet.shape, strict=True)):
+            # 1: a factored moment, as Adafactor's
             raise ValueError(
                 f"{layer.name}: the checkpoint's {key} is {tuple(value.shape)}, the subnet {tuple(layer.subnet.shape)}"
             )
