@@ -181,7 +181,7 @@ def _calibrate(model: nn.Module, batches: list[dict], scale: float) -> None:
 
 def _check_gradients(model: nn.Module) -> None:
     for name, layer in losia_layers(model):
-        if layer.losia.is_output and layer.subnet.grad is None:
+        if hasattr(layer, "losia") and layer.losia.is_output and layer.subnet.grad is None:
             raise RuntimeError(
                 f"{name}: no gradient has reached its subnet, so something computes the loss from its weight directly, "
                 f"as SFTTrainer and Liger do: set LoSiAConfig.output_dim_factor=0, or train with transformers' Trainer"
