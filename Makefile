@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 MINUTES ?= 4.5
 
-.PHONY: help demo test bench lint clean
+.PHONY: help demo test bench quality lint clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -16,6 +16,9 @@ test: $(VENV)/.installed  ## all tests; those that need a GPU are skipped withou
 
 bench: $(VENV)/.bench  ## measure for MINUTES, most telling first, and write the tables (without a GPU: CPU rows)
 	$(VENV)/bin/python -m bench all --minutes $(MINUTES); status=$$?; $(VENV)/bin/python -m bench report && exit $$status
+
+quality: $(VENV)/.bench $(VENV)/.demo  ## what the methods learn: run what is missing for MINUTES, and write the report
+	$(VENV)/bin/python -m bench quality --minutes $(MINUTES); status=$$?; $(VENV)/bin/python -m bench quality-report && exit $$status
 
 lint: $(VENV)/.installed  ## ruff
 	$(VENV)/bin/ruff check
