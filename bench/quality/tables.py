@@ -208,8 +208,8 @@ def costs(results: Results, task: str = "pronunciation") -> str:
                          f"{timed[0]['seconds']['step']:.3f}" if timed else "not measured",
                          show([held_out(r, "nll") for r in of(results, task=task, kind="equal-time", method=method)], 3)
                          or ("" if method == "fft" else "not run")])  # fmt: skip
-    head = ["method", "values trained, M", "MB added, activations aside", "nats a token at equal steps", "seconds a step",
-            "nats a token in full fine-tuning's time"]  # fmt: skip
+    head = ["method", "values trained, M", "MB added, activations aside", "nats a token at equal steps",
+            "seconds a step", "nats a token in full fine-tuning's time"]  # fmt: skip
     return table(head, rows) if rows else ""
 
 
