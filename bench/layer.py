@@ -19,7 +19,7 @@ from .methods.galore import project_once
 from .models import GPU_BATCH, GPU_CONTEXT, STACKS, build_stack, shape_of
 
 # Slow to prepare, or less asked for.
-LATE = ("losia-reference", "losia-reference-off", "pissa", "lora-defaults", "unsloth")
+LATE = ("losia-reference", "losia-reference-off", "pissa", "lora-defaults", "galore-per-layer", "unsloth")
 
 
 class Inputs:
@@ -135,7 +135,7 @@ def run_layer(
     timings = measure(step_phases(prepared, inputs), device, seconds=1.0)
     after = measure(step_phases(floor, inputs), device, seconds=0.5)["total"]
     return {
-        "gate": passed, "trained": prepared.trained, **memory,
+        "configuration": method.configuration, "gate": passed, "trained": prepared.trained, **memory,
         **{phase: timing.to_dict() for phase, timing in timings.items()},
         "floor_ms": (before.ms + after.ms) / 2, "floor_spread_ms": abs(before.ms - after.ms),
     }  # fmt: skip

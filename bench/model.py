@@ -120,7 +120,8 @@ def run_model(run: Run, device: torch.device, dtype: torch.dtype, **changes: Any
     for phase in phases.values():  # makes the optimizer's state
         phase(0)
     before = torch.cuda.memory_allocated() if on_gpu else 0
-    row: dict[str, Any] = {"gate": passed, "trained": prepared.trained}
+    configuration = get_method(run.method).configuration
+    row: dict[str, Any] = {"configuration": configuration, "gate": passed, "trained": prepared.trained}
     row["peak_bytes"] = peak_bytes(phases, device) + before
     if on_gpu and not changes:  # on a CPU the peak is counted above a step's start, without weights and state
         row["predicted_bytes"] = predicted_bytes(run, dtype)

@@ -20,6 +20,19 @@ def _prepare(model: nn.Module, options: Options) -> Prepared:
     return Prepared(model, stepper(optimizer), count(weights))
 
 
+def _prepare_per_layer(model: nn.Module, options: Options) -> Prepared:
+    peer = import_peer("galore_torch")
+    model.requires_grad_(False)
+    weights = [linear.weight.requires_grad_() for linear in decoder_linears(model).values()]
+    for weight in weights:
+        group = {"params": [weight], "rank": RANK, "update_proj_gap": GAP, "scale": SCALE, "proj_type": "std"}
+        optimizer = peer.GaLoreAdamW([group], lr=1e-4, no_deprecation_warning=True)
+        _give_projection(optimizer, weight)
+        update = stepper(optimizer)
+        weight.register_post_accumulate_grad_hook(lambda weight, update=update: update())
+    return Prepared(model, update=lambda: None, trained=count(weights))
+
+
 def _give_projection(optimizer: torch.optim.Optimizer, weight: Tensor) -> None:
     """A random projection that is never renewed: the cost of the SVD that would renew it is a row of its own."""
     projector_class = import_peer("galore_torch.galore_projector").GaLoreProjector
@@ -41,4 +54,8 @@ def project_once(gradient: Tensor) -> Tensor:
 GALORE = Method(
     "galore", "GaLore", "galore-torch GaLoreAdamW, rank 512, scale 2, gap 200, moments in the gradient's dtype; "
     "without the SVD", _prepare,
+)  # fmt: skip
+GALORE_PER_LAYER = Method(
+    "galore-per-layer", "GaLore, layer by layer", "as galore, each weight updated in the backward as soon as its "
+    "gradient is there, which is then freed; without the SVD", _prepare_per_layer,
 )  # fmt: skip

@@ -132,7 +132,7 @@ def test_every_gpu_job_makes_a_row(pretended, quick, module):
     pytest.importorskip("galore_torch")
     rows = rows_of(module, lambda job: job.suite != "context" and job.settings.get("stack", "block") == "block")
     check(rows)
-    assert len(rows) == {layer: 17, model: 14, scaling: 4, ops: len(ops.CASES)}[module]
+    assert len(rows) == {layer: 18, model: 15, scaling: 4, ops: len(ops.CASES)}[module]
     if module is model:
         assert all(row["peak_bytes"] == pretended.allocator.peak for row in rows if row["status"] == "ok")
         predicted = {row["id"]["name"] for row in rows if row.get("predicted_bytes")}

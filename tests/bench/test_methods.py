@@ -29,9 +29,10 @@ def quick(monkeypatch):
 
 
 def needs(method: str) -> None:
-    peer = {"galore": "galore_torch"} | dict.fromkeys(("lora", "lora-fp32", "lora-defaults", "dora", "pissa"), "peft")
-    if method in peer and importlib.util.find_spec(peer[method]) is None:
-        pytest.skip(f"{peer[method]} is not installed")
+    peft = ("lora", "lora-fp32", "lora-defaults", "dora", "pissa")
+    peer = "galore_torch" if method.startswith("galore") else "peft" if method in peft else None
+    if peer is not None and importlib.util.find_spec(peer) is None:
+        pytest.skip(f"{peer} is not installed")
 
 
 @pytest.mark.parametrize("stack", ["linears", "block"])
@@ -51,6 +52,7 @@ def test_a_model_row(tiny, method):
     needs(method)
     run = model.Run(method, tiny, 1, 32, checkpointing=True, options=Options(rank=4))
     row = model.run_model(run, CPU, torch.float32)
+    assert row["configuration"] == METHODS[method].configuration
     assert row["us_per_token"]["total"] == pytest.approx(1e3 * row["total"]["ms"] / 32)
 
 
