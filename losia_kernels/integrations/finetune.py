@@ -35,7 +35,7 @@ from .. import LoSiAConfig, apply_losia, remove_losia
 from ..checkpoint import full_state_dict
 from ..linear import losia_layers
 from . import data
-from .checkpoints import CheckpointCallback, last_checkpoint, save_model, write_json
+from .checkpoints import CheckpointCallback, export_checkpoint, last_checkpoint, save_model, write_json
 from .options import FinetuneOptions, InputError
 from .progress import ProgressCallback
 from .transformers import LoSiACallback, LoSiAOptimizerFactory, losia_timeline
@@ -76,8 +76,14 @@ def finetune(options: FinetuneOptions, callbacks: tuple[TrainerCallback, ...] = 
     if options.packing:
         check_packing(model)
     steps = total_steps(options, len(train_data), processes.num_processes)
-    config = apply_with_period(model, options, steps)
     processes.wait_for_everyone()  # all have found the folder as it was
+    if checkpoint and checkpoint.name == f"checkpoint-{steps}" and any(checkpoint.glob("*.safetensors")):
+        if first:  # only the model was not written; the Trainer would take one more step
+            export_checkpoint(checkpoint, run / "model")
+            print(f"model in {run / 'model'}, loss curve in {run / 'loss_curve.png'}")
+        processes.wait_for_everyone()
+        return run / "model"
+    config = apply_with_period(model, options, steps)
     arguments = training_arguments(options, steps)
     use_cache = model.config.use_cache
     speaking = []
