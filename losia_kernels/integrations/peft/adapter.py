@@ -37,9 +37,9 @@ class LoSiAAdapter(LoSiALinear):
         self.in_weight = False
         self.membership: Membership | None = None
         self._synced: tuple[int, int] | None = None
-        self.register_buffer("block_out_idx", self.out_idx[None].clone())
-        self.register_buffer("block_in_idx", self.in_idx[None].clone())
-        self.register_buffer("block_values", self.current_subnet.gather(self.matrix.detach())[None])
+        # no buffers: DistributedDataParallel would send them round at every forward
+        self.block_out_idx, self.block_in_idx = self.out_idx[None].clone(), self.in_idx[None].clone()
+        self.block_values = self.current_subnet.gather(self.matrix.detach())[None]
 
     @property
     def weight(self) -> Tensor:
@@ -152,18 +152,33 @@ class LoSiAAdapter(LoSiALinear):
         matrix = self.matrix
         return torch.stack([block.gather(matrix) for _, block in self.blocks()])
 
+    # state ------------------------------------------------------------------------------------------------------------
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        for name in BLOCKS:
+            setattr(self, name, fn(getattr(self, name)))
+        return self
+
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "block_values"] = self.trained_values()
+        tensors = self.block_out_idx, self.block_in_idx, self.trained_values()
+        destination.update({prefix + name: tensor for name, tensor in zip(BLOCKS, tensors, strict=True)})
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
         """The tuner layer has taken the adapter out of the weight. The number of blocks is the checkpoint's."""
-        loaded = [state_dict.get(prefix + name) for name in BLOCKS]
+        loaded = [state_dict.pop(prefix + name, None) for name in BLOCKS]
         if all(tensor is not None for tensor in loaded):
             self._check_blocks(*loaded)
             for name, tensor in zip(BLOCKS, loaded, strict=True):
-                setattr(self, name, getattr(self, name).new_empty(tensor.shape))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+                setattr(self, name, tensor.detach().to(self.out_idx.device, copy=True))
+        else:
+            missing_keys += [prefix + name for name, tensor in zip(BLOCKS, loaded, strict=True) if tensor is None]
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def _check_blocks(self, out_idx: Tensor, in_idx: Tensor, values: Tensor) -> None:
         if values.shape != (len(out_idx), *out_idx.shape[1:], *in_idx.shape[1:]) or len(in_idx) != len(out_idx):
