@@ -79,12 +79,12 @@ def launch_subnet_grad(
     config = subnet_grad_config(dy, k_out, k_in, out_idx is not None, alignment)
     dy = dy.reshape(tokens, dy.shape[-1])  # copies only where the leading dimensions have no common stride
     x = x.reshape(tokens, x.shape[-1])
-    if config.variant.startswith("gathered"):
-        if out_idx is not None:
-            dy, out_idx = launch_gather_features(dy, out_idx, alignment), None
-        if config.variant == "gathered_library":
-            x = x if in_idx is None else launch_gather_features(x, in_idx, alignment)
-            return _library_product(dy, x)
+    if in_idx is not None and config.variant != "fused":  # two gathers in one wide tile would not fit the registers
+        x, in_idx = launch_gather_features(x, in_idx, alignment), None
+    if out_idx is not None and config.variant.startswith("gathered"):
+        dy, out_idx = launch_gather_features(dy, out_idx, alignment), None
+    if config.variant == "gathered_library":
+        return _library_product(dy, x)
     return _launch_product(dy, x, out_idx, in_idx, k_out, k_in, alignment, config)
 
 

@@ -22,21 +22,32 @@ def index(k: int) -> torch.Tensor:
     return meta(k, dtype=torch.int64)
 
 
-def gather_features(dtype: torch.dtype) -> None:
+def gather_features(dtype: torch.dtype, alignment: int = 1) -> None:
     from losia_kernels.kernels.gather import launch_gather_features
 
-    launch_gather_features(meta(4, TOKENS // 4, HIDDEN, dtype=dtype), index(K_HIDDEN))
+    launch_gather_features(meta(4, TOKENS // 4, HIDDEN, dtype=dtype), index(K_HIDDEN), alignment)
 
 
-def subnet_grad(dtype: torch.dtype, gather_out: bool = True, gather_in: bool = False) -> None:
+def subnet_grad(
+    dtype: torch.dtype,
+    gather_out: bool = True,
+    gather_in: bool = False,
+    alignment: int = 1,
+    variant: str | None = None,
+    shape: tuple[int, int] = (INTERMEDIATE, HIDDEN),
+) -> None:
+    from losia_kernels.kernels._launch import override_config
     from losia_kernels.kernels.subnet_grad import launch_subnet_grad
 
-    launch_subnet_grad(
-        meta(TOKENS, INTERMEDIATE, dtype=dtype),
-        meta(TOKENS, HIDDEN if gather_in else K_HIDDEN, dtype=dtype),
-        index(K_INTERMEDIATE) if gather_out else None,
-        index(K_HIDDEN) if gather_in else None,
-    )
+    out, inner = shape
+    with override_config("subnet_grad", **({"variant": variant} if variant else {})):
+        launch_subnet_grad(
+            meta(TOKENS, out, dtype=dtype),
+            meta(TOKENS, inner if gather_in else inner // 8, dtype=dtype),
+            index(out // 8) if gather_out else None,
+            index(inner // 8) if gather_in else None,
+            alignment,
+        )
 
 
 def subnet_adamw(dtype: torch.dtype, master: bool = True, lr=1e-4, step=1, seed: int | None = None) -> None:
@@ -48,6 +59,23 @@ def subnet_adamw(dtype: torch.dtype, master: bool = True, lr=1e-4, step=1, seed:
         meta(K_INTERMEDIATE, K_HIDDEN, dtype=torch.float32 if master else dtype),
         meta(4, K_INTERMEDIATE, K_HIDDEN, dtype=torch.float32),
         *moments, index(K_INTERMEDIATE), index(K_HIDDEN), lr, 0.9, 0.999, 1e-8, 0.0, step, seed,
+    )  # fmt: skip
+
+
+def subnets_adamw(dtype: torch.dtype, moments: torch.dtype = torch.float32, master: str = "float32") -> None:
+    from losia_kernels.kernels.subnets_adamw import launch_subnets_adamw_
+
+    subnet_dtype = torch.float32 if master == "float32" else dtype
+    sizes = [((INTERMEDIATE, HIDDEN), (K_INTERMEDIATE, K_HIDDEN)), ((HIDDEN, HIDDEN), (K_HIDDEN, K_HIDDEN))]
+    scales = [meta(k[0], -(-k[1] // 256), dtype=torch.float32) for _, k in sizes] if moments == torch.uint8 else []
+    launch_subnets_adamw_(
+        [meta(*size, dtype=dtype) for size, _ in sizes],
+        [meta(*k, dtype=subnet_dtype) for _, k in sizes],
+        [meta(4, *k, dtype=subnet_dtype) for _, k in sizes],
+        *([meta(*k, dtype=moments) for _, k in sizes] for _ in range(2)),
+        [index(k[0]) for _, k in sizes], [index(k[1]) for _, k in sizes], [1e-4] * 2, [1] * 2, [3] * 2,
+        0.9, 0.999, 1e-8, 0.0, scales, scales,
+        [meta(*k, dtype=torch.int16) for _, k in sizes] if master == "remainder" else [],
     )  # fmt: skip
 
 
@@ -94,7 +122,15 @@ for name, dtype in DTYPES.items():
     CASES[f"subnet_grad-{name}"] = lambda dtype=dtype: subnet_grad(dtype)
     CASES[f"subnet_grad-gather_both-{name}"] = lambda dtype=dtype: subnet_grad(dtype, gather_in=True)
     CASES[f"subnet_grad-gather_none-{name}"] = lambda dtype=dtype: subnet_grad(dtype, gather_out=False)
+    CASES[f"gather_features-aligned-{name}"] = lambda dtype=dtype: gather_features(dtype, alignment=16)
+    for variant in ("fused", "fused_wide", "gathered"):
+        CASES[f"subnet_grad-{variant}-{name}"] = lambda dtype=dtype, variant=variant: subnet_grad(
+            dtype, variant=variant)
+    CASES[f"subnet_grad-fused-gather_both-{name}"] = lambda dtype=dtype: subnet_grad(
+        dtype, gather_in=True, variant="fused")
+    CASES[f"subnet_grad-aligned-{name}"] = lambda dtype=dtype: subnet_grad(dtype, gather_in=True, alignment=16)
     CASES[f"subnet_adamw-{name}"] = lambda dtype=dtype: subnet_adamw(dtype)
+    CASES[f"subnets_adamw-{name}"] = lambda dtype=dtype: subnets_adamw(dtype)
     CASES[f"importance_update-{name}"] = lambda dtype=dtype: importance_update(dtype, torch.float32)
     CASES[f"importance_marginals-{name}"] = lambda dtype=dtype: importance_marginals(dtype)
     CASES[f"cross_entropy_grad-{name}"] = lambda dtype=dtype: cross_entropy_grad(dtype)
@@ -102,6 +138,15 @@ for name, dtype in DTYPES.items():
     if dtype != torch.float32:
         CASES[f"subnet_adamw-nearest-{name}"] = lambda dtype=dtype: subnet_adamw(dtype, master=False)
         CASES[f"subnet_adamw-stochastic-{name}"] = lambda dtype=dtype: subnet_adamw(dtype, master=False, seed=0)
+for model, shape in {"13b": (13824, 5120), "70b": (28672, 8192), "70b-down": (8192, 28672)}.items():
+    CASES[f"subnet_grad-{model}"] = lambda shape=shape: subnet_grad(torch.bfloat16, shape=shape)
+    CASES[f"subnet_grad-aligned-{model}"] = lambda shape=shape: subnet_grad(
+        torch.bfloat16, alignment=16, shape=shape)
+for moments in (torch.float32, torch.bfloat16, torch.uint8):
+    for master in ("float32", "remainder", "none"):
+        CASES[f"subnets_adamw-{master}-{moments}"] = (
+            lambda moments=moments, master=master: subnets_adamw(torch.bfloat16, moments, master)
+        )
 CASES["importance_update-bf16-state"] = lambda: importance_update(torch.bfloat16, torch.bfloat16)
 for kind in ("first_order", "second_order", "gradient"):
     CASES[f"importance_update-{kind}"] = lambda kind=kind: importance_update(torch.bfloat16, torch.float32, kind)
