@@ -9,7 +9,7 @@ HERE = Path(__file__).parent
 
 
 def run_offline(script: str) -> str:
-    """What ``script`` prints; it may import ``compile_cases`` and ``compile_kernels``."""
+    """What ``script`` prints; it may import ``compile_cases`` and ``bench``."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parents[1]), env.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
