@@ -129,7 +129,8 @@ def draw_timeline(history: SubnetHistory, last: int, picture: Path) -> None:
         panels[0], (("overlap", "share of the subnet kept"), ("captured", "share of the score captured")), strict=True
     ):
         extent = (0, last, len(groups) - 0.5, -0.5)
-        axes.imshow(1 - factor, extent=extent, aspect="auto", cmap="Oranges", vmin=0, vmax=2, interpolation="nearest")
+        axes.imshow(np.where(factor < 1, 1 - factor, np.nan), extent=extent, aspect="auto", cmap="Oranges", vmin=-0.3,
+                    vmax=1.5, interpolation="nearest")  # fmt: skip
         axes.imshow(np.where(observing == 1, 0.35, np.nan), extent=extent, aspect="auto", cmap="Greys", vmin=0, vmax=1,
                     interpolation="nearest")  # fmt: skip
         moves = _by_move(history, what)
@@ -152,8 +153,8 @@ def draw_subnets(history: SubnetHistory, last: int, picture: Path) -> None:
         return np.stack([_density(_idx(place, side), place.features[side]) for place in current])
 
     figure = _panels(
-        history.of_layers(), rows, cmap="Blues", limit=lambda image: min(1.0, 4 * image.mean()),
-        label="share of the neurons that are trained",
+        history.of_layers(), rows, cmap="Blues", percentile=97,
+        label="share of the bin's neurons that are trained",
         title=f"Trained neurons. Each layer's band is the run from its start (top) to step {last}",
     )  # fmt: skip
     _save(figure, picture)
@@ -186,8 +187,9 @@ def draw_gradients(sums: dict[str, tuple], picture: Path) -> None:
         return _binned(values / values.mean(), np.maximum.reduceat)[None]
 
     figure = _panels(
-        sums, rows, cmap="magma", limit=lambda image: np.percentile(image, 99),
-        label="sum of |g|, over its mean", title="Sums of |g| over each neuron before training (largest of each bin)",
+        sums, rows, cmap="magma", percentile=99,
+        label="sum of |g|, over its mean; the largest of each bin",
+        title="Sums of |g| over each neuron, before training",
     )  # fmt: skip
     _save(figure, picture)
 
@@ -210,33 +212,30 @@ def draw_singular_vectors(similarity: dict, picture: Path) -> None:
     _save(figure, picture)
 
 
-def _panels(layers: dict, rows: Callable, cmap: str, limit: Callable, label: str, title: str) -> pyplot.Figure:
+def _panels(layers: dict, rows: Callable, cmap: str, percentile: float, label: str, title: str) -> pyplot.Figure:
     """Two panels (outputs, inputs) for each kind of layer; in each, the ``rows(layer, side)`` of all its layers."""
     kinds = _by_kind(layers)
+    heights = [1 + 0.075 * len(each) for each in kinds.values()]
     figure, panels = pyplot.subplots(
-        len(kinds), 2, figsize=(13, 1.2 + sum(1 + 0.075 * len(each) for each in kinds.values())), squeeze=False,
-        layout="constrained", height_ratios=[1 + 0.075 * len(each) for each in kinds.values()],
-    )  # fmt: skip
+        len(kinds), 2, figsize=(13, 1.4 + sum(heights)), squeeze=False, layout="constrained", height_ratios=heights
+    )
+    bands = {kind: [[rows(layer, side) for layer in each] for side in (0, 1)] for kind, each in kinds.items()}
+    images = {kind: [np.concatenate(side) for side in sides] for kind, sides in bands.items()}
+    limit = max(np.percentile(image, percentile) for sides in images.values() for image in sides)
     for line, (kind, each) in zip(panels, kinds.items(), strict=True):
         for side, axes in enumerate(line):
-            bands = [rows(layer, side) for layer in each]
-            image = np.concatenate(bands)
-            drawn = axes.imshow(image, aspect="auto", cmap=cmap, vmin=0, vmax=limit(image), interpolation="nearest",
-                                extent=(0, 1, len(each) - 0.5, -0.5))  # fmt: skip
-            if len(bands[0]) > 1:
+            drawn = axes.imshow(images[kind][side], aspect="auto", cmap=cmap, vmin=0, vmax=limit,
+                                interpolation="nearest", extent=(0, 1, len(each) - 0.5, -0.5))  # fmt: skip
+            if len(bands[kind][side][0]) > 1:
                 axes.hlines(np.arange(1, len(each)) - 0.5, 0, 1, color="0.75", linewidth=0.5)
             axes.set_title(f"{kind}: {('outputs', 'inputs')[side]}", fontsize=10)
             axes.set_xticks([])
-            axes.set_ylabel("layer" if side == 0 and len(each) > 1 else "")
-            if len(each) == 1:
-                axes.set_yticks([])
-            else:
-                axes.yaxis.get_major_locator().set_params(integer=True)
-            figure.colorbar(drawn, ax=axes, pad=0.01)
-        line[0].set_xlabel("")
+            axes.yaxis.get_major_locator().set_params(integer=True)
+        line[0].set_ylabel("layer")
     for axes in panels[-1]:
         axes.set_xlabel("neurons, in the order of the weight")
-    figure.suptitle(f"{title}\ncolour: {label}", fontsize=11)
+    figure.colorbar(drawn, ax=panels, location="top", shrink=0.5, aspect=40, label=label)
+    figure.suptitle(title, fontsize=11)
     return figure
 
 
