@@ -63,6 +63,19 @@ def test_sixteen_bits(tiny, method):
     assert row["gate"]["dx"]["error"] <= row["gate"]["dx"]["allowed"]
 
 
+@pytest.mark.parametrize(("method", "dtype", "autocast"), [
+    ("lora", torch.bfloat16, False), ("dora", torch.bfloat16, False), ("pissa", torch.bfloat16, False),
+    ("lora-fused", torch.bfloat16, False), ("lora-fp32", torch.float32, True), ("lora-defaults", torch.float32, True),
+    ("losia-pro", torch.float32, False), ("galore", torch.bfloat16, False), ("full", torch.bfloat16, False),
+])  # fmt: skip
+def test_what_is_trained_has_the_dtype_that_the_readme_says(tiny, method, dtype, autocast):
+    needs(method)
+    prepared = get_method(method).prepare(model.build_model(tiny, CPU, torch.bfloat16), Options(rank=4))
+    assert {p.dtype for p in prepared.module.parameters() if p.requires_grad} == {dtype}
+    assert prepared.autocast == autocast
+    assert not any(part.p for part in prepared.module.modules() if isinstance(part, torch.nn.Dropout))
+
+
 @pytest.mark.parametrize("method", [name for name in RUNNABLE if name != "frozen"])
 def test_a_step_changes_what_is_trained_and_leaves_no_gradients(tiny, method):
     needs(method)
