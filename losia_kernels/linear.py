@@ -124,6 +124,7 @@ class LoSiALinear(nn.Linear):
         self.register_buffer("in_idx", first.in_idx.to(device))
         self.subnet = nn.Parameter(self.current_subnet.gather(self.matrix.detach()).to(self._subnet_dtype))
         self.fingerprint: int | None = None  # of the weight it was made with; a sharded one cannot be compared any more
+        self._versions: tuple[int, int] | None = None  # of subnet and weight, at the last forward
         self._probe: Tensor | None = None
         self.observe_callback: Callable[..., None] | None = None
 
@@ -142,9 +143,14 @@ class LoSiALinear(nn.Linear):
         return Subnet(self.out_idx, self.in_idx)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x [..., in]`` -> ``[..., out]``, as nn.Linear, autocast included."""
+        """``x [..., in]`` -> ``[..., out]``, as nn.Linear, autocast included.
+
+        Raises RuntimeError in training, outside of torch.compile, if the subnet was stepped but not written back.
+        """
         if not (torch.is_grad_enabled() and self.subnet.requires_grad):
             return F.linear(x, self.matrix, self.bias)
+        if not torch.compiler.is_compiling():
+            self._check_written_back()
         device = x.device.type
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # meta has none
         if autocast and x.dtype != torch.float64:
@@ -154,6 +160,17 @@ class LoSiALinear(nn.Linear):
         return _SubnetLinear.apply(
             x, self.matrix, self.bias, self.subnet, out_idx, in_idx, self._probe, self.alignment
         )
+
+    def _check_written_back(self) -> None:
+        """Compares values, and waits for the GPU, only where torch has counted a write to the subnet alone."""
+        before, self._versions = self._versions, (self.subnet._version, self.weight._version)
+        if before is None or before[0] == self._versions[0] or before[1] != self._versions[1]:
+            return
+        if not torch.equal(self.current_subnet.gather(self.matrix), self.subnet.to(self.weight.dtype)):
+            raise RuntimeError(
+                f"{self.name}: an optimizer has stepped the subnet, but its values are not in the weight, with which "
+                f"the model computes: use LoSiAAdamW, attach(optimizer, model), or write_back_() after each step"
+            )
 
     @torch.no_grad()
     def write_back_(self) -> None:
@@ -218,7 +235,8 @@ class LoSiALinear(nn.Linear):
         return self
 
     def __getstate__(self):
-        return {**super().__getstate__(), "_probe": None, "observe_callback": None}  # a copy observes for nobody
+        own = {"_probe": None, "observe_callback": None, "_versions": None}  # a copy observes for nobody
+        return {**super().__getstate__(), **own}
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         """Checks indices before they are used; a checkpoint of the plain model (no subnet) fills the subnet anew."""

@@ -174,10 +174,12 @@ def test_detached_it_is_the_plain_optimizer_again():
     timeline.detach()
     assert all(layer.observe_callback is None for _, layer in losia_layers(model))
     weight, before = model.model.layers[0].up_proj.weight.clone(), subnets(model)
-    for batch in make_batches(4):
-        take_step(model, optimizer, batch)
+    first, second = make_batches(2)
+    take_step(model, optimizer, first)
     assert timeline.step == 1 and subnets(model) == before
     assert torch.equal(model.model.layers[0].up_proj.weight, weight)  # nobody writes back
+    with pytest.raises(RuntimeError, match="layers.0.up_proj: an optimizer has stepped the subnet"):
+        model(**second)
     assert "losia_step" not in optimizer.state_dict()["param_groups"][0]
 
 
