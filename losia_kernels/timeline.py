@@ -158,7 +158,7 @@ class Timeline:
             return self._sharded
         sharded = self.ranks.group is not None and uses_fully_shard(self._model)
         if sharded and self.config.importance_sync != "gradient":
-            raise ValueError("importance_sync='slot' needs whole weights on each rank: under fully_shard use 'gradient'")
+            raise ValueError("importance_sync='slot' needs whole weights on each rank: fully_shard needs 'gradient'")
         if sharded or not self._first:
             self._sharded = sharded
         return sharded

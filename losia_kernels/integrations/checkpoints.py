@@ -43,21 +43,24 @@ class CheckpointCallback(TrainerCallback):
     def __init__(self, tokenizer, use_cache: bool):
         self.tokenizer, self.use_cache = tokenizer, use_cache
 
-    def on_save(self, args, state, control, optimizer=None, **kwargs):
+    def on_save(self, args, state, control, model=None, optimizer=None, **kwargs):
         PartialState().wait_for_everyone()  # every process has written its part
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         self.tokenizer.save_pretrained(folder)
+        if not (folder / "config.json").exists():  # of shards the Trainer saves the tensors alone
+            model.config.save_pretrained(folder)
         config = json.loads((folder / "config.json").read_text())
         write_json(folder / "config.json", config | {"use_cache": self.use_cache})  # the Trainer turns it off
         timeline = losia_timeline(optimizer)
+        files = [path for path in folder.rglob("*") if path.is_file()]
         values = {
             "step": state.global_step,
             "observing": [timeline.group_names[group] for group in timeline.observing],
             "groups": list(timeline.group_names),
             "config": timeline.config.to_dict(),
-            "files": {path.name: path.stat().st_size for path in folder.iterdir()},
+            "files": {str(path.relative_to(folder)): path.stat().st_size for path in files},
         }
         write_json(folder / MARKER, values)
 

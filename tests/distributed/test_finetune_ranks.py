@@ -1,4 +1,4 @@
-"""``finetune`` under torchrun: the same model as in one process, resumed on another number of processes."""
+"""``finetune`` under torchrun and accelerate: the model of one process, resumed on another number of processes."""
 
 import json
 import os
@@ -14,8 +14,10 @@ for library in ("transformers", "accelerate", "matplotlib", "psutil"):
     pytest.importorskip(library)
 
 HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
 OPTIONS = ["--lr", "1e-3", "--init-subnet", "random", "--period", "2", "--rank-factor", "1/4", "--max-length", "32",
            "--dtype", "float32"]  # fmt: skip
+RUN = ["--gradient-accumulation", "2", "--steps", "8"]
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +33,40 @@ def inputs(tmp_path_factory) -> Path:
     return folder
 
 
-def finetune(inputs: Path, output: Path, processes: int, *options: str) -> str:
-    launch = [] if processes == 1 else ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+def launched(*command: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", *launch, "losia_kernels", "finetune", "--model", str(inputs / "model"),
-         "--data", str(inputs / "data.jsonl"), "--output", str(output), *OPTIONS, *options],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""},
-        cwd=HERE.parent.parent, capture_output=True, text=True, timeout=170,
+        [sys.executable, "-m", *command], capture_output=True, text=True, timeout=170, cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "",
+                          "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
+
+
+def arguments(inputs: Path, output: Path, *options: str) -> list[str]:
+    return ["finetune", "--model", str(inputs / "model"), "--data", str(inputs / "data.jsonl"), "--output", str(output),
+            *OPTIONS, *options]  # fmt: skip
+
+
+def finetune(inputs: Path, output: Path, processes: int, *options: str) -> str:
+    launch = [] if processes == 1 else ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    return launched(*launch, "losia_kernels", *arguments(inputs, output, *options))
+
+
+def accelerate(config: str, inputs: Path, output: Path, processes: int, *options: str) -> str:
+    program = [str(HERE / "finetune_as_on_gpus.py")] if config == "fsdp2" else ["-m", "losia_kernels"]
+    return launched(
+        "accelerate.commands.launch", "--config_file", f"examples/distributed/{config}.yaml",
+        "--num_processes", str(processes), *program, *arguments(inputs, output, *options),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory) -> Path:
+    """The run of one process, which all others must equal."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    finetune(inputs, run, 1, "--batch-size", "8", *RUN)
+    return run
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -62,12 +88,9 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.mark.slow
-def test_two_processes_and_a_resume_on_one(inputs, tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    finetune(inputs, whole, 1, "--batch-size", "8", "--gradient-accumulation", "2", "--steps", "8")
-    said = finetune(
-        inputs, parts, 2, "--batch-size", "4", "--gradient-accumulation", "2", "--steps", "8", "--save-steps", "5"
-    )
+def test_two_processes_and_a_resume_on_one(inputs, whole, tmp_path):
+    parts = tmp_path / "parts"
+    said = finetune(inputs, parts, 2, "--batch-size", "4", *RUN, "--save-steps", "5")
     assert "on each of 2 processes" in said and said.count("model  ") == 1
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-4)
     expected, start = weights(whole), weights(inputs)
@@ -77,7 +100,28 @@ def test_two_processes_and_a_resume_on_one(inputs, tmp_path):
 
     (parts / "model").rename(tmp_path / "first")
     shutil.rmtree(parts / "checkpoints" / "checkpoint-8")
-    said = finetune(inputs, parts, 1, "--batch-size", "8", "--gradient-accumulation", "2", "--steps", "8",
-                    "--save-steps", "5", "--resume")
+    said = finetune(inputs, parts, 1, "--batch-size", "8", *RUN, "--save-steps", "5", "--resume")
     assert "resuming from" in said and "checkpoint-5" in said
     torch.testing.assert_close(weights(parts), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_accelerate_config_of_ddp(inputs, whole, tmp_path):
+    said = accelerate("ddp", inputs, tmp_path / "run", 2, "--batch-size", "4", *RUN)
+    assert "on each of 2 processes" in said
+    torch.testing.assert_close(weights(tmp_path / "run"), weights(whole), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_accelerate_config_of_fsdp2_and_a_resume_on_four(inputs, whole, tmp_path):
+    run = tmp_path / "run"
+    accelerate("fsdp2", inputs, run, 2, "--batch-size", "4", *RUN, "--save-steps", "5")
+    assert (run / "checkpoints" / "checkpoint-5" / "pytorch_model_fsdp_0").exists()
+    torch.testing.assert_close(weights(run), weights(whole), rtol=0, atol=1e-5)
+    assert keys(run) == keys(whole)
+
+    (run / "model").rename(tmp_path / "first")
+    shutil.rmtree(run / "checkpoints" / "checkpoint-8")
+    said = accelerate("fsdp2", inputs, run, 4, "--batch-size", "2", *RUN, "--save-steps", "5", "--resume")
+    assert "checkpoint-5" in said
+    torch.testing.assert_close(weights(run), weights(whole), rtol=0, atol=1e-5)
