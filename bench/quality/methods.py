@@ -117,31 +117,32 @@ def _losia(model: nn.Module, setting: Setting, rank_factor: float) -> Trained:
     return Trained(model, optimizer, lambda: remove_losia(model), made)
 
 
-_ADAPTER_LRS = (1e-4, 3e-4, 1e-3, 3e-3)
+_LRS = (3e-4, 1e-3, 3e-3)
+_LARGE_RANK_LRS = (1e-4, 3e-4, 1e-3)
 _LORA = "no dropout, all linears of the decoder blocks"
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("fft", "full fine-tuning", "all parameters, torch AdamW", (1e-5, 3e-5, 1e-4, 3e-4), _full),
-        Method("lora-r8", "LoRA r 8", f"peft, alpha 16, {_LORA}", _ADAPTER_LRS,
+        Method("fft", "full fine-tuning", "all parameters, torch AdamW", (1e-5, 3e-5, 1e-4), _full),
+        Method("lora-r8", "LoRA r 8", f"peft, alpha 16, {_LORA}", _LRS,
                functools.partial(_adapters, rank=8)),
-        Method("losia-p8", "LoSiA p 1/8", "this package, its defaults, calibrated start", _ADAPTER_LRS,
+        Method("losia-p8", "LoSiA p 1/8", "this package, its defaults, calibrated start", _LRS,
                functools.partial(_losia, rank_factor=1 / 8)),
-        Method("lora-r64", "LoRA r 64", f"peft, alpha 128, {_LORA}", _ADAPTER_LRS,
+        Method("lora-r64", "LoRA r 64", f"peft, alpha 128, {_LORA}", _LARGE_RANK_LRS,
                functools.partial(_adapters, rank=64)),
-        Method("losia-p4", "LoSiA p 1/4", "as p 1/8", _ADAPTER_LRS, functools.partial(_losia, rank_factor=1 / 4)),
-        Method("dora-r64", "DoRA r 64", "peft, LoRA r 64 with use_dora", _ADAPTER_LRS,
+        Method("losia-p4", "LoSiA p 1/4", "as p 1/8", _LRS, functools.partial(_losia, rank_factor=1 / 4)),
+        Method("dora-r64", "DoRA r 64", "peft, LoRA r 64 with use_dora", _LARGE_RANK_LRS,
                functools.partial(_adapters, rank=64, use_dora=True)),
         Method("pissa-r64", "PiSSA r 64", "peft, LoRA r 64 with init_lora_weights=pissa_niter_4",
-               (3e-5, 1e-4, 3e-4, 1e-3),
+               _LARGE_RANK_LRS,
                functools.partial(_adapters, rank=64, init_lora_weights="pissa_niter_4")),
         Method("galore", "GaLore", "galore-torch, rank 1/8 of the hidden size, scale 2, gap 200; embeddings and norms "
-               "by AdamW", (3e-5, 1e-4, 3e-4, 1e-3), _galore),
-        Method("losia-p16", "LoSiA p 1/16", "as p 1/8", _ADAPTER_LRS, functools.partial(_losia, rank_factor=1 / 16)),
-        Method("lora-r11", "LoRA r 11", "peft, alpha 22: adds as many bytes as LoSiA p 1/8", _ADAPTER_LRS,
+               "by AdamW", _LARGE_RANK_LRS, _galore),
+        Method("losia-p16", "LoSiA p 1/16", "as p 1/8", _LRS, functools.partial(_losia, rank_factor=1 / 16)),
+        Method("lora-r11", "LoRA r 11", "peft, alpha 22: adds as many bytes as LoSiA p 1/8", _LRS,
                functools.partial(_adapters, rank=11)),
-        Method("losia-p2", "LoSiA p 1/2", "as p 1/8", _ADAPTER_LRS, functools.partial(_losia, rank_factor=1 / 2)),
+        Method("losia-p2", "LoSiA p 1/2", "as p 1/8", _LRS, functools.partial(_losia, rank_factor=1 / 2)),
     )
 }  # fmt: skip
 

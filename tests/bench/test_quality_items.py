@@ -113,4 +113,7 @@ def test_blank_lines_do_not_count_and_groups_are_apart():
 
 def test_fingerprint_knows_other_items():
     items = tiny_splits().held_out
-    assert fingerprint(items) == fingerprint(list(items)) != fingerprint(items[:-1])
+    assert fingerprint(items) == fingerprint(list(items))
+    changed = Item(items[-1].key, items[-1].prompt, " other\n")
+    others = items[:-1], items[::-1], [*items[:-1], changed]
+    assert len({fingerprint(items), *map(fingerprint, others)}) == 4
