@@ -11,6 +11,7 @@ suites:
     layer         a decoder layer, and its linears alone, over the frozen floor
     model         a whole model, microseconds a token and peak memory (the paper's Tables 14 and 15)
     context       the longest context whose step fits 80 GB
+    variants      forms of one kernel side by side; without a GPU by machine code and counts
     output_layer  the loss of the vocabulary projection against torch, Liger and cut-cross-entropy
     scaling       cost over p, tokens, layers and T
     memory        without a GPU: the memory model against a simulated run of full size
@@ -29,13 +30,13 @@ from pathlib import Path
 
 import torch
 
-from . import layer, memory, model, ops, output_layer, scaling
+from . import layer, memory, model, ops, output_layer, scaling, variants
 from .jobs import DeviceLost, Job, run_all
 from .methods import METHODS, UnknownMethod, get_method
 from .provenance import clocks, provenance
 from .store import FINAL, RESULTS, Results
 
-SUITES = ("layer", "model", "context", "ops", "output_layer", "scaling", "memory")
+SUITES = ("layer", "model", "context", "ops", "variants", "output_layer", "scaling", "memory")
 LAST = 1000.0  # priority of what has failed before
 
 
@@ -56,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         device = _device(arguments.device)
+        if arguments.suite == "variants" and device.type != "cuda":
+            print(variants.report())
+            return 0
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         jobs = list(select(arguments.suite, arguments.methods, device, dtype))
     except (UnknownMethod, BadArgument) as error:
@@ -117,7 +121,8 @@ def select(suite: str, names: str | None, device: torch.device, dtype: torch.dty
 
     Raises UnknownMethod for a name that no job and no method has, BadArgument if nothing is left.
     """
-    jobs = [job for module in (layer, model, ops, output_layer, scaling, memory) for job in module.jobs(device, dtype)]
+    modules = layer, model, ops, variants, output_layer, scaling, memory
+    jobs = [job for module in modules for job in module.jobs(device, dtype)]
     wanted = None if names is None else {name.strip() for name in names.split(",")}
     for name in (wanted or set()) - {job.name for job in jobs}:
         get_method(name)

@@ -1,0 +1,189 @@
+"""Forms of one kernel side by side: timed on a GPU; without one, by their machine code and by counts.
+
+``python -m bench variants``. The package chooses by ``losia_kernels.kernels._launch.choose_subnet_grad``; "ours" is its
+choice, the others ask for a form by ``override_config``.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from losia_kernels import eager, ops
+from losia_kernels.kernels._launch import SUBNET_GRAD_VARIANTS, choose_config, override_config
+from losia_kernels.subnet import Subnet
+
+from . import counts
+from .jobs import Job
+from .models import shape_of
+from .ops import OpCase, run_case
+
+ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+LINEARS = ("up_proj", "q_proj", "down_proj")
+REGISTERS, SHARED = 65536, {"sm_80": 164, "sm_90": 228, "sm_100": 228}  # of a multiprocessor; KiB
+
+
+def _in_form(variant: str, function: Callable, prefetch: bool | None = None) -> Callable:
+    fields = {"variant": variant} if prefetch is None else {"variant": variant, "prefetch": prefetch}
+
+    def run(*arguments):
+        with override_config("subnet_grad", **fields):
+            return function(*arguments)
+
+    return run
+
+
+def _inputs(generator, shape: tuple[int, int], p: float, tokens: int, dtype: torch.dtype, alignment: int) -> tuple:
+    k = tuple(int(p * size) // alignment * alignment for size in shape)
+    subnet = Subnet.random(shape, k, torch.Generator().manual_seed(0), alignment)
+    out_idx, in_idx = subnet.out_idx.to(generator.device), subnet.in_idx.to(generator.device)
+    dy, x, weight = (
+        torch.randn(*sizes, generator=generator, device=generator.device).to(dtype)
+        for sizes in ((tokens, shape[0]), (tokens, shape[1]), shape)
+    )
+    return dy, x[:, in_idx], weight, out_idx
+
+
+def subnet_grad(shape, p, tokens, dtype, alignment: int) -> OpCase:
+    """The gradient alone, in every form; single entries also without loading a tile ahead."""
+
+    def ours(dy, x, weight, out_idx):
+        return ops.subnet_grad(dy, x, out_idx, None, alignment)
+
+    forms: dict[str, Callable[..., Any]] = {"ours": ours}
+    forms |= {f"ours: {variant}": _in_form(variant, ours) for variant in SUBNET_GRAD_VARIANTS}
+    if alignment == 1:
+        for variant in ("fused", "fused_wide"):
+            forms[f"ours: {variant}, nothing ahead"] = _in_form(variant, ours, prefetch=False)
+    forms["eager"] = lambda dy, x, weight, o: eager.subnet_grad_partials(dy, x, o, None).sum(0)
+    k_out, k_in = (int(p * size) // alignment * alignment for size in shape)
+    return OpCase(
+        inputs=lambda g: _inputs(g, shape, p, tokens, dtype, alignment),
+        forms=forms,
+        truth=lambda dy, x, weight, o: dy[:, o].double().T @ x.double(),
+        moved_bytes=dtype.itemsize * tokens * (shape[0] + k_in) + 4 * k_out * k_in,
+        flops=2 * tokens * k_out * k_in,
+    )
+
+
+class GatherBesideProduct:
+    """dx on this stream while dy's columns are gathered on another; then the dense product of the gathered parts."""
+
+    def __init__(self, alignment: int):
+        self.alignment = alignment
+        self.side: torch.cuda.Stream | None = None
+
+    def __call__(self, dy: Tensor, x: Tensor, weight: Tensor, out_idx: Tensor) -> list[Tensor]:
+        if not dy.is_cuda:
+            dy_sub, dx = ops.gather_features(dy, out_idx, self.alignment), dy @ weight
+        else:
+            self.side = torch.cuda.Stream() if self.side is None else self.side
+            here = torch.cuda.current_stream()
+            self.side.wait_stream(here)
+            with torch.cuda.stream(self.side):
+                dy_sub = ops.gather_features(dy, out_idx, self.alignment)
+            dx = dy @ weight
+            here.wait_stream(self.side)
+            dy_sub.record_stream(here)
+        return [dx, ops.subnet_grad(dy_sub, x)]
+
+
+def backward(shape, p, tokens, dtype, alignment: int) -> OpCase:
+    """dx and the subnet's gradient, as a layer's backward makes them: in order, or the gather beside dx."""
+
+    def ours(dy, x, weight, out_idx):
+        return [dy @ weight, ops.subnet_grad(dy, x, out_idx, None, alignment)]
+
+    forms: dict[str, Callable[..., Any]] = {"ours": ours}
+    forms |= {f"ours: {variant}": _in_form(variant, ours) for variant in SUBNET_GRAD_VARIANTS}
+    forms["ours: gather beside dx"] = GatherBesideProduct(alignment)
+    forms["eager"] = lambda dy, x, weight, o: [dy @ weight, eager.subnet_grad_partials(dy, x, o, None).sum(0)]
+    k_out, k_in = (int(p * size) // alignment * alignment for size in shape)
+    return OpCase(
+        inputs=lambda g: _inputs(g, shape, p, tokens, dtype, alignment),
+        forms=forms,
+        truth=lambda dy, x, weight, o: [dy.double() @ weight.double(), dy[:, o].double().T @ x.double()],
+        moved_bytes=dtype.itemsize * (tokens * (shape[0] + shape[1] + k_in) + shape[0] * shape[1]),
+        flops=2 * tokens * (shape[0] * shape[1] + k_out * k_in),
+    )
+
+
+CASES = {"subnet_grad": subnet_grad, "backward": backward}
+
+
+def jobs(device: torch.device, dtype: torch.dtype) -> Iterator[Job]:
+    """Timed rows; none without a GPU."""
+    if device.type != "cuda":
+        return
+    for name, case in CASES.items():
+        for linear in LINEARS:
+            shape = shape_of("llama-2-7b").linears[linear]
+            for alignment in (1, 16):
+                for p in (1 / 8, 1 / 4) if name == "subnet_grad" else (1 / 8,):
+                    settings = {"model": "llama-2-7b", "linear": linear, "p": p, "tokens": 8192, "alignment": alignment}
+
+                    def run(case=case, shape=shape, p=p, alignment=alignment) -> dict[str, Any]:
+                        return run_case(case(shape, p, 8192, dtype, alignment), device, dtype)
+
+                    yield Job("variants", name, settings, run, 40 if p == 1 / 8 else 70)
+
+
+# without a GPU --------------------------------------------------------------------------------------------------------
+
+
+def programs_at_once(arch: str, registers: int, shared: int, warps: int) -> int | None:
+    """Programs that one multiprocessor holds, by registers and shared memory; None for an AMD device."""
+    if arch not in SHARED:
+        return None
+    return min(REGISTERS // (32 * warps * registers), SHARED[arch] * 1024 // (shared + 1024), 64 // warps)
+
+
+def _machine_code(arch: str, variant: str, alignment: int, tokens: int, shape: tuple[int, int], p: float) -> str:
+    from losia_kernels.kernels.subnet_grad import launch_subnet_grad
+
+    from .machine_code import accesses, facts, launches
+
+    def meta(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(sizes, dtype=dtype, device="meta")
+
+    k_out, k_in = (int(p * size) for size in shape)
+
+    def case() -> None:
+        with override_config("subnet_grad", variant=variant):
+            index = meta(k_out, dtype=torch.int64)
+            launch_subnet_grad(meta(tokens, shape[0]), meta(tokens, k_in), index, None, alignment)
+
+    chosen = choose_config("subnet_grad", arch, torch.bfloat16, tokens, k_out, k_in, alignment).variant
+    lines = []
+    for kernel in launches(arch, case):
+        found, touched = facts(kernel), accesses(kernel)
+        at_once = programs_at_once(arch, found["registers"], kernel.metadata.shared, kernel.metadata.num_warps)
+        widths = "; ".join(
+            f"{kind} " + ", ".join(f"{count} x {width}" for width, count in of_kind.items())
+            for kind, of_kind in touched.items() if of_kind
+        )  # fmt: skip
+        lines.append(
+            f"{arch:7} {alignment:9} {variant + ('*' if variant == chosen else ''):12} {kernel.name:22} "
+            f"{found['registers']:9} {found['spills']:6} {kernel.metadata.shared:7} {at_once or '':>7}  {widths}"
+        )
+    return "\n".join(lines)
+
+
+def report(archs: tuple[str, ...] = ARCHS, tokens: int = 8192, p: float = 1 / 8) -> str:
+    """All that a machine without a GPU can say of the forms: machine code of up_proj's gradient, then the counts."""
+    shape = shape_of("llama-2-7b").linears["up_proj"]
+    lines = [
+        "Compiled, not run. bfloat16, LLaMA-2 7B up_proj, p = 1/8, 8,192 tokens; * is the form chosen; accesses to",
+        "memory: instructions x bytes a thread (copy: asynchronous, to shared memory); programs at once on one SM.",
+        f"{'arch':7} alignment {'form':12} {'kernel':22} registers spills  shared at once  accesses",
+    ]
+    lines += [
+        _machine_code(arch, variant, alignment, tokens, shape, p)
+        for arch in archs
+        for alignment in (1, 16)
+        for variant in SUBNET_GRAD_VARIANTS
+        if variant != "gathered_library"  # the vendor's product is not ours to compile
+    ]
+    tables = (counts.table_subnet_grad(), counts.table_observing(), counts.table_saved_inputs())
+    return "\n\n".join(["\n".join(lines), "Counted, not measured. Bytes of an average random choice.", *tables])
