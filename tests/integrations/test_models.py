@@ -10,6 +10,7 @@ from torch import nn
 
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, export_state_dict, remove_losia
 from losia_kernels.linear import LoSiAConv1D, losia_layers
+from losia_kernels.sharded import uses_fully_shard
 
 
 def convert(family: Family, model: nn.Module, **options) -> nn.Module:
@@ -118,3 +119,13 @@ def test_training_moves_only_subnets_and_the_result_loads_in_plain_transformers(
     loaded = getattr(transformers, family.model).from_pretrained(tmp_path, dtype=torch.float32)
     with torch.no_grad():
         assert torch.equal(logits(loaded.eval(), batch), expected)
+
+
+def test_conv1d_cut_by_fully_shard_is_refused(monkeypatch):
+    """Its rows are inputs. (Here every module passes for one that fully_shard has seen.)"""
+    model = convert(FAMILIES["gpt2"], FAMILIES["gpt2"].make())
+    assert not uses_fully_shard(model)
+    monkeypatch.setattr("torch.distributed.fsdp.FSDPModule", nn.Module)
+    with pytest.raises(ValueError, match=r"transformer.h.0.attn.c_attn: fully_shard would cut .* Conv1D.*use DDP"):
+        uses_fully_shard(model)
+    assert uses_fully_shard(convert(FAMILIES["llama"], FAMILIES["llama"].make()))
