@@ -137,6 +137,15 @@ def test_two_adapters_of_one_layer_cannot_act_at_once(two):
     assert_equal(weights(model), expected["first"])
 
 
+def test_a_refused_choice_of_adapters_changes_nothing():
+    model = get_peft_model(llama(), LoSiAPeftConfig(target_modules=["up_proj"], init_weights=False), "first")
+    model.add_adapter("second", LoSiAPeftConfig(target_modules=["q_proj", "up_proj"], init_weights=False))
+    before = weights(model)
+    with pytest.raises(ValueError, match="up_proj: .* first and second cannot be active"):
+        model.base_model.set_adapter(["first", "second"])  # q_proj alone, which comes first, could
+    assert_equal(weights(model), before)
+
+
 def test_adapters_of_different_layers_act_together():
     model = get_peft_model(llama(), LoSiAPeftConfig(target_modules=["up_proj"], init_weights=False), "first")
     model.add_adapter("second", LoSiAPeftConfig(target_modules=["q_proj"], init_weights=False))

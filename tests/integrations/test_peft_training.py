@@ -125,7 +125,9 @@ def test_only_the_active_adapter_trains():
     model = get_peft_model(make_model(), LoSiAPeftConfig(**CHOICES))
     model.add_adapter("other", LoSiAPeftConfig(**{**CHOICES, "seed": 4}))
     model.set_adapter("other")
+    model.set_requires_grad("default")  # trainable, but not in the weights
     optimizer = LoSiAAdamW(model, lr=LR)
+    assert sum(len(layers) for layers in optimizer.timeline.groups) == 14
     train(model, optimizer, batches(5))
     alone = get_peft_model(make_model(), LoSiAPeftConfig(**{**CHOICES, "seed": 4}))
     train(alone, LoSiAAdamW(alone, lr=LR), batches(5))
@@ -176,6 +178,15 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path):
     assert one.keys() == two.keys()
     for name, value in one.items():
         assert torch.equal(value, two[name]), name
+
+
+def test_a_trainer_trains_beside_an_idle_adapter(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=2)
+    trainer.model.add_adapter("idle", LoSiAPeftConfig(**CHOICES))
+    trainer.train()
+    assert trainer.optimizer.optimizer.timeline.step == 2
+    trainer.model.set_adapter("idle")
+    assert_same(get_peft_model(make_model(), LoSiAPeftConfig(**CHOICES)), trainer.model)
 
 
 def test_sft_trainer_takes_it_as_peft_config(tmp_path):

@@ -26,7 +26,6 @@ class LoSiATunerLinear(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._disabled: tuple[str, _unsafe_preserve_version_counter, int] | None = None
         self.in_features, self.out_features = _get_in_out_features(base_layer)
-        self.register_state_dict_pre_hook(_sync)
         self.register_load_state_dict_post_hook(_settle)
 
     def add_adapter(self, name: str, adapter: LoSiAAdapter) -> None:
@@ -155,12 +154,6 @@ class LoSiATunerLinear(nn.Module, BaseTunerLayer):
         adapter = self.losia_adapter[adapter_name] if adapter_name in self.losia_adapter else None
         if adapter is not None and not adapter.subnet.is_meta:
             adapter.to(device or self.base_layer.weight.device)  # no dtype: a float32 master stays one
-
-
-def _sync(layer: LoSiATunerLinear, prefix: str, keep_vars: bool) -> None:
-    name = layer._in_weight()
-    if name is not None:
-        layer.losia_adapter[name].sync_()
 
 
 def _settle(layer: LoSiATunerLinear, incompatible_keys: Any) -> None:
