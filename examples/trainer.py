@@ -1,0 +1,47 @@
+"""Fine-tune with transformers' Trainer. The two places where a LoRA script differs are marked.
+
+    python examples/trainer.py MODEL OUTPUT [STEPS]
+
+MODEL is a local folder or a name on the hub; ``make demo`` leaves one in .cache/SmolLM2-135M-Instruct.
+"""
+
+import sys
+
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainingArguments,
+)
+
+from losia_kernels import LoSiAConfig, apply_losia, remove_losia
+from losia_kernels.integrations.transformers import LoSiACallback, LoSiAOptimizerFactory
+
+model_name, output, steps = sys.argv[1], sys.argv[2], int(sys.argv[3]) if sys.argv[3:] else 60
+tokenizer = AutoTokenizer.from_pretrained(model_name)
+model = AutoModelForCausalLM.from_pretrained(model_name)
+
+# LoRA: model = get_peft_model(model, LoraConfig(r=64, target_modules="all-linear"))
+model = apply_losia(model, LoSiAConfig(rank_factor=1/8, period=max(1, steps // model.config.num_hidden_layers)))
+
+texts = [f"{number} times 9 is {9 * number}." for number in range(200)]
+arguments = TrainingArguments(
+    output, max_steps=steps, per_device_train_batch_size=8, learning_rate=5e-4, lr_scheduler_type="cosine",
+    warmup_steps=steps // 10, logging_steps=5, save_steps=25, report_to="none",
+)  # fmt: skip
+trainer = Trainer(
+    model,
+    arguments,
+    train_dataset=[tokenizer(text + tokenizer.eos_token) for text in texts],
+    data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+    # LoRA needs neither this argument nor the callback
+    optimizer_cls_and_kwargs=(LoSiAOptimizerFactory, {"lr": arguments.learning_rate}),
+)
+trainer.add_callback(LoSiACallback(trainer))
+trainer.train()  # resume_from_checkpoint=True goes on from the last checkpoint, to the same bits
+
+# LoRA: model = model.merge_and_unload()
+model = remove_losia(model)
+model.save_pretrained(f"{output}/model")  # an ordinary folder; before trainer.push_to_hub() it is what is pushed
+tokenizer.save_pretrained(f"{output}/model")
