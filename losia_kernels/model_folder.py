@@ -45,7 +45,10 @@ class ModelFolder:
         if (self.path / WEIGHTS).exists():
             files = [WEIGHTS]
         elif (self.path / INDEX).exists():
-            files = sorted(set(json.loads((self.path / INDEX).read_text())["weight_map"].values()))
+            try:
+                files = sorted(set(json.loads((self.path / INDEX).read_text())["weight_map"].values()))
+            except (ValueError, KeyError):
+                raise ValueError(f"{self.path / INDEX} cannot be read as an index of shards") from None
         else:
             raise ValueError(f"{path} is no model folder: it has neither {WEIGHTS} nor {INDEX}")
         self.files = {file: Tensors(self.path / file) for file in files}

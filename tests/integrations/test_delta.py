@@ -268,17 +268,20 @@ def test_a_damaged_delta_leaves_nothing_behind(pair, made, tmp_path, capsys, dam
 
 
 def test_folders_that_are_no_models(pair, tmp_path, capsys):
+    index = "model.safetensors.index.json"
+    torn = {("torn", "model.safetensors"): "\x10", ("unread", index): "{",
+            ("sharded", index): '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'}  # fmt: skip
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
-    for name, content in (("torn", b"\x10"), ("sharded", None)):
+    for (name, file), content in torn.items():
         (tmp_path / name).mkdir()
-        if content:
-            (tmp_path / name / "model.safetensors").write_bytes(content)
-        else:
-            index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
-            (tmp_path / name / "model.safetensors.index.json").write_text(json.dumps(index))
-    for name, problem in (("absent", "is no folder"), ("file", "is no folder"), ("empty", "is no model folder"),
-                          ("torn", "cannot be read as safetensors"), ("sharded", "00001-of-00002.safetensors")):
+        (tmp_path / name / file).write_text(content)
+    problems = {
+        "absent": "is no folder", "file": "is no folder", "empty": "is no model folder",
+        "torn": "cannot be read as safetensors", "unread": "cannot be read as an index of shards",
+        "sharded": "model-00001-of-00002.safetensors cannot be read",
+    }  # fmt: skip
+    for name, problem in problems.items():
         for folders in ((tmp_path / name, pair.trained), (pair.base, tmp_path / name)):
             assert cli.main(["delta", "make", *map(str, folders), str(tmp_path / "out")]) == 2
             said = capsys.readouterr().err
