@@ -55,8 +55,8 @@ def test_the_subnets_move_when_losia_adamws_do_and_the_weights_follow(kind):
             assert {name for name in now if now[name] != was[name]} <= moving
         assert timeline.observing == reference.timeline.observing
         scheduler.step()
-    lrs = {round(float(group["lr"]) * 2**40) for group in optimizer.param_groups}
-    assert lrs == {round(0.01 * 0.5 ** (2 * timeline.schedule.cycle) * 2**40)}
+    lr = 0.01 * 0.5 ** (2 * timeline.schedule.cycle)
+    assert all(float(group["lr"]) == pytest.approx(lr, rel=1e-6) for group in optimizer.param_groups)  # or float32
 
 
 @pytest.mark.parametrize("kind", [kind for kind in OPTIMIZERS if "Lion8bit" not in kind])
