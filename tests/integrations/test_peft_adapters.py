@@ -175,7 +175,7 @@ class Shared(nn.Module):
 @pytest.mark.parametrize(("make", "choices", "message"), [
     (llama, {"target_modules": ["embed_tokens"]}, "matches 'model.embed_tokens', a Embedding"),
     (llama, {"target_modules": ["up_proj", "lm_head"]}, "'lm_head', the output layer, .*output_dim_factor"),
-    (llama, {"rank_factor": 1 / 40}, "q_proj: a rank factor of 0.025 selects none of 32 neurons"),
+    (llama, {"rank_pattern": {"down_proj": 0.01}}, "down_proj: a rank factor of 0.01 selects none of 32 neurons"),
     (Shared, {"target_modules": ["one", "two"]}, "'one' and 'two' share one weight"),
     (lambda: nn.Sequential(nn.Linear(8, 8)), {"output_dim_factor": 0.5}, "needs an nn.Linear output layer"),
     (lambda: make_model().to(torch.float8_e4m3fn), {}, "is quantized: a Linear with a torch.float8_e4m3fn weight"),
