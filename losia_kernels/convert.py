@@ -16,6 +16,10 @@ from .linear import LoSiAConv1D, LoSiALinear, losia_layers
 from .quantized import refuse_quantized
 
 SUBNET_KEYS = ("subnet", "out_idx", "in_idx")
+SHARED_INPUTS = (
+    ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"),
+    ("gate_proj", "up_proj"), ("w1", "w3"), ("wi_0", "wi_1"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,7 @@ def apply_losia(model: nn.Module, config: LoSiAConfig | None = None, output_laye
         for parameter, requires_grad in was_trained:
             parameter.requires_grad_(requires_grad)
         raise
+    _share_inputs(dict(layers))
     model.requires_grad_(False)
     _replace(model, {modules[name]: layer for name, layer in layers})
     for name in saved:
@@ -128,6 +133,20 @@ def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in subnets:
             yield name, parameter
+
+
+def _share_inputs(layers: dict[str, LoSiALinear]) -> None:
+    """Let layers that read one input keep it whole, once, where the parts that they would gather are no smaller.
+
+    Which do is known from their names: a guess that is wrong keeps what plain linears would have kept, and no more.
+    """
+    for parent in {name.rpartition(".")[0] for name in layers}:
+        for names in SHARED_INPUTS:
+            sharers = [layers[full] for name in names if (full := f"{parent}.{name}".removeprefix(".")) in layers]
+            if len(sharers) > 1 and len({layer.in_features for layer in sharers}) == 1:
+                keeps = sum(layer.subnet.shape[1] for layer in sharers) >= sharers[0].in_features
+                for layer in sharers:
+                    layer.keeps_input = keeps
 
 
 # what to replace ------------------------------------------------------------------------------------------------------

@@ -16,17 +16,17 @@ from .subnet import Subnet, subnet_size
 class _SubnetLinear(torch.autograd.Function):
     """``y = x W^T + b``, differentiated for x and for the subnet of W only (Section 3.3.1).
 
-    Of x the backward keeps the subnet's input neurons: ``d_subnet = dy[:, out_idx]^T x[:, in_idx]`` (Eq. 9). Only while
-    the layer observes (``probe`` is given) it keeps all of x and returns the dense ``dy^T x`` as the probe's gradient.
+    Of x the backward keeps the subnet's input neurons: ``d_subnet = dy[:, out_idx]^T x[:, in_idx]`` (Eq. 9). With
+    ``keeps_input``, and while the layer observes, it keeps all of x: a ``probe`` gets the dense ``dy^T x`` as gradient.
     ``out_idx`` or ``in_idx`` of None is all neurons; ``alignment`` is that of the indices.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, subnet, out_idx, in_idx, probe, alignment):
+    def forward(ctx, x, weight, bias, subnet, out_idx, in_idx, probe, alignment, keeps_input):
         # x [..., in], weight [out, in], subnet [k_out, k_in]; subnet only carries the gradient, weight is current
-        keep_all = probe is not None or in_idx is None
+        ctx.whole = probe is not None or in_idx is None or keeps_input
         ctx.observing, ctx.alignment = probe is not None, alignment
-        ctx.save_for_backward(x if keep_all else ops.gather_features(x, in_idx, alignment), weight, out_idx, in_idx)
+        ctx.save_for_backward(x if ctx.whole else ops.gather_features(x, in_idx, alignment), weight, out_idx, in_idx)
         return F.linear(x, weight, bias)
 
     @staticmethod
@@ -39,11 +39,11 @@ class _SubnetLinear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             d_bias = dy.reshape(-1, dy.shape[-1]).sum(0)
         if ctx.needs_input_grad[3]:
-            in_idx = in_idx if ctx.observing else None
+            in_idx = in_idx if ctx.whole else None
             d_subnet = ops.subnet_grad(dy, x, out_idx, in_idx, ctx.alignment)  # [k_out, k_in]
         if ctx.observing:
             d_weight = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])  # [out, in]
-        return dx, None, d_bias, d_subnet, None, None, d_weight, None
+        return dx, None, d_bias, d_subnet, None, None, d_weight, None, None
 
 
 class LoSiALinear(nn.Linear):
@@ -53,6 +53,7 @@ class LoSiALinear(nn.Linear):
         weight: ``[out, in]``, frozen, always current: write-back after each update keeps it so.
         out_idx, in_idx: int64 buffers ``[k_out]``, ``[k_in]``, sorted and unique.
         subnet: Parameter ``[k_out, k_in]``, float32: the master copy of the block, and what an optimizer sees.
+        keeps_input: keep all of x for the backward, which layers that share it keep together, in place of own parts.
 
     ``rank_factor`` p selects ``int(p * dim)`` neurons on both sides; a pair selects ``(p_out, p_in)``. The first subnet
     is drawn at random from ``generator`` (torch's default if None). ``master=False`` keeps the subnet in the weight's
@@ -113,6 +114,7 @@ class LoSiALinear(nn.Linear):
         )
         self.name = name
         self.alignment = alignment
+        self.keeps_input = False
         self.master = master
         self.weight.requires_grad_(False)
         if self.bias is not None:
@@ -153,12 +155,14 @@ class LoSiALinear(nn.Linear):
             self._check_written_back()
         device = x.device.type
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # meta has none
+        given = x
         if autocast and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))  # before the function, so that it keeps the smaller x
         out_idx = None if self.subnet.shape[0] == self.out_features else self.out_idx
         in_idx = None if self.subnet.shape[1] == self.in_features else self.in_idx
         return _SubnetLinear.apply(
-            x, self.matrix, self.bias, self.subnet, out_idx, in_idx, self._probe, self.alignment
+            x, self.matrix, self.bias, self.subnet, out_idx, in_idx, self._probe, self.alignment,
+            self.keeps_input and x is given,  # a cast of x is this layer's own
         )
 
     def _check_written_back(self) -> None:

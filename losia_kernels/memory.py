@@ -304,7 +304,10 @@ def _saved_by_linears(shape: ModelShape, setting: Setting, tokens: int, observin
     if method == "frozen":
         return 0
     if method == "losia" and not observing:
-        return b * tokens * sum(subnet_size(setting.rank_factor, inner, n) for n, (_, inner) in shape.linears.items())
+        k = {n: subnet_size(setting.rank_factor, inner, n) for n, (_, inner) in shape.linears.items()}
+        shared = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]  # kept whole, once, where that is less
+        kept = sum(min(sum(k[name] for name in names), shape.hidden) for names in shared)
+        return b * tokens * (kept + k["o_proj"] + k["down_proj"])
     inputs, outputs = (sum(size[side] for size in shape.linears.values()) for side in (1, 0))
     # q, k, v share their input, gate and up theirs; o_proj's is the attention's output, saved already
     saved = b * tokens * (2 * shape.hidden + shape.intermediate)
