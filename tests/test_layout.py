@@ -18,8 +18,9 @@ PACKAGE = ROOT / "losia_kernels"
 
 # A file imports from the floors below its own, never from its own. "kernels/*" is every file not named before.
 FLOORS = [
-    ["kernels/_launch", "kernels/_device", "kernels/__init__"],
-    ["kernels/_tiles"],
+    ["kernels/_launch", "kernels/_device", "kernels/__init__", "rounding"],
+    ["kernels/_tiles", "kernels/gather", "kernels/_adamw"],
+    ["kernels/subnet_adamw"],
     ["kernels/*", "eager"],
     ["ops/_op"],
     ["ops/*"],
