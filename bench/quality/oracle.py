@@ -7,13 +7,19 @@ from csrc_ref.training import Config, Training
 from losia_kernels.linear import losia_layers
 
 from .methods import Trained
+from .store import NotReady
 from .study import Run
 from .tasks import TASKS
 from .training import Base, prepare, schedule, score, thinned, train
 
 
 def carry_out_oracle(run: Run, base: Base) -> dict[str, Any]:
-    """Train twice: with the package and with the reference; say how far apart losses, subnets and scores are."""
+    """Train twice: with the package and with the reference; say how far apart losses, subnets and scores are.
+
+    Raises NotReady on a GPU: the reference computes on CPU tensors.
+    """
+    if base.model.device.type != "cpu":
+        raise NotReady("the reference computes on a CPU: --device cpu --scale small")
     task = TASKS[run.task]
     trained, setting = prepare(run, task, base.fresh(), base)
     initial = {name: (layer.out_idx.clone(), layer.in_idx.clone()) for name, layer in losia_layers(trained.model)}

@@ -51,7 +51,8 @@ class Run:
         scale = SCALES[self.scale]
         if self.kind in ("sequence", "analysis"):
             return 8.0
-        work = (self.steps or scale.steps) * scale.batch * TOKENS[self.task] / TOKENS_PER_MINUTE
+        steps = 0 if self.kind == "untrained" else self.steps or scale.steps
+        work = steps * scale.batch * TOKENS[self.task] / TOKENS_PER_MINUTE
         evaluation = {"search": 0.1, "timing": 0.0}.get(self.kind, 0.4)
         return (work * (3 if self.kind == "oracle" else 1) + evaluation) * (1 if scale.few else 3)
 

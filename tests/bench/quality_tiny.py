@@ -20,7 +20,7 @@ def tiny_base(seed: int = 0) -> Base:
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(ALPHABET), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+        vocab_size=len(ALPHABET), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=4, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.1,
         use_cache=False,
     )  # fmt: skip

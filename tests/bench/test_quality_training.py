@@ -41,7 +41,7 @@ def plain_runs(base):
     return result
 
 
-def run_of(method: str, variant: str = "", kind: str = "main", steps: int = 12, lr: float | None = None) -> Run:
+def run_of(method: str, variant: str = "", kind: str = "main", steps: int = 8, lr: float | None = None) -> Run:
     lr = lr or METHODS[method].lrs[2]
     return Run(kind, "small", "pronunciation", method, 0, lr, steps, variant)
 
@@ -54,7 +54,7 @@ def test_every_method_learns(method, base, plain_runs):
     except MissingPeer as missing:
         pytest.skip(str(missing))
     losses = [loss for _, loss in result["curve"]]
-    assert result["status"] == "ok" and len(losses) == 12 and sum(losses[-3:]) < 0.9 * sum(losses[:3])
+    assert result["status"] == "ok" and len(losses) == 8 and sum(losses[-3:]) < 0.9 * sum(losses[:3])
     assert set(result["scores"]) == {"held_out", "english", "code"} and len(result["each"]) == 3
     untrained = plain_runs("untrained")
     assert result["scores"]["held_out"][""]["nll"] < untrained["scores"]["held_out"][""]["nll"]
@@ -84,11 +84,18 @@ def test_what_is_left_is_the_plain_model_with_the_trained_function(method, base)
 def test_every_variant_differs_from_the_default(variant, base, plain_runs):
     default = plain_runs("main")
     try:
-        result = training.carry_out(run_of("losia-p8", variant, steps=12), base)
+        result = training.carry_out(run_of("losia-p8", variant), base)
     except MissingPeer as missing:
         pytest.skip(str(missing))
     assert result["status"] == "ok"
     assert result["curve"] != default["curve"] or result["made"] != default["made"]
+
+
+def test_ways_of_rounding_differ(base):
+    """Weights after a few small updates, most of which a 16-bit value cannot hold: only a master keeps them all."""
+    curves = [training.carry_out(run_of("losia-p8", name, steps=6, lr=1e-4), base)["curve"]
+              for name in ("bf16", "bf16-stochastic", "bf16-nearest")]  # fmt: skip
+    assert len({str(curve) for curve in curves}) == 3
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
@@ -117,7 +124,7 @@ def test_the_period_gives_every_group_a_turn(base, plain_runs):
 def test_bytes_are_counted(base):
     found = training.carry_out(run_of("lora-r8", steps=2), base)["memory"]
     per_block = 4 * (128 + 128) + 3 * (128 + 256)
-    assert found["trained_values"] == 3 * 8 * per_block
+    assert found["trained_values"] == 2 * 8 * per_block
     assert found["gradient_bytes"] == 4 * found["trained_values"]
     assert found["optimizer_bytes"] == pytest.approx(8 * found["trained_values"], rel=0.01)
     losia = training.carry_out(run_of("losia-p8", steps=2), base)["memory"]
@@ -126,16 +133,16 @@ def test_bytes_are_counted(base):
 
 
 def test_the_reference_agrees(base):
-    result = oracle.carry_out_oracle(run_of("losia-p8", kind="oracle", steps=12), base)
+    result = oracle.carry_out_oracle(run_of("losia-p8", kind="oracle"), base)
     assert result["largest_loss_difference"] < 1e-4
-    assert result["same_subnets"] == result["layers"] == 21 and result["shared_subnet"] == 1.0
+    assert result["same_subnets"] == result["layers"] == 14 and result["shared_subnet"] == 1.0
     mine, other = (result[key]["held_out"][""]["nll"] for key in ("scores", "reference_scores"))
     assert mine == pytest.approx(other, rel=1e-4)
 
 
 def test_the_reference_would_notice(base, monkeypatch):
     monkeypatch.setattr(oracle, "schedule", lambda *arguments: 0.5)  # another learning rate than the package's
-    result = oracle.carry_out_oracle(run_of("losia-p8", kind="oracle", steps=12), base)
+    result = oracle.carry_out_oracle(run_of("losia-p8", kind="oracle"), base)
     assert result["largest_loss_difference"] > 1e-3
 
 
@@ -157,7 +164,7 @@ def test_measures_of_a_sequence():
 
 
 def test_analysis(base):
-    result = analyses.carry_out_analysis(run_of("losia-p8", "cycles-2", kind="analysis", steps=12), base)
+    result = analyses.carry_out_analysis(run_of("losia-p8", "cycles-2", kind="analysis"), base)
     for values in result["captured"].values():
         assert values["random"] < values["greedy"] <= values["entries"] <= 1
         assert values["restarts"] <= values["entries"]
