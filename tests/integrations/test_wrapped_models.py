@@ -99,7 +99,7 @@ def test_compiled_block_by_block(compiled_graphs, compile_blocks, compiled_first
     their own), the same subnets as without, and plain names throughout."""
     backend, graphs = compiled_graphs
     config = LoSiAConfig(rank_factor=0.25, period=1, target_modules=r".*layers\.\d\.(self_attn|mlp)\..*_proj")
-    plain, model = (LLAMA.make(num_hidden_layers=3) for _ in range(2))
+    plain, model = (LLAMA.make(num_hidden_layers=3, use_cache=False) for _ in range(2))
     apply_losia(plain, config)
     keys = list(model.state_dict())
     if compiled_first:
