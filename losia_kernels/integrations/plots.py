@@ -221,7 +221,7 @@ def _panels(layers: dict, rows: Callable, cmap: str, percentile: float, label: s
     )
     bands = {kind: [[rows(layer, side) for layer in each] for side in (0, 1)] for kind, each in kinds.items()}
     images = {kind: [np.concatenate(side) for side in sides] for kind, sides in bands.items()}
-    limit = max(np.percentile(image, percentile) for sides in images.values() for image in sides)
+    limit = np.median([np.percentile(image, percentile) for sides in images.values() for image in sides])
     for line, (kind, each) in zip(panels, kinds.items(), strict=True):
         for side, axes in enumerate(line):
             drawn = axes.imshow(images[kind][side], aspect="auto", cmap=cmap, vmin=0, vmax=limit,
@@ -234,7 +234,7 @@ def _panels(layers: dict, rows: Callable, cmap: str, percentile: float, label: s
         line[0].set_ylabel("layer")
     for axes in panels[-1]:
         axes.set_xlabel("neurons, in the order of the weight")
-    figure.colorbar(drawn, ax=panels, location="top", shrink=0.5, aspect=40, label=label)
+    figure.colorbar(drawn, ax=panels, location="top", shrink=0.5, aspect=40, pad=0.01, label=label, extend="max")
     figure.suptitle(title, fontsize=11)
     return figure
 
