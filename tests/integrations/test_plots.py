@@ -103,6 +103,7 @@ def run(tmp_path_factory, model_folder):
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_plot_draws_every_picture(run, capsys):
     assert cli.main(["plot", str(run), "--vectors", "8"]) == 0
     said = capsys.readouterr()
