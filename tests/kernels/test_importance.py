@@ -164,3 +164,14 @@ print(*sorted(set(re.findall(r"(?:ld|st)\\.global[.a-z]*\\.(v\\d\\.\\w+|\\w+)", 
 """
     accesses = set(run_offline(script).split())
     assert accesses and accesses <= {"v2.b32", "v4.b32", "v2.b64"}, accesses
+
+
+def test_offsets_past_two_to_the_31(device, sparse_zeros):
+    """A row starts 2^30 entries after the one before, in each tensor in turn."""
+    shape, apart = (3, 5), (2**30 + 8, 1)
+    for far in range(4):
+        args = make_args(shape, device, torch.bfloat16, torch.bfloat16)
+        view = sparse_zeros(2**31 + 16 + 5).view(torch.bfloat16).as_strided(shape, apart)
+        args[far] = view.copy_(args[far])
+        check_marginals(*args[2:])
+        check_update(args)

@@ -90,3 +90,12 @@ def test_non_finite_score_shows_where_it_counts(device, bad):
         out_sums, in_sums = launch(importance, uncertainty, out_idx, in_idx)
         assert (~out_sums.isfinite()).nonzero().tolist() == shown_out
         assert (~in_sums.isfinite()).nonzero().tolist() == shown_in
+
+
+def test_offsets_past_two_to_the_31(device, sparse_zeros):
+    apart = sparse_zeros(2**31 + 16 + 5).view(torch.bfloat16).as_strided((3, 5), (2**30 + 8, 1))
+    beside = torch.rand(3, 5, device=device).bfloat16()
+    apart.copy_(torch.rand(3, 5))
+    chosen = torch.tensor([0, 2], device=device), torch.tensor([1, 4], device=device)
+    check(apart, beside, *chosen)
+    check(beside, apart, *chosen)
