@@ -7,6 +7,8 @@ Each function computes what the kernel of the same name computes, in the same dt
 import torch
 from torch import Tensor
 
+from .rounding import FIRST_MOMENT, SECOND_MOMENT, decode, encode, join_float, split_float, stochastic_round
+
 KINDS = ("sensitivity", "first_order", "second_order", "gradient")
 
 
@@ -46,42 +48,65 @@ def subnet_adamw_(
     weight_decay: float,
     step: int,
     seed: int | None,
+    exp_avg_scale: Tensor | None = None,
+    exp_avg_sq_scale: Tensor | None = None,
+    remainder: Tensor | None = None,
 ) -> None:
-    grad = (grad.sum(0) if grad.dim() == 3 else grad).to(exp_avg.dtype)  # [k_out, k_in]
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    denom = exp_avg_sq.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
-    value = subnet.to(exp_avg.dtype)  # the master itself, or a 16-bit subnet in float32
+    dtype = accumulate_dtype(weight.dtype)
+    grad = (grad.sum(0) if grad.dim() == 3 else grad).to(dtype)  # [k_out, k_in]
+    first = _load_moment(exp_avg, exp_avg_scale, signed=True).lerp_(grad, 1 - beta1)
+    second = _load_moment(exp_avg_sq, exp_avg_sq_scale, signed=False).mul_(beta2)
+    second.addcmul_(grad, grad, value=1 - beta2)
+    denom = second.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
+    value = subnet.to(dtype) if remainder is None else join_float(subnet, remainder)  # the master itself, or a copy
     if weight_decay:
         value *= 1 - lr * weight_decay
-    value.addcdiv_(exp_avg, denom, value=-lr / (1 - beta1**step))
-    if seed is not None:
+    value.addcdiv_(first, denom, value=-lr / (1 - beta1**step))
+    if remainder is not None:
+        value, rest = split_float(value)
+        remainder.copy_(rest)
+    elif seed is not None and subnet.dtype in (torch.bfloat16, torch.float16):
         value = stochastic_round(value, subnet.dtype, seed)
     subnet.copy_(value)
-    weight[out_idx[:, None], in_idx] = subnet.to(weight.dtype)
+    write_subnet_(weight, out_idx, in_idx, subnet)
+    if first is not exp_avg:
+        _store_moment(exp_avg, exp_avg_scale, first, signed=True, seed=seed ^ FIRST_MOMENT)
+        _store_moment(exp_avg_sq, exp_avg_sq_scale, second, signed=False, seed=seed ^ SECOND_MOMENT)
 
 
-def hash_u32(counter: Tensor, seed: int) -> Tensor:
-    """Counter-based random 32-bit integers (int64 tensor): murmur3's finalizer of ``counter * golden + seed``."""
-    mask = 0xFFFFFFFF
-    h = (counter * 0x9E3779B1 + seed) & mask
-    h = ((h ^ (h >> 16)) * 0x85EBCA6B) & mask
-    h = ((h ^ (h >> 13)) * 0xC2B2AE35) & mask
-    return h ^ (h >> 16)
+def subnets_adamw_(
+    weights, subnets, grads, exp_avgs, exp_avg_sqs, out_idx, in_idx, lr, step, seeds, beta1, beta2, eps, weight_decay,
+    exp_avg_scales, exp_avg_sq_scales, remainders,
+):  # fmt: skip
+    for number in range(len(weights)):
+        extra = (each[number] if each else None for each in (exp_avg_scales, exp_avg_sq_scales, remainders))
+        subnet_adamw_(
+            weights[number], subnets[number], grads[number], exp_avgs[number], exp_avg_sqs[number], out_idx[number],
+            in_idx[number], lr[number], beta1, beta2, eps, weight_decay, step[number],
+            seeds[number] if seeds else None, *extra,
+        )  # fmt: skip
 
 
-def stochastic_round(value: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
-    """Round float32 ``value`` to bfloat16 or float16, up with the probability of the remainder.
+def write_subnet_(weight: Tensor, out_idx: Tensor, in_idx: Tensor, values: Tensor) -> None:
+    """``weight[out_idx][:, in_idx] = values``, on a CPU in half the time of indexing twice."""
+    stride_out, stride_in = weight.stride()
+    span = 1 + sum(stride * (size - 1) for stride, size in zip(weight.stride(), weight.shape, strict=True))
+    positions = (out_idx * stride_out)[:, None] + in_idx * stride_in  # [k_out, k_in]
+    weight.as_strided((max(span, 0),), (1,)).scatter_(0, positions.flatten(), values.to(weight.dtype).flatten())
 
-    The random bits depend on ``seed`` and the element's flat position only. Non-finite values pass unchanged.
-    """
-    dropped = {torch.bfloat16: 16, torch.float16: 13}[dtype]  # mantissa bits that float32 has and dtype has not
-    counter = torch.arange(value.numel(), device=value.device).view(value.shape)
-    noise = hash_u32(counter, seed) & ((1 << dropped) - 1)
-    bits = value.contiguous().view(torch.int32).to(torch.int64) + noise
-    bits = (bits >> dropped) << dropped
-    rounded = bits.to(torch.int32).view(torch.float32)
-    return torch.where(torch.isfinite(value), rounded, value).to(dtype)
+
+def _load_moment(moment: Tensor, scale: Tensor | None, signed: bool) -> Tensor:
+    """In float32: the tensor itself if it is that already."""
+    return moment.to(accumulate_dtype(moment.dtype)) if scale is None else decode(moment, scale, signed)
+
+
+def _store_moment(moment: Tensor, scale: Tensor | None, value: Tensor, signed: bool, seed: int) -> None:
+    if scale is None:
+        moment.copy_(stochastic_round(value, moment.dtype, seed))
+        return
+    codes, scales = encode(value, signed, seed)
+    moment.copy_(codes)
+    scale.copy_(scales)
 
 
 def importance_of(weight: Tensor, grad: Tensor, kind: str, grad_scale: float = 1.0) -> Tensor:

@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def hash_u32(counter, seed):
-    """Random uint32 from a position and a seed: ``eager.hash_u32``, bit for bit."""
+    """Random uint32 from a position and a seed: ``rounding.hash_u32``, bit for bit."""
     h = counter.to(tl.uint32) * 0x9E3779B1 + tl.cast(seed, tl.uint32)
     h = (h ^ (h >> 16)) * 0x85EBCA6B
     h = (h ^ (h >> 13)) * 0xC2B2AE35
@@ -20,7 +20,7 @@ def is_finite(value):
 
 @triton.jit
 def stochastic_round(value, counter, seed, dtype: tl.constexpr):
-    """Float32 ``value`` in bf16 or fp16, up with the probability of the remainder: ``eager.stochastic_round``.
+    """Float32 ``value`` in bf16 or fp16, up with the probability of the remainder: ``rounding.stochastic_round``.
 
     ``counter`` is the element's flat position in its tensor.
     """

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._adamw import adamw
 from ._device import stochastic_round, store_as
 from ._launch import launch_config
 from ._tiles import tile_grid, tile_offsets, tile_ptrs
@@ -36,9 +37,9 @@ def subnet_adamw_kernel(
     beta2,
     one_minus_beta2,
     eps,
-    decay,  # 1 - lr * weight_decay
-    step_size,  # lr / (1 - beta1^step)
-    root_correction,  # sqrt(1 - beta2^step)
+    decay,
+    step_size,
+    root_correction,
     seed,
     SPLITS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
@@ -59,15 +60,14 @@ def subnet_adamw_kernel(
     sq_ptrs = tile_ptrs(exp_avg_sq_ptr, offs_out, offs_in, stride_sq_out, stride_sq_in)
     exp_avg = tl.load(avg_ptrs, mask=mask, other=0.0)
     exp_avg_sq = tl.load(sq_ptrs, mask=mask, other=0.0)
-    exp_avg += (grad - exp_avg) * one_minus_beta1
-    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad
-    tl.store(avg_ptrs, exp_avg, mask=mask)
-    tl.store(sq_ptrs, exp_avg_sq, mask=mask)
-
     subnet_ptrs = tile_ptrs(subnet_ptr, offs_out, offs_in, stride_subnet_out, stride_subnet_in)
     value = tl.load(subnet_ptrs, mask=mask, other=0.0).to(tl.float32)
-    denom = tl.div_rn(tl.sqrt_rn(exp_avg_sq), root_correction) + eps
-    value = value * decay - tl.div_rn(step_size * exp_avg, denom)
+    value, exp_avg, exp_avg_sq = adamw(
+        value, grad, exp_avg, exp_avg_sq, one_minus_beta1, beta2, one_minus_beta2, eps, decay, step_size,
+        root_correction,
+    )  # fmt: skip
+    tl.store(avg_ptrs, exp_avg, mask=mask)
+    tl.store(sq_ptrs, exp_avg_sq, mask=mask)
     if STOCHASTIC:
         counter = offs_out[:, None] * k_in + offs_in[None, :]  # flat position in the subnet, modulo 2^32
         value = stochastic_round(value, counter, seed, subnet_ptr.dtype.element_ty).to(tl.float32)

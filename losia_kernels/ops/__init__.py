@@ -4,7 +4,7 @@ CPU tensors (and float64 anywhere) take ``eager``; CUDA tensors take the Triton 
 Names that end in ``_`` write their arguments. Order is always (out, in); ``t`` counts tokens.
 """
 
-from .adamw import subnet_adamw_
+from .adamw import subnet_adamw_, subnets_adamw_
 from .cross_entropy import cross_entropy_block_grad_, cross_entropy_grad_
 from .importance import importance_marginals, importance_update_, score_marginals
 from .linear import gather_features, subnet_grad, subnet_grad_partials
@@ -19,4 +19,5 @@ __all__ = [
     "subnet_adamw_",
     "subnet_grad",
     "subnet_grad_partials",
+    "subnets_adamw_",
 ]

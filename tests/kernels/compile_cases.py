@@ -62,11 +62,13 @@ def subnet_adamw(dtype: torch.dtype, master: bool = True, lr=1e-4, step=1, seed:
     )  # fmt: skip
 
 
-def subnets_adamw(dtype: torch.dtype, moments: torch.dtype = torch.float32, master: str = "float32") -> None:
+def subnets_adamw(
+    dtype: torch.dtype, moments: torch.dtype = torch.float32, master: str = "float32", k_in: int = K_HIDDEN
+) -> None:
     from losia_kernels.kernels.subnets_adamw import launch_subnets_adamw_
 
     subnet_dtype = torch.float32 if master == "float32" else dtype
-    sizes = [((INTERMEDIATE, HIDDEN), (K_INTERMEDIATE, K_HIDDEN)), ((HIDDEN, HIDDEN), (K_HIDDEN, K_HIDDEN))]
+    sizes = [((INTERMEDIATE, HIDDEN), (K_INTERMEDIATE, k_in)), ((HIDDEN, HIDDEN), (K_HIDDEN, k_in))]
     scales = [meta(k[0], -(-k[1] // 256), dtype=torch.float32) for _, k in sizes] if moments == torch.uint8 else []
     launch_subnets_adamw_(
         [meta(*size, dtype=dtype) for size, _ in sizes],
@@ -146,6 +148,9 @@ for moments in (torch.float32, torch.bfloat16, torch.uint8):
     for master in ("float32", "remainder", "none"):
         CASES[f"subnets_adamw-{master}-{moments}"] = (
             lambda moments=moments, master=master: subnets_adamw(torch.bfloat16, moments, master)
+        )
+        CASES[f"subnets_adamw-unaligned-{master}-{moments}"] = (
+            lambda moments=moments, master=master: subnets_adamw(torch.bfloat16, moments, master, K_HIDDEN + 1)
         )
 CASES["importance_update-bf16-state"] = lambda: importance_update(torch.bfloat16, torch.bfloat16)
 for kind in ("first_order", "second_order", "gradient"):

@@ -51,6 +51,23 @@ def test_subnet_adamw_(make, out_idx, in_idx, splits):
         opcheck(losia.subnet_adamw_.default, stochastic)
 
 
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16, torch.uint8], ids=str)
+def test_subnets_adamw_(make, out_idx, in_idx, moments):
+    weights = [make(OUT, IN) for _ in range(2)]
+    grads, subnets = ([make(4, 3, dtype=torch.float32) for _ in range(2)] for _ in "ab")
+    state = [[make(4, 3, dtype=torch.float32).square().to(moments) for _ in range(2)] for _ in "ab"]
+    scales = [[make(4, 1, dtype=torch.float32).abs() for _ in range(2)] if moments == torch.uint8 else [] for _ in "ab"]
+    indices, settings = ([out_idx] * 2, [in_idx] * 2), (0.9, 0.999, 1e-8, 0.01)
+    rates = ([1e-3, 2e-3], [2, 3], [5, 6])
+    opcheck(losia.subnets_adamw_.default,
+            (weights, subnets, grads, *state, *indices, *rates, *settings, *scales, []))
+    if weights[0].dtype == torch.bfloat16:
+        split = [subnet.bfloat16() for subnet in subnets]
+        remainders = [torch.zeros(4, 3, dtype=torch.int16, device=weights[0].device) for _ in range(2)]
+        opcheck(losia.subnets_adamw_.default,
+                (weights, split, grads, *state, *indices, *rates, *settings, *scales, remainders))
+
+
 def test_importance_update_(make):
     state = make(OUT, IN, dtype=torch.float32).abs(), make(OUT, IN, dtype=torch.float32).abs()
     opcheck(losia.importance_update_.default, (*state, make(OUT, IN), make(OUT, IN), 0.85, 0.85))

@@ -1,0 +1,178 @@
+"""AdamW on all subnets of a model in one launch: each program looks up which matrix its tile belongs to."""
+
+import functools
+import struct
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..rounding import CODE_BLOCK, FIRST_MOMENT, SECOND_MOMENT, dynamic_map
+from ._adamw import adamw, join_float, load_moment, split_float, store_moment
+from ._device import stochastic_round, store_as
+from ._launch import LaunchConfig, launch_config
+from ._tiles import tile_offsets, tile_ptrs
+from .subnet_adamw import signed_32_bits
+
+DTYPES = {
+    torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.uint8: tl.uint8,
+}  # fmt: skip
+FIRST, SECOND = tl.constexpr(FIRST_MOMENT), tl.constexpr(SECOND_MOMENT)
+
+# A row of the table, one a matrix: addresses, sizes, and what changes with the step (floats as their 32 bits).
+(WEIGHT, SUBNET, GRAD, EXP_AVG, EXP_AVG_SQ, EXP_AVG_SCALE, EXP_AVG_SQ_SCALE, REMAINDER, OUT_IDX, IN_IDX, K_OUT, K_IN,
+ STRIDE_WEIGHT_OUT, STRIDE_WEIGHT_IN, SPLITS, FIRST_TILE, SEED, DECAY, STEP_SIZE, ROOT_CORRECTION,
+ ) = (tl.constexpr(field) for field in range(20))  # fmt: skip
+FIELDS = tl.constexpr(20)
+
+
+@triton.jit
+def load_pointer(row_ptr, FIELD: tl.constexpr, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = tl.load(row_ptr + FIELD).to(tl.pointer_type(dtype))
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
+
+
+@triton.jit
+def load_float(row_ptr, FIELD: tl.constexpr):
+    return tl.load(row_ptr + FIELD).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def subnets_adamw_kernel(
+    table_ptr,  # [matrices, FIELDS] int64
+    matrix_ptr,  # [tiles] int32: the tile's matrix
+    signed_map_ptr,  # [256], for uint8 moments
+    unsigned_map_ptr,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    eps,
+    WEIGHT_DTYPE: tl.constexpr,
+    SUBNET_DTYPE: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr,
+    MOMENT_DTYPE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,  # a 16-bit subnet
+    HAS_REMAINDER: tl.constexpr,
+    ALIGNED: tl.constexpr,  # all addresses and rows start at multiples of 16
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,  # for uint8 moments the block that shares a scale
+):
+    row = table_ptr + tl.load(matrix_ptr + tl.program_id(0)) * FIELDS
+    tile = tl.program_id(0) - tl.load(row + FIRST_TILE).to(tl.int32)
+    k_out, k_in = tl.load(row + K_OUT).to(tl.int32), tl.load(row + K_IN).to(tl.int32)
+    if ALIGNED:
+        k_in = tl.multiple_of(k_in, 16)
+    seed = tl.load(row + SEED).to(tl.int32)
+    tiles_in = tl.cdiv(k_in, BLOCK_IN)
+    tile_out, tile_in = tile // tiles_in, tile % tiles_in
+    offs_out, offs_in, mask = tile_offsets(tile_out, tile_in, k_out, k_in, BLOCK_OUT, BLOCK_IN)
+    mask_out = offs_out < k_out
+
+    grad_ptrs = tile_ptrs(load_pointer(row, GRAD, GRAD_DTYPE, ALIGNED), offs_out, offs_in, k_in, 1)
+    grad = tl.zeros((BLOCK_OUT, BLOCK_IN), dtype=tl.float32)
+    for _ in range(tl.load(row + SPLITS).to(tl.int32)):
+        grad += tl.load(grad_ptrs, mask=mask, other=0.0).to(tl.float32)
+        grad_ptrs += tl.cast(k_out, tl.int64) * k_in
+
+    avg_ptrs = tile_ptrs(load_pointer(row, EXP_AVG, MOMENT_DTYPE, ALIGNED), offs_out, offs_in, k_in, 1)
+    sq_ptrs = tile_ptrs(load_pointer(row, EXP_AVG_SQ, MOMENT_DTYPE, ALIGNED), offs_out, offs_in, k_in, 1)
+    offs_scale = offs_out * tiles_in + tile_in
+    avg_scale_ptrs = load_pointer(row, EXP_AVG_SCALE, tl.float32, False) + offs_scale
+    sq_scale_ptrs = load_pointer(row, EXP_AVG_SQ_SCALE, tl.float32, False) + offs_scale
+    exp_avg = load_moment(avg_ptrs, avg_scale_ptrs, signed_map_ptr, mask, mask_out)
+    exp_avg_sq = load_moment(sq_ptrs, sq_scale_ptrs, unsigned_map_ptr, mask, mask_out)
+
+    subnet_ptrs = tile_ptrs(load_pointer(row, SUBNET, SUBNET_DTYPE, ALIGNED), offs_out, offs_in, k_in, 1)
+    rest_ptrs = tile_ptrs(load_pointer(row, REMAINDER, tl.int16, ALIGNED), offs_out, offs_in, k_in, 1)
+    value = tl.load(subnet_ptrs, mask=mask, other=0.0)
+    if HAS_REMAINDER:
+        value = join_float(value, tl.load(rest_ptrs, mask=mask, other=0))
+    value, exp_avg, exp_avg_sq = adamw(
+        value.to(tl.float32), grad, exp_avg, exp_avg_sq, one_minus_beta1, beta2, one_minus_beta2, eps,
+        load_float(row, DECAY), load_float(row, STEP_SIZE), load_float(row, ROOT_CORRECTION),
+    )  # fmt: skip
+    counter = offs_out[:, None] * k_in + offs_in[None, :]  # flat position in the subnet, modulo 2^32
+    store_moment(avg_ptrs, avg_scale_ptrs, signed_map_ptr, exp_avg, mask, mask_out, counter, seed ^ FIRST, True)
+    store_moment(sq_ptrs, sq_scale_ptrs, unsigned_map_ptr, exp_avg_sq, mask, mask_out, counter, seed ^ SECOND, False)
+    if HAS_REMAINDER:
+        value, rest = split_float(value)
+        tl.store(rest_ptrs, rest, mask=mask)
+    elif STOCHASTIC:
+        value = stochastic_round(value, counter, seed, SUBNET_DTYPE).to(tl.float32)
+    store_as(subnet_ptrs, value, mask)
+
+    weight_out = tl.load(load_pointer(row, OUT_IDX, tl.int64, ALIGNED) + offs_out, mask=mask_out, other=0)
+    weight_in = tl.load(load_pointer(row, IN_IDX, tl.int64, ALIGNED) + offs_in, mask=offs_in < k_in, other=0)
+    weight_ptr = load_pointer(row, WEIGHT, WEIGHT_DTYPE, ALIGNED)
+    stride_out, stride_in = tl.load(row + STRIDE_WEIGHT_OUT), tl.load(row + STRIDE_WEIGHT_IN)
+    store_as(tile_ptrs(weight_ptr, weight_out, weight_in, stride_out, stride_in), value, mask)
+
+
+def launch_subnets_adamw_(
+    weights, subnets, grads, exp_avgs, exp_avg_sqs, out_idx, in_idx, lr, step, seeds, beta1, beta2, eps, weight_decay,
+    exp_avg_scales, exp_avg_sq_scales, remainders,
+) -> None:  # fmt: skip
+    """``ops.subnets_adamw_`` on the device: one launch for each device and combination of dtypes."""
+    kinds: dict[tuple, list[int]] = {}
+    for number, (weight, subnet, grad) in enumerate(zip(weights, subnets, grads, strict=True)):
+        kinds.setdefault((weight.device, weight.dtype, subnet.dtype, grad.dtype), []).append(number)
+    for (device, *dtypes), numbers in kinds.items():
+        matrices = [
+            [each[number] if each else None for each in (weights, subnets, grads, exp_avgs, exp_avg_sqs, exp_avg_scales,
+                                                         exp_avg_sq_scales, remainders, out_idx, in_idx)]
+            for number in numbers
+        ]  # fmt: skip
+        scalars = [
+            (signed_32_bits(seeds[n] if seeds else 0), *map(_bits, (1 - lr[n] * weight_decay,
+             lr[n] / (1 - beta1 ** step[n]), (1 - beta2 ** step[n]) ** 0.5)))
+            for n in numbers
+        ]  # fmt: skip
+        config = launch_config("subnet_adamw_", subnets[numbers[0]], n_in=CODE_BLOCK)
+        first_tiles, matrix_of_tile = tile_map(tuple(subnets[n].shape for n in numbers), config, device)
+        table, aligned = make_table(matrices, first_tiles, scalars)
+        moment_dtype = exp_avgs[numbers[0]].dtype
+        has_codes = moment_dtype == torch.uint8
+        compiler = config.compiler | ({"num_warps": 8} if has_codes and not aligned else {})  # four spill
+        with torch.cuda.device_of(weights[numbers[0]]):
+            subnets_adamw_kernel[(len(matrix_of_tile),)](
+                _to_device(table, device), matrix_of_tile,
+                *(dynamic_map(signed, device) if has_codes else None for signed in (True, False)),
+                1 - beta1, beta2, 1 - beta2, eps, *(DTYPES[dtype] for dtype in dtypes), DTYPES[moment_dtype],
+                STOCHASTIC=bool(seeds) and dtypes[1].itemsize == 2 and not remainders, HAS_REMAINDER=bool(remainders),
+                ALIGNED=aligned, BLOCK_OUT=config.block_out, BLOCK_IN=config.block_in, **compiler,
+            )  # fmt: skip
+
+
+def make_table(matrices: list, first_tiles: tuple[int, ...], scalars: list) -> tuple[Tensor, bool]:
+    """What the kernel reads about each matrix, on the host, and whether everything is aligned to 16 bytes."""
+    rows, odd = [], 0
+    for tensors, first_tile, step in zip(matrices, first_tiles, scalars, strict=True):
+        weight, subnet, grad = tensors[:3]
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        rows.append([*addresses, *subnet.shape, *weight.stride(), grad.shape[0] if grad.dim() == 3 else 1, first_tile,
+                     *step])  # fmt: skip
+        odd |= subnet.shape[1]
+        for address in addresses:
+            odd |= address
+    return torch.tensor(rows, dtype=torch.int64), odd % 16 == 0
+
+
+@functools.lru_cache(maxsize=256)
+def tile_map(
+    shapes: tuple[tuple[int, int], ...], config: LaunchConfig, device: torch.device
+) -> tuple[tuple[int, ...], Tensor]:
+    """The number of each matrix's first tile, and the matrix of each tile ``[tiles]`` on the device."""
+    tiles = [triton.cdiv(k_out, config.block_out) * triton.cdiv(k_in, config.block_in) for k_out, k_in in shapes]
+    firsts = [sum(tiles[:number]) for number in range(len(tiles))]
+    matrix_of_tile = torch.arange(len(shapes), dtype=torch.int32).repeat_interleave(torch.tensor(tiles))
+    return tuple(firsts), _to_device(matrix_of_tile, device)
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Without waiting: torch's allocator of pinned memory keeps it until the copy is done."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def _bits(value: float) -> int:
+    return struct.unpack("i", struct.pack("f", value))[0]
