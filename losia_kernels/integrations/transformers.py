@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from ..calibrate import calibrate, start_from_frequency
-from ..linear import LoSiALinear, losia_layers
+from ..linear import LoSiALinear
 from ..optimizer import LoSiAAdamW
 from ..selection import NonFiniteScoreError
 from ..subnet import Subnet
@@ -56,8 +56,7 @@ class LoSiACallback(TrainerCallback):
 
     ``history``: a file that gets every place of every subnet, for ``losia-kernels plot``.
 
-    Raises ValueError when training begins with another optimizer than LoSiAAdamW, RuntimeError in the first step when
-    no gradient reaches the output layer's subnet (a fused loss that reads its weight, as SFTTrainer's and Liger's do).
+    Raises ValueError when training begins with another optimizer than LoSiAAdamW.
     """
 
     def __init__(self, trainer: Trainer, calibration_steps: int = CALIBRATION_STEPS, history: Path | None = None):
@@ -77,7 +76,6 @@ class LoSiACallback(TrainerCallback):
         kinds = tuple(INTEGRATION_TO_CALLBACK.values())
         self._reporters = [each for each in self.trainer.callback_handler.callbacks if isinstance(each, kinds)]
         self._moved: list[Place] = []
-        self._first_step = True
         if not state.is_world_process_zero:
             return
         if self.history and state.global_step == 0:
@@ -116,11 +114,8 @@ class LoSiACallback(TrainerCallback):
 
     # what it did ------------------------------------------------------------------------------------------------------
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         timeline = losia_timeline(optimizer)
-        if self._first_step:
-            _check_gradients(model)
-            self._first_step = False
         self._rates = {
             f"losia/lr/{name}": optimizer.param_groups[group]["lr"] * timeline.lr_factor(group)
             for group, name in enumerate(timeline.group_names)
@@ -177,15 +172,6 @@ def _calibrate(model: nn.Module, batches: list[dict], scale: float) -> None:
         if scale <= 1:
             raise
         _calibrate(model, batches, max(1.0, scale / 16))
-
-
-def _check_gradients(model: nn.Module) -> None:
-    for name, layer in losia_layers(model):
-        if hasattr(layer, "losia") and layer.losia.is_output and layer.subnet.grad is None:
-            raise RuntimeError(
-                f"{name}: no gradient has reached its subnet, so something computes the loss from its weight directly, "
-                f"as SFTTrainer and Liger do: set LoSiAConfig.output_dim_factor=0, or train with transformers' Trainer"
-            )
 
 
 def _first_batches(dataloader, count: int, device: torch.device) -> list[dict]:
