@@ -1,6 +1,6 @@
 PYTHON ?= python3
 VENV ?= .venv
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2 --dist loadfile
 MINUTES ?= 4.5
 
 .PHONY: help demo test bench quality lint clean
@@ -12,7 +12,7 @@ demo: $(VENV)/.demo  ## fine-tune SmolLM2-135M with LoSiA and with LoRA, and com
 	$(VENV)/bin/python examples/past_tense/demo.py
 
 test: $(VENV)/.installed  ## all tests; those that need a GPU are skipped without one
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 bench: $(VENV)/.bench  ## measure for MINUTES, most telling first, and write the tables (without a GPU: CPU rows)
 	$(VENV)/bin/python -m bench all --minutes $(MINUTES); status=$$?; $(VENV)/bin/python -m bench report && exit $$status
