@@ -49,7 +49,7 @@ def carry_out_analysis(run: Run, base: Base) -> dict[str, Any]:
                       for name, g in gradients.items()},
         "captured": {name: captured(scores) for name, scores in importance.items()},
         "small_matrices": small_matrices(next(iter(importance.values()))),
-        "selected": {name: torch.bincount(counts[name].long()).tolist() for name in names},
+        "selected": {name: torch.bincount(counts[name].long()).tolist() for name in names if name in counts},
         "moves": sum(moved.values()),
         "singular": {name: similarity(before[name], plain.get_submodule(name).weight.detach()) for name in names},
     }  # fmt: skip

@@ -101,7 +101,8 @@ def study(scale: Scale) -> list[Run]:
             runs += [*searches(scale, task, method), *finals(scale, task, method)]
     runs += ablations(scale, "pronunciation", tuple(name for name in VARIANTS if name not in TELLING))
     runs += data_scales(scale)
-    runs += [Run("analysis", scale.name, "pronunciation", "losia-p8", 0, None, scale.steps)]
+    for method, variant in (("losia-p8", "cycles-2"), ("lora-r64", ""), ("fft", "")):
+        runs.append(Run("analysis", scale.name, "pronunciation", method, 0, None, 2 * scale.steps, variant))
     runs += sequences(scale)
     return runs
 

@@ -241,21 +241,30 @@ def oracle(results: Results) -> str:
 
 
 def captured(results: Results) -> str:
-    found = of(results, kind="analysis")
+    found = of(results, kind="analysis", method=OURS)
     if not found:
         return ""
     result = found[0]
     rows = [[name.removeprefix("model."), *(f"{100 * values[key]:.1f}" for key in values),
-             f"{100 * result['gradients'][name]['out'][1]:.1f}", f"{100 * result['gradients'][name]['in'][1]:.1f}",
-             f"{result['singular'][name]['mean']:.3f}"] for name, values in result["captured"].items()]  # fmt: skip
+             f"{100 * result['gradients'][name]['out'][1]:.1f}", f"{100 * result['gradients'][name]['in'][1]:.1f}"]
+            for name, values in result["captured"].items()]  # fmt: skip
     keys = {"greedy": "greedy, %", "restarts": "best of restarts, %", "random": "random, %",
             "entries": "as many entries anywhere, %"}  # fmt: skip
     first = next(iter(result["captured"].values()))
-    head = ["layer", *(keys[key] for key in first), "|g| in the top 1/8 outputs, %", "in the top 1/8 inputs, %",
-            "singular vectors, mean cosine after training"]  # fmt: skip
+    head = ["layer", *(keys[key] for key in first), "|g| in the top 1/8 outputs, %", "in the top 1/8 inputs, %"]
     small = result["small_matrices"]
     worst = f"{small['mean']:.3f} on average, {small['worst']:.3f} at worst"
     return f"{table(head, rows)}\n\nGreedy over the optimum on 12 x 12 blocks, k = 4: {worst}."
+
+
+def singular(results: Results) -> str:
+    """How much of a weight's leading singular vectors is left after training (the paper's Figure 8)."""
+    found = {r["run"]["method"]: r["singular"] for r in of(results, kind="analysis")}
+    if not found:
+        return ""
+    rows = [[name.removeprefix("model."), *(f"{of_method[name]['mean']:.4f}" for of_method in found.values())]
+            for name in next(iter(found.values()))]  # fmt: skip
+    return table(["mean cosine, before and after", *map(title, found)], rows)
 
 
 SECTIONS: dict[str, Callable[[Results], str]] = {
@@ -265,4 +274,5 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "Five tasks in sequence": continual,
     "The same run by the dense-gradient reference": oracle,
     "What a subnet captures": captured,
+    "Singular vectors, spelling to sounds": singular,
 }

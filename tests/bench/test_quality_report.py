@@ -111,7 +111,7 @@ def test_the_report_says_where_losia_is_worse(filled, no_plots):
 def test_the_report_names_trials_and_what_is_missing(filled, no_plots):
     text = report.render(filled)
     assert "24 of " in re.search(r"\*\*(.*) runs are done", text)[0]
-    assert "pronunciation search 21 of 33" in text and "oracle 1 of 1" in text and "equal-time" in text
+    assert "pronunciation search 21 of 33" in text and "analysis 3 of 3" in text and "equal-time" in text
     assert "| LoSiA p 1/8 | 3 |  |  |  | 2.000 | **1.000** | 2.000 |" in text
     assert "Nothing." in text.split("### Dropped")[1]
     assert '`period="auto"`' in text and "not measured" in text
