@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 
 import torch
@@ -72,7 +73,7 @@ def choose_config(
 
 def subnet_grad_config(dy: torch.Tensor, k_out: int, k_in: int, gathers: bool, alignment: int) -> LaunchConfig:
     """``launch_config`` of "subnet_grad" for ``dy [..., out]``; without ``gathers`` its columns are all taken."""
-    tokens = dy.shape[:-1].numel()
+    tokens = math.prod(dy.shape[:-1])  # Size.numel() would fix a symbol to one value
     run = alignment if gathers else MAX_VECTOR
     return launch_config("subnet_grad", dy, tokens=tokens, n_out=k_out, n_in=k_in, alignment=run)
 
@@ -121,14 +122,18 @@ def _subnet_grad_tiles(
     return dataclasses.replace(tile, variant=variant, splits=splits, prefetch=not wide_loads and dtype.itemsize == 2)
 
 
+_remembered_config = functools.lru_cache(maxsize=1024)(choose_config)  # it is asked for at every launch
+
+
 def launch_config(
     kernel: str, like: torch.Tensor, tokens: int = 1, n_out: int = 1, n_in: int = 1, alignment: int = 1
 ) -> LaunchConfig:
     """``choose_config`` for the device and dtype of ``like``, with the fields a test overrides replaced."""
     arch = _arch_override[-1] if _arch_override else device_arch(like.device)
     override = _overrides.get(kernel, {})
-    config = choose_config(kernel, arch, like.dtype, tokens, n_out, n_in, alignment, override.get("variant"))
-    return dataclasses.replace(config, **override)
+    choose = choose_config if isinstance(tokens, torch.SymInt) else _remembered_config  # a symbol has no hash
+    config = choose(kernel, arch, like.dtype, tokens, n_out, n_in, alignment, override.get("variant"))
+    return dataclasses.replace(config, **override) if override else config
 
 
 @functools.lru_cache

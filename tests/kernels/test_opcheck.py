@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.library import opcheck
 
 from losia_kernels import ops
@@ -89,3 +90,14 @@ def test_fake_on_a_gpu_promises_the_splits_of_the_launch():
     splits = subnet_grad_config(dy, OUT, IN, gathers=False, alignment=1).splits
     assert partials.shape == (splits, OUT, IN) and splits > 1
     assert partials.dtype == torch.float32
+
+
+def test_fake_on_a_gpu_takes_a_symbol_for_the_tokens():
+    """``torch.compile`` with dynamic shapes: a size that has no value yet."""
+    symbolic = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    tokens = mode.from_tensor(torch.empty(4096, 1), symbolic_context=symbolic).shape[0]
+    with mode:
+        dy, x = (torch.empty(tokens, n, dtype=torch.bfloat16, device="cuda") for n in (OUT, IN))
+        assert isinstance(dy.shape[0], torch.SymInt)
+        assert ops.subnet_grad_partials(dy, x).shape[1:] == (OUT, IN)
