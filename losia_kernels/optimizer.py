@@ -1,5 +1,6 @@
 """LoSiAAdamW, whose step() is the whole method, and attach(), which gives the same to any torch optimizer."""
 
+import functools
 from collections.abc import Callable
 from itertools import chain
 
@@ -8,11 +9,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from . import eager, ops
+from . import ops
 from .convert import trained_parameters
 from .distributed import is_sharded
+from .in_backward import InBackward
 from .linear import LoSiALinear, losia_layers
 from .sharded import own, write_back_
+from .subnet_state import SUBNET_STATE, SubnetState
 from .timeline import Timeline
 
 
@@ -22,14 +25,24 @@ class LoSiAAdamW(torch.optim.Optimizer):
     ``model`` has been through ``apply_losia``. One parameter group per layer group, in order, then one for what is
     trained densely (``modules_to_save``, a dense output layer); any LR scheduler works on them, and the rewarm factor
     (Eq. 8) multiplies inside ``step()``. ``lr`` per step; ``weight_decay`` is decoupled and touches the subnet's
-    entries only. Moments are float32; 16-bit dense parameters get a float32 master copy in the state.
+    entries only. 16-bit dense parameters get a float32 master copy and float32 moments in the state.
     ``total_steps``: warn if the run is shorter than one cycle. ``timeline`` tells where the run stands.
     ``process_group``: the processes that train replicas of the model; the default is right but for several models.
+
+    Less memory (``docs/memory.md`` has the bytes): ``moments`` of the subnets in "float32", "bfloat16" or "int8"
+    (blocks of 256 with a scale), both rounded stochastically. ``remainder``: with ``LoSiAConfig(master_weights=False)``
+    on a bfloat16 model the state keeps the 16 bits that each subnet lacks, so that updates are of float32 values;
+    gradients are bfloat16. ``in_backward``: each subnet is updated inside the backward, as soon as its gradient is
+    whole, and the gradient is freed; ``step()`` updates the rest. The results are the same bits. It allows one backward
+    a step, on one process: accumulation, ``loss_divisor`` and float16 are refused; ``clip_grad_norm_`` finds nothing to
+    clip.
 
     ``state_dict`` and the model's own resume a run bit-identically at any step. Errors: ValueError for
     hyperparameters out of range, a model without LoSiALinears, or a state of another config or shape;
     NonFiniteScoreError from ``step`` (see ``Timeline.advance``).
     """
+
+    zeros_forget = True  # all state but the step may be zeroed, quantized or not (``Timeline``)
 
     def __init__(
         self,
@@ -40,6 +53,10 @@ class LoSiAAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         total_steps: int | None = None,
         process_group: "dist.ProcessGroup | None" = None,
+        *,
+        moments: str = "float32",
+        remainder: bool = False,
+        in_backward: bool = False,
     ):
         for name, value, good in (
             ("lr", lr, lr >= 0),
@@ -50,13 +67,21 @@ class LoSiAAdamW(torch.optim.Optimizer):
             if not good:
                 raise ValueError(f"LoSiAAdamW: {name} is out of range: {value!r}")
         self.timeline = Timeline(model, total_steps, process_group)
+        self._group_of = {layer: i for i, layers in enumerate(self.timeline.groups) for layer in layers}
+        self._layers = [*chain.from_iterable(self.timeline.groups), *self.timeline.dense]
+        self._form = SubnetState(moments, remainder)
+        self._form.check(self._layers)
         groups = [{"params": [layer.subnet for layer in layers]} for layers in self.timeline.groups]
         dense = [layer.subnet for layer in self.timeline.dense] + [p for _, p in trained_parameters(model)]
         if dense:
             groups.append({"params": dense})
         super().__init__(groups, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         self.timeline.bind(self)
+        self.timeline.ranks.check_same({"LoSiAAdamW's state": str(self._form)}, {})
         self.register_state_dict_pre_hook(_complete_state)
+        self._in_backward = None
+        if in_backward:
+            self._in_backward = InBackward(self.timeline, lambda layer: self._update_subnets([layer]))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -69,13 +94,12 @@ class LoSiAAdamW(torch.optim.Optimizer):
         timeline.check_parameters(self)
         if self._only_makes_state():
             return loss
-        timeline.check_gradients()
-        for number, layers in enumerate(timeline.groups):
-            lr = float(self.param_groups[number]["lr"]) * timeline.lr_factor(number)
-            self._update_subnets(layers, self.param_groups[number], lr)
+        timeline.check_gradients(self._in_backward.take_updated() if self._in_backward else ())
+        # of shards group by group: what travels together is in memory at once
+        for layers in [*timeline.groups, timeline.dense] if timeline.sharded else [self._layers]:
+            self._update_subnets([layer for layer in layers if layer.subnet.grad is not None])
         if len(self.param_groups) > len(timeline.groups):
             group = self.param_groups[-1]
-            self._update_subnets(timeline.dense, group, float(group["lr"]))
             self._update_dense(group["params"][len(timeline.dense):], group)
         timeline.advance(self)
         return loss
@@ -92,46 +116,59 @@ class LoSiAAdamW(torch.optim.Optimizer):
         return True
 
     def _make_state(self) -> None:
-        for layer in chain.from_iterable([*self.timeline.groups, self.timeline.dense]):
-            self._state(layer.subnet)
+        for layer in self._layers:
+            self._subnet_state(layer.subnet)
         if len(self.param_groups) > len(self.timeline.groups):
             for parameter in self.param_groups[-1]["params"][len(self.timeline.dense):]:
-                self._state(parameter, master=parameter.dtype in (torch.bfloat16, torch.float16))
+                self._dense_state(parameter)
 
-    def _update_subnets(self, layers: list[LoSiALinear], group: dict, lr: float) -> None:
-        layers = [layer for layer in layers if layer.subnet.grad is not None]
-        if not self.timeline.sharded:
-            for layer in layers:
-                self._update_subnet(layer, layer.matrix, layer.out_idx, layer.in_idx, group, lr)
-            return
+    def _update_subnets(self, layers: list[LoSiALinear]) -> None:
+        """One call for all layers with the same options, whatever their learning rates and steps."""
+        timeline, alike = self.timeline, {}
         for layer in layers:
-            # the subnet's own rows alone (maybe none): where they belong in the weight is mostly on other ranks
-            scratch = own(layer.subnet).to(layer.weight.dtype, copy=True)
-            everything = [torch.arange(k, device=scratch.device) for k in scratch.shape]
-            self._update_subnet(layer, scratch, *everything, group, lr)
-        write_back_(layers, self.timeline.ranks)
+            number = self._group_of.get(layer)  # None: trained densely, in the last parameter group
+            group = self.param_groups[-1 if number is None else number]
+            lr = float(group["lr"]) * (1.0 if number is None else timeline.lr_factor(number))
+            options = (*group["betas"], group["eps"], group["weight_decay"])
+            alike.setdefault(options, []).append((layer, lr))
+        for options, chosen in alike.items():
+            states = [self._subnet_state(layer.subnet) for layer, _ in chosen]
+            steps = [state["step"] for state in states]
+            torch._foreach_add_(steps, 1)
+            subnets = [_here(layer.subnet.detach()) for layer, _ in chosen]
+            targets = [self._target(layer) for layer, _ in chosen]
+            random = any(self._form.stochastic(subnet) for subnet in subnets)
+            seeds = [self._seed(layer) for layer, _ in chosen] if random else []
+            kept = {key: [_here(state[key]) for state in states] for key in states[0] if key != "step"}
+            ops.subnets_adamw_(
+                [weight for weight, _, _ in targets], subnets,
+                [_here(layer.subnet.grad).contiguous() for layer, _ in chosen], kept["exp_avg"], kept["exp_avg_sq"],
+                [out_idx for _, out_idx, _ in targets], [in_idx for _, _, in_idx in targets],
+                [lr for _, lr in chosen], [int(step) for step in steps], seeds, *options,
+                kept.get("exp_avg_scale", []), kept.get("exp_avg_sq_scale", []), kept.get("remainder", []),
+            )  # fmt: skip
+        if timeline.sharded:
+            write_back_(layers, timeline.ranks)
 
-    def _update_subnet(
-        self, layer: LoSiALinear, weight: Tensor, out_idx: Tensor, in_idx: Tensor, group: dict, lr: float
-    ) -> None:
-        subnet = layer.subnet
-        state = self._state(subnet)
-        state["step"] += 1
-        step = int(state["step"])
-        seed = None
-        if not self.timeline.config.master_weights and subnet.dtype in (torch.bfloat16, torch.float16):
-            part = self.timeline.ranks.rank if self.timeline.sharded else 0
-            seed = _rounding_seed(self.timeline.config.seed + part, layer.name, self.timeline.step)
-        tensors = [subnet.detach(), subnet.grad, state["exp_avg"], state["exp_avg_sq"]]
-        ops.subnet_adamw_(
-            weight, *(own(tensor) if is_sharded(tensor) else tensor for tensor in tensors), out_idx, in_idx,
-            lr, *group["betas"], group["eps"], group["weight_decay"], step, seed,
-        )  # fmt: skip
+    def _target(self, layer: LoSiALinear) -> tuple[Tensor, Tensor, Tensor]:
+        """Where an update writes the new values: ``(weight, out_idx, in_idx)``.
+
+        Of shards nowhere yet: the subnet's own rows alone (maybe none) are here, and where they belong in the weight is
+        mostly on other ranks.
+        """
+        if not self.timeline.sharded:
+            return layer.matrix, layer.out_idx, layer.in_idx
+        scratch = own(layer.subnet).to(layer.weight.dtype, copy=True)
+        return scratch, *(torch.arange(k, device=scratch.device) for k in scratch.shape)
+
+    def _seed(self, layer: LoSiALinear) -> int:
+        part = self.timeline.ranks.rank if self.timeline.sharded else 0
+        return _rounding_seed(self.timeline.config.seed + part, layer.name, self.timeline.step)
 
     def _update_dense(self, parameters: list[Tensor], group: dict) -> None:
         """torch's AdamW on the float32 values of parameters that have no subnet."""
         used = [p for p in parameters if p.grad is not None]
-        states = [self._state(p, master=p.dtype in (torch.bfloat16, torch.float16)) for p in used]
+        states = [self._dense_state(p) for p in used]
         values = [state.get("master", p) for p, state in zip(used, states, strict=True)]
         adamw(
             values,
@@ -146,26 +183,33 @@ class LoSiAAdamW(torch.optim.Optimizer):
         for parameter, value in zip(used, values, strict=True):
             parameter.copy_(value)
 
-    def _state(self, parameter: Tensor, master: bool = False) -> dict[str, Tensor]:
+    def _subnet_state(self, subnet: Tensor) -> dict[str, Tensor]:
+        state = self.state[subnet]
+        if not state:
+            state.update(self._form.make(subnet))
+        return state
+
+    def _dense_state(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]
         if not state:
-            dtype = eager.accumulate_dtype(parameter.dtype)
-            state["step"] = torch.tensor(0.0)  # on the CPU, as torch keeps it: reading it does not wait for the GPU
-            state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype)
-            if master:
-                state["master"] = parameter.to(dtype, copy=True)
+            state.update(SubnetState().make(parameter))
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                state["master"] = parameter.to(state["exp_avg"].dtype, copy=True)
         return state
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Restore what ``state_dict`` saved. Raises ValueError, before anything changes, if it does not fit."""
+        saved = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
+        held = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        layers = {layer.subnet: layer for layer in self._layers}
+        for i, parameter in zip(saved, held, strict=False):  # torch says if their numbers differ
+            if parameter in layers:
+                self._form.check_loaded(layers[parameter], state_dict["state"].get(i, {}))
         super().load_state_dict(state_dict)
-        # torch has cast floating-point state to the parameter's dtype; ours is float32 whatever that is
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        own = chain.from_iterable(group["params"] for group in self.param_groups)
-        for i, parameter in zip(saved, own, strict=True):
+        # torch has cast the state to the parameter's dtype; ours keeps the one it was saved with
+        for i, parameter in zip(saved, held, strict=True):
             for key, value in state_dict["state"].get(i, {}).items():
-                if key in ("step", "exp_avg", "exp_avg_sq", "master"):
+                if key in (*SUBNET_STATE, "master"):
                     device = "cpu" if key == "step" else parameter.device  # wherever the file was mapped to
                     self.state[parameter][key] = value.to(device, copy=True)
 
@@ -176,12 +220,22 @@ def _complete_state(optimizer: LoSiAAdamW) -> None:
         optimizer._make_state()
 
 
+def _here(tensor: Tensor) -> Tensor:
+    return own(tensor) if is_sharded(tensor) else tensor
+
+
+@functools.cache
+def _named_seed(seed: int, layer_name: str) -> int:
+    return functools.reduce(_fnv, layer_name.encode(), seed)
+
+
 def _rounding_seed(seed: int, layer_name: str, step: int) -> int:
     """31 bits that differ between layers and steps, the same in every process."""
-    value = seed
-    for part in (*layer_name.encode(), step):
-        value = (value * 0x01000193 ^ part) & 0x7FFFFFFF  # FNV
-    return value
+    return _fnv(_named_seed(seed, layer_name), step)
+
+
+def _fnv(value: int, part: int) -> int:
+    return (value * 0x01000193 ^ part) & 0x7FFFFFFF
 
 
 def attach(

@@ -1,7 +1,7 @@
 """The timeline of a run (Section 3.3): a clock, who observes, and the relocalization after a slot's last update."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from itertools import chain, product
 from types import SimpleNamespace
@@ -175,11 +175,14 @@ class Timeline:
             if self.sharded:
                 check_shards(layer, self.ranks)
 
-    def check_gradients(self) -> None:
-        """In the first step alone: warn of subnets without a gradient, or RuntimeError (``first_step``)."""
+    def check_gradients(self, updated: Collection[LoSiALinear] = ()) -> None:
+        """In the first step alone: warn of subnets without a gradient, or RuntimeError (``first_step``).
+
+        ``updated``: layers whose gradient was used and freed inside the backward.
+        """
         if self._first:
             self._first = False
-            check_gradients([*chain.from_iterable(self.groups), *self.dense])
+            check_gradients([*chain.from_iterable(self.groups), *self.dense], updated)
 
     def _rows(self, layer: LoSiALinear) -> Rows | None:
         return Rows(self.ranks, layer.out_features) if self.sharded else None
@@ -339,7 +342,7 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 def _check_shapes(layer: LoSiALinear, state: dict, observed: dict) -> None:
     for key, value in state.items():
-        alike = isinstance(value, Tensor) and value.dim() == 2
+        alike = isinstance(value, Tensor) and value.dim() == 2 and not key.endswith("_scale")
         if alike and any(size not in (1, k) for size, k in zip(value.shape, layer.subnet.shape, strict=True)):
             # 1: a factored moment, as Adafactor's
             raise ValueError(
@@ -362,7 +365,8 @@ def _reset_state(optimizer: torch.optim.Optimizer, subnet: Tensor, reset_step: b
         return
     moments = {k: v for k, v in optimizer.state.get(subnet, {}).items() if k != "step" and isinstance(v, Tensor)}
     for key, value in moments.items():  # also those of another shape, as Adafactor's
-        if type(value) is not Tensor and not is_sharded(value) or not value.is_floating_point():
+        quantized = type(value) is not Tensor and not is_sharded(value) or not value.is_floating_point()
+        if quantized and not getattr(optimizer, "zeros_forget", False):
             raise ValueError(f"{type(optimizer).__name__} keeps {key} quantized, which cannot be zeroed alone: "
                              f"reset_step=False needs another optimizer")
         value.zero_()
