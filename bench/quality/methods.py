@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,12 +11,14 @@ import torch
 from torch import nn
 
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach, calibrate, remove_losia
+from losia_kernels.calibrate import start_from_frequency
 
 from ..methods import MissingPeer
 from ..methods.base import adamw, decoder_linears, target_names, trained_parameters
 from ..methods.imports import import_peer
 
 CALIBRATION_BATCHES = 4
+COUNTED_BATCHES = 64  # whose labels say which tokens are taught most often
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,8 @@ def _losia(model: nn.Module, setting: Setting, rank_factor: float) -> Trained:
     calibration_batches = CALIBRATION_BATCHES if config.init_subnet == "calibrated" else 0
     if calibration_batches:
         calibrate(model, setting.batches(), calibration_batches)
+    if config.output_init == "frequency":
+        start_from_frequency(model, itertools.islice(setting.batches(), COUNTED_BATCHES))
     if setting.options.get("nearest"):  # what the authors' code does: 16-bit values, no master, rounded to nearest
         optimizer = torch.optim.AdamW(trained_parameters(model), lr=setting.lr, weight_decay=0.0)
         attach(optimizer, model)
@@ -166,6 +171,9 @@ VARIANTS: dict[str, Variant] = {
         Variant("no-wds", "w/o WDS: no rewarming", {"rewarm": False}),
         Variant("no-reset", "Adam's step count kept", {"reset_step": False}),
         Variant("ffto", "FFTO: the output layer trained in full", {"output_dim_factor": 1.0}),
+        Variant("head", "1/8 of the output layer's outputs too", {"output_dim_factor": 1 / 8}),
+        Variant("head-frequency", "the same, first those of the tokens that the data teach most often",
+                {"output_dim_factor": 1 / 8, "output_init": "frequency"}),
         Variant("alignment-16", "neurons in runs of 16", {"alignment": 16}),
         Variant("cycles-quarter", "coverage: a quarter of the groups gets a turn", {"cycles": 0.25}),
         Variant("cycles-quarter-random", "the same from random subnets", {"cycles": 0.25, "init_subnet": "random"}),

@@ -78,6 +78,7 @@ def ablations(scale: Scale, task: str, names: tuple[str, ...]) -> Iterator[Run]:
 FIRST = ("fft", "lora-r8", "losia-p8", "lora-r64")
 EQUAL_MEMORY = "lora-r11"
 REST = tuple(name for name in METHODS if name not in (*FIRST, EQUAL_MEMORY))
+OUTPUT_LAYER = ("head", "head-frequency")
 TELLING = ("random", "marginal", "no-wds", "sl", "gl")
 SEQUENCE = ("past-tense", "pronunciation", "arithmetic", "code", "plural")
 
@@ -89,7 +90,9 @@ def study(scale: Scale) -> list[Run]:
     for task in ("past-tense", "pronunciation"):
         runs.append(replace(base, task=task))
         runs += [*searches(scale, task, *FIRST), *finals(scale, task, *FIRST)]
-        if task == "pronunciation":
+        if task == "past-tense":
+            runs += ablations(scale, task, OUTPUT_LAYER)
+        else:
             runs.append(Run("oracle", scale.name, task, "losia-p8", 0, None, scale.steps))
             runs += ablations(scale, task, TELLING)
     runs += [*searches(scale, "pronunciation", EQUAL_MEMORY), *finals(scale, "pronunciation", EQUAL_MEMORY)]

@@ -1,5 +1,6 @@
 """Tables of the report, each from result files alone."""
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -268,6 +269,7 @@ def singular(results: Results) -> str:
 
 
 SECTIONS: dict[str, Callable[[Results], str]] = {
+    "Ablations of LoSiA p 1/8, past tense": functools.partial(ablations, task="past-tense"),
     "Ablations of LoSiA p 1/8, spelling to sounds": ablations,
     "Number of steps and cycles, LoSiA p 1/8, spelling to sounds": data_scales,
     "Memory and time, spelling to sounds": costs,
