@@ -21,7 +21,7 @@ from .selection import NonFiniteScoreError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit code."""
-    arguments = vars(_parser().parse_args(argv))
+    arguments = vars(command_parser().parse_args(argv))
     command = arguments.pop("command")
     warnings.showwarning = _show_warning
     try:
@@ -162,7 +162,8 @@ def _fraction(text: str) -> float:
         raise argparse.ArgumentTypeError(f"expected a number or a fraction such as 1/8, got {text!r}") from None
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
+    """All commands with their arguments; `docs/make_reference.py` reads it too."""
     parser = _Parser(prog="losia-kernels", description="LoSiA fine-tuning (arXiv 2507.04487).")
     parser.add_argument("--version", action="version", version=f"losia-kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
