@@ -107,7 +107,7 @@ def test_what_lies_beyond_the_tokens_is_not_read(device):
     assert torch.equal(launch_subnet_grad(dy[:3], x[:3], None, None).sum(0), torch.full((5, 6), 6.0, device=device))
 
 
-@pytest.mark.parametrize("variant", set(SUBNET_GRAD_VARIANTS) - {"gathered_library"}, indirect=True)
+@pytest.mark.parametrize("variant", [v for v in SUBNET_GRAD_VARIANTS if v != "gathered_library"], indirect=True)
 @pytest.mark.parametrize("splits", [1, 2, 3, 7])
 @pytest.mark.parametrize("prefetch", [False, True])
 def test_splits_are_sums_over_ranges_of_tokens(device, splits, prefetch):
