@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTEST_ARGS ?= -n 2 --dist loadfile
 MINUTES ?= 4.5
 
-.PHONY: help demo test bench quality lint clean
+.PHONY: help demo test bench quality docs lint clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -20,7 +20,10 @@ bench: $(VENV)/.bench  ## measure for MINUTES, most telling first, and write the
 quality: $(VENV)/.bench $(VENV)/.demo  ## what the methods learn: run what is missing for MINUTES, and write the report
 	$(VENV)/bin/python -m bench quality --minutes $(MINUTES); status=$$?; $(VENV)/bin/python -m bench quality-report && exit $$status
 
-lint: $(VENV)/.installed  ## ruff
+docs: $(VENV)/.installed  ## write docs/reference.md from the docstrings
+	$(VENV)/bin/python docs/make_reference.py
+
+lint: $(VENV)/.installed  ## ruff and mypy
 	$(VENV)/bin/ruff check
 
 clean:  ## remove the environment, the converted model and the demo's results

@@ -1,0 +1,149 @@
+"""Write docs/reference.md from the docstrings, the signatures and the command line's parser: ``make docs``.
+
+Needs the extras ``hf`` and ``peft``, whose adapters it imports.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FunctionType, ModuleType
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "reference.md"
+
+# The modules in reading order; the names are those of ``__all__`` where the module has one.
+MODULES: dict[str, tuple[str, ...]] = {
+    "losia_kernels": (),
+    "losia_kernels.timeline": ("Timeline",),
+    "losia_kernels.checkpoint": ("save_checkpoint", "load_checkpoint", "full_state_dict"),
+    "losia_kernels.delta": ("make_delta", "verify_delta", "apply_delta", "subtract_delta"),
+    "losia_kernels.lora_export": ("export_lora",),
+    "losia_kernels.integrations.transformers": ("LoSiAOptimizerFactory", "LoSiACallback", "losia_timeline"),
+    "losia_kernels.integrations.peft": (),
+    "losia_kernels.integrations.finetune": ("finetune", "FinetuneOptions"),
+    "losia_kernels.ops": (),
+}
+
+
+def reference() -> str:
+    """The whole page."""
+    modules = {importlib.import_module(name): names for name, names in MODULES.items()}
+    sections = [line for module, names in modules.items() for line in module_section(module, names)]
+    head = ["# Reference", "", "Made by `make docs` from the docstrings; see the [tutorial](tutorial.md) for how the "
+            "pieces go together. Order is always (out, in).", ""]
+    return "\n".join([*head, *sections, *command_line()]).rstrip() + "\n"
+
+
+def module_section(module: ModuleType, names: tuple[str, ...]) -> Iterator[str]:
+    yield from (f"## `{module.__name__}`", "", *markdown(module.__doc__))
+    for name in names or module.__all__:
+        public = getattr(module, name)
+        yield from (f"### `{name}`", "", *signature(name, public), *markdown(inspect.getdoc(public)))
+        if isinstance(public, type):
+            for member, value in vars(public).items():
+                yield from member_section(public, member, value)
+
+
+def member_section(owner: type, name: str, value: object) -> Iterator[str]:
+    """A method or property of a class's own that says something of itself."""
+    text = getattr(value, "__doc__", None)
+    if name.startswith("_") or not text or not isinstance(value, (FunctionType, classmethod, staticmethod, property)):
+        return
+    yield from (f"#### `{owner.__name__}.{name}`", "")
+    if not isinstance(value, property):
+        yield from signature(name, getattr(owner, name))
+    yield from markdown(inspect.cleandoc(text))
+
+
+def signature(name: str, public: object) -> Iterator[str]:
+    """``name(parameters) -> result`` in a fence, one parameter a line where they are many."""
+    if isinstance(public, type) and issubclass(public, Exception):
+        return
+    found = inspect.signature(public)
+    result = "" if found.return_annotation is found.empty else " -> " + short(str(found).rpartition(" -> ")[2])
+    parameters: list[str] = []
+    for each in found.parameters.values():
+        if each.kind is each.KEYWORD_ONLY and "*" not in parameters:
+            parameters.append("*")
+        if each.name != "self":
+            parameters.append(short(str(each)))
+    line = f"{name}({', '.join(parameters)}){result}"
+    if len(line) > 100:
+        line = "\n".join([f"{name}(", *(f"    {each}," for each in parameters), f"){result}"])
+    yield from ("```python", line, "```", "")
+
+
+def short(annotation: str) -> str:
+    """``torch.nn.modules.module.Module`` -> ``Module``; a function as default -> its name; a factory -> ``...``."""
+    annotation = re.sub(r"\b(?:\w+\.)+(?=[A-Z])", "", annotation).replace("'", '"')
+    return re.sub(r"<function (\w+) at \w+>", r"\1", annotation).replace("<factory>", "...")
+
+
+def markdown(docstring: str | None) -> Iterator[str]:
+    """A docstring as Markdown: ``name: meaning`` in an indented block becomes a list, other indented lines are code."""
+    for paragraph in re.split(r"\n\s*\n", docstring or ""):
+        lines = paragraph.replace("``", "`").splitlines()
+        if lines and all(line.startswith("    ") for line in lines):
+            yield from ("```python", *(line[4:] for line in lines), "```", "")
+            continue
+        for before, line in zip(["", *lines], lines, strict=False):
+            entry = re.match(r" {4}(\w[\w, ]*): (.*)", line)
+            if entry:
+                yield from ([""] if before and not before.startswith(" ") else [])
+                yield f"- **{entry[1]}**: {entry[2]}"
+            elif line.startswith("     "):
+                yield f"  {line.strip()}"
+            else:
+                yield from ([""] if before.startswith(" ") else [])
+                yield line
+        yield ""
+
+
+def command_line() -> Iterator[str]:
+    from losia_kernels.cli import command_parser
+
+    yield from ("## Command line", "", "`losia-kernels COMMAND ...` or `python -m losia_kernels COMMAND ...`.", "")
+    yield from commands(command_parser())
+
+
+def commands(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """Each command below ``parser``: what it is for, then a table of its arguments."""
+    for action in parser._actions:
+        if not isinstance(action, argparse._SubParsersAction):
+            continue
+        said = {each.dest: each.help or "" for each in action._choices_actions}
+        for name, command in action.choices.items():
+            text = said[name][:1].upper() + said[name][1:] + "."
+            if command.description:
+                text += f" {command.description}"
+            yield from (f"### `{command.prog}`", "", text, "")
+            yield from argument_table(command)
+            yield from commands(command)
+
+
+def argument_table(command: argparse.ArgumentParser) -> Iterator[str]:
+    plain = (argparse._HelpAction, argparse._SubParsersAction)
+    actions = [action for action in command._actions if not isinstance(action, plain)]
+    if not actions:
+        return
+    yield from ("| argument | default | |", "| --- | --- | --- |")
+    for action in actions:
+        value = action.metavar or ("{" + ",".join(map(str, action.choices)) + "}" if action.choices else "")
+        if action.option_strings and action.nargs != 0:
+            name = f"{action.option_strings[-1]} {value or action.dest.upper()}"
+        else:
+            name = action.option_strings[-1] if action.option_strings else value or action.dest
+        default = command.get_default(action.dest)
+        silent = default is None or default is False or default is dataclasses.MISSING
+        yield f"| `{name.replace('|', chr(92) + '|')}` | {'' if silent else f'`{default}`'} | {action.help} |"
+    yield ""
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    PAGE.write_text(reference())
