@@ -88,11 +88,12 @@ def subnets_adamw_(
 
 
 def write_subnet_(weight: Tensor, out_idx: Tensor, in_idx: Tensor, values: Tensor) -> None:
-    """``weight[out_idx][:, in_idx] = values``, on a CPU in half the time of indexing twice."""
-    stride_out, stride_in = weight.stride()
-    span = 1 + sum(stride * (size - 1) for stride, size in zip(weight.stride(), weight.shape, strict=True))
-    positions = (out_idx * stride_out)[:, None] + in_idx * stride_in  # [k_out, k_in]
-    weight.as_strided((max(span, 0),), (1,)).scatter_(0, positions.flatten(), values.to(weight.dtype).flatten())
+    """``weight[out_idx][:, in_idx] = values``; of a contiguous weight in half the time of two indices."""
+    if not weight.is_contiguous():
+        weight[out_idx[:, None], in_idx] = values.to(weight.dtype)
+        return
+    positions = torch.add(in_idx, out_idx[:, None], alpha=weight.shape[1])  # [k_out, k_in]
+    weight.view(-1).scatter_(0, positions.view(-1), values.to(weight.dtype).reshape(-1))
 
 
 def _load_moment(moment: Tensor, scale: Tensor | None, signed: bool) -> Tensor:

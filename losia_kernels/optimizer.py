@@ -92,6 +92,8 @@ class LoSiAAdamW(torch.optim.Optimizer):
                 loss = closure()
         timeline = self.timeline
         timeline.check_parameters(self)
+        if timeline.sharded:
+            self._form.check_sharded()
         if self._only_makes_state():
             return loss
         timeline.check_gradients(self._in_backward.take_updated() if self._in_backward else ())

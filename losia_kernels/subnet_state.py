@@ -49,6 +49,12 @@ class SubnetState:
             if self.moments != "float32" and layer.subnet.dtype == torch.float64:
                 raise ValueError(f"LoSiAAdamW: {layer.name} is float64, moments={self.moments!r} are not for it")
 
+    def check_sharded(self) -> None:
+        """Raise ValueError for a form that shards cannot have."""
+        if self.remainder:
+            raise ValueError("LoSiAAdamW: remainder=True is not for shards, for no backend can gather int16; under "
+                             "fully_shard keep master_weights=True, or take moments='bfloat16' or 'int8'")
+
     def stochastic(self, subnet: Tensor) -> bool:
         """Whether anything of it is rounded by chance."""
         return self.moments != "float32" or (subnet.dtype in (torch.bfloat16, torch.float16) and not self.remainder)

@@ -47,6 +47,7 @@ class Run:
     no_sync: bool = False
     dtype: torch.dtype = torch.float64
     same_data: bool = False
+    optimizer: dict = field(default_factory=dict)  # options of LoSiAAdamW
 
 
 @dataclass
@@ -79,7 +80,7 @@ def make_optimizer(run: Run, model: nn.Module):
     if run.attached:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         return optimizer, attach(optimizer, model)
-    optimizer = LoSiAAdamW(model, lr=1e-2)
+    optimizer = LoSiAAdamW(model, lr=1e-2, **run.optimizer)
     return optimizer, optimizer.timeline
 
 

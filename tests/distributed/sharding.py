@@ -24,7 +24,9 @@ def refused(device: torch.device, engine: str) -> str:
             fully_shard(model)
         elif engine == "tensor parallel first":
             parallelize_module(model, mesh, {"lm.model.layers.*.up_proj": ColwiseParallel()})
-        apply_losia(model, LoSiAConfig(rank_factor=0.25, importance_sync="slot" if engine == "slot" else "gradient"))
+        model = model.to(torch.bfloat16) if engine == "remainder" else model
+        apply_losia(model, LoSiAConfig(rank_factor=0.25, importance_sync="slot" if engine == "slot" else "gradient",
+                                       master_weights=engine != "remainder"))  # fmt: skip
         if engine == "tensor parallel columns":
             parallelize_module(model, mesh, {"lm.model.layers.*.up_proj": ColwiseParallel()})
         elif engine == "tensor parallel rows":
@@ -36,9 +38,10 @@ def refused(device: torch.device, engine: str) -> str:
         elif engine == "replicas of shards":
             both = init_device_mesh(device.type, (1, dist.get_world_size()), mesh_dim_names=("replicas", "shards"))
             fully_shard(model, mesh=both)
-        elif engine == "slot":
+        elif engine in ("slot", "remainder"):
             fully_shard(model)
-        optimizer = LoSiAAdamW(model)
+        options = {engine: True} if engine in ("in_backward", "remainder") else {}
+        optimizer = LoSiAAdamW(model, **options)
         if engine == "shards last":
             fully_shard(model)
         model(**batches_of(Run(steps=1), 0, 2, device)[0]).backward()

@@ -40,6 +40,21 @@ def test_from_two_ranks_to_four_and_one(two, four, tmp_path, saved, loaded):
         assert any("losia_importance" in key for key in present)
 
 
+@pytest.mark.parametrize("moments", ["bfloat16", "int8"])
+def test_shards_with_state_in_fewer_bits_resume(two, tmp_path, moments):
+    """Rows of codes and of their scales are in shards as the subnet is."""
+    run = Run({"master_weights": False}, dtype=torch.bfloat16, optimizer={"moments": moments})
+    two.run(runs.save, "fsdp", run, STEP, str(tmp_path / "a"))
+    resumed = two.run(runs.load, "fsdp", run, str(tmp_path / "a"), UNTIL)
+    straight = two.run(runs.straight, "fsdp", run, UNTIL)
+    for (model, optimizer, _), expected in zip(resumed, straight, strict=True):
+        assert_same_bits(model, expected[0])
+        assert_same_bits(optimizer, expected[1])
+    dtypes = {key.rpartition(":")[2]: value.dtype for key, value in optimizer.items()}
+    assert dtypes["exp_avg"] == (torch.bfloat16 if moments == "bfloat16" else torch.uint8)
+    assert ("exp_avg_scale" in dtypes) == (moments == "int8")
+
+
 def test_from_one_process_to_two_shards(two, tmp_path):
     model, optimizer = runs.save(CPU, "none", Run(), STEP, str(tmp_path / "a"))
     for other_model, other_optimizer, _ in two.run(runs.load, "fsdp", Run(), str(tmp_path / "a")):

@@ -12,6 +12,8 @@ REFUSED = {
     "shards first": ("apply_losia first, then fully_shard",),
     "shards last": ("make the optimizer after fully_shard",),
     "replicas of shards": ("one mesh dimension",),
+    "in_backward": ("in_backward=True", "torch.distributed"),
+    "remainder": ("remainder=True", "fully_shard"),
     "slot": ("importance_sync", "'gradient'"),
 }
 
