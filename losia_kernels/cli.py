@@ -198,6 +198,12 @@ def command_parser() -> argparse.ArgumentParser:
     estimate.add_argument("--context", type=int, default=2048, metavar="TOKENS", help="length of a sample")
     estimate.add_argument("--output-dim-factor", type=_fraction, default=0.0, metavar="P",
                           help="share of the vocabulary whose output weights are trained; 0: none, 1: all")
+    estimate.add_argument("--moments", choices=("float32", "bfloat16", "int8"), default="float32",
+                          help="how the optimizer keeps its moments")
+    estimate.add_argument("--master", choices=("float32", "remainder", "none"), default="float32",
+                          help="how the trained values are kept: in float32, in bfloat16 with the missing bits beside "
+                          "them, in bfloat16 alone")
+    estimate.add_argument("--in-backward", action="store_true", help="update inside the backward, keep no gradients")
     estimate.add_argument("--reserve", type=float, default=1.0, metavar="GIB",
                           help="left to the CUDA context and the allocator")
     return parser

@@ -18,6 +18,8 @@ METHODS = ("losia", "losia-dense", "full", "lora", "dora", "galore", "frozen")
 MODEL_TYPES = ("llama", "mistral", "qwen2", "gemma")
 GIB = 2**30
 FLOAT32 = 4
+MOMENT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+CODE_BLOCK = 256  # of int8 moments: inputs of a row that share one float32 scale
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,9 @@ class Setting:
     rank_factor: float = 1 / 8
     output_dim_factor: float = 0.0
     master_weights: bool = True
+    moments: str = "float32"  # as LoSiAAdamW's
+    remainder: bool = False
+    in_backward: bool = False
     importance: str = "sensitivity"
     rank: int = 64
     adapter_bytes: int = 2  # 4: float32 adapters under autocast, PEFT's and Trainer's default for a bf16 model
@@ -119,6 +124,10 @@ class Setting:
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}; the memory model knows {', '.join(METHODS)}")
+        if self.moments not in MOMENT_BYTES:
+            raise ValueError(f"moments must be one of {', '.join(MOMENT_BYTES)}, got {self.moments!r}")
+        if self.remainder and (self.master_weights or self.weight_bytes != 2):
+            raise ValueError("a remainder completes 16-bit subnets: it needs master_weights=False and 16-bit weights")
         for name in ("batch", "context"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -212,16 +221,26 @@ def largest(shape: ModelShape, setting: Setting, field: str, budget: int) -> int
 
 
 def describe_fit(
-    model: str, memory: float, context: int = 2048, output_dim_factor: float = 0.0, reserve: float = 1.0
+    model: str,
+    memory: float,
+    context: int = 2048,
+    output_dim_factor: float = 0.0,
+    reserve: float = 1.0,
+    moments: str = "float32",
+    master: str = "float32",
+    in_backward: bool = False,
 ) -> str:
     """What of LoSiA fits a GPU of ``memory`` GiB, as a table: for ``python -m losia_kernels estimate``.
 
     ``model`` is a folder with a ``config.json``; ``reserve`` GiB are left to the CUDA context and the allocator.
+    ``moments`` and ``in_backward`` are LoSiAAdamW's; ``master`` is "float32", "remainder" or "none" (docs/memory.md).
     Raises ValueError for a config the memory model does not know or a memory smaller than the reserve.
     """
     if memory <= reserve:
         raise ValueError(f"--memory must be more than the reserve of {reserve} GiB, got {memory}")
     shape, budget = ModelShape.from_folder(model), int((memory - reserve) * GIB)
+    state = {"moments": moments, "in_backward": in_backward, "master_weights": master == "float32",
+             "remainder": master == "remainder"}  # fmt: skip
     lines = [
         f"{model}: {shape.parameters / 1e9:.2f}e9 values, {2 * shape.parameters / GIB:.2f} GiB in bfloat16",
         f"memory {memory:g} GiB, of which {reserve:g} GiB are left to CUDA and its allocator",
@@ -232,7 +251,7 @@ def describe_fit(
     for p in (Fraction(1, 16), Fraction(1, 8), Fraction(1, 4), Fraction(1, 2)):
         for checkpointing in (False, True):
             setting = Setting(batch=1, context=context, checkpointing=checkpointing, rank_factor=float(p),
-                              output_dim_factor=output_dim_factor, fused_loss=True)  # fmt: skip
+                              output_dim_factor=output_dim_factor, fused_loss=True, **state)  # fmt: skip
             one = estimate(shape, setting)
             batch, longest = (largest(shape, setting, field, budget) for field in ("batch", "context"))
             lines.append(
@@ -254,9 +273,13 @@ def _training_state(shape: ModelShape, setting: Setting) -> dict[str, int]:
         indices = 8 * shape.layers * sum(
             int(setting.rank_factor * out) + int(setting.rank_factor * inner) for out, inner in sizes
         )
+        optimizer = (2 * MOMENT_BYTES[setting.moments] + (2 if setting.remainder else 0)) * values
+        if setting.moments == "int8":
+            optimizer += 2 * FLOAT32 * _scales(shape, setting)
+        kept = _kept_in_backward(shape, setting) if setting.in_backward else values
         per_weight = {"sensitivity": 2 * FLOAT32, "gradient": FLOAT32, "marginal": 0}[setting.importance]
-        return {"values": values, "trained": master * values + indices, "optimizer": 2 * FLOAT32 * values,
-                "gradients": master * values, "importance": per_weight * shape.block_weights}  # fmt: skip
+        return {"values": values, "trained": master * values + indices, "optimizer": optimizer,
+                "gradients": master * kept, "importance": per_weight * shape.block_weights}  # fmt: skip
     if method in ("lora", "dora"):
         values = shape.layers * sum(r * (out + inner) + (out if method == "dora" else 0) for out, inner in sizes)
         size = setting.adapter_bytes * values
@@ -272,6 +295,21 @@ def _training_state(shape: ModelShape, setting: Setting) -> dict[str, int]:
         values = shape.parameters
         return {"values": values, "trained": 0, "optimizer": 2 * b * values, "gradients": b * values, "importance": 0}
     return dict.fromkeys(("values", "trained", "optimizer", "gradients", "importance"), 0)
+
+
+def _scales(shape: ModelShape, setting: Setting) -> int:
+    """Blocks of int8 moments: the rows of a subnet times the blocks of a row."""
+    p = setting.rank_factor
+    block = sum(subnet_size(p, out, n) * -(-subnet_size(p, inner, n) // CODE_BLOCK)
+                for n, (out, inner) in shape.linears.items())  # fmt: skip
+    return shape.layers * block + int(setting.output_dim_factor * shape.vocabulary) * -(-shape.hidden // CODE_BLOCK)
+
+
+def _kept_in_backward(shape: ModelShape, setting: Setting) -> int:
+    """Gradients alive when updates run inside the backward: of the group that observes, and of one layer more."""
+    sizes = [subnet_size(setting.rank_factor, out, n) * subnet_size(setting.rank_factor, inner, n)
+             for n, (out, inner) in shape.linears.items()]  # fmt: skip
+    return max(sum(sizes), int(setting.output_dim_factor * shape.vocabulary) * shape.hidden) + max(sizes)
 
 
 def _trains_head(setting: Setting) -> bool:
