@@ -96,6 +96,14 @@ def _adamw_with(step: Callable, *matrices: tuple) -> list[Tensor]:
     return [tensor for matrix in matrices for tensor in matrix[:2]]
 
 
+def _adamw_at_once(*matrices: tuple) -> list[Tensor]:
+    ops.subnets_adamw_(
+        *([matrix[i] for matrix in matrices] for i in range(7)), [LR] * len(matrices), [STEP] * len(matrices), [],
+        BETA1, BETA2, EPS, 0.0, [], [], [],
+    )  # fmt: skip
+    return [tensor for matrix in matrices for tensor in matrix[:2]]
+
+
 def _adamw_library(*matrices: tuple) -> list[Tensor]:
     """torch's fused AdamW on all subnets at once, then one index_put a weight."""
     steps = [torch.full((), STEP - 1.0, device=matrix[0].device) for matrix in matrices]
@@ -118,7 +126,8 @@ def subnet_adamw(shape, p, tokens, dtype, matrices: int = 1) -> OpCase:
     return OpCase(
         inputs=lambda g: tuple(_adamw_inputs(g, shape, p, dtype) for _ in range(matrices)),
         forms={
-            "ours": functools.partial(_adamw_with, ops.subnet_adamw_),
+            "ours": _adamw_at_once,
+            "ours, a launch each": functools.partial(_adamw_with, ops.subnet_adamw_),
             "eager": functools.partial(_adamw_with, eager.subnet_adamw_),
             "library: fused AdamW, then index_put": _adamw_library,
         },
