@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +62,10 @@ class LoSiALinear(nn.Linear):
     ``write_back_()`` after its step. Raises ValueError for a factor outside (0, 1] or one that selects no neuron.
     """
 
+    out_idx: Tensor
+    in_idx: Tensor
+    losia: Any  # convert.Membership, of a layer that apply_losia has made
+
     def __init__(
         self,
         in_features: int,
@@ -105,12 +110,15 @@ class LoSiALinear(nn.Linear):
         layer._add_subnet(rank_factor, master, generator, name, alignment)
         return layer
 
-    def _add_subnet(self, rank_factor, master: bool, generator, name: str, alignment: int = 1) -> None:
+    def _add_subnet(
+        self, rank_factor: float | tuple[float, float], master: bool, generator: torch.Generator | None, name: str,
+        alignment: int = 1,
+    ) -> None:  # fmt: skip
         out_factor, in_factor = rank_factor if isinstance(rank_factor, tuple) else (rank_factor, rank_factor)
         features = self.out_features, self.in_features
-        shape = tuple(
-            subnet_size(factor, size, name, alignment)
-            for factor, size in zip((out_factor, in_factor), features, strict=True)
+        shape = (
+            subnet_size(out_factor, self.out_features, name, alignment),
+            subnet_size(in_factor, self.in_features, name, alignment),
         )
         self.name = name
         self.alignment = alignment
@@ -231,18 +239,18 @@ class LoSiALinear(nn.Linear):
         probe.register_post_accumulate_grad_hook(hand_over)
         return probe
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoSiALinear":
         super()._apply(fn, recurse)
         self.subnet.data = self.subnet.data.to(self._subnet_dtype)  # model.bfloat16() must not take the master away
         if self._probe is not None:
             self._probe = self._make_probe()  # of the new device and dtype
         return self
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         own = {"_probe": None, "observe_callback": None, "_versions": None}  # a copy observes for nobody
         return {**super().__getstate__(), **own}
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Checks indices before they are used; a checkpoint of the plain model (no subnet) fills the subnet anew."""
         loaded = [state_dict.get(prefix + key) for key in ("out_idx", "in_idx")]
         if all(idx is not None for idx in loaded):
@@ -255,7 +263,7 @@ class LoSiALinear(nn.Linear):
         if prefix + "weight" in state_dict and prefix + "subnet" not in state_dict:
             self.read_subnet_()
 
-    def to_linear(self) -> nn.Linear:
+    def to_linear(self) -> nn.Module:
         """A plain nn.Linear around the same weight and bias."""
         linear = nn.Linear.__new__(nn.Linear)
         nn.Module.__init__(linear)
@@ -276,7 +284,7 @@ class LoSiAConv1D(LoSiALinear):
     Made by ``from_linear`` only.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise TypeError("LoSiAConv1D is made around an existing Conv1D: LoSiAConv1D.from_linear(conv)")
 
     @property

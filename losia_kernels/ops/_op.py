@@ -3,15 +3,27 @@
 import functools
 import inspect
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import eager
 
+P = ParamSpec("P")
+Result = TypeVar("Result")
+Result_co = TypeVar("Result_co", covariant=True)
 
-def register(name: str, mutates_args: tuple[str, ...]) -> Callable[[Callable], Callable]:
+
+class Op(Protocol[P, Result_co]):
+    """A registered op: called as the function it was made from; ``register_fake`` takes its shapes without data."""
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Result_co: ...
+
+    def register_fake(self, fake: Callable[..., Any]) -> Any: ...
+
+
+def register(name: str, mutates_args: tuple[str, ...]) -> Callable[[Callable[P, Result]], Op[P, Result]]:
     """``torch.library.custom_op(name)``, called past torch's dispatcher where nobody listens to it.
 
     Dispatching an op written in Python takes longer than the work of a small layer. Autograd, tracing (compile, export,
@@ -19,13 +31,13 @@ def register(name: str, mutates_args: tuple[str, ...]) -> Callable[[Callable], C
     Either way the same implementation runs, and the arguments it mutates get a new version.
     """
 
-    def wrap(implementation: Callable) -> Callable:
+    def wrap(implementation: Callable[P, Result]) -> Op[P, Result]:
         op = torch.library.custom_op(name, implementation, mutates_args=mutates_args)
         parameters = list(inspect.signature(implementation).parameters)
         mutated = [(parameters.index(argument), argument) for argument in mutates_args]
 
         @functools.wraps(implementation)
-        def call(*args, **kwargs):
+        def call(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _is_plain(args):
                 return op(*args, **kwargs)
             result = implementation(*args, **kwargs)
@@ -34,8 +46,9 @@ def register(name: str, mutates_args: tuple[str, ...]) -> Callable[[Callable], C
                 torch.autograd.graph.increment_version(tensors)
             return result
 
-        call.register_fake = op.register_fake
-        return call
+        registered: Any = call
+        registered.register_fake = op.register_fake
+        return registered
 
     return wrap
 
