@@ -56,7 +56,7 @@ class LoSiACallback(TrainerCallback):
 
     ``history``: a file that gets every place of every subnet, for ``losia-kernels plot``.
 
-    Raises ValueError when training begins with another optimizer than LoSiAAdamW.
+    Raises ValueError when training begins with an optimizer that is neither LoSiAAdamW nor one ``attach`` was given.
     """
 
     def __init__(self, trainer: Trainer, calibration_steps: int = CALIBRATION_STEPS, history: Path | None = None):
@@ -116,10 +116,11 @@ class LoSiACallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         timeline = losia_timeline(optimizer)
-        self._rates = {
-            f"losia/lr/{name}": optimizer.param_groups[group]["lr"] * timeline.lr_factor(group)
-            for group, name in enumerate(timeline.group_names)
-        }
+        self._rates = {}
+        for position, options in enumerate(optimizer.param_groups):  # LoSiAAdamW's groups first; attach numbers them
+            group = options.get("layer_group", position)
+            if group is not None and group < len(timeline.group_names):
+                self._rates[f"losia/lr/{timeline.group_names[group]}"] = options["lr"] * timeline.lr_factor(group)
         self._observing = min(timeline.observing, default=-1)
 
     def _note(self, layer: LoSiALinear, subnet: Subnet) -> None:
@@ -146,14 +147,16 @@ class LoSiACallback(TrainerCallback):
 
 
 def losia_timeline(optimizer: torch.optim.Optimizer) -> Timeline:
-    """The timeline of the LoSiAAdamW that a callback is handed; accelerate wraps it. ValueError for another one."""
+    """The timeline of the optimizer that a callback is handed; accelerate wraps it. ValueError for one without."""
     inner = getattr(optimizer, "optimizer", optimizer)
-    if not isinstance(inner, LoSiAAdamW):
+    timeline = getattr(inner, "timeline", None)
+    if not isinstance(timeline, Timeline):
         raise ValueError(
             f"the Trainer's optimizer is {type(inner).__name__}, which does not know the subnets: give the Trainer "
-            f"optimizer_cls_and_kwargs=(LoSiAOptimizerFactory, {{'lr': ...}})"
+            f"optimizer_cls_and_kwargs=(LoSiAOptimizerFactory, {{'lr': ...}}), or attach(optimizer, model) and "
+            f"optimizers=(optimizer, None)"
         )
-    return inner.timeline
+    return timeline
 
 
 def _loss_scale(optimizer: torch.optim.Optimizer) -> float:

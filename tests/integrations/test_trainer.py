@@ -6,7 +6,7 @@ import torch
 from tiny_llama import make_model
 from transformers import Trainer, TrainerCallback
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, calibrate
+from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach, calibrate
 from losia_kernels.integrations.data import IGNORE, Collator
 from losia_kernels.integrations.finetune import FinetuneTrainer, check_packing, training_arguments
 from losia_kernels.integrations.options import FinetuneOptions, InputError
@@ -61,6 +61,25 @@ def by_hand(model, batches):
         optimizer.step()
         optimizer.zero_grad()
     return optimizer
+
+
+def test_an_attached_optimizer_takes_the_same_steps(tmp_path):
+    """torch's AdamW, given to the Trainer after ``attach``: the same subnets, and weights to rounding."""
+    ours = apply_losia(make_model(), CONFIG)
+    make_trainer(ours, tmp_path).train()
+    model = apply_losia(make_model(), CONFIG)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0)
+    attach(optimizer, model)
+    trainer = FinetuneTrainer(
+        model, training_arguments(options(tmp_path), STEPS), data_collator=Collator(256), train_dataset=samples(),
+        optimizers=(optimizer, None),
+    )  # fmt: skip
+    callback = LoSiACallback(trainer)
+    trainer.add_callback(callback)
+    trainer.train()
+    for (name, expected), seen in zip(ours.state_dict().items(), model.state_dict().values(), strict=True):
+        torch.testing.assert_close(seen, expected, rtol=0, atol=1e-6, msg=name)
+    assert list(callback._rates) == [f"losia/lr/{name}" for name in optimizer.timeline.group_names]
 
 
 def test_the_trainer_takes_the_steps_of_a_loop_written_out_by_hand(tmp_path):
