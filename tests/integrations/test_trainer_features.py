@@ -286,7 +286,7 @@ def test_a_loss_that_goes_round_the_output_layer_is_found_in_the_first_step(tmp_
         return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())
 
     trainer.compute_loss = fused
-    with pytest.raises(RuntimeError, match="lm_head: the loss gave the output layer.s subnet no gradient.*output_dim_factor=0"):
+    with pytest.raises(RuntimeError, match="lm_head: the loss gave .* no gradient.*output_dim_factor=0"):
         trainer.train()
 
 
