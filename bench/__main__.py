@@ -3,6 +3,7 @@
     python -m bench all --minutes 9     the most telling rows of every suite, most important first
     python -m bench layer               one suite
     python -m bench report              RESULTS.md, the READMEs' tables and the plots, from the JSON
+    python -m bench host                what Python and dispatch take a layer, on the CPU; a table, no JSON
     python -m bench quality             what the methods learn (options: python -m bench quality --help)
     python -m bench quality-report      bench/quality/README.md, from its JSON
 
@@ -30,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from . import layer, memory, model, ops, output_layer, scaling, variants
+from . import host, layer, memory, model, ops, output_layer, scaling, variants
 from .jobs import DeviceLost, Job, run_all
 from .methods import METHODS, UnknownMethod, get_method
 from .provenance import clocks, provenance
@@ -50,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words and words[0] in ("quality", "quality-report"):
         return _quality(words)
     arguments = _parser().parse_args(argv)
+    if arguments.suite == "host":
+        print(host.report())
+        return 0
     if arguments.suite == "report":
         from .report import write_reports
 
@@ -169,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("suite", choices=(*SUITES, "all", "report"), metavar="SUITE", help="a suite, all, or report")
+    parser.add_argument("suite", choices=(*SUITES, "all", "host", "report"), metavar="SUITE", help="a suite, all, host, or report")
     parser.add_argument("--minutes", type=_minutes, help="begin nothing that would not end in time; default: no limit")
     parser.add_argument(
         "--methods", metavar="NAMES", help=f"only these rows, separated by commas; methods: {', '.join(METHODS)}"
