@@ -171,7 +171,13 @@ def tile_map(
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Without waiting: torch's allocator of pinned memory keeps it until the copy is done."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    if device.type != "cuda":
+        return tensor.to(device)
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("a captured update would repeat the learning rates and steps of this one, which the host "
+                           "writes into a table each time: capture forward and backward, and call step() after replay; "
+                           "it is one copy and one launch")
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _bits(value: float) -> int:

@@ -187,6 +187,48 @@ def test_non_finite_gradients_show(device):
         assert ours["weights"][0].isnan().sum() == 1
 
 
+def test_all_that_changes_with_the_step_is_read_from_the_table(device, monkeypatch):
+    """The second launch has the first one's arguments, only the table's contents are new."""
+    from losia_kernels.kernels import subnets_adamw
+
+    kernel, recorded = subnets_adamw.subnets_adamw_kernel, []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            def run(*args, **constants):
+                recorded.append((grid, args, constants))
+                kernel[grid](*args, **constants)
+
+            return run
+
+    later = {"lr": [0.3, 0.02, 0.01], "step": [9, 8, 7], "seeds": [3, 2, 1]}
+    ours = make(ODD, BF16, BF16, device)
+    theirs = copy(ours)
+    monkeypatch.setattr(subnets_adamw, "subnets_adamw_kernel", Recorder())
+    launch(ours)
+    grads = [grad + 1 for grad in ours["grads"]]  # at other addresses
+    launch({**copy(ours), **later, "grads": grads})
+    addresses = recorded[0][1][0].clone()
+    (grid, args, constants), (_, (table, *_), _) = recorded
+    changing = [field.value for field in (subnets_adamw.GRAD, subnets_adamw.SEED, subnets_adamw.DECAY,
+                                          subnets_adamw.STEP_SIZE, subnets_adamw.ROOT_CORRECTION)]  # fmt: skip
+    args[0].copy_(addresses)
+    args[0][:, changing] = table[:, changing]
+    kernel[grid](*args, **constants)
+    launch(theirs)
+    launch({**theirs, **later, "grads": grads})
+    assert_same(ours, theirs, ("weights", "subnets", "exp_avgs", "exp_avg_sqs"))
+
+
+@pytest.mark.gpu
+def test_a_captured_update_is_refused():
+    ours = make(ODD, BF16, BF16, "cuda")
+    launch(ours)
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match="capture forward and backward"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        launch(ours)
+
+
 def test_the_same_call_gives_the_same_bits(device):
     results = []
     for _ in range(2):
