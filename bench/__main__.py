@@ -173,7 +173,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("suite", choices=(*SUITES, "all", "host", "report"), metavar="SUITE", help="a suite, all, host, or report")
+    suites = (*SUITES, "all", "host", "report")
+    parser.add_argument("suite", choices=suites, metavar="SUITE", help="a suite, all, host, or report")
     parser.add_argument("--minutes", type=_minutes, help="begin nothing that would not end in time; default: no limit")
     parser.add_argument(
         "--methods", metavar="NAMES", help=f"only these rows, separated by commas; methods: {', '.join(METHODS)}"
