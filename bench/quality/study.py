@@ -91,7 +91,7 @@ def study(scale: Scale) -> list[Run]:
         runs.append(replace(base, task=task))
         runs += [*searches(scale, task, *FIRST), *finals(scale, task, *FIRST)]
         if task == "past-tense":
-            runs += ablations(scale, task, OUTPUT_LAYER)
+            runs += ablations(scale, task, ("alignment-16", *OUTPUT_LAYER))
         else:
             runs.append(Run("oracle", scale.name, task, "losia-p8", 0, None, scale.steps))
             runs += ablations(scale, task, TELLING)
