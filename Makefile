@@ -25,6 +25,7 @@ docs: $(VENV)/.installed  ## write docs/reference.md from the docstrings
 
 lint: $(VENV)/.installed  ## ruff and mypy
 	$(VENV)/bin/ruff check
+	$(VENV)/bin/mypy
 
 clean:  ## remove the environment, the converted model and the demo's results
 	rm -rf $(VENV) .cache runs/demo

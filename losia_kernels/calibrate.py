@@ -62,12 +62,12 @@ def calibrate(
                 break
         if seen == 0:
             raise ValueError("calibrate: there is no batch to calibrate with")
-        moves = [(layer, new_subnet(layer, observer, rows[layer])) for layer, observer in observers.items()]
+        found = [(layer, new_subnet(layer, observer, rows[layer])) for layer, observer in observers.items()]
     finally:
         for layer, callback in observing_before.items():
             layer.observe_(callback)
         _drop_gradients(model)
-    moves = [(layer, subnet) for layer, subnet in moves if subnet is not None]
+    moves = [(layer, subnet) for layer, subnet in found if subnet is not None]
     if sharded:
         move_subnets_(moves, ranks)
         return model
@@ -111,10 +111,14 @@ def start_from_frequency(
 
 def _update(
     layer: LoSiALinear, observer: MarginalObserver, ranks: Ranks, rows: Rows | None, scale: float
-) -> Callable[[Tensor], None]:
-    if rows is None:
-        return lambda grad, outputs=ALL: observer.update(layer.matrix, ranks.mean_(grad), scale, outputs=outputs)
-    return lambda grad: observer.update(rows.of(layer.matrix), rows.scatter_mean(grad), scale, rows=rows)
+) -> Callable[..., None]:
+    def update(grad: Tensor, outputs: slice = ALL) -> None:
+        if rows is None:
+            observer.update(layer.matrix, ranks.mean_(grad), scale, outputs=outputs)
+        else:
+            observer.update(rows.of(layer.matrix), rows.scatter_mean(grad), scale, rows=rows)
+
+    return update
 
 
 def _drop_gradients(model: nn.Module) -> None:

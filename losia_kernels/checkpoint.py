@@ -36,7 +36,7 @@ def save_checkpoint(
     data), rank 0's. ``timeline``: what ``attach`` returned; a LoSiAAdamW has its own. Raises FileExistsError.
     """
     folder, beside = Path(folder), Path(f"{folder}.tmp")
-    ranks = (timeline or optimizer.timeline).ranks
+    ranks = (timeline or optimizer.timeline).ranks  # type: ignore[attr-defined]
     first = ranks.rank == 0
     if ranks.any([first and folder.exists()]) == [True]:
         raise FileExistsError(f"{folder} exists: name a new folder")
@@ -65,7 +65,7 @@ def load_checkpoint(
     checkpoint, ValueError if it is of another model, config or parameter groups.
     """
     folder = Path(folder)
-    timeline = timeline or optimizer.timeline
+    timeline = timeline or optimizer.timeline  # type: ignore[attr-defined]
     run = torch.load(folder / RUN, weights_only=True)
     names = _names(model, optimizer)
     saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
@@ -95,12 +95,12 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
     tied = {_plain(name): id(value) for name, value in model.named_parameters(remove_duplicate=False)}
-    gathered: dict[int | str, Tensor | None] = {}  # once for all names of a tied weight
+    gathered: dict[int | str, Any] = {}  # once for all names of a tied weight
     whole = {}
     for name, tensor in export_state_dict(model).items():
         key = tied.get(name, name)
         if key not in gathered:
-            tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
+            tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
             gathered[key] = tensor.detach().to("cpu", copy=True) if first else None
         if first:
             whole[name] = gathered[key]
@@ -126,7 +126,7 @@ def _plain(name: str) -> str:
     return name.removeprefix("module.").replace("_orig_mod.", "")
 
 
-def _empty(entry, kind: str, parameter: Tensor, timeline: Timeline) -> Tensor:
+def _empty(entry: Any, kind: str, parameter: Tensor, timeline: Timeline) -> Tensor:
     """Where to load a tensor of ``parameter``'s state to: laid out as the parameter is now."""
     size, dtype = entry.size, entry.properties.dtype
     if not is_sharded(parameter) or kind in REPLICATED:

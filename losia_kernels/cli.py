@@ -8,11 +8,12 @@ import dataclasses
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
+from typing import Any, NoReturn
 
 from . import __version__
 from .integrations.options import PICTURES, FinetuneOptions, InputError
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _finetune(**options) -> None:
+def _finetune(**options: Any) -> None:
     from .integrations.finetune import finetune
 
     finetune(FinetuneOptions(**options))
@@ -53,6 +54,7 @@ def _export(checkpoint: str, output: str) -> None:
 
 
 def _inspect(folder: str) -> None:
+    describe: Callable[[Path], str]
     with _told_in_one_line():
         if (Path(folder) / "delta.json").exists():
             from .delta import describe_delta as describe
@@ -63,7 +65,7 @@ def _inspect(folder: str) -> None:
         print(describe(Path(folder)))
 
 
-def _delta(action: str, **folders) -> None:
+def _delta(action: str, **folders: Any) -> None:
     from . import delta
 
     with _told_in_one_line():
@@ -74,7 +76,7 @@ def _delta(action: str, **folders) -> None:
             digest = delta.verify_delta(**folders, track=_track)
             print(f"{folders['base']} is the base of {folders['delta']}: sha256 {digest}")
         else:
-            convert = {"apply": delta.apply_delta, "subtract": delta.subtract_delta}[action]
+            convert: Callable[..., None] = {"apply": delta.apply_delta, "subtract": delta.subtract_delta}[action]
             convert(**folders, track=_track)
             print(f"model in {folders['output']}")
 
@@ -87,20 +89,20 @@ def _lora(base: str, trained: str, output: str, rank: int | None) -> None:
         print(describe_lora(output))
 
 
-def _estimate(**options) -> None:
+def _estimate(**options: Any) -> None:
     from .memory import describe_fit
 
     with _told_in_one_line():
         print(describe_fit(**options))
 
 
-def _plot(run: str, **options) -> None:
+def _plot(run: str, **options: Any) -> None:
     from .integrations.plots import plot_run
 
     plot_run(Path(run), **options)
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "finetune": _finetune,
     "plot": _plot,
     "export": _export,
@@ -120,8 +122,9 @@ def _told_in_one_line() -> Iterator[None]:
         raise InputError(str(error)) from None
 
 
-def _track(names: Sequence[str], doing: str) -> Iterator[str]:
+def _track(names: Iterable[str], doing: str) -> Iterator[str]:
     """Yields ``names`` and says on stderr how far it is: one line, rewritten; in a log a line every half minute."""
+    names = list(names)
     terminal = sys.stderr.isatty()
     start = "\r\033[K" if terminal else ""  # back to the start of the line, and clear it
     started = said = time.perf_counter()
@@ -137,20 +140,20 @@ def _track(names: Sequence[str], doing: str) -> Iterator[str]:
         print(start, end="", file=sys.stderr, flush=True)
 
 
-def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+def _show_warning(message: Warning | str, *where: Any, **options: Any) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Defaults behind every option that has one worth saying."""
 
-    def _get_help_string(self, action):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
         silent = action.default is None or action.default is False or action.required
         return action.help if silent else super()._get_help_string(action)
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
 

@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ def apply_losia(model: nn.Module, config: LoSiAConfig | None = None, output_laye
 
     generator = torch.Generator().manual_seed(config.seed)
     planned: list[tuple[str, tuple[float, float], Membership]] = []
-    if config.output_dim_factor > 0:
+    if output_name is not None and config.output_dim_factor > 0:
         dense = config.output_dim_factor == 1
         group = None if dense else 0
         planned.append((output_name, (config.output_dim_factor, 1.0), Membership(group, output_name, config, True)))
@@ -77,12 +78,14 @@ def apply_losia(model: nn.Module, config: LoSiAConfig | None = None, output_laye
             planned.append((name, (factor, factor), Membership(number, block, config)))
     refuse_shared_weights(model, [name for name, _, _ in planned], saved)
 
-    modules = _named_modules(model)
+    modules: dict[str, Any] = _named_modules(model)
     was_trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     layers = []
     try:
         for name, factors, member in planned:
-            layer = layer_class(modules[name]).from_linear(
+            kind = layer_class(modules[name])
+            assert kind is not None  # of a target
+            layer = kind.from_linear(
                 modules[name], factors, master=config.master_weights, generator=generator, name=name,
                 alignment=config.alignment,
             )
@@ -171,7 +174,7 @@ def _find_output_layer(model: nn.Module, named: str | None, config: LoSiAConfig)
     if named is not None:
         if named not in modules:
             raise ValueError(f"apply_losia: the model has no module {named!r} (output_layer)")
-        found = modules[named]
+        found: Any = modules[named]
     else:
         get = getattr(model, "get_output_embeddings", None)
         found = get() if get is not None else None

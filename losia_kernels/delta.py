@@ -22,6 +22,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,7 +59,8 @@ def make_delta(base: str | Path, trained: str | Path, output: str | Path, track:
     refuse_existing(output)
     folders = {"base": ModelFolder(base), "trained": ModelFolder(trained)}
     check_pair(*folders.values())
-    record = {"format": "losia_kernels delta", "version": VERSION, "sha256": {}, "files": {}, "tensors": {}}
+    record: dict[str, Any] = {"format": "losia_kernels delta", "version": VERSION}
+    record |= {"sha256": {}, "files": {}, "tensors": {}}
     blocks: dict[str, Tensor] = {}
     values: dict[str, dict[str, Tensor]] = {side: {} for side in folders}
     for name in track(list(folders["base"].specs), "comparing"):
@@ -153,7 +155,9 @@ def _compare(name: str, folders: dict[str, ModelFolder]) -> tuple[dict, dict[str
     return entry | {"blocks": len(where["out_counts"]), "values": len(values["base"])}, where, values
 
 
-def _convert(source, delta, output, here: str, there: str, track: Track) -> None:
+def _convert(
+    source: str | Path, delta: str | Path, output: str | Path, here: str, there: str, track: Track
+) -> None:
     refuse_existing(output)
     opened, folder = _Delta(delta), ModelFolder(source)
     if not (opened.path / there / VALUES).exists():

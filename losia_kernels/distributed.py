@@ -188,11 +188,11 @@ def _pad(tensor: Tensor, rows: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:])])
 
 
-def _reduce_scatter(own: Tensor, whole: Tensor, group) -> None:
+def _reduce_scatter(own: Tensor, whole: Tensor, group: "dist.ProcessGroup | None") -> None:
     getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(own, whole, group=group)  # renamed in torch 2.13
 
 
-def _all_gather(whole: Tensor, own: Tensor, group) -> None:
+def _all_gather(whole: Tensor, own: Tensor, group: "dist.ProcessGroup | None") -> None:
     getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(whole, own, group=group)
 
 
@@ -202,7 +202,7 @@ def refuse_engines(model: nn.Module) -> None:
         return
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
-    sharded = set()
+    sharded: set[nn.Module] = set()
     for module in model.modules():
         if isinstance(module, FullyShardedDataParallel):
             raise ValueError("LoSiA cannot train in FSDP1, which flattens a layer's parameters into one: use FSDP2, "

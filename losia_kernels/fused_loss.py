@@ -9,8 +9,9 @@ replaced: after the forward the model is as it was.
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +38,9 @@ def unfuse_loss(model: nn.Module) -> None:
     """Undo ``fuse_loss``, also inside a wrapper such as DistributedDataParallel."""
     for module in model.modules():
         for hook in list(module._forward_pre_hooks.values()):
-            if isinstance(getattr(hook, "__self__", None), FusedLoss):
-                hook.__self__.remove()
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, FusedLoss):
+                owner.remove()
 
 
 class FusedLoss:
@@ -54,7 +56,7 @@ class FusedLoss:
     def begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or kwargs.get("labels") is None:
             return
-        head = model.get_submodule(self.output_layer)
+        head: Any = model.get_submodule(self.output_layer)
         problem = why_not(model, head)
         if problem:
             tell_once(f"LoSiA: {type(model).__name__} computes its loss from whole logits: {problem}")
@@ -71,7 +73,7 @@ class FusedLoss:
             handle.remove()
 
 
-def why_not(model: nn.Module, head: nn.Module) -> str | None:
+def why_not(model: nn.Module, head: Any) -> str | None:
     """What keeps the output layer from being lazy, or None."""
     if type(head) not in (nn.Linear, LoSiALinear):  # fully_shard changes the class of what it cuts
         return f"its output layer is a {type(head).__name__}"
@@ -92,7 +94,7 @@ def tell_once(message: str) -> None:
 def lazy_logits(head: nn.Linear, hidden: Tensor) -> "LazyLogits":
     """What ``head(hidden)`` would be."""
     dtype = autocast_dtype(hidden)
-    context = contextlib.nullcontext
+    context: Callable[[], AbstractContextManager] = contextlib.nullcontext
     if dtype != hidden.dtype:
         context = functools.partial(torch.autocast, hidden.device.type, dtype)
     logits = LazyLogits((*hidden.shape[:-1], head.out_features), dtype, hidden.device)
@@ -118,7 +120,8 @@ class Source:
 
     def cross_entropy(self, labels: Tensor, **options) -> Tensor:
         head = self.head
-        subnet = out_idx = on_gradient = None
+        subnet: Tensor | None = None
+        out_idx = on_gradient = None
         if isinstance(head, LoSiALinear):
             subnet = head.subnet
             out_idx = None if subnet.shape[0] == head.out_features else head.out_idx
@@ -143,9 +146,16 @@ class LazyLogits(Tensor):
     ``whole()`` computes them, once: from the source, or by doing to the parent's what was done to this one's parent.
     """
 
+    source: Source
+    parent: "LazyLogits | None"
+    noted: Callable[[Tensor], Tensor]
+    value: Tensor | None
+    scale: float
+    softcap: float | None
+
     @staticmethod
-    def __new__(cls, shape, dtype, device):
-        self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, requires_grad=True)
+    def __new__(cls, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> "LazyLogits":
+        self: Any = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, requires_grad=True)
         self.source, self.parent, self.noted, self.value = None, None, None, None
         self.scale, self.softcap = 1.0, None
         with torch._C.DisableTorchFunctionSubclass():
@@ -190,7 +200,7 @@ class LazyLogits(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         args, kwargs = tree_map_only(cls, cls.whole, (args, kwargs or {}))
         return func(*args, **kwargs)
 

@@ -59,13 +59,13 @@ def export_lora(
     refuse_existing(output)
     if rank is not None and rank < 1:
         raise ValueError(f"the rank must be at least 1, got {rank}")
-    base, trained = ModelFolder(base), ModelFolder(trained)
-    check_pair(base, trained)
-    layouts = _linear_layouts(base.path)
+    old, new = ModelFolder(base), ModelFolder(trained)
+    check_pair(old, new)
+    layouts = _linear_layouts(old.path)
     tensors: dict[str, Tensor] = {}
     errors: dict[str, LayerError] = {}
-    for name in track(list(base.specs), "comparing"):
-        before, after = base.get(name), trained.get(name)
+    for name in track(list(old.specs), "comparing"):
+        before, after = old.get(name), new.get(name)
         if torch.equal(before.to(after.dtype), after):
             continue
         layer = name.removesuffix(".weight")
@@ -89,11 +89,11 @@ def export_lora(
             norm=norm,
         )
     if not errors:
-        raise ValueError(f"{trained.path} is {base.path}: nothing has changed")
+        raise ValueError(f"{new.path} is {old.path}: nothing has changed")
     with new_folder(output) as beside:
         specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         write_tensors(beside / WEIGHTS, specs, tensors.__getitem__, {"format": "pt"})
-        _write_json(beside / CONFIG, _adapter_config(base.path, errors, "in_out" in layouts.values()))
+        _write_json(beside / CONFIG, _adapter_config(old.path, errors, "in_out" in layouts.values()))
         _write_json(beside / ERRORS, {
             "relative_error": overall(errors, "relative_error"),
             "merged_error": overall(errors, "merged_error"),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from dataclasses import replace as with_changes
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from .output_layer import CHUNK_BYTES
 from .subnet import subnet_size
@@ -121,7 +122,7 @@ class Setting:
     weight_bytes: int = 2
     fused_loss: bool = False  # the loss without logits (``losia_kernels.fused_loss``), which ``apply_losia`` sets up
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}; the memory model knows {', '.join(METHODS)}")
         if self.moments not in MOMENT_BYTES:
@@ -207,7 +208,7 @@ def largest(shape: ModelShape, setting: Setting, field: str, budget: int) -> int
     """The largest ``field`` ("batch" or "context") whose estimate stays within ``budget`` bytes; 0 if 1 does not."""
 
     def fits(size: int) -> bool:
-        return estimate(shape, with_changes(setting, **{field: size})).total <= budget
+        return estimate(shape, with_changes(setting, **{field: size})).total <= budget  # type: ignore[arg-type]
 
     if not fits(1):
         return 0
@@ -239,7 +240,7 @@ def describe_fit(
     if memory <= reserve:
         raise ValueError(f"--memory must be more than the reserve of {reserve} GiB, got {memory}")
     shape, budget = ModelShape.from_folder(model), int((memory - reserve) * GIB)
-    state = {"moments": moments, "in_backward": in_backward, "master_weights": master == "float32",
+    state: dict[str, Any] = {"moments": moments, "in_backward": in_backward, "master_weights": master == "float32",
              "remainder": master == "remainder"}  # fmt: skip
     lines = [
         f"{model}: {shape.parameters / 1e9:.2f}e9 values, {2 * shape.parameters / GIB:.2f} GiB in bfloat16",

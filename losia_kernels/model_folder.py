@@ -96,7 +96,7 @@ class Tensors:
 
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The tensor's values as they lie in memory, without a copy if it is contiguous."""
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def sha256(name: str, tensor: Tensor) -> str:
@@ -142,7 +142,7 @@ def write_model(
     folder: Path, like: ModelFolder, specs: dict[str, Spec], get: Callable[[str], Tensor], track: Track = silent
 ) -> None:
     """The tensors of ``specs`` into the existing ``folder``, each in the file in which ``like`` has its name."""
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for file, tensors in like.files.items():
         part = {name: specs[name] for name in tensors.specs if name in specs}
         weight_map |= dict.fromkeys(part, file)

@@ -34,7 +34,7 @@ class SensitivityObserver:
             for name in ("importance", "uncertainty"):
                 self.tensors[name] = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
         ops.importance_update_(
-            **{name: tensor[outputs] for name, tensor in self.tensors.items()},
+            self.tensors["importance"][outputs], self.tensors["uncertainty"][outputs],
             weight=weight[outputs], grad=grad, beta1=self.beta1, beta2=self.beta2, grad_scale=grad_scale,
         )  # fmt: skip
 
@@ -45,7 +45,7 @@ class SensitivityObserver:
 class GradientObserver:
     """|g| of one optimizer step (ablation GL): the sum of its micro-batches' gradients, no smoothing."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
 
     def update(

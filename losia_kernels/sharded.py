@@ -50,7 +50,7 @@ def check_shards(layer: LoSiALinear, ranks: Ranks) -> None:
 
 def own(tensor: Tensor) -> Tensor:
     """This rank's rows of a parameter, to read and to write."""
-    return tensor.detach().to_local()
+    return tensor.detach().to_local()  # type: ignore[attr-defined]
 
 
 def as_shard(rows: Tensor, size: int, parameter: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def as_shard(rows: Tensor, size: int, parameter: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(
-        rows, parameter.device_mesh, parameter.placements,
+        rows, parameter.device_mesh, parameter.placements,  # type: ignore[attr-defined]
         run_check=False, shape=torch.Size((size, *rows.shape[1:])), stride=rows.stride(),
     )  # fmt: skip
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection
 from dataclasses import asdict
 from itertools import chain, product
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -98,11 +99,11 @@ class Timeline:
         if moving and self.config.importance_sync == "slot":
             self._sum_importance(moving)
         try:
-            moves = [(layer, new_subnet(layer, self._observers[layer], self._rows(layer))) for layer in moving]
+            found = [(layer, new_subnet(layer, self._observers[layer], self._rows(layer))) for layer in moving]
         except NonFiniteScoreError:
             self._next_step(freed=moving)
             raise
-        moves = [(layer, subnet) for layer, subnet in moves if subnet is not None]
+        moves = [(layer, subnet) for layer, subnet in found if subnet is not None]
         for listener, move in product(self.listeners, moves):
             listener(*move)
         if self.sharded:
@@ -221,10 +222,10 @@ class Timeline:
     def bind(self, optimizer: torch.optim.Optimizer) -> None:
         """Make ``optimizer.state_dict()`` carry the clock, the config and the importance of observing layers, and
         ``load_state_dict`` restore them. Tensors and plain values only."""
-        self._loaded: dict | None = None
+        self._loaded: dict[str, Any] = {}
         options = {f"{type(optimizer).__name__}.{name}": value for name, value in optimizer.defaults.items()}
         self.ranks.check_same(options, {})
-        self.handles = [
+        self.handles: list[Any] = [
             optimizer.register_state_dict_post_hook(self._save),
             optimizer.register_load_state_dict_pre_hook(self._check_loaded),
             optimizer.register_load_state_dict_post_hook(self._load),
@@ -234,13 +235,13 @@ class Timeline:
         """For an optimizer whose own ``load_state_dict`` runs no hooks (bitsandbytes'): do there what they would do."""
         plain = optimizer.load_state_dict
 
-        def load_state_dict(state_dict: dict, *args, **kwargs) -> None:
+        def load_state_dict(state_dict: dict, *args: Any, **kwargs: Any) -> None:
             plain(self._check_loaded(optimizer, state_dict), *args, **kwargs)
             self._load(optimizer)
 
         for handle in self.handles[1:]:
             handle.remove()
-        optimizer.load_state_dict = load_state_dict
+        optimizer.load_state_dict = load_state_dict  # type: ignore[method-assign]
         self.handles[1:] = [SimpleNamespace(remove=lambda: optimizer.__dict__.pop("load_state_dict", None))]
 
     def detach(self) -> None:
@@ -293,7 +294,8 @@ class Timeline:
                     f"resume with the same config, or start anew from the exported weights"
                 )
         index = [i for group in state_dict["param_groups"] for i in group["params"]]
-        subnets = {layer.subnet: layer for layers in [*self.groups, self.dense] for layer in layers}
+        layers = [layer for group in [*self.groups, self.dense] for layer in group]
+        subnets: dict[Tensor, LoSiALinear] = {layer.subnet: layer for layer in layers}
         observed: dict[LoSiALinear, dict[str, Tensor]] = {}
         state = {}
         for i, parameter in zip(index, _parameters(optimizer), strict=False):
@@ -318,7 +320,7 @@ class Timeline:
         return {**state_dict, "state": state, "param_groups": groups}
 
     def _load(self, optimizer: torch.optim.Optimizer) -> None:
-        loaded, self._loaded = self._loaded, None
+        loaded, self._loaded = self._loaded, {}
         for layer in list(self._observers):
             self._stop(layer)
         self.step = loaded["step"]

@@ -98,11 +98,11 @@ def encode(sample: Sample, tokenizer, max_length: int) -> dict[str, np.ndarray] 
     if not ended:
         ids.append(tokenizer.eos_token_id)
         learned.append(True)
-    ids, learned = np.array(ids[:max_length], dtype=np.int32), np.array(learned[:max_length])
-    learned[0] = False  # nothing precedes the first token, so nothing predicts it
-    if not learned.any():
+    input_ids, taught = np.array(ids[:max_length], dtype=np.int32), np.array(learned[:max_length])
+    taught[0] = False  # nothing precedes the first token, so nothing predicts it
+    if not taught.any():
         return None
-    return {"input_ids": ids, "labels": np.where(learned, ids, np.int32(IGNORE))}
+    return {"input_ids": input_ids, "labels": np.where(taught, input_ids, np.int32(IGNORE))}
 
 
 def _tokenize(tokenizer, text: str, spans: list[tuple[int, int]], special_tokens: bool) -> tuple[list[int], list[bool]]:
@@ -159,7 +159,8 @@ def pack(samples: list[dict[str, np.ndarray]], max_length: int) -> list[dict[str
 
     ``position_ids`` restart with every sample, which is how transformers' attention masks keep them apart.
     """
-    rows, length = [[]], 0
+    rows: list[list[dict[str, np.ndarray]]] = [[]]
+    length = 0
     for sample in samples:
         if length + len(sample["input_ids"]) > max_length:
             rows.append([])

@@ -205,16 +205,14 @@ def pad_token_id(tokenizer) -> int:
 
 def load_data(options: FinetuneOptions, tokenizer) -> tuple[list, list | None]:
     """Encoded (and packed) training samples, evaluation samples or None."""
-    loaded = []
-    for path in (options.data, options.eval_data):
-        if path is None:
-            loaded.append(None)
-            continue
+
+    def load(path: str) -> list:
         samples, dropped = data.load_samples(path, tokenizer, options.max_length)
         if dropped:
             print(f"{path}: {dropped} samples have nothing to learn within {options.max_length} tokens, left out")
-        loaded.append(data.pack(samples, options.max_length) if options.packing else samples)
-    return tuple(loaded)
+        return data.pack(samples, options.max_length) if options.packing else samples
+
+    return load(options.data), None if options.eval_data is None else load(options.eval_data)
 
 
 @torch.no_grad()

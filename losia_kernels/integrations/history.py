@@ -128,7 +128,7 @@ def _numpy(idx: Tensor) -> np.ndarray:
 def _bits(idx: np.ndarray, features: int) -> str:
     chosen = np.zeros(features, dtype=bool)
     chosen[idx] = True
-    return base64.b64encode(np.packbits(chosen)).decode()
+    return base64.b64encode(np.packbits(chosen).tobytes()).decode()
 
 
 def _indices(bits: str) -> np.ndarray:

@@ -96,7 +96,8 @@ def _gradients(run: Path, base: str | None) -> dict[str, tuple]:
     options = _options(run, base)
     model, tokenizer = load_model(options)
     samples, _ = load_data(dataclasses.replace(options, eval_data=None), tokenizer)
-    loader = DataLoader(samples, options.batch_size, collate_fn=data.Collator(pad_token_id(tokenizer)))
+    collator = data.Collator(pad_token_id(tokenizer))
+    loader: DataLoader = DataLoader(samples, options.batch_size, collate_fn=collator)  # type: ignore[arg-type]
     config = LoSiAConfig(rank_factor=options.rank_factor, output_dim_factor=options.output_dim_factor)
     return gradient_sums(model, list(islice(loader, GRADIENT_BATCHES)), config)
 

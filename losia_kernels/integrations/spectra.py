@@ -17,7 +17,7 @@ def gradient_sums(model: nn.Module, batches: Iterable[dict], config: LoSiAConfig
     over the batches: float32 on the CPU. g is the gradient of a batch's mean loss; one dense gradient exists at a time.
     """
     model = apply_losia(model, config).train()
-    sums = {}
+    sums: dict[str, tuple[Tensor, Tensor]] = {}
 
     def add(name: str, grad: Tensor, outputs: slice = slice(None)) -> None:
         out_sums, in_sums = sums[name]
