@@ -252,9 +252,9 @@ class LoSiALinear(nn.Linear):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Checks indices before they are used; a checkpoint of the plain model (no subnet) fills the subnet anew."""
-        loaded = [state_dict.get(prefix + key) for key in ("out_idx", "in_idx")]
-        if all(idx is not None for idx in loaded):
-            name, subnet = prefix.removesuffix(".") or self.name, Subnet(*loaded)
+        out_idx, in_idx = (state_dict.get(prefix + key) for key in ("out_idx", "in_idx"))
+        if out_idx is not None and in_idx is not None:
+            name, subnet = prefix.removesuffix(".") or self.name, Subnet(out_idx, in_idx)
             subnet.check((self.out_features, self.in_features), name, self.alignment)
             if subnet.shape != tuple(self.subnet.shape):
                 raise ValueError(f"{name}: the checkpoint's subnet is {subnet.shape}, ours {tuple(self.subnet.shape)}")
