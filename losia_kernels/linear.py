@@ -157,28 +157,31 @@ class LoSiALinear(nn.Linear):
 
         Raises RuntimeError in training, outside of torch.compile, if the subnet was stepped but not written back.
         """
-        if not (torch.is_grad_enabled() and self.subnet.requires_grad):
-            return F.linear(x, self.matrix, self.bias)
+        matrix, bias, subnet = self.matrix, self.bias, self.subnet  # once: a module's tensors are slow to look up
+        if not (torch.is_grad_enabled() and subnet.requires_grad):
+            return F.linear(x, matrix, bias)
         if not torch.compiler.is_compiling():
-            self._check_written_back()
+            self._check_written_back(matrix, subnet)
         device = x.device.type
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # meta has none
         given = x
         if autocast and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))  # before the function, so that it keeps the smaller x
-        out_idx = None if self.subnet.shape[0] == self.out_features else self.out_idx
-        in_idx = None if self.subnet.shape[1] == self.in_features else self.in_idx
+        k_out, k_in = subnet.shape
+        out_idx = None if k_out == self.out_features else self.out_idx
+        in_idx = None if k_in == self.in_features else self.in_idx
         return _SubnetLinear.apply(
-            x, self.matrix, self.bias, self.subnet, out_idx, in_idx, self._probe, self.alignment,
+            x, matrix, bias, subnet, out_idx, in_idx, self._probe, self.alignment,
             self.keeps_input and x is given,  # a cast of x is this layer's own
         )
 
-    def _check_written_back(self) -> None:
+    def _check_written_back(self, matrix: Tensor, subnet: Tensor) -> None:
         """Compares values, and waits for the GPU, only where torch has counted a write to the subnet alone."""
-        before, self._versions = self._versions, (self.subnet._version, self.weight._version)
-        if before is None or before[0] == self._versions[0] or before[1] != self._versions[1]:
+        before, now = self._versions, (subnet._version, matrix._version)  # a view counts as its weight
+        self.__dict__["_versions"] = now  # past nn.Module, which would look whether it is a parameter
+        if before is None or before[0] == now[0] or before[1] != now[1]:
             return
-        if not torch.equal(self.current_subnet.gather(self.matrix), self.subnet.to(self.weight.dtype)):
+        if not torch.equal(self.current_subnet.gather(matrix), subnet.to(matrix.dtype)):
             raise RuntimeError(
                 f"{self.name}: an optimizer has stepped the subnet, but its values are not in the weight, with which "
                 f"the model computes: use LoSiAAdamW, attach(optimizer, model), or write_back_() after each step"
