@@ -111,6 +111,8 @@ def test_moments_are_rounded_as_rounding_py_does(device, sizes):
     """What float32 moments would be after the step, rounded with the seed of their matrix."""
     for store in (in_bf16, in_codes):
         ours = make(sizes, BF16, torch.float32, device)
+        for grad in ours["grads"]:
+            grad[..., :1], grad[..., 1:2] = 0.0, 1e3  # beside a large second moment the first one falls below all codes
         store(ours)
         plain = copy(ours)
         if store is in_codes:
@@ -132,6 +134,7 @@ def test_moments_are_rounded_as_rounding_py_does(device, sizes):
                     codes, scale = encode(exact, signed, seed)
                     assert torch.equal(ours[f"{name}s"][i], codes)
                     assert torch.equal(ours[f"{name}_scales"][i], scale)
+                    assert signed or (codes > 0).all()
 
 
 def test_codes_are_held_to_float64(device):
@@ -220,6 +223,17 @@ def test_all_that_changes_with_the_step_is_read_from_the_table(device, monkeypat
     assert_same(ours, theirs, ("weights", "subnets", "exp_avgs", "exp_avg_sqs"))
 
 
+def test_the_compiler_is_promised_16_bytes_only_where_all_is_aligned():
+    from losia_kernels.kernels.subnets_adamw import make_table
+
+    def aligned(k_in: int, first: int = 0) -> bool:
+        subnet = torch.empty(4 * k_in + first)[first:].view(4, k_in)
+        matrix = [torch.empty(8, 64), subnet, torch.empty(4, k_in), *[None] * 7]
+        return make_table([matrix], (0,), [(0, 0, 0, 0)])[1]
+
+    assert aligned(32) and not aligned(33) and not aligned(8) and not aligned(32, first=1)
+
+
 @pytest.mark.gpu
 def test_a_captured_update_is_refused():
     ours = make(ODD, BF16, BF16, "cuda")
@@ -298,3 +312,30 @@ def test_every_float_is_split_and_joined():
     assert torch.equal(join_float(high, low)[~nan].view(torch.int32), value[~nan].view(torch.int32))
     ties = value.view(torch.int32) & 0xFFFF == 0x8000
     assert torch.equal(high[~nan & ~ties], value[~nan & ~ties].to(BF16))
+
+
+# What does not fit ----------------------------------------------------------------------------------------------------
+
+
+def change(lists, name, i, value):
+    lists[name] = [*lists[name][:i], value, *lists[name][i + 1 :]]
+
+
+@pytest.mark.parametrize("spoil, problem", [
+    (lambda a: a["grads"].pop(), "one entry for each of the 3 weights"),
+    (lambda a: change(a, "grads", 1, torch.ones(2, 2)), r"grad is \(2, 2\), expected \(1, 1\)"),
+    (lambda a: change(a, "exp_avgs", 0, a["exp_avgs"][0].half()), "moments must both be one of"),
+    (lambda a: (in_bf16(a), a.update(seeds=[])), "torch.bfloat16 moments need seeds"),
+    (lambda a: (in_codes(a), a.update(exp_avg_scales=[])), r"uint8 moments need float32 scales of shape \(3, 1\)"),
+    (lambda a: a.update(exp_avg_scales=[torch.ones(3, 1)] * 3), "scales belong to uint8 moments"),
+    (lambda a: a.update(remainders=a["exp_avgs"]), "a remainder belongs to a bfloat16 subnet"),
+    (lambda a: change(a, "exp_avg_sqs", 0, a["exp_avg_sqs"][0].T.contiguous().T), "must be contiguous, got strides"),
+    (lambda a: change(a, "step", 2, 0), "step counts from 1, got 0"),
+])  # fmt: skip
+def test_refused_before_anything_changes(spoil, problem):
+    lists = make(ODD, BF16, torch.float32, "cpu")
+    spoil(lists)
+    before = copy(lists)
+    with pytest.raises(ValueError, match=f"subnets_adamw_: .*{problem}"):
+        call(ops.subnets_adamw_, lists)
+    assert_same(lists, before, ("weights", "subnets", "exp_avgs", "exp_avg_sqs"))
