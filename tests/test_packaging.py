@@ -14,7 +14,7 @@ import pytest
 import losia_kernels
 
 ROOT = Path(__file__).parent.parent
-NOT_RELEASED = (".git", ".venv", ".*cache*", "__pycache__", "runs", ".hypothesis", ".benchmarks", "*.egg-info", "build", "dist")
+NOT_RELEASED = (".git", ".venv", ".*cache*", "__pycache__", "runs", ".hypothesis", "*.egg-info", "build", "dist")
 
 
 def run(*command: str | Path, **options) -> str:
