@@ -118,6 +118,27 @@ def test_stopped_and_resumed_is_the_same_run(form, master, reset_step):
         assert ours.keys() == theirs.keys() and all(same_tensors(ours[i], theirs[i]) for i in ours)
 
 
+def test_rows_of_several_scales_resume():
+    def run():
+        torch.manual_seed(0)
+        model = apply_losia(nn.Sequential(nn.Linear(600, 8), nn.Linear(8, 4)), LoSiAConfig(rank_factor=0.5))
+        return model, LoSiAAdamW(model, lr=0.01, moments="int8")
+
+    def step(model, optimizer):
+        model(torch.linspace(-1, 1, 1200).view(2, 600)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    whole, resumed = run(), run()
+    step(*whole)
+    assert whole[1].state[whole[0][0].subnet]["exp_avg_scale"].shape == (4, 2)
+    for part, other in zip(resumed, whole, strict=True):
+        part.load_state_dict(other.state_dict())
+    step(*whole)
+    step(*resumed)
+    assert same_tensors(whole[0].state_dict(), resumed[0].state_dict())
+
+
 @pytest.mark.parametrize("form, master", FORMS.values(), ids=FORMS.keys())
 def test_a_move_forgets_all_of_it(form, master):
     for reset_step in (True, False):
