@@ -201,12 +201,7 @@ def command_parser() -> argparse.ArgumentParser:
     estimate.add_argument("--context", type=int, default=2048, metavar="TOKENS", help="length of a sample")
     estimate.add_argument("--output-dim-factor", type=_fraction, default=0.0, metavar="P",
                           help="share of the vocabulary whose output weights are trained; 0: none, 1: all")
-    estimate.add_argument("--moments", choices=("float32", "bfloat16", "int8"), default="float32",
-                          help="how the optimizer keeps its moments")
-    estimate.add_argument("--master", choices=("float32", "remainder", "none"), default="float32",
-                          help="how the trained values are kept: in float32, in bfloat16 with the missing bits beside "
-                          "them, in bfloat16 alone")
-    estimate.add_argument("--in-backward", action="store_true", help="update inside the backward, keep no gradients")
+    _add_memory(estimate, moments="float32", master="float32")
     estimate.add_argument("--reserve", type=float, default=1.0, metavar="GIB",
                           help="left to the CUDA context and the allocator")
     return parser
@@ -215,6 +210,16 @@ def command_parser() -> argparse.ArgumentParser:
 def _add_folders(parser: argparse.ArgumentParser, **folders: str) -> None:
     for name, text in folders.items():
         parser.add_argument(name, help=text)
+
+
+def _add_memory(group, **defaults: str) -> None:
+    """What is kept for each trained value; ``docs/memory.md`` has the bytes."""
+    group.add_argument("--moments", choices=("float32", "bfloat16", "int8"), help="how the optimizer keeps its moments")
+    group.add_argument("--master", choices=("float32", "remainder", "none"),
+                       help="how the trained values are kept: in float32, in bfloat16 with the missing bits beside "
+                       "them, in bfloat16 alone with stochastic rounding")
+    group.add_argument("--in-backward", action="store_true", help="update inside the backward, keep no gradients")
+    group.set_defaults(**defaults)
 
 
 def _add_delta(parser: argparse.ArgumentParser) -> None:
@@ -262,7 +267,10 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
         help="what subnets are chosen by; marginal needs no memory of the weights' size")
     add("--init-subnet", choices=("calibrated", "random"),
         help="place the first subnets by the first 4 batches, or at random as in the paper")
+    add("--alignment", type=int, metavar="NEURONS",
+        help="choose runs of so many neighbours: 16 makes gathers read only the memory they need; 1 is the paper")
 
+    _add_memory(parser.add_argument_group("memory of the optimizer"))
     add = parser.add_argument_group("training").add_argument
     add("--lr", type=float, help="peak learning rate (the paper: 5e-5 to 2e-4 for bfloat16 models of 2B "
         "to 13B; for a float32 model of 135M 3e-4 to 5e-4 was best: search)")

@@ -101,7 +101,8 @@ def finetune(options: FinetuneOptions, callbacks: tuple[TrainerCallback, ...] = 
         eval_dataset=eval_data,
         optimizer_cls_and_kwargs=(
             LoSiAOptimizerFactory,
-            {"lr": options.lr, "weight_decay": options.weight_decay, "total_steps": steps},
+            {"lr": options.lr, "weight_decay": options.weight_decay, "total_steps": steps, "moments": options.moments,
+             "remainder": options.master == "remainder", "in_backward": options.in_backward},
         ),
         callbacks=[*speaking, CheckpointCallback(tokenizer, use_cache), *callbacks],
     )
@@ -244,6 +245,8 @@ def warmup_steps(options: FinetuneOptions, steps: int) -> int:
 
 def apply_with_period(model, options: FinetuneOptions, steps: int) -> LoSiAConfig:
     """Convert ``model`` for a run of ``steps``; without a period given, the paper's or the largest that fits."""
+    if options.master == "remainder" and model.dtype != torch.bfloat16:
+        raise InputError(f"master remainder completes bfloat16 weights, the model is {model.dtype}: set dtype bfloat16")
     try:
         config = LoSiAConfig(
             rank_factor=options.rank_factor,
@@ -252,6 +255,8 @@ def apply_with_period(model, options: FinetuneOptions, steps: int) -> LoSiAConfi
             warmup_steps=warmup_steps(options, steps),
             importance=options.importance,
             init_subnet=options.init_subnet,
+            alignment=options.alignment,
+            master_weights=options.master == "float32",
             seed=options.seed,
         )
         apply_losia(model, config)

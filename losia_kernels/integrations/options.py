@@ -23,6 +23,10 @@ class FinetuneOptions:
     period: int | None = None
     importance: str = "sensitivity"
     init_subnet: str = "calibrated"
+    alignment: int = 1
+    moments: str = "float32"
+    master: str = "float32"
+    in_backward: bool = False
     lr: float = 2e-4
     weight_decay: float = 0.0
     lr_scheduler: str = "cosine"
@@ -46,7 +50,8 @@ class FinetuneOptions:
 
     def check(self) -> None:
         """Raises InputError for a value out of range or two that exclude each other."""
-        whole = ("batch_size", "gradient_accumulation", "max_length", "eval_steps", "print_every", "steps", "period")
+        whole = ("batch_size", "gradient_accumulation", "max_length", "eval_steps", "print_every", "steps", "period",
+                 "alignment")
         for name in whole:
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -59,5 +64,7 @@ class FinetuneOptions:
             raise InputError(f"warmup_ratio must be in [0, 1), got {self.warmup_ratio}")
         if self.steps is None and not self.epochs > 0:
             raise InputError(f"epochs must be positive, got {self.epochs}")
+        if self.in_backward and (self.gradient_accumulation > 1 or self.max_grad_norm > 0):
+            raise InputError("in_backward keeps no gradients: it needs gradient_accumulation 1 and max_grad_norm 0")
         if self.packing and self.group_by_length:
             raise InputError("packing and group_by_length exclude each other: packed rows have one length")

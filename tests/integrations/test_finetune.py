@@ -220,6 +220,10 @@ def test_a_run_shorter_than_a_cycle_is_warned_about(tmp_path, model_folder):
 
 
 @pytest.mark.parametrize("extra", [
+    {"alignment": 4, "moments": "int8"},
+    {"dtype": "bfloat16", "moments": "bfloat16", "master": "none"},
+    {"dtype": "bfloat16", "moments": "int8", "master": "remainder", "in_backward": True, "max_grad_norm": 0.0,
+     "gradient_accumulation": 1},
     {"packing": True, "group_by_length": False}, {"gradient_checkpointing": True}, {"dtype": "bfloat16"},
     {"importance": "marginal"}, {"importance": "gradient", "init_subnet": "random"}, {"output_dim_factor": 1.0},
 ], ids=lambda extra: next(iter(extra)))  # fmt: skip
