@@ -79,6 +79,7 @@ class LoSiAAdamW(torch.optim.Optimizer):
         self.timeline.bind(self)
         self.timeline.ranks.check_same({"LoSiAAdamW's state": str(self._form)}, {})
         self.register_state_dict_pre_hook(_complete_state)
+        self.in_backward = in_backward
         self._in_backward = None
         if in_backward:
             self._in_backward = InBackward(self.timeline, lambda layer: self._update_subnets([layer]))

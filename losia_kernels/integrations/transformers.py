@@ -56,7 +56,8 @@ class LoSiACallback(TrainerCallback):
 
     ``history``: a file that gets every place of every subnet, for ``losia-kernels plot``.
 
-    Raises ValueError when training begins with an optimizer that is neither LoSiAAdamW nor one ``attach`` was given.
+    Raises ValueError when training begins with an optimizer that is neither LoSiAAdamW nor one ``attach`` was given, or
+    with gradients to clip that ``in_backward=True`` has spent.
     """
 
     def __init__(self, trainer: Trainer, calibration_steps: int = CALIBRATION_STEPS, history: Path | None = None):
@@ -68,6 +69,11 @@ class LoSiACallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
         timeline = losia_timeline(optimizer)
+        if getattr(getattr(optimizer, "optimizer", optimizer), "in_backward", False) and args.max_grad_norm:
+            raise ValueError(
+                f"max_grad_norm={args.max_grad_norm} would find nothing to clip: with in_backward=True the gradients are "
+                f"spent before the step; set max_grad_norm=0"
+            )
         if state.global_step == 0 and timeline.config.init_subnet == "calibrated":
             batches = _first_batches(train_dataloader, self.calibration_steps, args.device)
             _calibrate(model.train(), batches, _loss_scale(optimizer))  # in training mode gradients are checkpointed

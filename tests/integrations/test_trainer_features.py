@@ -297,3 +297,10 @@ def test_the_last_step_of_an_epoch_has_fewer_micro_batches(tmp_path):
     trainer.model_accepts_loss_kwargs = False
     trainer.train()
     assert divisors.seen == [2, 2, 1] * 2
+
+
+def test_updates_inside_the_backward_and_clipping_exclude_each_other(tmp_path):
+    trainer = make_trainer(tmp_path, max_grad_norm=1.0, gradient_accumulation_steps=1)
+    trainer.optimizer_cls_and_kwargs = (LoSiAOptimizerFactory, {"lr": LR, "in_backward": True})
+    with pytest.raises(ValueError, match="max_grad_norm=1.0 would find nothing to clip"):
+        trainer.train()
