@@ -212,7 +212,7 @@ def _add_folders(parser: argparse.ArgumentParser, **folders: str) -> None:
         parser.add_argument(name, help=text)
 
 
-def _add_memory(group, **defaults: str) -> None:
+def _add_memory(group: argparse._ActionsContainer, **defaults: str) -> None:
     """What is kept for each trained value; ``docs/memory.md`` has the bytes."""
     group.add_argument("--moments", choices=("float32", "bfloat16", "int8"), help="how the optimizer keeps its moments")
     group.add_argument("--master", choices=("float32", "remainder", "none"),

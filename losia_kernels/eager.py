@@ -69,7 +69,7 @@ def subnet_adamw_(
         value = stochastic_round(value, subnet.dtype, seed)
     subnet.copy_(value)
     write_subnet_(weight, out_idx, in_idx, subnet)
-    if first is not exp_avg:
+    if first is not exp_avg and seed is not None:  # ops refuse such moments without a seed
         _store_moment(exp_avg, exp_avg_scale, first, signed=True, seed=seed ^ FIRST_MOMENT)
         _store_moment(exp_avg_sq, exp_avg_sq_scale, second, signed=False, seed=seed ^ SECOND_MOMENT)
 

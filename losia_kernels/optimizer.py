@@ -85,7 +85,7 @@ class LoSiAAdamW(torch.optim.Optimizer):
             self._in_backward = InBackward(self.timeline, lambda layer: self._update_subnets([layer]))
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Update every subnet and its weight, relocalize the groups whose slot ends, advance the clock."""
         loss = None
         if closure is not None:
@@ -127,25 +127,27 @@ class LoSiAAdamW(torch.optim.Optimizer):
 
     def _update_subnets(self, layers: list[LoSiALinear]) -> None:
         """One call for all layers with the same options, whatever their learning rates and steps."""
-        timeline, alike = self.timeline, {}
+        timeline = self.timeline
+        alike: dict[tuple[float, float, float, float], list[tuple[LoSiALinear, float]]] = {}
         for layer in layers:
             number = self._group_of.get(layer)  # None: trained densely, in the last parameter group
             group = self.param_groups[-1 if number is None else number]
             lr = float(group["lr"]) * (1.0 if number is None else timeline.lr_factor(number))
-            options = (*group["betas"], group["eps"], group["weight_decay"])
+            beta1, beta2 = group["betas"]
+            options = beta1, beta2, group["eps"], group["weight_decay"]
             alike.setdefault(options, []).append((layer, lr))
         for options, chosen in alike.items():
             states = [self._subnet_state(layer.subnet) for layer, _ in chosen]
             steps = [state["step"] for state in states]
             torch._foreach_add_(steps, 1)
             subnets = [_here(layer.subnet.detach()) for layer, _ in chosen]
+            grads = [_here(layer.subnet.grad).contiguous() for layer, _ in chosen if layer.subnet.grad is not None]
             targets = [self._target(layer) for layer, _ in chosen]
             random = any(self._form.stochastic(subnet) for subnet in subnets)
             seeds = [self._seed(layer) for layer, _ in chosen] if random else []
             kept = {key: [_here(state[key]) for state in states] for key in states[0] if key != "step"}
             ops.subnets_adamw_(
-                [weight for weight, _, _ in targets], subnets,
-                [_here(layer.subnet.grad).contiguous() for layer, _ in chosen], kept["exp_avg"], kept["exp_avg_sq"],
+                [weight for weight, _, _ in targets], subnets, grads, kept["exp_avg"], kept["exp_avg_sq"],
                 [out_idx for _, out_idx, _ in targets], [in_idx for _, _, in_idx in targets],
                 [lr for _, lr in chosen], [int(step) for step in steps], seeds, *options,
                 kept.get("exp_avg_scale", []), kept.get("exp_avg_sq_scale", []), kept.get("remainder", []),
@@ -162,7 +164,8 @@ class LoSiAAdamW(torch.optim.Optimizer):
         if not self.timeline.sharded:
             return layer.matrix, layer.out_idx, layer.in_idx
         scratch = own(layer.subnet).to(layer.weight.dtype, copy=True)
-        return scratch, *(torch.arange(k, device=scratch.device) for k in scratch.shape)
+        k_out, k_in = scratch.shape
+        return scratch, torch.arange(k_out, device=scratch.device), torch.arange(k_in, device=scratch.device)
 
     def _seed(self, layer: LoSiALinear) -> int:
         part = self.timeline.ranks.rank if self.timeline.sharded else 0
@@ -171,11 +174,12 @@ class LoSiAAdamW(torch.optim.Optimizer):
     def _update_dense(self, parameters: list[Tensor], group: dict) -> None:
         """torch's AdamW on the float32 values of parameters that have no subnet."""
         used = [p for p in parameters if p.grad is not None]
+        grads = [p.grad for p in used if p.grad is not None]
         states = [self._dense_state(p) for p in used]
         values = [state.get("master", p) for p, state in zip(used, states, strict=True)]
         adamw(
             values,
-            [p.grad.to(value.dtype) for p, value in zip(used, values, strict=True)],
+            [grad.to(value.dtype) for grad, value in zip(grads, values, strict=True)],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
@@ -217,9 +221,9 @@ class LoSiAAdamW(torch.optim.Optimizer):
                     self.state[parameter][key] = value.to(device, copy=True)
 
 
-def _complete_state(optimizer: LoSiAAdamW) -> None:
+def _complete_state(optimizer: torch.optim.Optimizer) -> None:
     """Of shards, torch.distributed.checkpoint wants the state of every parameter, also of one just relocalized."""
-    if optimizer.timeline.sharded:
+    if isinstance(optimizer, LoSiAAdamW) and optimizer.timeline.sharded:
         optimizer._make_state()
 
 
@@ -270,7 +274,8 @@ def attach(
     if any(group["lr"] is None for group in optimizer.param_groups):
         raise ValueError(f"attach: {type(optimizer).__name__} sets its own learning rate, which cannot be rewarmed; "
                          f"give it one (transformers' Adafactor: relative_step=False, lr=...)")
-    timeline = optimizer.timeline = Timeline(model, total_steps, process_group)
+    timeline = Timeline(model, total_steps, process_group)
+    optimizer.timeline = timeline  # type: ignore[attr-defined]
     number_of = {id(layer.subnet): number for number, layers in enumerate(timeline.groups) for layer in layers}
     optimizer.param_groups[:] = [
         {**group, "params": [p for p in group["params"] if number_of.get(id(p)) == number], "layer_group": number}
@@ -282,17 +287,18 @@ def attach(
         if isinstance(group["lr"], Tensor):  # torchao's: schedulers fill it in place
             group["lr"] = group["lr"].clone()
 
-    def rewarm(optimizer, args, kwargs):
+    def rewarm(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         timeline.check_parameters(optimizer)
         for group in optimizer.param_groups:
             group["scheduled_lr"] = group["lr"]
             if group["layer_group"] is not None:
                 group["lr"] = group["lr"] * timeline.lr_factor(group["layer_group"])
 
-    def write_back(optimizer, args, kwargs):
+    def write_back(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         for group in optimizer.param_groups:
             group["lr"] = group.pop("scheduled_lr")
-        if getattr(optimizer, "found_inf", None) is not None and bool(optimizer.found_inf):
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
             return  # there for the time of a GradScaler's step: the optimizer has changed nothing
         timeline.check_gradients()
         for layers in [*timeline.groups, timeline.dense]:

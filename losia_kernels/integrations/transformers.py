@@ -71,8 +71,8 @@ class LoSiACallback(TrainerCallback):
         timeline = losia_timeline(optimizer)
         if getattr(getattr(optimizer, "optimizer", optimizer), "in_backward", False) and args.max_grad_norm:
             raise ValueError(
-                f"max_grad_norm={args.max_grad_norm} would find nothing to clip: with in_backward=True the gradients are "
-                f"spent before the step; set max_grad_norm=0"
+                f"max_grad_norm={args.max_grad_norm} would find nothing to clip: with in_backward=True the gradients "
+                f"are spent before the step; set max_grad_norm=0"
             )
         if state.global_step == 0 and timeline.config.init_subnet == "calibrated":
             batches = _first_batches(train_dataloader, self.calibration_steps, args.device)

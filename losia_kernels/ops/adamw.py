@@ -98,8 +98,11 @@ def subnets_adamw_(
                    f"{[len(each) for each in (*lists, *optional)]}")
     for number, matrix in enumerate(zip(weights, *lists[:6], strict=True)):
         _check_matrix(op, *matrix)
-        extra = (each[number] if each else None for each in optional[1:])
-        _check_state(op, *matrix[1:5], *extra, bool(seeds))
+        first_scale, second_scale, remainder = (
+            each[number] if each else None for each in (exp_avg_scales, exp_avg_sq_scales, remainders)
+        )
+        _, subnet, grad, exp_avg, exp_avg_sq, _, _ = matrix
+        _check_state(op, subnet, grad, exp_avg, exp_avg_sq, first_scale, second_scale, remainder, bool(seeds))
         if step[number] < 1:
             refuse(op, f"step counts from 1, got {step[number]}")
     if weights[0].is_cuda and weights[0].dtype != torch.float64:
