@@ -44,8 +44,8 @@ same of each token. *Nats a token*: the cost of the right answer, which separate
 
 **Tests.** Differences are paired over the held-out items (means over seeds), all of them (of the past tense the
 irregular verbs too, which the other columns keep apart), with random flips of their signs; p is Holm's over a task's
-comparisons. It says whether a difference would hold for other items of the same kind; whether it holds for other seeds is
-in the last column, and with {seeds} seeds that cannot be much.
+comparisons. It says whether a difference would hold for other items of the same kind; whether it holds for other seeds
+is in the last column, and with {seeds} seeds that cannot be much.
 """
 
 SIGNIFICANT = 0.05
