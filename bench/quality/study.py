@@ -90,11 +90,8 @@ def study(scale: Scale) -> list[Run]:
     for task in ("past-tense", "pronunciation"):
         runs.append(replace(base, task=task))
         runs += [*searches(scale, task, *FIRST), *finals(scale, task, *FIRST)]
-        if task == "past-tense":
-            runs += ablations(scale, task, ("alignment-16", *OUTPUT_LAYER))
-        else:
-            runs.append(Run("oracle", scale.name, task, "losia-p8", 0, None, scale.steps))
-            runs += ablations(scale, task, TELLING)
+        runs.append(Run("oracle", scale.name, task, "losia-p8", 0, None, scale.steps))
+        runs += ablations(scale, task, ("alignment-16", *OUTPUT_LAYER) if task == "past-tense" else TELLING)
     runs += [*searches(scale, "pronunciation", EQUAL_MEMORY), *finals(scale, "pronunciation", EQUAL_MEMORY)]
     for task in ("arithmetic", "code"):
         runs.append(replace(base, task=task))
