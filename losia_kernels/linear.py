@@ -190,7 +190,7 @@ class LoSiALinear(nn.Linear):
     @torch.no_grad()
     def write_back_(self) -> None:
         """Round ``subnet`` into ``weight``: after the step of an optimizer that knows nothing of the weight."""
-        self.matrix[self.out_idx[:, None], self.in_idx] = self.subnet.to(self.weight.dtype)
+        eager.write_subnet_(self.matrix, self.out_idx, self.in_idx, self.subnet)
 
     @torch.no_grad()
     def read_subnet_(self) -> None:
