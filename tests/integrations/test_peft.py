@@ -1,5 +1,7 @@
 """LoSiA as a PEFT method: adapters that go into the weights and out of them, bit for bit; what is saved; what fails."""
 
+import dataclasses
+
 import pytest
 import torch
 from tiny_llama import make_model
@@ -12,7 +14,7 @@ from peft.utils.save_and_load import get_base_model_state_dict, set_base_model_s
 from safetensors.torch import load_file  # noqa: E402
 from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
 
-from losia_kernels import LoSiAAdamW  # noqa: E402
+from losia_kernels import LoSiAAdamW, LoSiAConfig  # noqa: E402
 from losia_kernels.integrations.peft import LoSiAPeftConfig  # noqa: E402
 
 CHOICES = dict(rank_factor=1 / 4, period=2, output_dim_factor=0.125)
@@ -255,3 +257,10 @@ def test_the_base_is_given_and_taken_while_the_adapter_is_disabled():
 
 def _values(layer: nn.Module) -> torch.Tensor:
     return layer.losia_adapter["default"].trained_values()
+
+
+def test_the_config_has_losias_fields_and_defaults():
+    """PEFT saves what its own dataclass lists, so the fields stand twice; these two are PEFT's to decide."""
+    assert LoSiAPeftConfig().losia_config() == dataclasses.replace(LoSiAConfig(), fused_loss=False)
+    listed = {field.name for field in dataclasses.fields(LoSiAPeftConfig)}
+    assert {field.name for field in dataclasses.fields(LoSiAConfig)} - listed == {"master_weights", "fused_loss"}
