@@ -122,14 +122,14 @@ def _losia(model: nn.Module, setting: Setting, rank_factor: float) -> Trained:
     return Trained(model, optimizer, lambda: remove_losia(model), made)
 
 
-_LRS = (3e-4, 1e-3, 3e-3)
-_LARGE_RANK_LRS = (1e-4, 3e-4, 1e-3)
+_LRS = (3e-4, 1e-3, 3e-3, 1e-2)
+_LARGE_RANK_LRS = (1e-4, 3e-4, 1e-3, 3e-3)
 _LORA = "no dropout, all linears of the decoder blocks"
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("fft", "full fine-tuning", "all parameters, torch AdamW", (1e-5, 3e-5, 1e-4), _full),
+        Method("fft", "full fine-tuning", "all parameters, torch AdamW", (1e-5, 3e-5, 1e-4, 3e-4), _full),
         Method("lora-r8", "LoRA r 8", f"peft, alpha 16, {_LORA}", _LRS,
                functools.partial(_adapters, rank=8)),
         Method("losia-p8", "LoSiA p 1/8", "this package, its defaults, calibrated start", _LRS,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 from .methods import METHODS, VARIANTS
 from .tasks import TASKS
@@ -9,20 +10,24 @@ from .tasks import TASKS
 SEARCH_SEED = 100  # its order of batches is in no final run
 SEEDS = (0, 1, 2)
 TOKENS_PER_MINUTE = 4000  # of one CPU core, forward and backward, float32; a run's own figure replaces it
-TOKENS = {"past-tense": 12, "plural": 12, "pronunciation": 16, "arithmetic": 14, "code": 98}
+TOKENS = {"past-tense": 12, "plural": 12, "pronunciation": 16, "arithmetic": 14, "code": 80}
 
 
 @dataclass(frozen=True)
 class Scale:
-    """``few``: score the first held-out items of each task only; ``tasks``, ``methods``: what is worth the time."""
+    """``longest``: characters of a training sample, of longer ones none is taken; ``few``: score the first held-out
+    items of each task only."""
 
     name: str
     steps: int
     batch: int
+    longest: int
     few: bool
 
 
-SCALES = {scale.name: scale for scale in (Scale("small", 60, 4, few=True), Scale("large", 300, 16, few=False))}
+SCALES = {
+    scale.name: scale for scale in (Scale("small", 60, 4, 240, few=True), Scale("large", 300, 16, 480, few=False))
+}
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ FIRST = ("fft", "lora-r8", "losia-p8", "lora-r64")
 EQUAL_MEMORY = "lora-r11"
 REST = tuple(name for name in METHODS if name not in (*FIRST, EQUAL_MEMORY))
 OUTPUT_LAYER = ("head", "head-frequency")
-TELLING = ("random", "marginal", "no-wds", "sl", "gl")
+TELLING = ("random", "marginal", "alignment-16", "no-wds", "sl", "gl")
 SEQUENCE = ("past-tense", "pronunciation", "arithmetic", "code", "plural")
 
 
@@ -88,23 +93,29 @@ def study(scale: Scale) -> list[Run]:
     base = Run("untrained", scale.name, "past-tense", "fft")
     runs: list[Run] = []
     for task in ("past-tense", "pronunciation"):
-        runs.append(replace(base, task=task))
-        runs += [*searches(scale, task, *FIRST), *finals(scale, task, *FIRST)]
+        runs += several(scale, task, *FIRST)
         runs.append(Run("oracle", scale.name, task, "losia-p8", 0, None, scale.steps))
         runs += ablations(scale, task, ("alignment-16", *OUTPUT_LAYER) if task == "past-tense" else TELLING)
-    runs += [*searches(scale, "pronunciation", EQUAL_MEMORY), *finals(scale, "pronunciation", EQUAL_MEMORY)]
-    for task in ("arithmetic", "code"):
-        runs.append(replace(base, task=task))
-        runs += [*searches(scale, task, *FIRST), *finals(scale, task, *FIRST)]
-    for task in ("pronunciation", "past-tense", "arithmetic", "code"):
-        for method in REST:
-            runs += [*searches(scale, task, method), *finals(scale, task, method)]
+    runs += several(scale, "pronunciation", EQUAL_MEMORY)
+    runs += analyses(scale)
+    runs += several(scale, "arithmetic", *FIRST)
+    for method in REST:
+        runs += several(scale, "pronunciation", method)
     runs += ablations(scale, "pronunciation", tuple(name for name in VARIANTS if name not in TELLING))
     runs += data_scales(scale)
+    runs += [*several(scale, "code", *FIRST), *sequences(scale)]
+    for task, method in product(("past-tense", "arithmetic", "code"), REST):
+        runs += several(scale, task, method)
+    return [*(replace(base, task=task) for task in TASKS), *runs]
+
+
+def several(scale: Scale, task: str, *methods: str) -> list[Run]:
+    return [*searches(scale, task, *methods), *finals(scale, task, *methods)]
+
+
+def analyses(scale: Scale) -> Iterator[Run]:
     for method, variant in (("losia-p8", "cycles-2"), ("lora-r64", ""), ("fft", "")):
-        runs.append(Run("analysis", scale.name, "pronunciation", method, 0, None, 2 * scale.steps, variant))
-    runs += sequences(scale)
-    return runs
+        yield Run("analysis", scale.name, "pronunciation", method, 0, None, 2 * scale.steps, variant)
 
 
 def data_scales(scale: Scale) -> Iterator[Run]:
@@ -118,9 +129,7 @@ def data_scales(scale: Scale) -> Iterator[Run]:
 def sequences(scale: Scale) -> Iterator[Run]:
     """Five tasks one after another, with the searches and single-task runs that the fifth still lacks."""
     methods = ("lora-r8", "losia-p8", "lora-r64")
-    yield Run("untrained", scale.name, "plural", "fft")
-    yield from searches(scale, "plural", *methods)
-    yield from finals(scale, "plural", *methods)
+    yield from several(scale, "plural", *methods)
     for seed in SEEDS:
         for method in methods:
             yield Run("sequence", scale.name, "+".join(SEQUENCE), method, seed, None, scale.steps)

@@ -56,9 +56,10 @@ def schedule(step: int, steps: int, warmup: int) -> float:
 def setting_of(run: Run, task: Task, base: Base) -> Setting:
     scale = SCALES[run.scale]
     device = base.model.device
+    items = [item for item in task.splits.train if len(item.prompt) + len(item.completion) < scale.longest]
 
     def make():
-        return batches(task.splits.train, base.tokenizer, scale.batch, run.steps, run.seed, task.max_length, device)
+        return batches(items, base.tokenizer, scale.batch, run.steps, run.seed, task.max_length, device)
 
     options = dict(VARIANTS[run.variant].options) if run.variant else {}
     return Setting(run.lr, run.steps, max(1, int(WARMUP * run.steps)), run.seed, make, options)
