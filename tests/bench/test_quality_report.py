@@ -110,9 +110,9 @@ def test_the_report_says_where_losia_is_worse(filled, no_plots):
 
 def test_the_report_names_trials_and_what_is_missing(filled, no_plots):
     text = report.render(filled)
-    assert "24 of " in re.search(r"\*\*(.*) runs are done", text)[0]
-    assert "pronunciation search 21 of 33" in text and "analysis 3 of 3" in text and "equal-time" in text
-    assert "| LoSiA p 1/8 | 3 |  |  |  | 2.000 | **1.000** | 2.000 |" in text
+    assert "28 of " in re.search(r"\*\*(.*) runs are done", text)[0]
+    assert "pronunciation search 28 of 44" in text and "analysis 3 of 3" in text and "equal-time" in text
+    assert "| LoSiA p 1/8 | 4 |  |  |  | 2.000 | **1.000** | 2.000 | 3.000 |" in text
     assert "Nothing." in text.split("### Dropped")[1]
     assert '`period="auto"`' in text and "not measured" in text
 
@@ -123,7 +123,7 @@ def test_what_cannot_be_compared_is_dropped_and_named(filled, no_plots):
     filled.write(runs[1], {"run": asdict(runs[1]), "status": "diverged", "reason": "loss nan", "provenance": ORIGIN})
     filled.write(runs[2], result(Run(**asdict(runs[2]) | {"lr": 0.5}), 1.0))
     kept, dropped = usable(filled.all())
-    assert len(dropped) == 3 and len(kept) == 21
+    assert len(dropped) == 3 and len(kept) == 25
     text = report.render(filled)
     for reason in ("scored on other items", "diverged, loss nan", "at lr 0.5, but the search's best is"):
         assert reason in text.split("### Dropped")[1]
