@@ -3,8 +3,9 @@
 import functools
 import inspect
 import itertools
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from losia_kernels.calibrate import start_from_frequency
 from ..methods import MissingPeer
 from ..methods.base import adamw, decoder_linears, target_names, trained_parameters
 from ..methods.imports import import_peer
+from .budget import by_importance
 
 CALIBRATION_BATCHES = 4
 COUNTED_BATCHES = 64  # whose labels say which tokens are taught most often
@@ -87,6 +89,7 @@ def _galore(model: nn.Module, setting: Setting) -> Trained:
     return Trained(model, optimizer, lambda: model)
 
 
+OF_THE_STUDY = ("cycles", "nearest", "bfloat16", "budget")  # options that are no fields of LoSiAConfig
 CYCLES = 1  # how often every group moves in a run; the period follows from the number of steps
 
 
@@ -96,7 +99,7 @@ def losia_config(model: nn.Module, setting: Setting, rank_factor: float) -> LoSi
     Raises MissingPeer for a field that this version of the package does not have.
     """
     groups = model.config.num_hidden_layers
-    options = {name: value for name, value in setting.options.items() if name not in ("cycles", "nearest", "bfloat16")}
+    options = {name: value for name, value in setting.options.items() if name not in OF_THE_STUDY}
     unknown = sorted(set(options) - set(inspect.signature(LoSiAConfig).parameters))
     if unknown:
         raise MissingPeer(f"LoSiAConfig has no field {', '.join(unknown)}")
@@ -107,6 +110,9 @@ def losia_config(model: nn.Module, setting: Setting, rank_factor: float) -> LoSi
 
 def _losia(model: nn.Module, setting: Setting, rank_factor: float) -> Trained:
     config = losia_config(model, setting, rank_factor)
+    if setting.options.get("budget"):
+        pattern = by_importance(model, setting.batches(), CALIBRATION_BATCHES, rank_factor)
+        config = replace(config, rank_pattern=pattern)
     apply_losia(model, config)
     calibration_batches = CALIBRATION_BATCHES if config.init_subnet == "calibrated" else 0
     if calibration_batches:
@@ -119,6 +125,8 @@ def _losia(model: nn.Module, setting: Setting, rank_factor: float) -> Trained:
     else:
         optimizer = LoSiAAdamW(model, lr=setting.lr)
     made = {"period": config.period, "calibration_batches": calibration_batches}
+    if config.rank_pattern:
+        made["layers_by_rank_factor"] = dict(sorted(Counter(map(str, config.rank_pattern.values())).items()))
     return Trained(model, optimizer, lambda: remove_losia(model), made)
 
 
@@ -175,6 +183,7 @@ VARIANTS: dict[str, Variant] = {
         Variant("head-frequency", "the same, first those of the tokens that the data teach most often",
                 {"output_dim_factor": 1 / 8, "output_init": "frequency"}),
         Variant("alignment-16", "neurons in runs of 16", {"alignment": 16}),
+        Variant("budget", "rank factors by importance, as many values in all", {"budget": True}),
         Variant("cycles-quarter", "coverage: a quarter of the groups gets a turn", {"cycles": 0.25}),
         Variant("cycles-quarter-random", "the same from random subnets", {"cycles": 0.25, "init_subnet": "random"}),
         Variant("cycles-half", "twice the period", {"cycles": 0.5}),
