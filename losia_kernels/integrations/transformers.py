@@ -46,8 +46,8 @@ class LoSiACallback(TrainerCallback):
     """Places the first subnets, tells the timeline how ``trainer`` scales each loss, and reports what the subnets do.
 
     Calibration takes ``calibration_steps`` batches before the first step, if the config's ``init_subnet`` is
-    "calibrated"; with ``output_init="frequency"`` the labels of the first 64 batches are counted. A resumed run is left
-    where it was.
+    "calibrated"; with ``output_init="frequency"`` the labels of the first 64 batches are counted. A resumed run, and
+    one that a second ``train()`` continues, is left where it was.
 
     Whatever ``args.report_to`` names (TensorBoard, ...) gets, with each of the Trainer's logs: ``losia/lr/<group>``,
     the group's learning rate with its rewarming; ``losia/observing``, the number of the group that observes (-1: none;
@@ -74,10 +74,11 @@ class LoSiACallback(TrainerCallback):
                 f"max_grad_norm={args.max_grad_norm} would find nothing to clip: with in_backward=True the gradients "
                 f"are spent before the step; set max_grad_norm=0"
             )
-        if state.global_step == 0 and timeline.config.init_subnet == "calibrated":
+        begins = state.global_step == timeline.step == 0  # not so in a second train(), which keeps the optimizer
+        if begins and timeline.config.init_subnet == "calibrated":
             batches = _first_batches(train_dataloader, self.calibration_steps, args.device)
             _calibrate(model.train(), batches, _loss_scale(optimizer))  # in training mode gradients are checkpointed
-        if state.global_step == 0 and timeline.config.output_init == "frequency":
+        if begins and timeline.config.output_init == "frequency":
             start_from_frequency(model, _first_batches(train_dataloader, COUNTED_BATCHES, args.device))
         kinds = tuple(INTEGRATION_TO_CALLBACK.values())
         self._reporters = [each for each in self.trainer.callback_handler.callbacks if isinstance(each, kinds)]

@@ -124,6 +124,16 @@ def test_the_first_subnets_are_calibrated_before_the_first_step_unless_told_not_
     assert bool(moved) == (init_subnet == "calibrated")
 
 
+def test_a_second_train_goes_on_where_the_first_ended(tmp_path):
+    """The Trainer keeps its optimizer: its moments are of the subnets as they are."""
+    model, snapshot = apply_losia(make_model(), CONFIG), Snapshot()
+    trainer = make_trainer(model, tmp_path, callbacks=[snapshot])
+    trainer.train()
+    ended = places(model)
+    trainer.train()
+    assert all(torch.equal(ended[name], snapshot.places[name]) for name in ended)
+
+
 def test_the_output_layer_starts_at_the_tokens_of_the_data(tmp_path):
     config = LoSiAConfig(rank_factor=0.25, output_dim_factor=0.1, init_subnet="random", output_init="frequency")
     model, snapshot = apply_losia(make_model(), config), Snapshot()
