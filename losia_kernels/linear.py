@@ -181,7 +181,7 @@ class LoSiALinear(nn.Linear):
         self.__dict__["_versions"] = now  # past nn.Module, which would look whether it is a parameter
         if before is None or before[0] == now[0] or before[1] != now[1]:
             return
-        if not torch.equal(self.current_subnet.gather(matrix), subnet.to(matrix.dtype)):
+        if not self._is_written_back(matrix, subnet):
             raise RuntimeError(
                 f"{self.name}: an optimizer has stepped the subnet, but its values are not in the weight, with which "
                 f"the model computes: use LoSiAAdamW, attach(optimizer, model), or write_back_() after each step"
@@ -191,6 +191,9 @@ class LoSiALinear(nn.Linear):
     def write_back_(self) -> None:
         """Round ``subnet`` into ``weight``: after the step of an optimizer that knows nothing of the weight."""
         eager.write_subnet_(self.matrix, self.out_idx, self.in_idx, self.subnet)
+
+    def _is_written_back(self, matrix: Tensor, subnet: Tensor) -> bool:
+        return torch.equal(self.current_subnet.gather(matrix), subnet.to(matrix.dtype))
 
     @torch.no_grad()
     def read_subnet_(self) -> None:
@@ -254,7 +257,10 @@ class LoSiALinear(nn.Linear):
         return {**super().__getstate__(), **own}
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Checks indices before they are used; a checkpoint of the plain model (no subnet) fills the subnet anew."""
+        """Checks indices before they are used; a checkpoint of the plain model (no subnet) fills the subnet anew.
+
+        Several files of one checkpoint may come one after another: a weight without the subnet that it belongs to.
+        """
         out_idx, in_idx = (state_dict.get(prefix + key) for key in ("out_idx", "in_idx"))
         if out_idx is not None and in_idx is not None:
             name, subnet = prefix.removesuffix(".") or self.name, Subnet(out_idx, in_idx)
@@ -263,7 +269,8 @@ class LoSiALinear(nn.Linear):
                 raise ValueError(f"{name}: the checkpoint's subnet is {subnet.shape}, ours {tuple(self.subnet.shape)}")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.fingerprint = None
-        if prefix + "weight" in state_dict and prefix + "subnet" not in state_dict:
+        alone = prefix + "weight" in state_dict and prefix + "subnet" not in state_dict
+        if alone and not self._is_written_back(self.matrix, self.subnet):  # else the subnet came in a file of its own
             self.read_subnet_()
 
     def to_linear(self) -> nn.Module:

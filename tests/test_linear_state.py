@@ -269,6 +269,18 @@ def test_a_plain_checkpoint_fills_the_subnet_anew(assign):
     assert torch.equal(layer.subnet, plain.weight[layer.out_idx][:, layer.in_idx])
 
 
+@pytest.mark.parametrize("first", ["weight", "subnet"])
+def test_a_checkpoint_in_several_files_keeps_the_master(first):
+    """transformers loads a model's files one after another, in any order; one may end between weight and subnet."""
+    layer, other = trained_layer(dtype=torch.bfloat16), make_layer(dtype=torch.bfloat16)
+    files = {"weight": {}, "subnet": {}}
+    for key, value in snapshot(layer).items():
+        files["weight" if key in ("weight", "bias") else "subnet"][key] = value
+    for name in sorted(files, key=first.__ne__):
+        other.load_state_dict(files[name], strict=False)
+    assert same_tensors(other.state_dict(), layer.state_dict())
+
+
 @pytest.mark.parametrize(("key", "value", "message"), [
     ("out_idx", torch.tensor([0, 3, 7]), r"out_idx must be in \[0, 7\)"),
     ("in_idx", torch.tensor([2, 1, 4, 7, 9]), "in_idx must be sorted"),
