@@ -33,7 +33,8 @@ def save_checkpoint(
     """Save model, optimizer and clock to the new ``folder``; call it on all ranks, which share the file system.
 
     ``extra``: tensors and plain Python that ``load_checkpoint`` gives back (a scheduler's state, the place in the
-    data), rank 0's. ``timeline``: what ``attach`` returned; a LoSiAAdamW has its own. Raises FileExistsError.
+    data), rank 0's. ``timeline``: what ``attach`` returned; a LoSiAAdamW has its own. Raises FileExistsError, and
+    ValueError for a PEFT model.
     """
     folder, beside = Path(folder), Path(f"{folder}.tmp")
     ranks = (timeline or optimizer.timeline).ranks  # type: ignore[attr-defined]
@@ -108,7 +109,15 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {_plain(name): value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    """The state dict's tensors, which loading writes to. Raises ValueError for one that is made for the state dict."""
+    tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    kept = dict(model.named_parameters(remove_duplicate=False)).keys()
+    kept |= dict(model.named_buffers(remove_duplicate=False)).keys()
+    for name in tensors:
+        if name not in kept:
+            raise ValueError(f"{name} is no parameter or buffer, so nothing could be loaded into it; of a PEFT model "
+                             f"save the adapter (save_pretrained) and optimizer.state_dict()")
+    return {_plain(name): value for name, value in tensors.items()}
 
 
 def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:

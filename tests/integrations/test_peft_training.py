@@ -10,6 +10,7 @@ from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach, calibrate
+from losia_kernels.checkpoint import load_checkpoint, save_checkpoint
 from losia_kernels.integrations.peft import LoSiAPeftConfig
 from losia_kernels.integrations.transformers import LoSiACallback, LoSiAOptimizerFactory
 
@@ -205,3 +206,15 @@ def test_sft_trainer_takes_it_as_peft_config(tmp_path):
     assert len(adapter.block_values) > 1  # it has moved
     trainer.save_model(tmp_path / "saved")
     assert_same(trainer.model, PeftModel.from_pretrained(make_model(), tmp_path / "saved"))
+
+
+def test_a_checkpoint_in_parts_is_refused_before_it_is_written(tmp_path):
+    """It could not be read: an adapter makes its blocks anew for each state dict, and has one more after each move."""
+    model = get_peft_model(make_model(), LoSiAPeftConfig(**CHOICES))
+    optimizer = LoSiAAdamW(model, lr=LR)
+    with pytest.raises(ValueError, match="block_out_idx is no parameter or buffer"):
+        save_checkpoint(tmp_path / "a", model, optimizer)
+    assert not list(tmp_path.iterdir())
+    save_checkpoint(tmp_path / "b", plain := apply_losia(make_model(), LoSiAConfig()), LoSiAAdamW(plain))
+    with pytest.raises(ValueError, match="block_out_idx is no parameter or buffer"):
+        load_checkpoint(tmp_path / "b", model, optimizer)
