@@ -277,10 +277,10 @@ def _sizes(device: torch.device) -> Iterator[tuple[float, str, str, str, float, 
     for p in (1 / 16, 1 / 4, 1 / 2):
         for op in USE_P:
             yield 60, op, "llama-2-7b", "up_proj", p, 8192
-    for tokens in (1024, 2048, 4096, 16384, 32768):
+    for tokens in (1024, 2048, 4096, 16384, 32768, 131072):
         for op in USE_TOKENS:
             yield 61, op, "llama-2-7b", "up_proj", 1 / 8, tokens
-    for model in ("llama-2-13b", "llama-3-8b", "gemma-2b", "qwen2.5-7b"):
+    for model in ("llama-2-13b", "llama-2-70b", "llama-3-8b", "gemma-2b", "qwen2.5-7b"):
         for linear in ("up_proj", "q_proj"):
             for op in ("subnet_grad", "importance_update_", "subnet_adamw_"):
                 yield 80, op, model, linear, 1 / 8, 8192

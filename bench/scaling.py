@@ -64,7 +64,7 @@ def jobs(device: torch.device, dtype: torch.dtype) -> Iterator[Job]:
             return run_layer("losia-pro-off", model, "block", batch, context, device, dtype, Options(p))
 
         yield Job("scaling", "p", {**common, "batch": batch, "context": context, "p": p}, by_p, 51)
-    for tokens in (1024, 2048, 4096, 8192, 16384, 32768) if gpu else (64, 128, 256, 512):
+    for tokens in (1024, 2048, 4096, 8192, 16384, 32768, 131072) if gpu else (64, 128, 256, 512):
         length = min(tokens, context)
 
         def by_tokens(tokens=tokens, length=length) -> dict:

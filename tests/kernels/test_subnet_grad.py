@@ -93,6 +93,15 @@ def test_offsets_past_two_to_the_31(device, sparse_zeros):
     check(tokens_apart.T, torch.randn(5, 7, device=device).half(), torch.tensor([0, 2], device=device), None)
 
 
+@pytest.mark.parametrize("variant", ["fused"], indirect=True)
+def test_128k_tokens(device):
+    """One long context, with a last tile that is not full; in large tiles where they are interpreted one by one."""
+    tokens = 2**17 + 5
+    dy, x = (torch.randn(tokens, n, device=device).bfloat16() for n in (64, 17))
+    with override_config("subnet_grad", **{"block_t": 8192} if device == "cpu" else {}):
+        check(dy, x, random_index(64, 32, device), None)
+
+
 def test_no_tokens_give_zeros(device):
     dy, x = torch.randn(2, 0, 9, device=device), torch.randn(2, 0, 11, device=device)
     partials = launch_subnet_grad(dy, x, random_index(9, 4, device), None)
