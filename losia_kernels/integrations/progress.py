@@ -2,8 +2,9 @@
 
 import math
 import time
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
-from statistics import fmean
 
 import psutil
 import torch
@@ -111,7 +112,7 @@ def draw_loss_curve(log_path: Path, picture_path: Path) -> None:
         return
     steps, values = zip(*losses, strict=True)
     window = max(1, round(WINDOW * len(values)))
-    smooth = [fmean(values[max(0, last - window) : last]) for last in range(1, len(values) + 1)]
+    smooth = moving_average(values, window)
     figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
     axes.plot(steps, values, color="C0", alpha=0.35, linewidth=1, label="loss of the step")
     axes.plot(steps, smooth, color="C0", label="moving average")
@@ -126,3 +127,10 @@ def draw_loss_curve(log_path: Path, picture_path: Path) -> None:
     axes.legend()
     figure.savefig(picture_path, dpi=120)
     pyplot.close(figure)
+
+
+def moving_average(values: Sequence[float], window: int) -> list[float]:
+    """Of each value and the ``window - 1`` before it, or as many as there are."""
+    sums = [0.0, *accumulate(values)]
+    starts = [max(0, last - window) for last in range(1, len(sums))]
+    return [(sums[last] - sums[start]) / (last - start) for last, start in enumerate(starts, start=1)]

@@ -4,6 +4,8 @@ import itertools
 import math
 import shutil
 import struct
+import time
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from losia_kernels.integrations import plots, spectra
 from losia_kernels.integrations.finetune import finetune
 from losia_kernels.integrations.history import SubnetHistory
 from losia_kernels.integrations.options import PICTURES
+from losia_kernels.integrations.progress import moving_average
 from losia_kernels.linear import losia_layers
 
 STEPS = 9
@@ -179,3 +182,14 @@ def test_the_share_of_the_run_in_which_a_neuron_is_trained(run):
         for side in (0, 1):
             trained = plots._time_trained(places, side, 14)
             assert trained.sum() == pytest.approx(len(plots._idx(places[0], side))) and trained.max() <= 1 + 1e-9
+
+
+def test_the_loss_curve_of_a_long_run_takes_no_longer_than_its_steps():
+    """It is drawn at every checkpoint, and a sum over each window of 150,000 steps would take half a minute."""
+    values = [math.sin(step) for step in range(150_000)]
+    started = time.process_time()
+    smooth = moving_average(values, 15_000)
+    assert time.process_time() - started < 3
+    for last in (0, 1, 14_999, 15_000, 149_999):
+        assert smooth[last] == pytest.approx(fmean(values[max(0, last - 14_999) : last + 1]), abs=1e-12)
+    assert moving_average([3.0, 5.0], 1) == [3.0, 5.0]
