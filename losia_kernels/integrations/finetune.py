@@ -239,8 +239,8 @@ def total_steps(options: FinetuneOptions, samples: int, processes: int = 1) -> i
 
 
 def warmup_steps(options: FinetuneOptions, steps: int) -> int:
-    """Optimizer steps of the warm-up."""
-    return math.ceil(steps * options.warmup_ratio)
+    """Optimizer steps of the warm-up, which the scheduler "constant" has not."""
+    return 0 if options.lr_scheduler == "constant" else math.ceil(steps * options.warmup_ratio)
 
 
 def apply_with_period(model, options: FinetuneOptions, steps: int) -> LoSiAConfig:

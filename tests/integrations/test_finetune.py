@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from losia_kernels import cli
 from losia_kernels.integrations.checkpoints import MARKER, last_checkpoint, save_model
 from losia_kernels.integrations.data import Collator, load_samples
-from losia_kernels.integrations.finetune import finetune
+from losia_kernels.integrations.finetune import apply_with_period, finetune, training_arguments
 from losia_kernels.integrations.options import FinetuneOptions, InputError
 from losia_kernels.integrations.progress import read_log, rewind_log
 
@@ -233,6 +233,13 @@ def test_options_run_and_learn(tmp_path, model_folder, extra):
     assert loss_on(data, tmp_path / "run" / "model") < loss_on(data, model_folder)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype="auto")
     assert model.dtype == (torch.bfloat16 if extra.get("dtype") else torch.float32)
+
+
+def test_a_constant_rate_has_no_warm_up_and_rewarms_from_the_first_move(tmp_path, model_folder):
+    for scheduler, expected in (("constant", 0), ("constant_with_warmup", 2), ("cosine", 2)):
+        chosen = options(tmp_path, model_folder, lr_scheduler=scheduler, warmup_ratio=0.1)
+        assert apply_with_period(make_model(), chosen, steps=20).warmup_steps == expected
+        assert training_arguments(chosen, steps=20).warmup_steps == expected
 
 
 def test_the_first_subnets_are_calibrated_unless_told_not_to(tmp_path, model_folder):
