@@ -98,6 +98,7 @@ class Timeline:
         moving = [layer for group in self.schedule.moving(self.step) for layer in self.groups[group]]
         if moving and self.config.importance_sync == "slot":
             self._sum_importance(moving)
+        self._warn_of_unobserved()
         try:
             found = [(layer, new_subnet(layer, self._observers[layer], self._rows(layer))) for layer in moving]
         except NonFiniteScoreError:
@@ -115,6 +116,20 @@ class Timeline:
         if moving:
             self._check_position(moving)
         self._next_step(freed=moving)
+
+    def _warn_of_unobserved(self) -> None:
+        """Gradients without a backward that autograd has run show themselves by this alone: nothing would ever move."""
+        for group in self.schedule.moving(self.step):
+            layers = self.groups[group]
+            if any(layer.subnet.grad is not None for layer in layers) and not any(
+                self._observers[layer].tensors for layer in layers
+            ):
+                warnings.warn(
+                    f"LoSiA: {self.group_names[group]} got gradients, but no backward has observed it in its slot, and "
+                    f"its subnets stay where they are. A replayed CUDA graph observes what it did when it was "
+                    f"captured: capture it anew whenever timeline.observing changes, and call step() outside of it",
+                    stacklevel=4,
+                )
 
     def _next_step(self, freed: list[LoSiALinear]) -> None:
         for layer in freed:
@@ -166,14 +181,14 @@ class Timeline:
 
     def check_parameters(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise RuntimeError if the optimizer would step parameters that the model no longer has."""
-        held = {id(parameter) for parameter in _parameters(optimizer)}
+        held, sharded = {id(parameter) for parameter in _parameters(optimizer)}, self.sharded
         for layer in chain.from_iterable([*self.groups, self.dense]):
-            if id(layer.subnet) not in held:
+            if id(layer.tensors()[1]) not in held:
                 raise RuntimeError(
                     f"{layer.name}: the optimizer holds another subnet than the model; make the optimizer after "
                     f"fully_shard or whatever else exchanges parameters (DeepSpeed is not supported: use FSDP2 or DDP)"
                 )
-            if self.sharded:
+            if sharded:
                 check_shards(layer, self.ranks)
 
     def check_gradients(self, updated: Collection[LoSiALinear] = ()) -> None:

@@ -85,6 +85,29 @@ def test_a_step_without_any_gradient_is_told(make_optimizer):
         optimizer.step()
 
 
+@OPTIMIZERS
+@pytest.mark.parametrize("importance", ["sensitivity", "gradient"])
+def test_gradients_that_no_backward_has_brought_are_told_at_the_end_of_a_slot(make_optimizer, importance):
+    """As a replayed CUDA graph writes them: into ``.grad``, while Python sees no backward."""
+    model, batches = make(period=2, importance=importance), make_batches(6)
+    optimizer = make_optimizer(model)
+    start = [layer.in_idx.clone() for _, layer in losia_layers(model)]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(4):
+            for subnet in subnets(model):
+                subnet.grad = torch.ones_like(subnet)
+            optimizer.step()
+    said = [str(warning.message) for warning in told]
+    assert len(said) == 2 and "model.layers.0 got gradients, but no backward" in said[0] and "layers.1" in said[1]
+    assert all(torch.equal(layer.in_idx, before) for (_, layer), before in zip(losia_layers(model), start, strict=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for batch in batches:
+            optimizer.zero_grad()
+            take_step(model, optimizer, batch)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_plain_optimizer_that_nobody_attached_is_told_at_the_second_forward(dtype):
     model = make().to(dtype)
