@@ -184,6 +184,7 @@ VARIANTS: dict[str, Variant] = {
                 {"output_dim_factor": 1 / 8, "output_init": "frequency"}),
         Variant("alignment-16", "neurons in runs of 16", {"alignment": 16}),
         Variant("budget", "rank factors by importance, as many values in all", {"budget": True}),
+        Variant("period-100", "the paper's period of 100: in fewer steps nothing moves", {"period": 100}),
         Variant("cycles-quarter", "coverage: a quarter of the groups gets a turn", {"cycles": 0.25}),
         Variant("cycles-quarter-random", "the same from random subnets", {"cycles": 0.25, "init_subnet": "random"}),
         Variant("cycles-half", "twice the period", {"cycles": 0.5}),

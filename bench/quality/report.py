@@ -9,7 +9,7 @@ from .methods import METHODS
 from .plots import draw_plots
 from .store import RESULTS, Store
 from .study import SCALES, SEEDS, Scale, study, timings
-from .tables import OURS, SECTIONS, Results, compared, comparison, of, quality, searched, title, usable
+from .tables import OURS, SECTIONS, SIGNIFICANT, Results, compared, comparison, of, quality, searched, title, usable
 from .tasks import TASKS
 
 HEAD = """\
@@ -48,13 +48,12 @@ comparisons. It says whether a difference would hold for other items of the same
 is in the last column, and with {seeds} seeds that cannot be much.
 """
 
-SIGNIFICANT = 0.05
 NOTABLE = 0.01  # nats a token on other text below which no difference is spoken of
 AUTO = """\
 ## What this says about the defaults
 
-`period="auto"` and `rank_factor="auto"` are not offered: nothing here shows yet that they would be at least as good as
-fixed values."""
+`period="auto"` and `rank_factor="auto"` are not offered. What they would choose is tried above ("Period and rank factor
+chosen by rule"): a rule becomes an option when it is at least as good on every task and scale that is run."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -84,7 +84,7 @@ FIRST = ("fft", "lora-r8", "losia-p8", "lora-r64")
 EQUAL_MEMORY = "lora-r11"
 REST = tuple(name for name in METHODS if name not in (*FIRST, EQUAL_MEMORY))
 OUTPUT_LAYER = ("head", "head-frequency")
-TELLING = ("random", "marginal", "alignment-16", "no-wds", "sl", "gl", "budget")
+TELLING = ("random", "marginal", "alignment-16", "no-wds", "sl", "gl", "period-100", "budget")
 SEQUENCE = ("past-tense", "pronunciation", "arithmetic", "code", "plural")
 
 

@@ -11,6 +11,7 @@ from .sequence import measures, single_task
 from .tasks import TASKS
 
 OURS = "losia-p8"
+SIGNIFICANT = 0.05
 Results = list[dict[str, Any]]
 
 
@@ -199,6 +200,24 @@ def data_scales(results: Results) -> str:
     return table(["steps", *(f"{name} cycles" for name in cycles.values())], rows) if rows else ""
 
 
+def automatic(results: Results, task: str = "pronunciation") -> str:
+    """How rules for T and p do against one cycle and one p, in words from the paired tests."""
+    base = of(results, task=task, kind="main", method=OURS)
+    rivals = {"cycles-quarter": "a quarter of a cycle", "cycles-half": "half a cycle", "cycles-2": "two cycles",
+              "period-100": "the paper's period of 100", "budget": "rank factors by importance"}  # fmt: skip
+    lines = []
+    for variant, name in rivals.items():
+        found = of(results, task=task, kind="ablation", variant=variant)
+        if base and {r["run"]["seed"] for r in found} & {r["run"]["seed"] for r in base}:
+            differences = item_differences(found, base, "nll")
+            mean, p = sum(differences) / len(differences), sign_flip_test(differences)
+            verdict = "no difference" if p >= SIGNIFICANT else "better" if mean < 0 else "worse"
+            lines.append(f"- {name}: {verdict} ({mean:+.3f} nats an item, p {show_p(p)}, one test)")
+    if not lines:
+        return ""
+    return f"Against LoSiA p 1/8 with one cycle a run, on {TASKS[task].title}:\n\n" + "\n".join(lines)
+
+
 def costs(results: Results, task: str = "pronunciation") -> str:
     """Bytes that a method adds to the weights, and seconds where the machine was quiet."""
     rows = []
@@ -277,6 +296,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "Ablations of LoSiA p 1/8, past tense": functools.partial(ablations, task="past-tense"),
     "Ablations of LoSiA p 1/8, spelling to sounds": ablations,
     "Number of steps and cycles, LoSiA p 1/8, spelling to sounds": data_scales,
+    "Period and rank factor chosen by rule": automatic,
     "Memory and time, spelling to sounds": costs,
     "Five tasks in sequence": continual,
     "The same run by the dense-gradient reference": oracle,

@@ -138,6 +138,16 @@ def test_ablations_are_paired_with_the_default(filled, no_plots):
     assert "+0.250" in line and "< 0.001" in line
 
 
+def test_rules_for_period_and_rank_factor_are_judged_by_the_paired_test(filled, no_plots):
+    for name, nll in (("cycles-2", 1.25), ("budget", 0.75), ("period-100", 1.0)):
+        for run in ablations(SMALL, "pronunciation", (name,)):
+            run = filled.resolve(run)
+            filled.write(run, result(run, nll))
+    text = report.render(filled).split("### Period and rank factor chosen by rule")[1]
+    assert "- two cycles: worse (+0.250" in text and "- rank factors by importance: better (-0.250" in text
+    assert "- the paper's period of 100: no difference (+0.000" in text and "half a cycle" not in text.split("##")[0]
+
+
 def test_the_same_files_give_the_same_report(filled, capsys):
     assert report.main(["--results", str(filled.folder)]) == 0
     path = filled.folder.parent / "README.md"
