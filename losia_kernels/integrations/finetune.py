@@ -101,7 +101,7 @@ def finetune(options: FinetuneOptions, callbacks: tuple[TrainerCallback, ...] = 
         eval_dataset=eval_data,
         optimizer_cls_and_kwargs=(
             LoSiAOptimizerFactory,
-            {"lr": options.lr, "weight_decay": options.weight_decay, "total_steps": steps, "moments": options.moments,
+            {"lr": options.lr, "weight_decay": options.weight_decay, "moments": options.moments,
              "remainder": options.master == "remainder", "in_backward": options.in_backward},
         ),
         callbacks=[*speaking, CheckpointCallback(tokenizer, use_cache), *callbacks],

@@ -10,6 +10,7 @@ Checkpoints and ``resume_from_checkpoint`` are the Trainer's own: the subnets an
 dict, everything else in the optimizer's.
 """
 
+import warnings
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -54,7 +55,8 @@ class LoSiACallback(TrainerCallback):
     with ``update_type="sync"`` 0 stands for all); and of the layers that have moved since the last log, averaged,
     ``losia/overlap`` and ``losia/captured`` (see ``history.Place``).
 
-    ``history``: a file that gets every place of every subnet, for ``losia-kernels plot``.
+    ``history``: a file that gets every place of every subnet, for ``losia-kernels plot``. A run that ends before every
+    group has moved once is warned about.
 
     Raises ValueError when training begins with an optimizer that is neither LoSiAAdamW nor one ``attach`` was given, or
     with gradients to clip that ``in_backward=True`` has spent.
@@ -75,6 +77,9 @@ class LoSiACallback(TrainerCallback):
                 f"are spent before the step; set max_grad_norm=0"
             )
         begins = state.global_step == timeline.step == 0  # not so in a second train(), which keeps the optimizer
+        problem = timeline.schedule.too_short(state.max_steps) if begins else None
+        if problem:
+            warnings.warn(f"LoSiA: {problem}", stacklevel=2)
         if begins and timeline.config.init_subnet == "calibrated":
             batches = _first_batches(train_dataloader, self.calibration_steps, args.device)
             _calibrate(model.train(), batches, _loss_scale(optimizer))  # in training mode gradients are checkpointed

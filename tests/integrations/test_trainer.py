@@ -1,5 +1,7 @@
 """The Trainer adapter against a loop written out by hand; calibration, length groups and packing in the Trainer."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -132,6 +134,12 @@ def test_a_second_train_goes_on_where_the_first_ended(tmp_path):
     ended = places(model)
     trainer.train()
     assert all(torch.equal(ended[name], snapshot.places[name]) for name in ended)
+
+
+def test_a_run_too_short_for_its_groups_is_warned_about(tmp_path):
+    """The Trainer knows its steps, which the optimizer is not told."""
+    with pytest.warns(UserWarning, match="1 of 3 groups never leave.*period that gives every group a turn is 3"):
+        make_trainer(apply_losia(make_model(), dataclasses.replace(CONFIG, period=4)), tmp_path).train()
 
 
 def test_the_output_layer_starts_at_the_tokens_of_the_data(tmp_path):
