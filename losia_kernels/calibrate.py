@@ -1,6 +1,6 @@
 """Place the initial subnets from data, before the first step, without any state of a weight's size."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -36,8 +36,9 @@ def calibrate(
     importance is that of their averaged gradients. Call it before the first optimizer step. Leaves gradients None and
     the training mode as it was. Returns the model.
 
-    A layer that no batch reaches stays where it is. Raises ValueError if there is nothing to calibrate, no batch, or a
-    non-finite importance (naming the layer); the subnets are then where they were.
+    A layer that no batch reaches stays where it is. Raises ValueError if there is nothing to calibrate, no batch, no
+    loss, or a non-finite importance (naming the layer), TypeError for a batch that is no mapping (without ``loss_fn``);
+    the subnets are then where they were.
     """
     layers = [layer for _, layer in losia_layers(model) if layer.subnet.shape != layer.matrix.shape]
     if not layers:
@@ -54,7 +55,7 @@ def calibrate(
     try:
         seen = 0
         for batch in batches:
-            loss = model(**batch).loss if loss_fn is None else loss_fn(model, batch)
+            loss = _model_loss(model, batch) if loss_fn is None else loss_fn(model, batch)
             loss.backward()
             _drop_gradients(model)
             seen += 1
@@ -107,6 +108,17 @@ def start_from_frequency(
     else:
         head.move_subnet_(subnet)
     return model
+
+
+def _model_loss(model: nn.Module, batch: Any) -> Tensor:
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"calibrate: a batch must be a dict of the model's arguments, got {type(batch).__name__}; "
+                        f"for other batches give loss_fn(model, batch)")
+    loss = getattr(model(**batch), "loss", None)
+    if loss is None:
+        raise ValueError(f"calibrate: the model returned no loss for a batch of {', '.join(batch) or 'nothing'}: "
+                         f"put labels into it, or give loss_fn(model, batch)")
+    return loss
 
 
 def _update(

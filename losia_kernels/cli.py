@@ -39,10 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _finetune(**options: Any) -> None:
+def _finetune(**values: Any) -> None:
+    options = FinetuneOptions(**values)
+    options.check()  # before the imports, which take seconds
     from .integrations.finetune import finetune
 
-    finetune(FinetuneOptions(**options))
+    finetune(options)
 
 
 def _export(checkpoint: str, output: str) -> None:

@@ -54,12 +54,16 @@ def apply_losia(model: nn.Module, config: LoSiAConfig | None = None, output_laye
     comes first. Initial subnets are drawn from ``config.seed``, the same in every process. Returns the model.
 
     Raises ValueError if nothing matches, if a name or the output layer cannot be found, if a target is quantized, is
-    no plain linear or shares its weight with another target, or if a rank factor selects no neuron; the model is then
-    as it was.
+    no plain linear or shares its weight with another target, if the model holds PEFT adapters, or if a rank factor
+    selects no neuron; the model is then as it was. Warns of patterns in ``exclude_modules`` and ``rank_pattern`` that
+    match nothing.
     """
     config = LoSiAConfig() if config is None else config
+    if not isinstance(config, LoSiAConfig):
+        raise TypeError(f"apply_losia: config must be a LoSiAConfig, got {type(config).__name__}")
     if next(losia_layers(model), None) is not None:
         raise ValueError("apply_losia: the model has LoSiALinears already; call remove_losia first")
+    _refuse_adapters(model)
     output_name = _find_output_layer(model, output_layer, config)
     targets = _find_targets(model, config, output_name)
     blocks = group_by_block(model, targets, config)
@@ -101,6 +105,7 @@ def apply_losia(model: nn.Module, config: LoSiAConfig | None = None, output_laye
     _replace(model, {modules[name]: layer for name, layer in layers})
     for name in saved:
         modules[name].requires_grad_(True)
+    _tell_what_matches_nothing([name for name, _, _ in planned], [*modules], config)
     if config.target_modules == "all-linear":
         _tell_what_stays_frozen(model, blocks, config)
     if config.fused_loss and output_name is not None:
@@ -166,6 +171,15 @@ def layer_class(module: nn.Module) -> type[LoSiALinear] | None:
         return LoSiALinear
     conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)  # a model of it has imported it
     return LoSiAConv1D if type(module) is conv1d else None
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    """An adapter's own linears are no targets, and under it the weight would be trained twice."""
+    adapter = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", None)  # imported if there is one
+    for name, module in model.named_modules():
+        if adapter is not None and isinstance(module, adapter):
+            raise ValueError(f"apply_losia: {name!r} holds a PEFT adapter: give the plain model (merge_and_unload() "
+                             f"makes one), or use LoSiAPeftConfig in the place of the adapter's config")
 
 
 def _find_output_layer(model: nn.Module, named: str | None, config: LoSiAConfig) -> str | None:
@@ -253,10 +267,11 @@ def _is_within(name: str, container: str) -> bool:
 
 def find_rank_factor(name: str, config: LoSiAConfig) -> float:
     """The rank factor of the module ``name``: of the first in ``config.rank_pattern`` that matches, or the config's."""
-    for pattern, factor in config.rank_pattern.items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", name):
-            return factor
-    return config.rank_factor
+    return next((f for pattern, f in config.rank_pattern.items() if _has_rank(name, pattern)), config.rank_factor)
+
+
+def _has_rank(name: str, pattern: str) -> bool:
+    return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
 
 
 def _find_modules_to_save(model: nn.Module, config: LoSiAConfig) -> list[str]:
@@ -282,6 +297,19 @@ def refuse_shared_weights(model: nn.Module, names: list[str], saved: list[str]) 
                     f"apply_losia: {name!r} (modules_to_save) shares its weight with {owner[id(parameter)]!r}, which "
                     f"has a subnet; train it one way only"
                 )
+
+
+def _tell_what_matches_nothing(targets: list[str], modules: list[str], config: LoSiAConfig) -> None:
+    excluded = config.exclude_modules or []
+    unmatched = [
+        *(("exclude_modules", pattern) for pattern in ([excluded] if isinstance(excluded, str) else excluded)
+          if not any(matches(name, excluded if isinstance(excluded, str) else [pattern]) for name in modules)),
+        *(("rank_pattern", pattern) for pattern in config.rank_pattern
+          if not any(_has_rank(name, pattern) for name in targets)),
+    ]
+    for option, pattern in unmatched:
+        what = "module" if option == "exclude_modules" else "trained layer"
+        warnings.warn(f"LoSiA: {option} names {pattern!r}, which matches no {what}", stacklevel=3)
 
 
 def _tell_what_stays_frozen(model: nn.Module, blocks: dict[str, list[str]], config: LoSiAConfig) -> None:

@@ -315,7 +315,9 @@ class LoSiAConv1D(LoSiALinear):
 
 
 def losia_layers(model: nn.Module) -> Iterator[tuple[str, LoSiALinear]]:
-    """The model's LoSiALinears with their names, in model order."""
+    """The model's LoSiALinears with their names, in model order. Raises TypeError if ``model`` is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected the model, an nn.Module, got {type(model).__name__}")
     for name, module in model.named_modules():
         if isinstance(module, LoSiALinear):
             yield name, module

@@ -137,6 +137,9 @@ def poisoned(model, batch):
     ({"loss_fn": infinite_loss}, NonFiniteScoreError, "importance is not finite"),
     ({"loss_fn": poisoned}, NonFiniteScoreError, r"model\.layers\.1\.\w+_proj: importance is not finite"),
     ({"batches": [{"input_ids": torch.zeros(1, 2, dtype=torch.long), "oops": 1}]}, TypeError, "oops"),
+    ({"batches": [{"input_ids": torch.zeros(1, 2, dtype=torch.long)}]}, ValueError,
+     "returned no loss for a batch of input_ids: put labels into it"),
+    ({"batches": [torch.zeros(1, 2, dtype=torch.long)]}, TypeError, "a batch must be a dict .*, got Tensor"),
 ])  # fmt: skip
 def test_an_error_leaves_the_subnets_where_they_were(options, error, message):
     model = make_model()

@@ -302,6 +302,22 @@ def test_a_named_output_layer_must_be_a_linear(name, message):
         apply(tiny_lm(), name, output_dim_factor=0.5)
 
 
+def test_a_config_that_is_none_is_an_error():
+    with pytest.raises(TypeError, match="config must be a LoSiAConfig, got dict"):
+        apply_losia(tiny_lm(), {"period": 5})
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"exclude_modules": ["down_proj", "donw_proj"]}, "exclude_modules names 'donw_proj', which matches no module"),
+    ({"exclude_modules": r".*\.donw_proj"}, "exclude_modules names '.*donw_proj', which matches no module"),
+    ({"rank_pattern": {"donw_proj": 0.5}}, "rank_pattern names 'donw_proj', which matches no trained layer"),
+])  # fmt: skip
+def test_a_pattern_that_matches_nothing_is_told(options, message):
+    with pytest.warns(UserWarning, match=message) as warned:
+        apply(tiny_lm(), **options)
+    assert len(warned) == 1
+
+
 def test_applying_twice_is_an_error():
     model = apply(tiny_lm())
     with pytest.raises(ValueError, match="LoSiALinears already; call remove_losia first"):

@@ -342,6 +342,11 @@ def test_bad_hyperparameters_are_refused_before_anything_observes(hyper):
     assert all(layer.observe_callback is None for _, layer in losia_layers(model))
 
 
+def test_parameters_in_the_place_of_the_model_are_refused():
+    with pytest.raises(TypeError, match="expected the model, an nn.Module, got generator"):
+        LoSiAAdamW(make_model().parameters())
+
+
 @pytest.mark.parametrize("model", [nn.Linear(4, 4), nn.ModuleList([nn.ReLU()])])
 def test_a_model_without_subnets_is_refused(model):
     with pytest.raises(ValueError, match="call apply_losia"):

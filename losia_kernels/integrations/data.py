@@ -47,7 +47,7 @@ def read_jsonl(path: str | Path) -> list[Sample]:
         _check_sample(values, where)
         samples.append(Sample(values, where))
     if not samples:
-        raise InputError(f"{path}: no samples")
+        raise InputError(f"{path}: no samples; expected one a line, {FORMS}")
     return samples
 
 

@@ -35,12 +35,11 @@ from .. import LoSiAConfig, apply_losia, remove_losia
 from ..checkpoint import full_state_dict
 from ..linear import losia_layers
 from . import data
-from .checkpoints import CheckpointCallback, export_checkpoint, last_checkpoint, save_model, write_json
-from .options import FinetuneOptions, InputError
+from .checkpoints import MARKER, CheckpointCallback, export_checkpoint, last_checkpoint, save_model, write_json
+from .options import PAPER_PERIOD, FinetuneOptions, InputError
 from .progress import ProgressCallback
 from .transformers import LoSiACallback, LoSiAOptimizerFactory, losia_timeline
 
-PAPER_PERIOD = 100
 FREE_ON_RESUME = ("output", "resume", "save_steps", "print_every", "report_to")  # options that do not change the result
 
 
@@ -71,6 +70,8 @@ def finetune(options: FinetuneOptions, callbacks: tuple[TrainerCallback, ...] = 
             print(f"{run} is finished: the model is in {run / 'model'}")
         return run / "model"
 
+    for path in filter(None, (options.data, options.eval_data)):
+        data.read_jsonl(path)  # a malformed line is told before the model is loaded
     model, tokenizer = load_model(options)
     train_data, eval_data = load_data(options, tokenizer)
     if options.packing:
@@ -181,14 +182,29 @@ def training_arguments(options: FinetuneOptions, steps: int) -> TrainingArgument
 def load_model(options: FinetuneOptions):
     """Model and tokenizer of a local folder or a hub name. Raises InputError with the loader's first line."""
     name = os.path.expanduser(options.model)
-    if name[0] in "./" and not os.path.isdir(name):
-        raise InputError(f"no model folder {name}")
+    local = os.path.exists(name) or name[:1] in ("", ".", "/") or name.count("/") > 1
+    if local:
+        _check_model_folder(Path(name))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=resolve_dtype(options.dtype))
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"cannot load the model {name}: {str(error).strip().splitlines()[0]}") from None
+        origin = "" if local else " from the hub (there is no such folder)"
+        raise InputError(f"cannot load the model {name}{origin}: {str(error).strip().splitlines()[0]}") from None
     return model, tokenizer
+
+
+def _check_model_folder(folder: Path) -> None:
+    """Raises InputError for what would be mistaken for a model folder."""
+    if not folder.is_dir():
+        raise InputError(f"no model folder {folder}")
+    if (folder / MARKER).exists():
+        raise InputError(f"{folder} is a checkpoint of a LoSiA run: --resume goes on with the run, "
+                         f"losia-kernels export makes a plain model of it")
+    if not (folder / "config.json").exists():
+        inside = folder / "model"
+        hint = f"; there is one in {inside}" if (inside / "config.json").exists() else ""
+        raise InputError(f"{folder} is no model folder: it has no config.json{hint}")
 
 
 def resolve_dtype(name: str) -> torch.dtype:
@@ -247,18 +263,8 @@ def apply_with_period(model, options: FinetuneOptions, steps: int) -> LoSiAConfi
     """Convert ``model`` for a run of ``steps``; without a period given, the paper's or the largest that fits."""
     if options.master == "remainder" and model.dtype != torch.bfloat16:
         raise InputError(f"master remainder completes bfloat16 weights, the model is {model.dtype}: set dtype bfloat16")
+    config = options.losia_config(warmup_steps(options, steps))
     try:
-        config = LoSiAConfig(
-            rank_factor=options.rank_factor,
-            output_dim_factor=options.output_dim_factor,
-            period=options.period or PAPER_PERIOD,
-            warmup_steps=warmup_steps(options, steps),
-            importance=options.importance,
-            init_subnet=options.init_subnet,
-            alignment=options.alignment,
-            master_weights=options.master == "float32",
-            seed=options.seed,
-        )
         apply_losia(model, config)
         if options.period is None and count_groups(model) * PAPER_PERIOD > steps:
             config = dataclasses.replace(config, period=max(1, steps // count_groups(model)))

@@ -3,6 +3,9 @@
 import dataclasses
 import math
 
+from ..config import LoSiAConfig
+
+PAPER_PERIOD = 100
 PICTURES = ("loss", "timeline", "subnets", "frequency", "gradients", "singular_vectors")  # of ``losia-kernels plot``
 
 
@@ -68,3 +71,21 @@ class FinetuneOptions:
             raise InputError("in_backward keeps no gradients: it needs gradient_accumulation 1 and max_grad_norm 0")
         if self.packing and self.group_by_length:
             raise InputError("packing and group_by_length exclude each other: packed rows have one length")
+        self.losia_config()
+
+    def losia_config(self, warmup_steps: int = 0) -> LoSiAConfig:
+        """Of these options, with the paper's period if none is given. Raises InputError for a value out of range."""
+        try:
+            return LoSiAConfig(
+                rank_factor=self.rank_factor,
+                output_dim_factor=self.output_dim_factor,
+                period=self.period or PAPER_PERIOD,
+                warmup_steps=warmup_steps,
+                importance=self.importance,
+                init_subnet=self.init_subnet,
+                alignment=self.alignment,
+                master_weights=self.master == "float32",
+                seed=self.seed,
+            )
+        except ValueError as error:
+            raise InputError(str(error)) from None

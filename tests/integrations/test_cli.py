@@ -6,6 +6,8 @@ import sys
 import pytest
 
 from losia_kernels import NonFiniteScoreError, cli
+from losia_kernels.integrations import finetune
+from losia_kernels.integrations.checkpoints import MARKER
 
 
 @pytest.fixture
@@ -70,17 +72,45 @@ def test_bad_values(run, data, model_folder, tmp_path, options, problem):
 
 
 def test_a_missing_and_a_wrong_model_folder(run, data, tmp_path):
-    absent, empty = tmp_path / "absent", tmp_path / "empty"
-    empty.mkdir()
-    for folder, problem in ((absent, f"no model folder {absent}"), (empty, f"cannot load the model {empty}")):
+    absent, empty, finished, checkpoint = (tmp_path / name for name in ("absent", "empty", "finished", "checkpoint"))
+    for folder in (empty, finished / "model", checkpoint):
+        folder.mkdir(parents=True)
+    for file in (finished / "model" / "config.json", checkpoint / "config.json", checkpoint / MARKER):
+        file.write_text("{}")
+    for folder, problem in (
+        (absent, f"no model folder {absent}"),
+        (data, f"no model folder {data}"),
+        (empty, f"{empty} is no model folder: it has no config.json"),
+        (finished, f"it has no config.json; there is one in {finished / 'model'}"),
+        (checkpoint, "is a checkpoint of a LoSiA run: --resume goes on with the run, losia-kernels export makes a"),
+        ("", "no model folder"),
+    ):
         result = run("finetune", "--model", folder, "--data", data, "--output", tmp_path / "out")
         assert refused(result, problem)
 
 
-def test_a_malformed_line_names_file_and_line(run, data, model_folder, tmp_path):
-    data.write_text('{"text": "a"}\n{"text": \n')
-    result = run("finetune", "--model", model_folder, "--data", data, "--output", tmp_path / "out")
-    assert refused(result, f"{data}:2: not valid JSON")
+def test_a_name_that_is_neither_here_nor_on_the_hub(run, data, tmp_path, monkeypatch):
+    def no_hub(name):
+        raise OSError("no connection\nand more")
+
+    monkeypatch.setattr(finetune.AutoTokenizer, "from_pretrained", no_hub)
+    result = run("finetune", "--model", "someone/model", "--data", data, "--output", tmp_path / "out")
+    assert refused(result, "cannot load the model someone/model from the hub (there is no such folder): no connection")
+
+
+def test_values_are_looked_at_before_the_imports_that_take_seconds(run, data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "losia_kernels.integrations.finetune", None)
+    for option, problem in ((("--rank-factor", "2"), "rank_factor must be"), (("--lr", "0"), "lr must be positive")):
+        assert refused(run("finetune", "--model", "m", "--data", data, "--output", tmp_path / "out", *option), problem)
+
+
+@pytest.mark.parametrize("option", ["--data", "--eval-data"])
+def test_a_malformed_line_is_named_with_its_file_before_the_model_is_loaded(run, data, tmp_path, option):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "a"}\n{"text": \n')
+    absent = tmp_path / "absent"
+    result = run("finetune", "--model", absent, "--data", data, "--output", tmp_path / "out", option, bad)
+    assert refused(result, f"{bad}:2: not valid JSON")
 
 
 def test_an_output_that_is_not_empty_is_left_alone(run, data, model_folder, tmp_path):

@@ -211,7 +211,7 @@ def test_bytes_that_are_no_text_are_named(tmp_path):
 
 
 def test_an_empty_and_a_missing_file_are_named(tmp_path):
-    with pytest.raises(InputError, match="no samples"):
+    with pytest.raises(InputError, match=r"empty\.jsonl: no samples; expected one a line, .*'prompt', 'completion'"):
         read_jsonl(write(tmp_path / "empty.jsonl", ""))
     with pytest.raises(InputError, match="cannot read .*absent.jsonl: No such file"):
         read_jsonl(tmp_path / "absent.jsonl")

@@ -9,12 +9,12 @@ from torch import nn
 
 pytest.importorskip("peft")
 
-from peft import PeftModel, PeftType, get_peft_model  # noqa: E402
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model  # noqa: E402
 from peft.utils.save_and_load import get_base_model_state_dict, set_base_model_state_dict  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig  # noqa: E402
+from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia  # noqa: E402
 from losia_kernels.integrations.peft import LoSiAPeftConfig  # noqa: E402
 
 CHOICES = dict(rank_factor=1 / 4, period=2, output_dim_factor=0.125)
@@ -264,3 +264,9 @@ def test_the_config_has_losias_fields_and_defaults():
     assert LoSiAPeftConfig().losia_config() == dataclasses.replace(LoSiAConfig(), fused_loss=False)
     listed = {field.name for field in dataclasses.fields(LoSiAPeftConfig)}
     assert {field.name for field in dataclasses.fields(LoSiAConfig)} - listed == {"master_weights", "fused_loss"}
+
+
+def test_apply_losia_to_a_model_with_adapters_is_refused():
+    model = get_peft_model(llama(), LoraConfig(target_modules=["v_proj"]))
+    with pytest.raises(ValueError, match="v_proj' holds a PEFT adapter: give the plain model"):
+        apply_losia(model)
