@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
+from .config import IMPORTANCES
 from .integrations.options import PICTURES, FinetuneOptions, InputError
 from .selection import NonFiniteScoreError
 
@@ -265,8 +266,8 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
         help="share of the vocabulary whose output weights are trained; 0: none, 1: all")
     add("--period", type=int, metavar="STEPS", help="steps until the next group of layers moves its subnets (default: "
         "the paper's 100, or in a short run the most that gives every group a turn)")
-    add("--importance", choices=("sensitivity", "gradient", "marginal"),
-        help="what subnets are chosen by; marginal needs no memory of the weights' size")
+    add("--importance", choices=IMPORTANCES, help="what subnets are chosen by; sensitivity_bfloat16 keeps it in half "
+        "the memory, marginal needs none of the weights' size")
     add("--init-subnet", choices=("calibrated", "random"),
         help="place the first subnets by the first 4 batches, or at random as in the paper")
     add("--alignment", type=int, metavar="NEURONS",

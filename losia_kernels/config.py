@@ -4,6 +4,8 @@ import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+IMPORTANCES = ("sensitivity", "sensitivity_bfloat16", "gradient", "marginal")
+
 
 @dataclass(frozen=True)
 class LoSiAConfig:
@@ -23,8 +25,9 @@ class LoSiAConfig:
         rewarm: ramp the learning rate up over T steps after a move (Eq. 8); False is the ablation w/o WDS.
         reset_step: restart Adam's step counter with the moments; False is what the authors' code does.
     Importance (Section 3.1)
-        importance: "sensitivity" (Eqs. 3-6); "gradient" (ablation GL): |g| of the slot's last step; "marginal": row and
-            column sums of the sensitivity only, no state of the weight's size.
+        importance: "sensitivity" (Eqs. 3-6); "sensitivity_bfloat16": the same, its two states kept in 2 bytes a weight
+            each instead of 4; "gradient" (ablation GL): |g| of the slot's last step; "marginal": row and column sums of
+            the sensitivity only, no state of the weight's size.
         importance_beta1, importance_beta2: smoothing of the importance and of its uncertainty.
         init_subnet: "calibrated": ``calibrate`` places the initial subnets from data (``apply_losia`` has none and
             draws at random; the Trainer adapter and ``finetune`` call it by themselves); "random": as in the paper.
@@ -83,7 +86,7 @@ class LoSiAConfig:
         _check("alignment", self.alignment, _is_int(self.alignment) and self.alignment >= 1
                and self.alignment & (self.alignment - 1) == 0, "a power of two, at least 1")
         _check_choice("update_type", self.update_type, ("async", "sync"))
-        _check_choice("importance", self.importance, ("sensitivity", "gradient", "marginal"))
+        _check_choice("importance", self.importance, IMPORTANCES)
         _check_choice("init_subnet", self.init_subnet, ("calibrated", "random"))
         _check_choice("output_init", self.output_init, ("random", "frequency"))
         _check_choice("importance_sync", self.importance_sync, ("gradient", "slot"))

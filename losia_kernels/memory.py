@@ -19,6 +19,7 @@ METHODS = ("losia", "losia-dense", "full", "lora", "dora", "galore", "frozen")
 MODEL_TYPES = ("llama", "mistral", "qwen2", "gemma")
 GIB = 2**30
 FLOAT32 = 4
+IMPORTANCE_BYTES = {"sensitivity": 8, "sensitivity_bfloat16": 4, "gradient": 4, "marginal": 0}  # a weight of the group
 MOMENT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 CODE_BLOCK = 256  # of int8 moments: inputs of a row that share one float32 scale
 
@@ -278,7 +279,7 @@ def _training_state(shape: ModelShape, setting: Setting) -> dict[str, int]:
         if setting.moments == "int8":
             optimizer += 2 * FLOAT32 * _scales(shape, setting)
         kept = _kept_in_backward(shape, setting) if setting.in_backward else values
-        per_weight = {"sensitivity": 2 * FLOAT32, "gradient": FLOAT32, "marginal": 0}[setting.importance]
+        per_weight = IMPORTANCE_BYTES[setting.importance]
         return {"values": values, "trained": master * values + indices, "optimizer": optimizer,
                 "gradients": master * kept, "importance": per_weight * shape.block_weights}  # fmt: skip
     if method in ("lora", "dora"):

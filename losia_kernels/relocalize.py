@@ -20,17 +20,20 @@ ALL = slice(None)
 
 
 class SensitivityObserver:
-    """Importance and uncertainty of every weight (Eqs. 3-6): two tensors ``[out, in]``."""
+    """Importance and uncertainty of every weight (Eqs. 3-6): two tensors ``[out, in]`` of ``dtype``.
 
-    def __init__(self, beta1: float, beta2: float):
-        self.beta1, self.beta2 = beta1, beta2
+    ``dtype`` None is float32 (float64 of a float64 weight).
+    """
+
+    def __init__(self, beta1: float, beta2: float, dtype: torch.dtype | None = None):
+        self.beta1, self.beta2, self.dtype = beta1, beta2, dtype
         self.tensors: dict[str, Tensor] = {}
 
     def update(
         self, weight: Tensor, grad: Tensor, grad_scale: float, rows: Rows | None = None, outputs: slice = ALL
     ) -> None:
         if not self.tensors:
-            dtype = eager.accumulate_dtype(weight.dtype)
+            dtype = self.dtype or eager.accumulate_dtype(weight.dtype)
             for name in ("importance", "uncertainty"):
                 self.tensors[name] = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
         ops.importance_update_(
@@ -97,7 +100,8 @@ def make_observer(config: LoSiAConfig) -> Observer:
         return GradientObserver()
     if config.importance == "marginal":
         return MarginalObserver(config.importance_beta1)
-    return SensitivityObserver(config.importance_beta1, config.importance_beta2)
+    dtype = torch.bfloat16 if config.importance == "sensitivity_bfloat16" else None
+    return SensitivityObserver(config.importance_beta1, config.importance_beta2, dtype)
 
 
 def new_subnet(layer: LoSiALinear, observer: Observer, rows: Rows | None = None) -> Subnet | None:

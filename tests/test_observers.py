@@ -7,6 +7,7 @@ from losia_kernels.relocalize import GradientObserver, MarginalObserver, Sensiti
 
 OBSERVERS = {
     "sensitivity": lambda: SensitivityObserver(0.7, 0.85),
+    "sensitivity_bfloat16": lambda: SensitivityObserver(0.7, 0.85, torch.bfloat16),
     "gradient": GradientObserver,
     "marginal": lambda: MarginalObserver(0.7),
 }

@@ -64,6 +64,23 @@ def test_it_learns_as_with_float32_state(form, master):
     assert losses["form"] == pytest.approx(losses["float32"], abs=0.02)
 
 
+def test_importance_in_bfloat16_learns_as_in_float32_and_moves_to_nearly_the_same_places():
+    losses, places = {}, {}
+    for importance in ("sensitivity", "sensitivity_bfloat16", "gradient"):
+        model, optimizer = make_run(period=4, lr=0.05, importance=importance)
+        batches = make_batches(4)
+        run = [take_step(model, optimizer, batches[step % 4]) for step in range(48)]
+        losses[importance] = sum(run[-4:]) / 4
+        first = make_run(period=4, lr=0.05, importance=importance)
+        for step in range(12):  # one cycle: later choices follow from earlier ones
+            take_step(*first, batches[step % 4])
+        places[importance] = {(name, key, int(i)) for name, layer in losia_layers(first[0])
+                              for key in ("out_idx", "in_idx") for i in getattr(layer, key)}  # fmt: skip
+    assert losses["sensitivity_bfloat16"] == pytest.approx(losses["sensitivity"], abs=0.02)
+    shared = {kind: len(places["sensitivity"] & chosen) / len(chosen) for kind, chosen in places.items()}
+    assert shared["sensitivity_bfloat16"] > 0.95 > shared["gradient"]
+
+
 def test_a_remainder_makes_the_run_of_a_float32_master():
     """Given the same (bfloat16) gradients: values, moments, weights, moves."""
     plain, exact = make_run(), make_run({"remainder": True}, master=False)

@@ -8,6 +8,7 @@ from torch import nn
 from csrc_ref.kernels import importance_marginals_ref, importance_update_ref
 from csrc_ref.selection import select_marginal_ref, select_ref
 from losia_kernels import LoSiAAdamW, LoSiAConfig, LoSiALinear, apply_losia
+from losia_kernels.config import IMPORTANCES
 from losia_kernels.relocalize import make_observer, new_subnet
 
 BETAS = {"importance_beta1": 0.7, "importance_beta2": 0.6}
@@ -45,6 +46,21 @@ def test_sensitivity_smooths_importance_and_uncertainty_each_with_its_beta(layer
     assert indices(subnet) == select_ref((state[0] * state[1]).numpy(), 3, 4)
 
 
+def test_sensitivity_in_bfloat16_is_rounded_to_it_and_chooses_as_float32_does_nearly():
+    """Each smoothing rounds once: three of them are within 2^-8 of the float32 states, and so is what is captured."""
+    torch.manual_seed(0)
+    layer = LoSiALinear.from_linear(nn.Linear(64, 48), 0.25, name="up_proj")
+    gradients = [torch.randn_like(layer.weight) for _ in range(3)]
+    exact, _ = observed(layer, gradients, "sensitivity")
+    observer, subnet = observed(layer, gradients, "sensitivity_bfloat16")
+    for name, tensor in observer.tensors.items():
+        assert tensor.dtype == torch.bfloat16 and exact.tensors[name].dtype == torch.float32
+        torch.testing.assert_close(tensor.float(), exact.tensors[name], rtol=3 * 2**-8, atol=0)
+    score = exact.tensors["importance"] * exact.tensors["uncertainty"]
+    best = new_subnet(layer, exact)
+    assert score[subnet.out_idx][:, subnet.in_idx].sum() > 0.98 * score[best.out_idx][:, best.in_idx].sum()
+
+
 def test_gradient_is_the_size_of_the_sum_of_the_micro_batches(layer, gradients):
     """Not the sum of the sizes, and not the last one."""
     observer, subnet = observed(layer, gradients, "gradient")
@@ -62,12 +78,12 @@ def test_marginal_smooths_the_sums(layer, gradients):
     assert indices(subnet) == select_marginal_ref(out_sums, in_sums, 3, 4)
 
 
-@pytest.mark.parametrize("importance", ["sensitivity", "gradient", "marginal"])
+@pytest.mark.parametrize("importance", IMPORTANCES)
 def test_a_layer_that_saw_nothing_does_not_move(layer, importance):
     assert observed(layer, [], importance)[1] is None
 
 
-@pytest.mark.parametrize("importance", ["sensitivity", "gradient", "marginal"])
+@pytest.mark.parametrize("importance", IMPORTANCES)
 def test_choosing_changes_nothing(layer, gradients, importance):
     observer, first = observed(layer, gradients, importance)
     before = layer.out_idx.clone(), layer.subnet.clone()
@@ -75,7 +91,7 @@ def test_choosing_changes_nothing(layer, gradients, importance):
     assert torch.equal(layer.out_idx, before[0]) and torch.equal(layer.subnet, before[1])
 
 
-@pytest.mark.parametrize("importance", ["sensitivity", "gradient", "marginal"])
+@pytest.mark.parametrize("importance", IMPORTANCES)
 def test_importance_starts_from_zero_in_each_slot_even_of_the_same_group(importance):
     """With one group a slot follows the other: what the first one saw is forgotten."""
     config = LoSiAConfig(rank_factor=0.5, period=2, importance=importance)

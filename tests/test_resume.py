@@ -71,6 +71,7 @@ VARIANTS = {
     "defaults": {},
     "gradient": {"importance": "gradient"},
     "marginal": {"importance": "marginal"},
+    "bfloat16 importance": {"importance": "sensitivity_bfloat16"},
     "sync": {"update_type": "sync"},
     "sync gradient": {"update_type": "sync", "importance": "gradient"},
     "steps kept": {"reset_step": False, "rewarm": False},
