@@ -58,8 +58,8 @@ class LoSiACallback(TrainerCallback):
     ``history``: a file that gets every place of every subnet, for ``losia-kernels plot``. A run that ends before every
     group has moved once is warned about.
 
-    Raises ValueError when training begins with an optimizer that is neither LoSiAAdamW nor one ``attach`` was given, or
-    with gradients to clip that ``in_backward=True`` has spent.
+    Raises ValueError when training begins with an optimizer that is neither LoSiAAdamW nor one ``attach`` was given,
+    with gradients to clip that ``in_backward=True`` has spent, or with several GPUs in one process (DataParallel).
     """
 
     def __init__(self, trainer: Trainer, calibration_steps: int = CALIBRATION_STEPS, history: Path | None = None):
@@ -71,6 +71,11 @@ class LoSiACallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
         timeline = losia_timeline(optimizer)
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"the Trainer would spread the batch over {args.n_gpu} GPUs by DataParallel, in which layers cannot "
+                f"observe: start a process for each (torchrun, accelerate launch), or set CUDA_VISIBLE_DEVICES to one"
+            )
         if getattr(getattr(optimizer, "optimizer", optimizer), "in_backward", False) and args.max_grad_norm:
             raise ValueError(
                 f"max_grad_norm={args.max_grad_norm} would find nothing to clip: with in_backward=True the gradients "
@@ -141,7 +146,8 @@ class LoSiACallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.history:
             new = [place for place in self._moved if place.step == state.global_step]
-            append_log(self.history, [place.to_json() for place in new])
+            if new:  # of other processes nothing is
+                append_log(self.history, [place.to_json() for place in new])
         if not self._reporters:
             self._moved.clear()
 

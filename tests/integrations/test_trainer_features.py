@@ -304,3 +304,20 @@ def test_updates_inside_the_backward_and_clipping_exclude_each_other(tmp_path):
     trainer.optimizer_cls_and_kwargs = (LoSiAOptimizerFactory, {"lr": LR, "in_backward": True})
     with pytest.raises(ValueError, match="max_grad_norm=1.0 would find nothing to clip"):
         trainer.train()
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path):
+    """DataParallel's copies of a layer are on other devices than what it observes with."""
+    trainer = make_trainer(tmp_path)
+    trainer.args._n_gpu = 2  # what the Trainer finds on a machine with two
+    with pytest.raises(ValueError, match="2 GPUs by DataParallel.*torchrun"):
+        trainer.train()
+
+
+def test_only_the_first_process_writes_the_history(tmp_path, monkeypatch):
+    """On another node the folder may not even exist."""
+    monkeypatch.setattr(Trainer, "is_world_process_zero", lambda self: False)
+    trainer = make_trainer(tmp_path)
+    trainer.callback_handler.callbacks[-1].history = tmp_path / "elsewhere" / "subnets.jsonl"
+    trainer.train()
+    assert not (tmp_path / "elsewhere").exists()
