@@ -82,6 +82,8 @@ def _runs() -> Iterator[tuple[float, Run]]:
     for p_o in (1 / 8, 1.0):
         for p in (1 / 16, 1 / 8, 1 / 4, 1 / 2):
             yield 84, Run("losia-pro", *llama, True, Options(p, p_o))
+    for p in (1 / 16, 1 / 8, 1 / 4, 1 / 2):
+        yield 83, Run("losia-pro-lean", *llama, True, Options(p, 1 / 8))
     for r in (16, 256, 1024):
         yield 86, Run("lora", *llama, True, Options(rank=r))
 

@@ -30,6 +30,8 @@ PREDICTED = {  # the memory model's name and settings of a method
     "galore": {"method": "galore", "rank": 512},
     "losia-pro": {"method": "losia"},
     "losia-pro-fused": {"method": "losia", "fused_loss": True},
+    "losia-pro-lean": {"method": "losia", "fused_loss": True, "master_weights": False, "moments": "int8",
+                       "remainder": True, "in_backward": True, "importance": "sensitivity_bfloat16"},
     "losia-dense": {"method": "losia-dense"},
 }
 

@@ -198,9 +198,10 @@ def table14(rows: Rows) -> str:
         chosen = _select(rows, suite, model="llama-2-7b", checkpointing=True, batch=4)
         for row in sorted(chosen, key=_by_size):
             found = row["id"]
-            if found["name"] == "losia-pro" and found["output_dim_factor"] > 0:
+            if found["name"] in ("losia-pro", "losia-pro-lean") and found["output_dim_factor"] > 0:
                 p, p_o = found["rank_factor"], found["output_dim_factor"]
-                title, theirs = f"LoSiA-Pro, p 1/{1 / p:.0f}, p_o {Fraction(p_o)}", paper.LOSIA_GB.get((p, p_o))
+                name = _title(found["name"]).replace(" (ours)", "")
+                title, theirs = f"{name}, p 1/{1 / p:.0f}, p_o {Fraction(p_o)}", paper.LOSIA_GB.get((p, p_o))
             elif found["name"] in ("lora", "lora-fp32"):
                 title, theirs = f"{_title(found['name'])}, r {found['rank']}", paper.LORA_GB.get(found["rank"])
             else:

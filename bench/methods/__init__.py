@@ -3,7 +3,7 @@
 from .base import Method, MissingPeer, Options, Prepared, UnknownMethod
 from .fused_lora import FUSED_LORA
 from .galore import GALORE, GALORE_PER_LAYER
-from .losia import DENSE, DENSE_OFF, PRO, PRO_FUSED, PRO_OFF
+from .losia import DENSE, DENSE_OFF, PRO, PRO_FUSED, PRO_LEAN, PRO_OFF
 from .losia_reference import REFERENCE, REFERENCE_OFF
 from .peft_adapters import DORA, LORA, LORA_DEFAULTS, LORA_FLOAT32, PISSA
 from .plain import FROZEN, FULL
@@ -11,7 +11,7 @@ from .unsloth import UNSLOTH
 
 _ALL = (
     FROZEN, PRO, LORA, LORA_FLOAT32, PRO_FUSED, DORA, DENSE, FUSED_LORA, FULL, GALORE, PISSA, LORA_DEFAULTS,
-    GALORE_PER_LAYER, REFERENCE, UNSLOTH, PRO_OFF, DENSE_OFF, REFERENCE_OFF,
+    PRO_LEAN, GALORE_PER_LAYER, REFERENCE, UNSLOTH, PRO_OFF, DENSE_OFF, REFERENCE_OFF,
 )  # fmt: skip
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 

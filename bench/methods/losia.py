@@ -1,6 +1,7 @@
 """LoSiA: this package, and the dense-gradient form (the paper's LoSiA, without -Pro) with this package's optimizer."""
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from losia_kernels import LoSiAAdamW, LoSiAConfig, LoSiALinear, apply_losia
 from losia_kernels.linear import losia_layers
 
-from .base import Method, Options, Prepared, count, stepper, trained_parameters
+from .base import Method, MissingPeer, Options, Prepared, count, stepper, trained_parameters
 
 
 class _DenseGradient(torch.autograd.Function):
@@ -36,17 +37,20 @@ class DenseGradientLinear(LoSiALinear):
 
 
 def _prepare(
-    model: nn.Module, options: Options, dense: bool = False, observing: bool = True, fused_loss: bool = False
+    model: nn.Module, options: Options, dense: bool = False, observing: bool = True, fused_loss: bool = False,
+    lean: bool = False,
 ) -> Prepared:
+    if lean and next(model.parameters()).dtype != torch.bfloat16:
+        raise MissingPeer("a remainder completes bfloat16 weights: needs a bfloat16 model")
     # A slot that never ends: one decoder block observes, as in every step of a run, and nothing is relocalized.
     # What a relocalization costs is measured by the scaling suite.
     period = 10**9
     config = LoSiAConfig(
         rank_factor=options.rank_factor, output_dim_factor=options.output_dim_factor, period=period,
-        fused_loss=fused_loss,
+        fused_loss=fused_loss, **(LEAN_CONFIG if lean else {}),
     )  # fmt: skip
     apply_losia(model, config)
-    optimizer = LoSiAAdamW(model, lr=6e-5)
+    optimizer = LoSiAAdamW(model, lr=6e-5, **(LEAN_OPTIMIZER if lean else {}))
     timeline = optimizer.timeline
     first_block = next(i for i, name in enumerate(timeline.group_names) if "layers" in name)
     if first_block:
@@ -59,7 +63,12 @@ def _prepare(
     if dense:
         for layer in layers.values():
             layer.__class__ = DenseGradientLinear
-    return Prepared(model, stepper(optimizer), count(trained_parameters(model)), subnets=layers)
+    gated = {} if lean else layers  # gradients that are used up inside the backward cannot be compared
+    return Prepared(model, stepper(optimizer), count(trained_parameters(model)), subnets=gated)
+
+
+LEAN_CONFIG: dict[str, Any] = {"master_weights": False, "importance": "sensitivity_bfloat16"}
+LEAN_OPTIMIZER: dict[str, Any] = {"moments": "int8", "remainder": True, "in_backward": True}
 
 
 _CONFIGURATION = "p 1/8, float32 master and moments, output layer frozen, the model's own loss"
@@ -68,6 +77,11 @@ PRO = Method("losia-pro", "LoSiA-Pro (ours)", f"{_CONFIGURATION}; one block obse
 PRO_FUSED = Method(
     "losia-pro-fused", "LoSiA-Pro (ours), loss without logits", "as losia-pro with fused_loss, the package's default",
     functools.partial(_prepare, fused_loss=True), _READS,
+)  # fmt: skip
+PRO_LEAN = Method(
+    "losia-pro-lean", "LoSiA-Pro (ours), least memory for float32 values",
+    "as losia-pro-fused, float32 values as bfloat16 and remainder, int8 moments, bfloat16 importance, updates in the "
+    "backward", functools.partial(_prepare, fused_loss=True, lean=True), _READS,
 )  # fmt: skip
 DENSE = Method(
     "losia-dense", "LoSiA, dense gradient", f"{_CONFIGURATION}; one block observes",

@@ -106,10 +106,12 @@ def test_with_the_smallest_state_table_14_is_met(p, paper_gb):
     setting = Setting(rank_factor=p, output_dim_factor=1 / 8, checkpointing=True, fused_loss=True, moments="int8",
                       master_weights=False, in_backward=True)  # fmt: skip
     assert estimate(LLAMA_7B, setting).total <= paper_gb * 1e9
+    exact = dataclasses.replace(setting, remainder=True, importance="sensitivity_bfloat16")  # losia-pro-lean's
+    assert estimate(LLAMA_7B, exact).total <= paper_gb * 1e9 < estimate(LLAMA_7B, Setting(rank_factor=p)).total
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("method", ["losia-pro", "losia-pro-fused", "lora", "full"])
+@pytest.mark.parametrize("method", ["losia-pro", "losia-pro-fused", "losia-pro-lean", "lora", "full"])
 def test_peak_of_real_steps(tiny, monkeypatch, method, checkpointing):
     """Within 5 % of the live tensors' peak over two steps, at a size where activations dominate."""
     peft_or_skip(method)

@@ -80,12 +80,20 @@ def test_what_is_trained_has_the_dtype_that_the_readme_says(tiny, method, dtype,
 def test_a_step_changes_what_is_trained_and_leaves_no_gradients(tiny, method):
     needs(method)
     torch.manual_seed(0)
-    prepared = get_method(method).prepare(model.build_model(tiny, CPU, torch.float32), Options(rank=4))
+    dtype = torch.bfloat16 if method == "losia-pro-lean" else torch.float32
+    prepared = get_method(method).prepare(model.build_model(tiny, CPU, dtype), Options(rank=4))
     before = {name: value.clone() for name, value in prepared.module.state_dict().items()}
     for phase in model.step_phases(prepared, torch.zeros(1, 16, dtype=torch.long)).values():
         phase(0)
     assert any(not torch.equal(value, before[name]) for name, value in prepared.module.state_dict().items())
     assert all(parameter.grad is None for parameter in prepared.module.parameters())
+
+
+def test_the_least_memory_is_for_bfloat16_and_says_so(tiny):
+    run = model.Run("losia-pro-lean", tiny, 1, 32, checkpointing=True)
+    assert model.run_model(run, CPU, torch.bfloat16)["gate"]["dx"]["error"] > 0
+    with pytest.raises(MissingPeer, match="needs a bfloat16 model"):
+        model.run_model(run, CPU, torch.float32)
 
 
 def test_the_hand_fused_lora_has_the_gradients_of_the_plain_one():
