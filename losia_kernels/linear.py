@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import eager, ops
 from .distributed import is_sharded
@@ -321,3 +322,13 @@ def losia_layers(model: nn.Module) -> Iterator[tuple[str, LoSiALinear]]:
     for name, module in model.named_modules():
         if isinstance(module, LoSiALinear):
             yield name, module
+
+
+def _count_writes(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    """torch counts no write by its fused optimizers, and by that count a layer knows that its subnet was stepped."""
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            torch.autograd.graph.increment_version([p for p in group["params"] if p.grad is not None])
+
+
+register_optimizer_step_post_hook(_count_writes)

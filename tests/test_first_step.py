@@ -108,19 +108,24 @@ def test_gradients_that_no_backward_has_brought_are_told_at_the_end_of_a_slot(ma
             take_step(model, optimizer, batch)
 
 
+FORMS = pytest.mark.parametrize("form", [{}, {"foreach": True}, {"fused": True}], ids=["for", "foreach", "fused"])
+
+
+@FORMS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_plain_optimizer_that_nobody_attached_is_told_at_the_second_forward(dtype):
+def test_a_plain_optimizer_that_nobody_attached_is_told_at_the_second_forward(dtype, form):
     model = make().to(dtype)
-    optimizer = torch.optim.AdamW(subnets(model), lr=0.1)
+    optimizer = torch.optim.AdamW(subnets(model), lr=0.1, **form)
     first, second = make_batches(2)
     take_step(model, optimizer, first, first)
     with pytest.raises(RuntimeError, match=r"layers.0.up_proj: an optimizer has stepped.*attach\(optimizer, model\)"):
         model(**second)
 
 
-def test_with_write_back_a_plain_optimizer_is_fine():
+@FORMS
+def test_with_write_back_a_plain_optimizer_is_fine(form):
     model = make()
-    optimizer = torch.optim.AdamW(subnets(model), lr=0.1)
+    optimizer = torch.optim.AdamW(subnets(model), lr=0.1, **form)
     for batch in make_batches(3):
         take_step(model, optimizer, batch)
         for _, layer in losia_layers(model):
