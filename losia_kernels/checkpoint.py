@@ -111,8 +111,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The state dict's tensors, which loading writes to. Raises ValueError for one that is made for the state dict."""
     tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    kept = dict(model.named_parameters(remove_duplicate=False)).keys()
-    kept |= dict(model.named_buffers(remove_duplicate=False)).keys()
+    kept = {*dict(model.named_parameters(remove_duplicate=False)), *dict(model.named_buffers(remove_duplicate=False))}
     for name in tensors:
         if name not in kept:
             raise ValueError(f"{name} is no parameter or buffer, so nothing could be loaded into it; of a PEFT model "
