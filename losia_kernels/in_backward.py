@@ -11,27 +11,27 @@ from .timeline import Timeline
 
 
 class InBackward:
-    """Updates each subnet by ``update(layer)`` as soon as a backward has its whole gradient, and frees that.
+    """Updates each subnet by ``update(group, layer)`` as soon as a backward has its whole gradient, and frees that.
 
     Whole means summed over all uses of the layer in the graph: torch then has done every ``dx`` that needs the old
     weight. Layers that observe keep their gradient for the step: their importance is of the weight before the update.
     Raises ValueError for what reduces or scales gradients after the backward.
     """
 
-    def __init__(self, timeline: Timeline, update: Callable[[LoSiALinear], None]):
+    def __init__(self, timeline: Timeline, update: Callable[[int, LoSiALinear], None]):
         if timeline.ranks.group is not None:
             raise ValueError("LoSiAAdamW: in_backward=True would update before the gradients of several processes are "
                              "reduced; leave it off under torch.distributed")
         self._timeline = timeline
         self._update = update
         self._updated: set[LoSiALinear] = set()
-        for layers in timeline.groups:
+        for number, layers in enumerate(timeline.groups):
             for layer in layers:
                 if layer.weight.dtype == torch.float16:
                     raise ValueError(f"LoSiAAdamW: {layer.name} is float16, whose loss must be scaled, and "
                                      f"in_backward=True would update by scaled gradients; use bfloat16")
                 if layer.subnet.shape != layer.matrix.shape:  # a full one does not observe while ``calibrate`` looks
-                    hook = layer.subnet.register_post_accumulate_grad_hook(partial(self._hook, layer))
+                    hook = layer.subnet.register_post_accumulate_grad_hook(partial(self._hook, number, layer))
                     timeline.handles.append(hook)
 
     def take_updated(self) -> set[LoSiALinear]:
@@ -40,7 +40,7 @@ class InBackward:
         return updated
 
     @torch.no_grad()
-    def _hook(self, layer: LoSiALinear, subnet: Tensor) -> None:
+    def _hook(self, group: int, layer: LoSiALinear, subnet: Tensor) -> None:
         if layer.observe_callback is not None:
             return
         if self._timeline.loss_divisor != 1:
@@ -51,5 +51,5 @@ class InBackward:
                                f"is spent. It allows one backward a step: no gradient accumulation, no "
                                f"retain_graph, no reentrant checkpointing of a layer that is used twice")
         self._updated.add(layer)
-        self._update(layer)
+        self._update(group, layer)
         subnet.grad = None

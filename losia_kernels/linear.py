@@ -144,6 +144,11 @@ class LoSiALinear(nn.Linear):
         """The weight as ``[out, in]``, as subnets, gradients and importance see it, however the model stores it."""
         return self.weight
 
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``(matrix, subnet, out_idx, in_idx)``, past nn.Module's lookup, which takes as long as an update's checks."""
+        held = self._parameters | self._buffers
+        return held["weight"], held["subnet"], held["out_idx"], held["in_idx"]  # type: ignore[return-value]
+
     @property
     def _subnet_dtype(self) -> torch.dtype:
         return eager.accumulate_dtype(self.weight.dtype) if self.master else self.weight.dtype
@@ -188,13 +193,13 @@ class LoSiALinear(nn.Linear):
                 f"the model computes: use LoSiAAdamW, attach(optimizer, model), or write_back_() after each step"
             )
 
+    def _is_written_back(self, matrix: Tensor, subnet: Tensor) -> bool:
+        return torch.equal(self.current_subnet.gather(matrix), subnet.to(matrix.dtype))
+
     @torch.no_grad()
     def write_back_(self) -> None:
         """Round ``subnet`` into ``weight``: after the step of an optimizer that knows nothing of the weight."""
         eager.write_subnet_(self.matrix, self.out_idx, self.in_idx, self.subnet)
-
-    def _is_written_back(self, matrix: Tensor, subnet: Tensor) -> bool:
-        return torch.equal(self.current_subnet.gather(matrix), subnet.to(matrix.dtype))
 
     @torch.no_grad()
     def read_subnet_(self) -> None:
@@ -303,6 +308,10 @@ class LoSiAConv1D(LoSiALinear):
         """``[out, in]``, a view: what is written to it is in the weight."""
         return self.weight.T
 
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        weight, subnet, out_idx, in_idx = super()._tensors()
+        return weight.T, subnet, out_idx, in_idx
+
     def to_linear(self) -> nn.Module:
         """A plain Conv1D around the same weight and bias."""
         from transformers.pytorch_utils import Conv1D  # there, for the model is of it
@@ -325,9 +334,11 @@ def losia_layers(model: nn.Module) -> Iterator[tuple[str, LoSiALinear]]:
 
 
 def _count_writes(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-    """torch counts no write by its fused optimizers, and by that count a layer knows that its subnet was stepped."""
+    """By its count of writes a layer knows that its subnet was stepped: torch's fused optimizers are not counted, nor
+    are kernels that write past torch, as bitsandbytes'."""
+    counted = type(optimizer).__module__.startswith(("torch.optim", "losia_kernels"))
     for group in optimizer.param_groups:
-        if group.get("fused"):
+        if group.get("fused") or not counted:
             torch.autograd.graph.increment_version([p for p in group["params"] if p.grad is not None])
 
 

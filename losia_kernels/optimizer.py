@@ -1,8 +1,9 @@
 """LoSiAAdamW, whose step() is the whole method, and attach(), which gives the same to any torch optimizer."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,8 @@ from .linear import LoSiALinear, losia_layers
 from .sharded import own, write_back_
 from .subnet_state import SUBNET_STATE, SubnetState
 from .timeline import Timeline
+
+Options = tuple[float, float, float, float]  # beta1, beta2, eps, weight_decay
 
 
 class LoSiAAdamW(torch.optim.Optimizer):
@@ -67,8 +70,8 @@ class LoSiAAdamW(torch.optim.Optimizer):
             if not good:
                 raise ValueError(f"LoSiAAdamW: {name} is out of range: {value!r}")
         self.timeline = Timeline(model, total_steps, process_group)
-        self._group_of = {layer: i for i, layers in enumerate(self.timeline.groups) for layer in layers}
-        self._layers = [*chain.from_iterable(self.timeline.groups), *self.timeline.dense]
+        self._groups = [*self.timeline.groups, self.timeline.dense]  # by the number of the parameter group
+        self._layers = [*chain.from_iterable(self._groups)]
         self._form = SubnetState(moments, remainder)
         self._form.check(self._layers)
         groups = [{"params": [layer.subnet for layer in layers]} for layers in self.timeline.groups]
@@ -82,7 +85,7 @@ class LoSiAAdamW(torch.optim.Optimizer):
         self.in_backward = in_backward
         self._in_backward = None
         if in_backward:
-            self._in_backward = InBackward(self.timeline, lambda layer: self._update_subnets([layer]))
+            self._in_backward = InBackward(self.timeline, self._update_subnet)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
@@ -98,9 +101,10 @@ class LoSiAAdamW(torch.optim.Optimizer):
         if self._only_makes_state():
             return loss
         timeline.check_gradients(self._in_backward.take_updated() if self._in_backward else ())
+        numbers = range(len(self._groups))
         # of shards group by group: what travels together is in memory at once
-        for layers in [*timeline.groups, timeline.dense] if timeline.sharded else [self._layers]:
-            self._update_subnets([layer for layer in layers if layer.subnet.grad is not None])
+        for together in [[number] for number in numbers] if timeline.sharded else [numbers]:
+            self._update_subnets(together)
         if len(self.param_groups) > len(timeline.groups):
             group = self.param_groups[-1]
             self._update_dense(group["params"][len(timeline.dense):], group)
@@ -110,9 +114,9 @@ class LoSiAAdamW(torch.optim.Optimizer):
     def _only_makes_state(self) -> bool:
         """torch.distributed.checkpoint makes a new optimizer's state by a step at lr 0 with zero gradients, which is no
         step of the clock."""
-        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if self.state or any(float(group["lr"]) for group in self.param_groups):
             return False
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if any(bool((own(p.grad) if is_sharded(p.grad) else p.grad).any()) for p in parameters):
             return False
         self._make_state()
@@ -125,47 +129,56 @@ class LoSiAAdamW(torch.optim.Optimizer):
             for parameter in self.param_groups[-1]["params"][len(self.timeline.dense):]:
                 self._dense_state(parameter)
 
-    def _update_subnets(self, layers: list[LoSiALinear]) -> None:
+    def _update_subnets(self, numbers: Iterable[int]) -> None:
         """One call for all layers with the same options, whatever their learning rates and steps."""
-        timeline = self.timeline
-        alike: dict[tuple[float, float, float, float], list[tuple[LoSiALinear, float]]] = {}
-        for layer in layers:
-            number = self._group_of.get(layer)  # None: trained densely, in the last parameter group
-            group = self.param_groups[-1 if number is None else number]
-            lr = float(group["lr"]) * (1.0 if number is None else timeline.lr_factor(number))
-            beta1, beta2 = group["betas"]
-            options = beta1, beta2, group["eps"], group["weight_decay"]
-            alike.setdefault(options, []).append((layer, lr))
-        for options, chosen in alike.items():
-            states = [self._subnet_state(layer.subnet) for layer, _ in chosen]
-            steps = [state["step"] for state in states]
-            torch._foreach_add_(steps, 1)
-            subnets = [_here(layer.subnet.detach()) for layer, _ in chosen]
-            grads = [_here(layer.subnet.grad).contiguous() for layer, _ in chosen if layer.subnet.grad is not None]
-            targets = [self._target(layer) for layer, _ in chosen]
-            random = any(self._form.stochastic(subnet) for subnet in subnets)
-            seeds = [self._seed(layer) for layer, _ in chosen] if random else []
-            kept = {key: [_here(state[key]) for state in states] for key in states[0] if key != "step"}
-            ops.subnets_adamw_(
-                [weight for weight, _, _ in targets], subnets, grads, kept["exp_avg"], kept["exp_avg_sq"],
-                [out_idx for _, out_idx, _ in targets], [in_idx for _, _, in_idx in targets],
-                [lr for _, lr in chosen], [int(step) for step in steps], seeds, *options,
-                kept.get("exp_avg_scale", []), kept.get("exp_avg_sq_scale", []), kept.get("remainder", []),
-            )  # fmt: skip
-        if timeline.sharded:
-            write_back_(layers, timeline.ranks)
+        updated: list[LoSiALinear] = []
+        alike: dict[Options, list[tuple]] = {}
+        for number in numbers:
+            layers = [layer for layer in self._groups[number] if layer.subnet.grad is not None]
+            if layers:
+                lr, options = self._hyperparameters(number)
+                alike.setdefault(options, []).extend([self._operands(layer, lr) for layer in layers])
+                updated += layers
+        for options, operands in alike.items():
+            _update_alike(operands, options)
+        if self.timeline.sharded:
+            write_back_(updated, self.timeline.ranks)
 
-    def _target(self, layer: LoSiALinear) -> tuple[Tensor, Tensor, Tensor]:
-        """Where an update writes the new values: ``(weight, out_idx, in_idx)``.
+    def _update_subnet(self, number: int, layer: LoSiALinear) -> None:
+        """One layer inside the backward; float32 state alone has an op that takes all as arguments, without a table."""
+        lr, options = self._hyperparameters(number)
+        operands = self._operands(layer, lr)
+        if self._form == SubnetState():
+            *tensors, lr, step, seed = operands[:10]
+            arguments: list[Any] = [*tensors, lr, *options, step, seed]
+            ops.subnet_adamw_(*arguments)
+        else:
+            _update_alike([operands], options)
 
-        Of shards nowhere yet: the subnet's own rows alone (maybe none) are here, and where they belong in the weight is
-        mostly on other ranks.
+    def _hyperparameters(self, number: int) -> tuple[float, Options]:
+        """Of a group of layers: this step's learning rate, rewarmed (Eq. 8), and what AdamW takes beside it."""
+        group = self.param_groups[number]
+        factor = self.timeline.lr_factor(number) if number < len(self.timeline.groups) else 1.0
+        return float(group["lr"]) * factor, (*group["betas"], group["eps"], group["weight_decay"])
+
+    def _operands(self, layer: LoSiALinear, lr: float) -> tuple:
+        """What ``ops.subnets_adamw_`` takes of a layer but for the options, in its order; None where it has none.
+
+        Of shards the new values go nowhere yet: the subnet's own rows alone (maybe none) are here, and where they
+        belong in the weight is mostly on other ranks.
         """
-        if not self.timeline.sharded:
-            return layer.matrix, layer.out_idx, layer.in_idx
-        scratch = own(layer.subnet).to(layer.weight.dtype, copy=True)
-        k_out, k_in = scratch.shape
-        return scratch, torch.arange(k_out, device=scratch.device), torch.arange(k_in, device=scratch.device)
+        weight, subnet, out_idx, in_idx = layer._tensors()
+        state = self._subnet_state(subnet)
+        step = int(state["step"]) + 1
+        state["step"].fill_(step)  # on the CPU
+        seed = self._seed(layer) if self._form.stochastic(subnet) else None
+        values: list[Any] = [subnet, subnet.grad, *map(state.get, SUBNET_STATE[1:])]
+        if self.timeline.sharded:
+            values = [own(value) if value is not None and is_sharded(value) else value for value in values]
+            weight = values[0].to(weight.dtype, copy=True)
+            out_idx, in_idx = (torch.arange(size, device=weight.device) for size in weight.shape)
+        subnet, grad, exp_avg, exp_avg_sq, *extra = values
+        return weight, subnet, grad.contiguous(), exp_avg, exp_avg_sq, out_idx, in_idx, lr, step, seed, *extra
 
     def _seed(self, layer: LoSiALinear) -> int:
         part = self.timeline.ranks.rank if self.timeline.sharded else 0
@@ -227,8 +240,11 @@ def _complete_state(optimizer: torch.optim.Optimizer) -> None:
         optimizer._make_state()
 
 
-def _here(tensor: Tensor) -> Tensor:
-    return own(tensor) if is_sharded(tensor) else tensor
+def _update_alike(operands: list[tuple], options: Options) -> None:
+    *columns, seeds, exp_avg_scales, exp_avg_sq_scales, remainders = map(list, zip(*operands, strict=True))
+    extras = ([] if each[0] is None else each for each in (exp_avg_scales, exp_avg_sq_scales, remainders))
+    arguments: list[Any] = [*columns, [seed or 0 for seed in seeds], *options, *extras]
+    ops.subnets_adamw_(*arguments)
 
 
 @functools.cache

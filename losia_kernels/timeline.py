@@ -183,7 +183,7 @@ class Timeline:
         """Raise RuntimeError if the optimizer would step parameters that the model no longer has."""
         held, sharded = {id(parameter) for parameter in _parameters(optimizer)}, self.sharded
         for layer in chain.from_iterable([*self.groups, self.dense]):
-            if id(layer.tensors()[1]) not in held:
+            if id(layer.subnet) not in held:
                 raise RuntimeError(
                     f"{layer.name}: the optimizer holds another subnet than the model; make the optimizer after "
                     f"fully_shard or whatever else exchanges parameters (DeepSpeed is not supported: use FSDP2 or DDP)"

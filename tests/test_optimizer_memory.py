@@ -268,6 +268,17 @@ def test_in_the_backward_with_every_form(form, master):
     assert same_tensors(plain[0].state_dict(), inside[0].state_dict())
 
 
+@pytest.mark.parametrize("form, master", FORMS.values(), ids=FORMS.keys())
+def test_in_the_backward_float32_state_alone_has_a_call_without_a_table(form, master, monkeypatch):
+    model, _ = make_run(form | {"in_backward": True}, master, output_dim_factor=0.0)
+    called = []
+    for name in ("subnet_adamw_", "subnets_adamw_"):
+        monkeypatch.setattr(ops, name, lambda *args, name=name: called.append(name))
+    model(**make_batches(1)[0]).loss.backward()
+    plain = form == {"moments": "float32", "remainder": False}
+    assert called == ["subnet_adamw_" if plain else "subnets_adamw_"] * 2  # the other block observes
+
+
 def test_no_gradient_is_left_but_of_the_group_that_observes():
     model, optimizer = make_run({"in_backward": True}, output_dim_factor=0.0)
     alive = []

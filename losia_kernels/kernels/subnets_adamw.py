@@ -1,7 +1,10 @@
 """AdamW on all subnets of a model in one launch: each program looks up which matrix its tile belongs to."""
 
 import functools
+import operator
 import struct
+from collections.abc import Sequence
+from itertools import chain
 
 import torch
 import triton
@@ -20,11 +23,12 @@ DTYPES = {
 }  # fmt: skip
 FIRST, SECOND = tl.constexpr(FIRST_MOMENT), tl.constexpr(SECOND_MOMENT)
 
-# A row of the table, one a matrix: addresses, sizes, and what changes with the step (floats as their 32 bits).
+# A row of the table, one a matrix: addresses, sizes, and what changes with the step (floats in the low 32 bits).
 (WEIGHT, SUBNET, GRAD, EXP_AVG, EXP_AVG_SQ, EXP_AVG_SCALE, EXP_AVG_SQ_SCALE, REMAINDER, OUT_IDX, IN_IDX, K_OUT, K_IN,
  STRIDE_WEIGHT_OUT, STRIDE_WEIGHT_IN, SPLITS, FIRST_TILE, SEED, DECAY, STEP_SIZE, ROOT_CORRECTION,
  ) = (tl.constexpr(field) for field in range(20))  # fmt: skip
 FIELDS = tl.constexpr(20)
+ROW = struct.Struct("<17q f4x f4x f4x")
 
 
 @triton.jit
@@ -114,48 +118,49 @@ def launch_subnets_adamw_(
     exp_avg_scales, exp_avg_sq_scales, remainders,
 ) -> None:  # fmt: skip
     """``ops.subnets_adamw_`` on the device: one launch for each device and combination of dtypes."""
+    columns = (weights, subnets, grads, exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales, remainders, out_idx,
+               in_idx, lr, step, seeds)  # fmt: skip
     kinds: dict[tuple, list[int]] = {}
-    for number, (weight, subnet, grad) in enumerate(zip(weights, subnets, grads, strict=True)):
-        kinds.setdefault((weight.device, weight.dtype, subnet.dtype, grad.dtype), []).append(number)
+    for number, (weight, subnet, grad, exp_avg) in enumerate(zip(weights, subnets, grads, exp_avgs, strict=True)):
+        kind = weight.device, weight.dtype, subnet.dtype, grad.dtype, exp_avg.dtype
+        kinds.setdefault(kind, []).append(number)
     for (device, *dtypes), numbers in kinds.items():
-        matrices = [
-            [each[number] if each else None for each in (weights, subnets, grads, exp_avgs, exp_avg_sqs, exp_avg_scales,
-                                                         exp_avg_sq_scales, remainders, out_idx, in_idx)]
-            for number in numbers
-        ]  # fmt: skip
-        scalars = [
-            (signed_32_bits(seeds[n] if seeds else 0), *map(_bits, (1 - lr[n] * weight_decay,
-             lr[n] / (1 - beta1 ** step[n]), (1 - beta2 ** step[n]) ** 0.5)))
-            for n in numbers
-        ]  # fmt: skip
+        *tensors, lrs, steps, these_seeds = ([each[n] for n in numbers] if each else [] for each in columns)
+        has_codes = dtypes[3] == torch.uint8
         config = launch_config("subnet_adamw_", subnets[numbers[0]], n_in=CODE_BLOCK)
-        first_tiles, matrix_of_tile = tile_map(tuple(subnets[n].shape for n in numbers), config, device)
-        table, aligned = make_table(matrices, first_tiles, scalars)
-        moment_dtype = exp_avgs[numbers[0]].dtype
-        has_codes = moment_dtype == torch.uint8
+        shapes = tuple(subnets[n].shape for n in numbers)
+        first_tiles, matrix_of_tile = tile_map(shapes, config, device)
+        table, aligned = make_table(
+            tensors, shapes, first_tiles, [signed_32_bits(seed) for seed in these_seeds] or [0] * len(numbers),
+            [1 - rate * weight_decay for rate in lrs],
+            [rate / (1 - beta1**count) for rate, count in zip(lrs, steps, strict=True)],
+            [(1 - beta2**count) ** 0.5 for count in steps],
+        )  # fmt: skip
         compiler = config.compiler | ({"num_warps": 8} if has_codes and not aligned else {})  # four spill
         with torch.cuda.device_of(weights[numbers[0]]):
             subnets_adamw_kernel[(len(matrix_of_tile),)](
                 _to_device(table, device), matrix_of_tile,
                 *(dynamic_map(signed, device) if has_codes else None for signed in (True, False)),
-                1 - beta1, beta2, 1 - beta2, eps, *(DTYPES[dtype] for dtype in dtypes), DTYPES[moment_dtype],
+                1 - beta1, beta2, 1 - beta2, eps, *(DTYPES[dtype] for dtype in dtypes),
                 STOCHASTIC=bool(seeds) and dtypes[1].itemsize == 2 and not remainders, HAS_REMAINDER=bool(remainders),
                 ALIGNED=aligned, BLOCK_OUT=config.block_out, BLOCK_IN=config.block_in, **compiler,
             )  # fmt: skip
 
 
-def make_table(matrices: list, first_tiles: tuple[int, ...], scalars: list) -> tuple[Tensor, bool]:
-    """What the kernel reads about each matrix, on the host, and whether everything is aligned to 16 bytes."""
-    rows, odd = [], 0
-    for tensors, first_tile, step in zip(matrices, first_tiles, scalars, strict=True):
-        weight, subnet, grad = tensors[:3]
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        rows.append([*addresses, *subnet.shape, *weight.stride(), grad.shape[0] if grad.dim() == 3 else 1, first_tile,
-                     *step])  # fmt: skip
-        odd |= subnet.shape[1]
-        for address in addresses:
-            odd |= address
-    return torch.tensor(rows, dtype=torch.int64), odd % 16 == 0
+def make_table(
+    tensors: list[list[Tensor]], shapes: Sequence[tuple[int, int]], *changing: Sequence[float]
+) -> tuple[Tensor, bool]:
+    """What the kernel reads about each matrix, on the host, and whether everything is aligned to 16 bytes.
+
+    ``tensors``: a column for each address (an empty one is of zeros); ``changing``: the columns from FIRST_TILE on.
+    """
+    addresses = [[tensor.data_ptr() for tensor in each] or [0] * len(shapes) for each in tensors]
+    strides = [weight.stride() for weight in tensors[0]]
+    splits = [grad.shape[0] if grad.dim() == 3 else 1 for grad in tensors[2]]
+    k_out, k_in = zip(*shapes, strict=True)
+    rows = map(ROW.pack, *addresses, k_out, k_in, *zip(*strides, strict=True), splits, *changing)
+    aligned = functools.reduce(operator.or_, chain(k_in, *addresses)) % 16 == 0
+    return torch.frombuffer(bytearray().join(rows), dtype=torch.int64).view(-1, FIELDS.value), aligned
 
 
 @functools.lru_cache(maxsize=256)
@@ -178,7 +183,3 @@ def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
                            "writes into a table each time: capture forward and backward, and call step() after replay; "
                            "it is one copy and one launch")
     return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def _bits(value: float) -> int:
-    return struct.unpack("i", struct.pack("f", value))[0]

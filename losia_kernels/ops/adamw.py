@@ -1,11 +1,13 @@
 """AdamW on subnets, written into their weights in the same pass: of one layer, and of all of a model at once."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import eager
 from ..rounding import code_blocks
-from ._op import check, check_index, check_same, refuse, register
+from ._op import check, refuse, register
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
@@ -81,7 +83,7 @@ def subnets_adamw_(
 ) -> None:
     """``subnet_adamw_`` on many matrices, in one launch for each combination of dtypes; the same bits.
 
-    One entry a matrix in every list; an empty list is none for all. Subnets, gradients and state are contiguous.
+    One entry a matrix in every list; an empty list is none for all. All but weights are contiguous.
     ``seeds`` are needed for all that is rounded stochastically: 16-bit subnets (without seeds to nearest) and moments
     that are not float32. Moments are float32, bfloat16, or uint8 codes of ``losia_kernels.rounding`` with
     ``exp_avg_scales``, ``exp_avg_sq_scales`` ``[k_out, ceil(k_in / 256)]`` float32. With ``remainders``
@@ -96,15 +98,13 @@ def subnets_adamw_(
     if any(len(each) != len(weights) for each in lists) or any(len(each) not in (0, len(weights)) for each in optional):
         refuse(op, f"the lists must have one entry for each of the {len(weights)} weights, got "
                    f"{[len(each) for each in (*lists, *optional)]}")
-    for number, matrix in enumerate(zip(weights, *lists[:6], strict=True)):
-        _check_matrix(op, *matrix)
-        first_scale, second_scale, remainder = (
-            each[number] if each else None for each in (exp_avg_scales, exp_avg_sq_scales, remainders)
-        )
-        _, subnet, grad, exp_avg, exp_avg_sq, _, _ = matrix
-        _check_state(op, subnet, grad, exp_avg, exp_avg_sq, first_scale, second_scale, remainder, bool(seeds))
-        if step[number] < 1:
-            refuse(op, f"step counts from 1, got {step[number]}")
+    none = [None] * len(weights)
+    extras: list[list[Any]] = [each or none for each in (exp_avg_scales, exp_avg_sq_scales, remainders)]
+    for matrix in zip(weights, *lists[:6], *extras, strict=True):
+        _check_matrix(op, *matrix[:7])
+        _check_state(op, bool(seeds), *matrix[1:])
+    if min(step) < 1:
+        refuse(op, f"step counts from 1, got {min(step)}")
     if weights[0].is_cuda and weights[0].dtype != torch.float64:
         from ..kernels.subnets_adamw import launch_subnets_adamw_ as run
     else:
@@ -120,46 +120,50 @@ def _(weights, subnets, grads, exp_avgs, exp_avg_sqs, out_idx, in_idx, lr, step,
 
 
 def _check_matrix(op, weight, subnet, grad, exp_avg, exp_avg_sq, out_idx, in_idx) -> None:
-    """``if`` before each message: this runs for every matrix in every step."""
-    check_index(op, "out_idx", out_idx, weight)
-    check_index(op, "in_idx", in_idx, weight)
-    shape, device = (out_idx.shape[0], in_idx.shape[0]), weight.device
+    """Comparisons alone, words only once one fails: this runs for every matrix in every step."""
+    if not out_idx.dtype == in_idx.dtype == torch.int64:
+        refuse(op, f"out_idx and in_idx must be int64, got {out_idx.dtype}, {in_idx.dtype}")
+    indexed = out_idx.shape + in_idx.shape
+    if not subnet.shape == exp_avg.shape == exp_avg_sq.shape == grad.shape[-2:] == indexed or grad.dim() > 3:
+        refuse(op, f"out_idx and in_idx are {tuple(out_idx.shape)} and {tuple(in_idx.shape)}, so subnet, exp_avg, "
+                   f"exp_avg_sq and grad must be {tuple(indexed)} (or grad [splits, k_out, k_in]), "
+                   f"got {[tuple(tensor.shape) for tensor in (subnet, exp_avg, exp_avg_sq, grad)]}")
     if weight.dim() != 2:
         refuse(op, f"weight must be [out, in], got {tuple(weight.shape)}")
-    if subnet.shape != shape:
-        refuse(op, f"subnet is {tuple(subnet.shape)}, the indices give {shape}")
-    if grad.dim() not in (2, 3) or grad.shape[-2:] != shape:
-        refuse(op, f"grad is {tuple(grad.shape)}, expected {shape}")
-    if grad.device != device:
-        refuse(op, f"grad is on {grad.device}, weight on {device}")
-    check_same(op, "subnet, exp_avg, exp_avg_sq", subnet, exp_avg, exp_avg_sq, dtype=False)
-    if subnet.device != device:
-        refuse(op, f"subnet is on {subnet.device}, weight on {device}")
-    if subnet.dtype not in (weight.dtype, eager.accumulate_dtype(weight.dtype)):
-        refuse(op, f"subnet must be {eager.accumulate_dtype(weight.dtype)} (master) or {weight.dtype} (weight's "
-                   f"dtype), got {subnet.dtype}")
+    if not (weight.device == subnet.device == grad.device == exp_avg.device == exp_avg_sq.device == out_idx.device
+            == in_idx.device):  # fmt: skip
+        devices = [str(each.device) for each in (weight, subnet, grad, exp_avg, exp_avg_sq, out_idx, in_idx)]
+        refuse(op, f"weight, subnet, grad, exp_avg, exp_avg_sq, out_idx, in_idx are on {', '.join(devices)}")
+    master = eager.accumulate_dtype(weight.dtype)
+    if subnet.dtype != master and subnet.dtype != weight.dtype:
+        refuse(op, f"subnet must be {master} (master) or {weight.dtype} (weight's dtype), got {subnet.dtype}")
 
 
-def _check_state(op, subnet, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, remainder, seeded) -> None:
-    expected = (eager.accumulate_dtype(subnet.dtype), torch.bfloat16, torch.uint8)
-    if exp_avg.dtype != exp_avg_sq.dtype or exp_avg.dtype not in expected:
-        refuse(op, f"moments must both be one of {expected}, got {exp_avg.dtype}, {exp_avg_sq.dtype}")
-    if exp_avg.dtype != expected[0] and (subnet.dtype == torch.float64 or not seeded):
-        refuse(op, f"{exp_avg.dtype} moments need seeds for their rounding, and no float64 subnet")
-    scales = (exp_avg_scale, exp_avg_sq_scale)
-    if exp_avg.dtype == torch.uint8:
+def _check_state(
+    op, seeded, subnet, grad, exp_avg, exp_avg_sq, out_idx, in_idx, exp_avg_scale, exp_avg_sq_scale, remainder
+) -> None:
+    exact, dtype = eager.accumulate_dtype(subnet.dtype), exp_avg.dtype
+    if dtype != exp_avg_sq.dtype or dtype not in (exact, torch.bfloat16, torch.uint8):
+        refuse(op, f"moments must both be {exact}, torch.bfloat16 or torch.uint8, got {dtype}, {exp_avg_sq.dtype}")
+    if dtype != exact and (subnet.dtype == torch.float64 or not seeded):
+        refuse(op, f"{dtype} moments need seeds for their rounding, and no float64 subnet")
+    addressed = [subnet, grad, exp_avg, exp_avg_sq, out_idx, in_idx]
+    if dtype == torch.uint8:
+        scales = [exp_avg_scale, exp_avg_sq_scale]
         shape = (subnet.shape[0], code_blocks(subnet.shape[1]))
         if any(scale is None or scale.shape != shape or scale.dtype != torch.float32 for scale in scales):
             refuse(op, f"uint8 moments need float32 scales of shape {shape}")
-    elif scales != (None, None):
-        refuse(op, f"scales belong to uint8 moments, got {exp_avg.dtype}")
+        addressed += scales
+    elif exp_avg_scale is not None or exp_avg_sq_scale is not None:
+        refuse(op, f"scales belong to uint8 moments, got {dtype}")
     if remainder is not None:
         if subnet.dtype != torch.bfloat16:
             refuse(op, f"a remainder belongs to a bfloat16 subnet, got {subnet.dtype}")
         if remainder.dtype != torch.int16 or remainder.shape != subnet.shape:
             refuse(op, f"the remainder must be int16 {tuple(subnet.shape)}, got {remainder.dtype} "
                        f"{tuple(remainder.shape)}")
-    for tensor in (subnet, grad, exp_avg, exp_avg_sq, *scales, remainder):
-        if tensor is not None and not tensor.is_contiguous():
-            refuse(op, f"subnets, gradients and state must be contiguous, got strides {tensor.stride()} of "
+        addressed.append(remainder)
+    for tensor in addressed:
+        if not tensor.is_contiguous():
+            refuse(op, f"subnets, gradients, state and indices must be contiguous, got strides {tensor.stride()} of "
                        f"{tuple(tensor.shape)}")

@@ -38,7 +38,7 @@ def test_tensors_on_two_devices_are_refused():
     refused("gather_features: idx is on cuda.*, the data on cpu", ops.gather_features, x, IN_IDX.cuda())
     arguments = adamw_arguments()
     arguments["grad"] = arguments["grad"].cuda()
-    refused("subnet_adamw_: grad is on cuda.*, weight on cpu", ops.subnet_adamw_, **arguments)
+    refused("subnet_adamw_: weight, .* are on cpu, cpu, cuda", ops.subnet_adamw_, **arguments)
 
 
 ADAMW = ("weight", "subnet", "grad", "exp_avg", "exp_avg_sq", "out_idx", "in_idx")
@@ -53,20 +53,31 @@ def adamw_arguments(dtype=torch.bfloat16) -> dict:
 
 @pytest.mark.parametrize("change, problem", [
     ({"weight": torch.randn(OUT)}, r"weight must be \[out, in\], got \(8,\)"),
-    ({"subnet": torch.zeros(2, 2)}, r"subnet is \(2, 2\), the indices give \(3, 2\)"),
-    ({"grad": torch.zeros(2, 3)}, r"grad is \(2, 3\), expected \(3, 2\)"),
-    ({"exp_avg": torch.zeros(2, 3)}, "subnet, exp_avg, exp_avg_sq must have one shape"),
+    ({"subnet": torch.zeros(2, 2)}, r"are \(3,\) and \(2,\), so .* must be \(3, 2\) .*, got \[\(2, 2\), \(3, 2\)"),
+    ({"grad": torch.zeros(2, 3)}, r"so subnet, exp_avg, exp_avg_sq and grad must be \(3, 2\) .*, \(2, 3\)\]$"),
+    ({"grad": torch.zeros(1, 1, 3, 2)}, r"grad must be \(3, 2\) .*, \(1, 1, 3, 2\)\]$"),
+    ({"exp_avg": torch.zeros(2, 3)}, r"must be \(3, 2\) .*, got \[\(3, 2\), \(2, 3\)"),
     ({"exp_avg_sq": torch.zeros(3, 2).bfloat16()}, "moments must be torch.float32, got torch.float32, torch.bfloat16"),
     ({"subnet": torch.zeros(3, 2).half()}, r"subnet must be torch.float32 \(master\) or torch.bfloat16"),
     ({"seed": 3}, "seed asks for stochastic rounding of a 16-bit subnet, but subnet is torch.float32"),
     ({"step": 0}, "step counts from 1, got 0"),
-    ({"out_idx": OUT_IDX[:, None]}, "out_idx must be a 1-D int64 tensor"),
+    ({"out_idx": OUT_IDX[:, None]}, r"out_idx and in_idx are \(3, 1\) and \(2,\)"),
+    ({"in_idx": IN_IDX.int()}, "out_idx and in_idx must be int64, got torch.int64, torch.int32"),
 ])  # fmt: skip
 def test_subnet_adamw_refuses_what_does_not_fit(change, problem):
     arguments = adamw_arguments() | change
     before = {name: arguments[name].clone() for name in ADAMW}
-    refused(f"subnet_adamw_: {problem}", ops.subnet_adamw_, **arguments)
+    refused(f"subnet_adamw_: .*{problem}", ops.subnet_adamw_, **arguments)
     assert all(torch.equal(before[name], arguments[name]) for name in ADAMW)
+
+
+@pytest.mark.parametrize("number", range(1, len(ADAMW)))
+def test_subnet_adamw_refuses_another_device(number):
+    values = list(adamw_arguments().values())
+    values[number] = values[number].to("meta")
+    devices = ["cpu"] * number + ["meta"] + ["cpu"] * (len(ADAMW) - number - 1)
+    with torch.no_grad():  # past the dispatcher, as in a step
+        refused(f"weight, subnet, .*, in_idx are on {', '.join(devices)}$", ops.subnet_adamw_, *values)
 
 
 def test_importance_refuses_what_does_not_fit():
