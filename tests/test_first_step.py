@@ -122,6 +122,15 @@ def test_a_plain_optimizer_that_nobody_attached_is_told_at_the_second_forward(dt
         model(**second)
 
 
+def test_an_optimizer_with_kernels_of_its_own_is_told_too():
+    """bitsandbytes writes past torch's count of writes."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = make()
+    take_step(model, bitsandbytes.optim.AdamW8bit(subnets(model), lr=0.1, min_8bit_size=1), *make_batches(2))
+    with pytest.raises(RuntimeError, match="an optimizer has stepped"):
+        model(**make_batches(1)[0])
+
+
 @FORMS
 def test_with_write_back_a_plain_optimizer_is_fine(form):
     model = make()

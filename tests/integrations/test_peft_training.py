@@ -208,6 +208,15 @@ def test_sft_trainer_takes_it_as_peft_config(tmp_path):
     assert_same(trainer.model, PeftModel.from_pretrained(make_model(), tmp_path / "saved"))
 
 
+def test_an_8_bit_optimizer_reaches_the_weights_without_attach():
+    """Its kernels write past torch's count of writes, by which an adapter knows that it was stepped."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = get_peft_model(make_model(), LoSiAPeftConfig(**CHOICES))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    losses = train(model, bitsandbytes.optim.AdamW8bit(trained, lr=LR, min_8bit_size=1), batches(1) * 5)
+    assert losses[-1] < losses[0] - 0.01
+
+
 def test_a_checkpoint_in_parts_is_refused_before_it_is_written(tmp_path):
     """It could not be read: an adapter makes its blocks anew for each state dict, and has one more after each move."""
     model = get_peft_model(make_model(), LoSiAPeftConfig(**CHOICES))
