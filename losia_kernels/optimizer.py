@@ -18,6 +18,7 @@ from .linear import LoSiALinear, losia_layers
 from .sharded import own, write_back_
 from .subnet_state import SUBNET_STATE, SubnetState
 from .timeline import Timeline
+from .timeline_state import TimelineState
 
 Options = tuple[float, float, float, float]  # beta1, beta2, eps, weight_decay
 
@@ -79,7 +80,7 @@ class LoSiAAdamW(torch.optim.Optimizer):
         if dense:
             groups.append({"params": dense})
         super().__init__(groups, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
-        self.timeline.bind(self)
+        TimelineState(self.timeline, self)
         self.timeline.ranks.check_same({"LoSiAAdamW's state": str(self._form)}, {})
         self.register_state_dict_pre_hook(_complete_state)
         self.in_backward = in_backward
@@ -326,8 +327,8 @@ def attach(
         with torch.no_grad():
             timeline.advance(optimizer)
 
-    timeline.bind(optimizer)
+    state = TimelineState(timeline, optimizer)
     if type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict:
-        timeline.load_around(optimizer)
+        state.load_around(optimizer)
     timeline.handles += [optimizer.register_step_pre_hook(rewarm), optimizer.register_step_post_hook(write_back)]
     return timeline

@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Callable, Collection
 from dataclasses import asdict
 from itertools import chain, product
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,14 +17,8 @@ from .linear import LoSiALinear, losia_layers
 from .relocalize import ALL, Observer, make_observer, new_subnet
 from .schedule import Schedule
 from .selection import NonFiniteScoreError
-from .sharded import as_shard, check_shards, move_subnets_, own, uses_fully_shard
+from .sharded import check_shards, move_subnets_, uses_fully_shard
 from .subnet import Subnet
-
-# What a resumed run may choose anew: all other fields say where the timeline stands or what the state means.
-_FREE_FIELDS = (
-    "init_subnet", "output_init", "seed", "target_modules", "exclude_modules", "modules_to_save", "rank_pattern",
-    "fused_loss",
-)  # fmt: skip
 
 
 class Timeline:
@@ -39,6 +32,7 @@ class Timeline:
             under a GradScaler, whose overflows are then left out). The importance is not linear in the gradient and
             must know (Eq. 3).
         listeners: called with ``(layer, subnet)`` just before a layer is relocalized to that subnet.
+        observers: of the layers that observe. ``handles``: hooks on the optimizer that ``detach`` takes off.
 
     ``total_steps``: warns once, here, if the run ends before every group has had its turn. ``process_group``: the
     processes that hold replicas of the model, by default its DistributedDataParallel's or all; RanksDifferError if
@@ -77,7 +71,8 @@ class Timeline:
         self.loss_divisor = 1.0
         self._first = True
         self.listeners: list[Callable[[LoSiALinear, Subnet], None]] = []
-        self._observers: dict[LoSiALinear, Observer] = {}
+        self.observers: dict[LoSiALinear, Observer] = {}
+        self.handles: list[Any] = []
         self._observe()
 
     @property
@@ -100,7 +95,7 @@ class Timeline:
             self._sum_importance(moving)
         self._warn_of_unobserved()
         try:
-            found = [(layer, new_subnet(layer, self._observers[layer], self._rows(layer))) for layer in moving]
+            found = [(layer, new_subnet(layer, self.observers[layer], self.rows_of(layer))) for layer in moving]
         except NonFiniteScoreError:
             self._next_step(freed=moving)
             raise
@@ -114,7 +109,7 @@ class Timeline:
                 layer.move_subnet_(subnet)
             _reset_state(optimizer, layer.subnet, self.config.reset_step)
         if moving:
-            self._check_position(moving)
+            self.check_position(moving)
         self._next_step(freed=moving)
 
     def _warn_of_unobserved(self) -> None:
@@ -122,7 +117,7 @@ class Timeline:
         for group in self.schedule.moving(self.step):
             layers = self.groups[group]
             if any(layer.subnet.grad is not None for layer in layers) and not any(
-                self._observers[layer].tensors for layer in layers
+                self.observers[layer].tensors for layer in layers
             ):
                 warnings.warn(
                     f"LoSiA: {self.group_names[group]} got gradients, but no backward has observed it in its slot, and "
@@ -140,18 +135,18 @@ class Timeline:
     def _observe(self) -> None:
         """Let exactly the layers whose turn it is observe; those that do already go on."""
         due = [layer for group in self.observing for layer in self.groups[group]]  # in the same order on every rank
-        for layer in [layer for layer in self._observers if layer not in due]:
+        for layer in [layer for layer in self.observers if layer not in due]:
             self._stop(layer)
         for layer in due:
-            if layer not in self._observers:
+            if layer not in self.observers:
                 self._start(layer, make_observer(self.config))
 
     def _start(self, layer: LoSiALinear, observer: Observer) -> None:
-        self._observers[layer] = observer
+        self.observers[layer] = observer
         layer.observe_(lambda grad, outputs=ALL: self._observed(layer, observer, grad, outputs))
 
     def _observed(self, layer: LoSiALinear, observer: Observer, grad: Tensor, outputs: slice) -> None:
-        rows, weight = self._rows(layer), layer.matrix
+        rows, weight = self.rows_of(layer), layer.matrix
         if rows is not None:
             weight, grad = rows.of(weight), rows.scatter_mean(grad)
         elif self.config.importance_sync == "gradient":
@@ -161,8 +156,26 @@ class Timeline:
         observer.update(weight, grad, self.loss_divisor, rows, outputs)
 
     def _stop(self, layer: LoSiALinear) -> None:
-        del self._observers[layer]
+        del self.observers[layer]
         layer.observe_(None)
+
+    def resume_at(self, step: int) -> None:
+        """Set the clock; whose turn it is begins to observe anew.
+
+        To be called before ``optimizer.state_dict()`` is asked which tensors to load, as accelerate's and torch's
+        loading of sharded checkpoints does: the layers that observe differ from step to step.
+        """
+        for layer in list(self.observers):
+            self._stop(layer)
+        self.step = step
+        self._observe()
+
+    def detach(self) -> None:
+        """Take the hooks off the optimizer and stop observing; subnets and weights stay as they are."""
+        for handle in self.handles:
+            handle.remove()
+        for layer in list(self.observers):
+            self._stop(layer)
 
     # several processes ------------------------------------------------------------------------------------------------
 
@@ -181,7 +194,7 @@ class Timeline:
 
     def check_parameters(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise RuntimeError if the optimizer would step parameters that the model no longer has."""
-        held, sharded = {id(parameter) for parameter in _parameters(optimizer)}, self.sharded
+        held, sharded = {id(parameter) for parameter in parameters_of(optimizer)}, self.sharded
         for layer in chain.from_iterable([*self.groups, self.dense]):
             if id(layer.subnet) not in held:
                 raise RuntimeError(
@@ -200,11 +213,12 @@ class Timeline:
             self._first = False
             check_gradients([*chain.from_iterable(self.groups), *self.dense], updated)
 
-    def _rows(self, layer: LoSiALinear) -> Rows | None:
+    def rows_of(self, layer: LoSiALinear) -> Rows | None:
+        """This rank's part of a sharded layer's outputs; None of a whole layer."""
         return Rows(self.ranks, layer.out_features) if self.sharded else None
 
     def _sum_importance(self, moving: list[LoSiALinear]) -> None:
-        observers = [self._observers[layer] for layer in moving]
+        observers = [self.observers[layer] for layer in moving]
         seen = self.ranks.any([bool(observer.tensors) for observer in observers])
         for layer, observer, anywhere in zip(moving, observers, seen, strict=True):
             if anywhere and not observer.tensors:  # used on other ranks only
@@ -223,153 +237,19 @@ class Timeline:
             self.ranks.check_same({}, converted)
         except RanksDifferError as error:
             warnings.warn(f"LoSiA: as apply_losia found them, {error}; now they are the same", stacklevel=4)
-        self._check_position([layer for layers in [*self.groups, self.dense] for layer in layers])
+        self.check_position([layer for layers in [*self.groups, self.dense] for layer in layers])
 
-    def _check_position(self, layers: list[LoSiALinear]) -> None:
+    def check_position(self, layers: list[LoSiALinear]) -> None:
         """Every rank is at the same step with the same subnets."""
         if self.ranks.size > 1:
             subnets = {f"{layer.name}: {key}": fingerprint(getattr(layer, key))
                        for layer in layers for key in ("out_idx", "in_idx")}
             self.ranks.check_same({"the step": self.step}, subnets)
 
-    # checkpoints ------------------------------------------------------------------------------------------------------
 
-    def bind(self, optimizer: torch.optim.Optimizer) -> None:
-        """Make ``optimizer.state_dict()`` carry the clock, the config and the importance of observing layers, and
-        ``load_state_dict`` restore them. Tensors and plain values only."""
-        self._loaded: dict[str, Any] = {}
-        options = {f"{type(optimizer).__name__}.{name}": value for name, value in optimizer.defaults.items()}
-        self.ranks.check_same(options, {})
-        self.handles: list[Any] = [
-            optimizer.register_state_dict_post_hook(self._save),
-            optimizer.register_load_state_dict_pre_hook(self._check_loaded),
-            optimizer.register_load_state_dict_post_hook(self._load),
-        ]
-
-    def load_around(self, optimizer: torch.optim.Optimizer) -> None:
-        """For an optimizer whose own ``load_state_dict`` runs no hooks (bitsandbytes'): do there what they would do."""
-        plain = optimizer.load_state_dict
-
-        def load_state_dict(state_dict: dict, *args: Any, **kwargs: Any) -> None:
-            plain(self._check_loaded(optimizer, state_dict), *args, **kwargs)
-            self._load(optimizer)
-
-        for handle in self.handles[1:]:
-            handle.remove()
-        optimizer.load_state_dict = load_state_dict  # type: ignore[method-assign]
-        self.handles[1:] = [SimpleNamespace(remove=lambda: optimizer.__dict__.pop("load_state_dict", None))]
-
-    def detach(self) -> None:
-        """Take the hooks off the optimizer and stop observing; subnets and weights stay as they are."""
-        for handle in self.handles:
-            handle.remove()
-        for layer in list(self._observers):
-            self._stop(layer)
-
-    def _save(self, optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
-        position = {parameter: i for i, parameter in enumerate(_parameters(optimizer))}
-        state = dict(state_dict["state"])
-        for layer, observer in self._observers.items():
-            tensors = self._shards(layer, observer) if self.sharded else observer.tensors
-            if tensors:
-                i = position[layer.subnet]
-                state[i] = {**state.get(i, {}), **{f"losia_{k}": tensor for k, tensor in tensors.items()}}
-        groups = [
-            {**group, "losia_step": self.step, "losia_config": asdict(self.config)}
-            for group in state_dict["param_groups"]
-        ]
-        return {**state_dict, "state": state, "param_groups": groups}
-
-    def _shards(self, layer: LoSiALinear, observer: Observer) -> dict[str, Tensor]:
-        """The observer's tensors, zeros before the first: torch.distributed.checkpoint wants one set of keys a step."""
-        if not observer.tensors:
-            weight, observer = own(layer.weight), make_observer(self.config)
-            observer.update(weight, torch.zeros_like(weight), 1.0, self._rows(layer))
-        return {
-            name: tensor if name == "in_importance" else as_shard(tensor, layer.out_features, layer.weight)
-            for name, tensor in observer.tensors.items()
-        }
-
-    def resume_at(self, step: int) -> None:
-        """Set the clock before ``optimizer.state_dict()`` is asked which tensors to load, as accelerate's and torch's
-        loading of sharded checkpoints does: the layers that observe differ from step to step."""
-        self.step = step
-        self._observe()
-
-    def _check_loaded(self, optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
-        """Take out what is ours, after checking that it fits; the optimizer loads the rest."""
-        saved = state_dict["param_groups"][0]
-        if "losia_step" not in saved:
-            raise ValueError("the optimizer state was not saved by a LoSiA run: it has no losia_step")
-        for name, now in asdict(self.config).items():
-            then = saved["losia_config"].get(name, now)
-            if then != now and name not in _FREE_FIELDS:
-                raise ValueError(
-                    f"the checkpoint was made with LoSiAConfig.{name}={then!r}, this run has {now!r}; "
-                    f"resume with the same config, or start anew from the exported weights"
-                )
-        index = [i for group in state_dict["param_groups"] for i in group["params"]]
-        layers = [layer for group in [*self.groups, self.dense] for layer in group]
-        subnets: dict[Tensor, LoSiALinear] = {layer.subnet: layer for layer in layers}
-        observed: dict[LoSiALinear, dict[str, Tensor]] = {}
-        state = {}
-        for i, parameter in zip(index, _parameters(optimizer), strict=False):
-            entries = state_dict["state"].get(i, {})
-            layer = subnets.get(parameter)
-            ours = {k.removeprefix("losia_"): v for k, v in entries.items() if k.startswith("losia_")}
-            rest = {k: v for k, v in entries.items() if not k.startswith("losia_")}
-            if layer is not None:
-                _check_shapes(layer, rest, ours)
-                if ours:
-                    observed[layer] = ours
-            if rest:
-                state[i] = rest
-        expected = [layer for group in self.schedule.observing(saved["losia_step"]) for layer in self.groups[group]]
-        if self.sharded and any(layer not in observed for layer in expected):
-            raise ValueError(
-                f"the loaded state lacks the importance of the layers that observe at step {saved['losia_step']}: "
-                f"before loading call timeline.resume_at({saved['losia_step']}), or load by losia_kernels.checkpoint"
-            )
-        self._loaded = {"step": saved["losia_step"], "observed": observed}
-        groups = [{k: v for k, v in g.items() if not k.startswith("losia_")} for g in state_dict["param_groups"]]
-        return {**state_dict, "state": state, "param_groups": groups}
-
-    def _load(self, optimizer: torch.optim.Optimizer) -> None:
-        loaded, self._loaded = self._loaded, {}
-        for layer in list(self._observers):
-            self._stop(layer)
-        self.step = loaded["step"]
-        self._observe()
-        for layer, tensors in loaded["observed"].items():
-            device = layer.out_idx.device
-            tensors = {k: own(tensor) if is_sharded(tensor) else tensor for k, tensor in tensors.items()}
-            self._observers[layer].tensors = {k: tensor.to(device, copy=True) for k, tensor in tensors.items()}
-        if self.sharded:  # zeros stand for an observer that has seen nothing yet
-            observers = [self._observers[layer] for layer in loaded["observed"]]
-            seen = self.ranks.any([any(bool(t.any()) for t in observer.tensors.values()) for observer in observers])
-            for observer, anywhere in zip(observers, seen, strict=True):
-                if not anywhere:
-                    observer.tensors = {}
-        self._check_position([layer for layers in self.groups for layer in layers])
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """In the order of ``state_dict()["param_groups"]``."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _check_shapes(layer: LoSiALinear, state: dict, observed: dict) -> None:
-    for key, value in state.items():
-        alike = isinstance(value, Tensor) and value.dim() == 2 and not key.endswith("_scale")
-        if alike and any(size not in (1, k) for size, k in zip(value.shape, layer.subnet.shape, strict=True)):
-            # 1: a factored moment, as Adafactor's
-            raise ValueError(
-                f"{layer.name}: the checkpoint's {key} is {tuple(value.shape)}, the subnet {tuple(layer.subnet.shape)}"
-            )
-    for key, value in observed.items():
-        if value.dim() == 2 and value.shape != layer.matrix.shape:
-            raise ValueError(
-                f"{layer.name}: the checkpoint's {key} is {tuple(value.shape)}, the weight {tuple(layer.matrix.shape)}"
-            )
 
 
 def _reset_state(optimizer: torch.optim.Optimizer, subnet: Tensor, reset_step: bool) -> None:

@@ -29,7 +29,7 @@ FLOORS = [
     ["fused_loss"],
     ["convert", "relocalize", "sharded", "first_step"],
     ["timeline", "calibrate", "subnet_state"],
-    ["in_backward"],
+    ["in_backward", "timeline_state"],
     ["optimizer"],
     ["checkpoint", "memory", "model_folder"],
     ["delta", "lora_export"],

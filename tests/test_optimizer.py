@@ -276,7 +276,7 @@ def test_accumulation_is_one_tick_and_each_micro_batch_is_judged_by_its_own_loss
             model.lm_head.weight.mul_(50)  # large gradients: the second-order term of Eq. 3 decides
         optimizer = LoSiAAdamW(model, lr=0.0)
         optimizer.timeline.loss_divisor = divisor
-        seen = optimizer.timeline._observers[model.model.layers[0].up_proj]
+        seen = optimizer.timeline.observers[model.model.layers[0].up_proj]
         for batch in make_batches(2):
             (model(**batch).loss / 2).backward()
         chosen[divisor] = seen.tensors["importance"].clone()
@@ -285,7 +285,7 @@ def test_accumulation_is_one_tick_and_each_micro_batch_is_judged_by_its_own_loss
     whole = make_model(torch.float64, blocks=1, period=1)
     with torch.no_grad():
         whole.lm_head.weight.mul_(50)
-    seen = LoSiAAdamW(whole, lr=0.0).timeline._observers[whole.model.layers[0].up_proj]
+    seen = LoSiAAdamW(whole, lr=0.0).timeline.observers[whole.model.layers[0].up_proj]
     for batch in make_batches(2):
         whole(**batch).loss.backward()
     torch.testing.assert_close(chosen[2.0], seen.tensors["importance"])

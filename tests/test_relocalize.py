@@ -98,7 +98,7 @@ def test_importance_starts_from_zero_in_each_slot_even_of_the_same_group(importa
     model = apply_losia(tiny_lm(blocks=1), config)
     optimizer = LoSiAAdamW(model, lr=0.01)
     for step, batch in enumerate(make_batches(6)):
-        observers = optimizer.timeline._observers
+        observers = optimizer.timeline.observers
         assert all(bool(observer.tensors) == (importance != "gradient" and step % 2 == 1)
                    for observer in observers.values())
         take_step(model, optimizer, batch)

@@ -72,7 +72,7 @@ def test_state_is_exact(tiny, method):
     moments = [v for entry in optimizer.state.values() for k, v in entry.items() if k.startswith("exp_avg")]
     assert state["optimizer"] == sum(value.nbytes for value in moments)
     if method == "losia-pro":
-        observed = [t for o in optimizer.timeline._observers.values() for t in o.tensors.values()]
+        observed = [t for o in optimizer.timeline.observers.values() for t in o.tensors.values()]
         assert state["importance"] == sum(value.nbytes for value in observed) > 0
         kept = [t for layer in prepared.subnets.values() for t in (layer.subnet, layer.out_idx, layer.in_idx)]
         assert state["trained"] == sum(value.nbytes for value in kept)
