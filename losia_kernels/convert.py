@@ -105,7 +105,8 @@ def apply_losia(model: nn.Module, config: LoSiAConfig | None = None, output_laye
     _replace(model, {modules[name]: layer for name, layer in layers})
     for name in saved:
         modules[name].requires_grad_(True)
-    _tell_what_matches_nothing([name for name, _, _ in planned], [*modules], config)
+    with_matrices = [name for name, module in modules.items() if any(p.dim() > 1 for p in module.parameters(False))]
+    _tell_what_matches_nothing([name for name, _, _ in planned], with_matrices, config)
     if config.target_modules == "all-linear":
         _tell_what_stays_frozen(model, blocks, config)
     if config.fused_loss and output_name is not None:
@@ -308,7 +309,7 @@ def _tell_what_matches_nothing(targets: list[str], modules: list[str], config: L
           if not any(_has_rank(name, pattern) for name in targets)),
     ]
     for option, pattern in unmatched:
-        what = "module" if option == "exclude_modules" else "trained layer"
+        what = "module with a weight" if option == "exclude_modules" else "trained layer"
         warnings.warn(f"LoSiA: {option} names {pattern!r}, which matches no {what}", stacklevel=3)
 
 

@@ -1,6 +1,7 @@
 """LoSiALinear: nn.Linear whose trained part is a dense sub-matrix of its weight."""
 
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from . import eager, ops
 from .distributed import is_sharded
 from .subnet import Subnet, subnet_size
+
+_ALIVE: "weakref.WeakSet[LoSiALinear]" = weakref.WeakSet()  # whose subnets optimizers may step (``_count_writes``)
 
 
 class _SubnetLinear(torch.autograd.Function):
@@ -138,16 +141,12 @@ class LoSiALinear(nn.Linear):
         self._versions: tuple[int, int] | None = None  # of subnet and weight, at the last forward
         self._probe: Tensor | None = None
         self.observe_callback: Callable[..., None] | None = None
+        _ALIVE.add(self)
 
     @property
     def matrix(self) -> Tensor:
         """The weight as ``[out, in]``, as subnets, gradients and importance see it, however the model stores it."""
         return self.weight
-
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``(matrix, subnet, out_idx, in_idx)``, past nn.Module's lookup, which takes as long as an update's checks."""
-        held = self._parameters | self._buffers
-        return held["weight"], held["subnet"], held["out_idx"], held["in_idx"]  # type: ignore[return-value]
 
     @property
     def _subnet_dtype(self) -> torch.dtype:
@@ -262,6 +261,10 @@ class LoSiALinear(nn.Linear):
         own = {"_probe": None, "observe_callback": None, "_versions": None}  # a copy observes for nobody
         return {**super().__getstate__(), **own}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _ALIVE.add(self)
+
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Checks indices before they are used; a checkpoint of the plain model (no subnet) fills the subnet anew.
 
@@ -308,10 +311,6 @@ class LoSiAConv1D(LoSiALinear):
         """``[out, in]``, a view: what is written to it is in the weight."""
         return self.weight.T
 
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        weight, subnet, out_idx, in_idx = super()._tensors()
-        return weight.T, subnet, out_idx, in_idx
-
     def to_linear(self) -> nn.Module:
         """A plain Conv1D around the same weight and bias."""
         from transformers.pytorch_utils import Conv1D  # there, for the model is of it
@@ -335,11 +334,13 @@ def losia_layers(model: nn.Module) -> Iterator[tuple[str, LoSiALinear]]:
 
 def _count_writes(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
     """By its count of writes a layer knows that its subnet was stepped: torch's fused optimizers are not counted, nor
-    are kernels that write past torch, as bitsandbytes'."""
+    are kernels that write past torch, as bitsandbytes'. Of other parameters nothing is touched."""
     counted = type(optimizer).__module__.startswith(("torch.optim", "losia_kernels"))
-    for group in optimizer.param_groups:
-        if group.get("fused") or not counted:
-            torch.autograd.graph.increment_version([p for p in group["params"] if p.grad is not None])
+    groups = [group for group in optimizer.param_groups if group.get("fused") or not counted]
+    if groups and _ALIVE:
+        subnets = {id(layer.subnet) for layer in _ALIVE}
+        stepped = [p for group in groups for p in group["params"] if p.grad is not None and id(p) in subnets]
+        torch.autograd.graph.increment_version(stepped)
 
 
 register_optimizer_step_post_hook(_count_writes)

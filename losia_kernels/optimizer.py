@@ -168,7 +168,7 @@ class LoSiAAdamW(torch.optim.Optimizer):
         Of shards the new values go nowhere yet: the subnet's own rows alone (maybe none) are here, and where they
         belong in the weight is mostly on other ranks.
         """
-        weight, subnet, out_idx, in_idx = layer._tensors()
+        weight, subnet, out_idx, in_idx = layer.matrix, layer.subnet, layer.out_idx, layer.in_idx
         state = self._subnet_state(subnet)
         step = int(state["step"]) + 1
         state["step"].fill_(step)  # on the CPU
@@ -276,8 +276,11 @@ def attach(
     ``timeline.detach()`` undoes the hooks. A step that GradScaler makes a fused optimizer skip is none of the clock's.
 
     Raises ValueError, having changed nothing, if the optimizer lacks a subnet, drives the subnets already (LoSiAAdamW,
-    a second attach), has a scheduler, has stepped, or sets its own learning rate, which cannot be rewarmed.
+    a second attach), has a scheduler, has stepped, or sets its own learning rate, which cannot be rewarmed; TypeError
+    if it is no torch optimizer.
     """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"attach: expected the optimizer, then the model; got {type(optimizer).__name__} first")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, layer in losia_layers(model):
         if hasattr(layer, "losia") and id(layer.subnet) not in held:
@@ -307,6 +310,7 @@ def attach(
     def rewarm(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         timeline.check_parameters(optimizer)
         for group in optimizer.param_groups:
+            group["lr"] = group.pop("scheduled_lr", group["lr"])  # a step that raised has left it rewarmed
             group["scheduled_lr"] = group["lr"]
             if group["layer_group"] is not None:
                 group["lr"] = group["lr"] * timeline.lr_factor(group["layer_group"])

@@ -154,6 +154,33 @@ def test_an_optimizer_is_not_driven_twice():
             attach(driven, model)
 
 
+def test_model_and_optimizer_in_the_other_order_are_told_apart():
+    model = make_model()
+    with pytest.raises(TypeError, match="expected the optimizer, then the model; got TinyLM first"):
+        attach(model, torch.optim.SGD(trainable(model), lr=0.01))  # type: ignore[arg-type]
+
+
+def test_a_step_that_raises_leaves_no_rewarmed_rate_behind():
+    """Out of memory in a closure, say, which the user catches: the next step's rate is the scheduled one."""
+    model = make_model(period=1)
+    optimizer = torch.optim.AdamW(trainable(model), lr=0.01)
+    timeline = attach(optimizer, model)
+    batches = make_batches(4)
+    for batch in batches[:3]:
+        take_step(model, optimizer, batch)
+    plain = [group["lr"] for group in optimizer.param_groups]
+    timeline.lr_factor = lambda group: 0.5
+
+    def fails():
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        optimizer.step(fails)
+    assert [group["lr"] for group in optimizer.param_groups] != plain
+    take_step(model, optimizer, batches[3])
+    assert [group["lr"] for group in optimizer.param_groups] == plain
+
+
 def test_a_model_without_subnets_is_refused():
     model = tiny_lm()
     with pytest.raises(ValueError, match="call apply_losia"):

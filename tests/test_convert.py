@@ -309,6 +309,7 @@ def test_a_config_that_is_none_is_an_error():
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"exclude_modules": ["down_proj", "donw_proj"]}, "exclude_modules names 'donw_proj', which matches no module"),
+    ({"exclude_modules": ["layers"]}, "exclude_modules names 'layers', which matches no module with a weight"),
     ({"exclude_modules": r".*\.donw_proj"}, "exclude_modules names '.*donw_proj', which matches no module"),
     ({"rank_pattern": {"donw_proj": 0.5}}, "rank_pattern names 'donw_proj', which matches no trained layer"),
 ])  # fmt: skip

@@ -131,6 +131,25 @@ def test_an_optimizer_with_kernels_of_its_own_is_told_too():
         model(**make_batches(1)[0])
 
 
+def test_of_other_parameters_no_write_is_counted():
+    """A graph that is kept over a fused step of an unrelated model stays usable, as torch has it."""
+    model = make()  # layers are alive
+    other = torch.nn.Parameter(torch.ones(3))
+    stepped, idle, *_ = subnets(model)
+    optimizer = torch.optim.AdamW([other, stepped, idle], lr=0.1, fused=True)
+    other.grad, stepped.grad = torch.ones_like(other), torch.ones_like(stepped)
+    before = [p._version for p in (other, stepped, idle)]
+    optimizer.step()
+    assert [p._version - then for p, then in zip((other, stepped, idle), before, strict=True)] == [0, 1, 0]
+
+
+def test_a_copy_is_told_too():
+    model = copy.deepcopy(make())
+    take_step(model, torch.optim.AdamW(subnets(model), lr=0.1, fused=True), *make_batches(2))
+    with pytest.raises(RuntimeError, match="an optimizer has stepped"):
+        model(**make_batches(1)[0])
+
+
 @FORMS
 def test_with_write_back_a_plain_optimizer_is_fine(form):
     model = make()

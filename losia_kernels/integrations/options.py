@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 
 from ..config import LoSiAConfig
 
@@ -67,6 +68,10 @@ class FinetuneOptions:
             raise InputError(f"warmup_ratio must be in [0, 1), got {self.warmup_ratio}")
         if self.steps is None and not self.epochs > 0:
             raise InputError(f"epochs must be positive, got {self.epochs}")
+        if not self.weight_decay >= 0:
+            raise InputError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        if self.in_backward and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise InputError("in_backward would update before the gradients of several processes are averaged")
         if self.in_backward and (self.gradient_accumulation > 1 or self.max_grad_norm > 0):
             raise InputError("in_backward keeps no gradients: it needs gradient_accumulation 1 and max_grad_norm 0")
         if self.packing and self.group_by_length:

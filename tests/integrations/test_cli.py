@@ -57,6 +57,7 @@ def test_bad_arguments(run, arguments, problem):
     (["--steps", "0"], "steps must be at least 1"),
     (["--lr", "-1"], "lr must be positive"),
     (["--lr", "nan"], "lr must be positive"),
+    (["--weight-decay", "-0.1"], "weight_decay must be at least 0, got -0.1"),
     (["--warmup-ratio", "1"], "warmup_ratio must be in [0, 1)"),
     (["--epochs", "0"], "epochs must be positive"),
     (["--alignment", "0"], "alignment must be at least 1"),

@@ -56,9 +56,6 @@ class LoSiAAdapter(LoSiALinear):
     def matrix(self) -> Tensor:
         return self.weight.T if isinstance(self._base[0], Conv1D) else self.weight
 
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.matrix, self.subnet, self.out_idx, self.in_idx  # the weight is another module's
-
     @property
     def losia(self) -> Membership:
         """The place in the timeline, which only an adapter has that is in the weight and trained."""
