@@ -1,7 +1,8 @@
 """Updates inside the backward: no gradient outlives the layer that it belongs to."""
 
+import weakref
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,8 +32,17 @@ class InBackward:
                     raise ValueError(f"LoSiAAdamW: {layer.name} is float16, whose loss must be scaled, and "
                                      f"in_backward=True would update by scaled gradients; use bfloat16")
                 if layer.subnet.shape != layer.matrix.shape:  # a full one does not observe while ``calibrate`` looks
-                    hook = layer.subnet.register_post_accumulate_grad_hook(partial(self._hook, number, layer))
-                    timeline.handles.append(hook)
+                    timeline.handles.append(self._hook_up(number, layer))
+
+    def _hook_up(self, group: int, layer: LoSiALinear) -> Any:
+        # Python's garbage collector does not see what a tensor's hook holds: it must not hold the run
+        update, owner = weakref.WeakMethod(self._when_whole), weakref.ref(layer)
+
+        def hook(subnet: Tensor) -> None:
+            act, layer = update(), owner()
+            if act is not None and layer is not None:
+                act(group, layer, subnet)
+        return layer.subnet.register_post_accumulate_grad_hook(hook)
 
     def take_updated(self) -> set[LoSiALinear]:
         """The layers updated since the last call: at the end of the step."""
@@ -40,7 +50,7 @@ class InBackward:
         return updated
 
     @torch.no_grad()
-    def _hook(self, group: int, layer: LoSiALinear, subnet: Tensor) -> None:
+    def _when_whole(self, group: int, layer: LoSiALinear, subnet: Tensor) -> None:
         if layer.observe_callback is not None:
             return
         if self._timeline.loss_divisor != 1:

@@ -242,11 +242,13 @@ class LoSiALinear(nn.Linear):
         # A plain tensor even while fully_shard holds the weight in shards; the indices are where the layer computes.
         zero = torch.zeros((), dtype=self.weight.dtype, device=self.out_idx.device)
         probe = zero.expand(self.matrix.shape).requires_grad_()
+        owner = weakref.ref(self)  # Python's garbage collector does not see what a tensor's hook holds
 
         def hand_over(leaf: Tensor) -> None:
             grad, leaf.grad = leaf.grad, None
-            if self.observe_callback is not None:  # else: a graph from before the layer stopped observing
-                self.observe_callback(grad)
+            layer = owner()
+            if layer is not None and layer.observe_callback is not None:  # else: a graph from before
+                layer.observe_callback(grad)
         probe.register_post_accumulate_grad_hook(hand_over)
         return probe
 
