@@ -48,6 +48,10 @@ comparisons. It says whether a difference would hold for other items of the same
 is in the last column, and with {seeds} seeds that cannot be much.
 """
 
+REGIME = """\
+A run learns from {samples} samples, and in a run of one cycle each of the 30 layers observes for {turn} steps. The paper's
+runs have many thousands of samples, slots of 50 to 150 steps and about eleven cycles. What is found here is what a user of
+so short a run sees; it need not hold for longer ones."""
 NOTABLE = 0.01  # nats a token on other text below which no difference is spoken of
 AUTO = """\
 ## What this says about the defaults
@@ -84,7 +88,8 @@ def one_scale(everything: Results, scale: Scale, store: Store) -> str:
     results, dropped = usable(everything)
     tasks = [task for task in TASKS if of(results, task=task)]
     parts = [f"## {scale.name.capitalize()} scale: {scale.steps} steps of {scale.batch}", origin(everything),
-             worse(results, tasks), remaining(scale, store)]  # fmt: skip
+             REGIME.format(samples=scale.steps * scale.batch, turn=scale.steps // 30), worse(results, tasks),
+             remaining(scale, store)]  # fmt: skip
     for task in tasks:
         tables = [quality(results, task), comparison(results, task), searched(results, task)]
         titles = ["at equal steps", "paired over items", "the search, nats a token on the search split"]
