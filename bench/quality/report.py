@@ -50,8 +50,8 @@ is in the last column, and with {seeds} seeds that cannot be much.
 
 REGIME = """\
 A run learns from {samples} samples, and in a run of one cycle each of the 30 layers observes for {turn} steps. The
-paper's runs have many thousands of samples, slots of 50 to 150 steps and about eleven cycles. What is found here is what
-a user of so short a run sees; it need not hold for longer ones."""
+paper's runs have many thousands of samples, slots of 50 to 150 steps and about eleven cycles. What is found here is
+what a user of so short a run sees; it need not hold for longer ones."""
 NOTABLE = 0.01  # nats a token on other text below which no difference is spoken of
 AUTO = """\
 ## What this says about the defaults
