@@ -134,7 +134,7 @@ def memory(model: nn.Module, optimizer: torch.optim.Optimizer, run: Run) -> dict
     }
     if run.method.startswith("losia"):
         groups = optimizer.timeline.groups if hasattr(optimizer, "timeline") else []
-        observed = 0 if run.variant in ("marginal", "bf16-nearest") else 8  # Ī and Ū in float32
+        observed = {"marginal": 0, "bf16-nearest": 0, "importance-bf16": 4, "gl": 4}.get(run.variant, 8)  # 8: Ī and Ū
         largest = max((sum(layer.weight.numel() for layer in layers) for layers in groups), default=0)
         counted["observing_bytes"] = observed * largest
     if torch.cuda.is_available():

@@ -184,7 +184,7 @@ def load_model(options: FinetuneOptions):
     name = os.path.expanduser(options.model)
     local = os.path.exists(name) or name[:1] in ("", ".", "/") or name.count("/") > 1
     if local:
-        _check_model_folder(Path(name))
+        _check_model_folder(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=resolve_dtype(options.dtype))
@@ -194,10 +194,11 @@ def load_model(options: FinetuneOptions):
     return model, tokenizer
 
 
-def _check_model_folder(folder: Path) -> None:
+def _check_model_folder(name: str) -> None:
     """Raises InputError for what would be mistaken for a model folder."""
+    folder = Path(name)
     if not folder.is_dir():
-        raise InputError(f"no model folder {folder}")
+        raise InputError(f"no model folder {name}")
     if (folder / MARKER).exists():
         raise InputError(f"{folder} is a checkpoint of a LoSiA run: --resume goes on with the run, "
                          f"losia-kernels export makes a plain model of it")
