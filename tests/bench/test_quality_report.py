@@ -143,7 +143,7 @@ def test_rules_for_period_and_rank_factor_are_judged_by_the_paired_test(filled, 
         for run in ablations(SMALL, "pronunciation", (name,)):
             run = filled.resolve(run)
             filled.write(run, result(run, nll))
-    text = report.render(filled).split("### Period and rank factor chosen by rule")[1]
+    text = report.render(filled).split("### Defaults on trial")[1]
     assert "- two cycles: worse (+0.250" in text and "- rank factors by importance: better (-0.250" in text
     assert "- the paper's period of 100: no difference (+0.000" in text and "half a cycle" not in text.split("##")[0]
 
