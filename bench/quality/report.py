@@ -56,8 +56,8 @@ NOTABLE = 0.01  # nats a token on other text below which no difference is spoken
 AUTO = """\
 ## What this says about the defaults
 
-`period="auto"` and `rank_factor="auto"` are not offered. What they would choose is tried above ("Defaults on trial"): a
-rule becomes an option, and another choice the default, when it is at least as good on every task and scale that is run."""
+`period="auto"` and `rank_factor="auto"` are not offered. What they would choose is tried above ("Defaults on trial"):
+a rule becomes an option, and another choice the default, when it is at least as good on every task and scale."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
