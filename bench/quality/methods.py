@@ -175,7 +175,7 @@ VARIANTS: dict[str, Variant] = {
         Variant("random", "random first subnets (the paper)", {"init_subnet": "random"}),
         Variant("marginal", "importance: sums only, no state of the weight's size", {"importance": "marginal"}),
         Variant("importance-bf16", "importance kept in bfloat16", {"importance": "sensitivity_bfloat16"}),
-        Variant("gl", "GL: |gradient| instead of importance", {"importance": "gradient"}),
+        Variant("gl", "GL: size of the gradient instead of importance", {"importance": "gradient"}),
         Variant("sl", "SL: all layers move together", {"update_type": "sync"}),
         Variant("no-wds", "w/o WDS: no rewarming", {"rewarm": False}),
         Variant("no-reset", "Adam's step count kept", {"reset_step": False}),

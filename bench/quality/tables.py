@@ -276,7 +276,7 @@ def captured(results: Results) -> str:
     rows = [[name.removeprefix("model."), *(f"{100 * values[key]:.1f}" for key in keys),
              f"{100 * result['gradients'][name]['out'][1]:.1f}", f"{100 * result['gradients'][name]['in'][1]:.1f}"]
             for name, values in result["captured"].items()]  # fmt: skip
-    head = ["layer", *keys.values(), "|g| in the top 1/8 outputs, %", "in the top 1/8 inputs, %"]
+    head = ["layer", *keys.values(), "gradient in the top 1/8 outputs, %", "in the top 1/8 inputs, %"]
     small = result["small_matrices"]
     worst = f"{small['mean']:.3f} on average, {small['worst']:.3f} at worst"
     return f"{table(head, rows)}\n\nGreedy over the optimum on 12 x 12 blocks, k = 4: {worst}."
