@@ -2,7 +2,6 @@
 
 import itertools
 from dataclasses import asdict
-from itertools import islice
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from losia_kernels.linear import losia_layers
 from losia_kernels.selection import select_subnet
 
+from .importance import observe
 from .study import Run
 from .tasks import TASKS
 from .training import Base, prepare, setting_of, train
@@ -26,7 +26,7 @@ def carry_out_analysis(run: Run, base: Base) -> dict[str, Any]:
     model = base.fresh()
     names = chosen_layers(model)
     before = {name: model.get_submodule(name).weight.detach().clone() for name in names}
-    gradients, importance = observe(model, run, base, names)
+    gradients, importance = observe(model, names, setting_of(run, TASKS[run.task], base).batches(), BATCHES)
     trained, setting = prepare(run, TASKS[run.task], model, base)
     counts = {name: torch.zeros(layer.in_features) for name, layer in losia_layers(trained.model)}
     placed = {name: layer.in_idx.clone() for name, layer in losia_layers(trained.model)}
@@ -58,20 +58,6 @@ def carry_out_analysis(run: Run, base: Base) -> dict[str, Any]:
 def chosen_layers(model) -> list[str]:
     last = model.config.num_hidden_layers - 1
     return [f"model.layers.{block}.{kind}" for block in sorted({0, last // 2, last}) for kind in KINDS]
-
-
-def observe(model, run: Run, base: Base, names: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """|g| and the importance |gW - (gW)²/2| (Eq. 3) of ``names`` ``[out, in]``, means over batches, untrained."""
-    weights = {name: model.get_submodule(name).weight for name in names}
-    gradients = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    importance = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    for batch in islice(setting_of(run, TASKS[run.task], base).batches(), BATCHES):
-        grads = torch.autograd.grad(model(**batch).loss, list(weights.values()))
-        for (name, weight), grad in zip(weights.items(), grads, strict=True):
-            product = grad * weight.detach()
-            gradients[name] += grad.abs() / BATCHES
-            importance[name] += (product - product**2 / 2).abs() / BATCHES
-    return gradients, importance
 
 
 def concentration(sums: Tensor) -> list[float]:

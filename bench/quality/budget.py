@@ -2,30 +2,17 @@
 
 import heapq
 import re
-from itertools import islice
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from losia_kernels.selection import select_subnet
 from losia_kernels.subnet import subnet_size
 
 from ..methods.base import decoder_linears
+from .importance import observe
 
 LEVELS = tuple(2 ** (step / 2) / 32 for step in range(9))  # 1/32 to 1/2; each step doubles the trained values
-
-
-def mean_importance(model: nn.Module, batches: Any, count: int) -> dict[str, Tensor]:
-    """|gW - (gW)²/2| (Eq. 3) ``[out, in]`` of every linear of the decoder blocks, mean over ``count`` batches."""
-    weights = {name: linear.weight.requires_grad_(True) for name, linear in decoder_linears(model).items()}
-    importance = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    for batch in islice(batches, count):
-        grads = torch.autograd.grad(model(**batch).loss, list(weights.values()))
-        for (name, weight), grad in zip(weights.items(), grads, strict=True):
-            product = grad * weight.detach()
-            importance[name] += (product - product**2 / 2).abs() / count
-    return importance
 
 
 def captured_by_level(scores: Tensor) -> list[float]:
@@ -67,7 +54,7 @@ def rank_pattern(captured: dict[str, list[float]], shapes: dict[str, tuple[int, 
 
 def by_importance(model: nn.Module, batches: Any, count: int, rank_factor: float) -> dict[str, float]:
     """LoSiAConfig's ``rank_pattern`` for ``model``. Leaves gradients None."""
-    importance = mean_importance(model, batches, count)
+    _, importance = observe(model, decoder_linears(model), batches, count)
     captured = {name: captured_by_level(scores) for name, scores in importance.items()}
     shapes = {name: tuple(scores.shape) for name, scores in importance.items()}
     return {re.escape(name): p for name, p in rank_pattern(captured, shapes, rank_factor).items()}

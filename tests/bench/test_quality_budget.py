@@ -6,7 +6,8 @@ import pytest
 import torch
 from quality_tiny import tiny_base, tiny_tasks
 
-from bench.quality.budget import LEVELS, by_importance, captured_by_level, mean_importance, rank_pattern
+from bench.quality.budget import LEVELS, by_importance, captured_by_level, rank_pattern
+from bench.quality.importance import observe
 from losia_kernels import LoSiAConfig, apply_losia
 from losia_kernels.linear import losia_layers
 from losia_kernels.subnet import subnet_size
@@ -61,9 +62,8 @@ def test_importance_is_that_of_equation_3_and_the_pattern_is_applied():
     def made():
         return batches(task.splits.train, base.tokenizer, 2, 3, 0, 32, "cpu")
 
-    importance = mean_importance(base.fresh(), made(), 2)
-    model = base.fresh()
-    name = "model.layers.1.mlp.up_proj"
+    model, name = base.fresh(), "model.layers.1.mlp.up_proj"
+    _, importance = observe(base.fresh(), [name], made(), 2)
     weight = model.get_submodule(name).weight
     expected = torch.zeros_like(weight)
     for batch in itertools.islice(made(), 2):
