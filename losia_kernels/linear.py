@@ -281,7 +281,8 @@ class LoSiALinear(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.fingerprint = None
         alone = prefix + "weight" in state_dict and prefix + "subnet" not in state_dict
-        if alone and not self._is_written_back(self.matrix, self.subnet):  # else the subnet came in a file of its own
+        # where values can be compared (not on meta), equal ones say that the subnet has come in a file of its own
+        if alone and (self.subnet.is_meta or not self._is_written_back(self.matrix, self.subnet)):
             self.read_subnet_()
 
     def to_linear(self) -> nn.Module:

@@ -269,6 +269,11 @@ def test_a_plain_checkpoint_fills_the_subnet_anew(assign):
     assert torch.equal(layer.subnet, plain.weight[layer.out_idx][:, layer.in_idx])
 
 
+def test_a_layer_without_storage_takes_a_plain_checkpoint():
+    layer = make_layer().to("meta")
+    assert layer.load_state_dict(nn.Linear(10, 7).to("meta").state_dict(), strict=False).unexpected_keys == []
+
+
 @pytest.mark.parametrize("first", ["weight", "subnet"])
 def test_a_checkpoint_in_several_files_keeps_the_master(first):
     """transformers loads a model's files one after another, in any order; one may end between weight and subnet."""

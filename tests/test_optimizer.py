@@ -50,6 +50,10 @@ def test_without_a_move_it_is_torchs_adamw_on_the_subnets(dtype, options):
     tolerance = {"rtol": 1e-12, "atol": 1e-13} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), **tolerance)
     assert not same_tensors(ours.state_dict(), make_model(dtype, period=NEVER, **options).state_dict())
+    for (name, layer), (_, twin) in zip(losia_layers(ours), losia_layers(theirs), strict=True):
+        mine, other = optimizer.state[layer.subnet], reference.state[twin.subnet]
+        for key in ("step", "exp_avg", "exp_avg_sq"):  # a checkpoint names them
+            torch.testing.assert_close(mine[key], other[key], **tolerance, msg=lambda text, at=(name, key): f"{at} {text}")
 
 
 @pytest.mark.parametrize("options", [{}, {"update_type": "sync"}, {"importance": "gradient"}, {"tied": True}])
