@@ -53,7 +53,7 @@ def test_without_a_move_it_is_torchs_adamw_on_the_subnets(dtype, options):
     for (name, layer), (_, twin) in zip(losia_layers(ours), losia_layers(theirs), strict=True):
         mine, other = optimizer.state[layer.subnet], reference.state[twin.subnet]
         for key in ("step", "exp_avg", "exp_avg_sq"):  # a checkpoint names them
-            torch.testing.assert_close(mine[key], other[key], **tolerance, msg=lambda text, at=(name, key): f"{at} {text}")
+            torch.testing.assert_close(mine[key], other[key], **tolerance, msg=f"{name}: {key}")
 
 
 @pytest.mark.parametrize("options", [{}, {"update_type": "sync"}, {"importance": "gradient"}, {"tied": True}])
