@@ -119,11 +119,13 @@ def analyses(scale: Scale) -> Iterator[Run]:
 
 
 def data_scales(scale: Scale) -> Iterator[Run]:
-    """The paper's Table 4: does the best period grow with the number of samples?"""
+    """The paper's Table 4: does the best period grow with the number of samples? And does what LoSiA lacks or has over
+    the others?"""
     for factor in (0.5, 2, 4):
-        for variant in ("cycles-half", "", "cycles-2"):
-            steps = int(scale.steps * factor)
-            yield Run(f"scale-{steps}", scale.name, "pronunciation", "losia-p8", 0, None, steps, variant)
+        steps = int(scale.steps * factor)
+        forms = [("losia-p8", variant) for variant in ("cycles-half", "", "cycles-2")]
+        for method, variant in (*forms, *((method, "") for method in FIRST if method != "losia-p8")):
+            yield Run(f"scale-{steps}", scale.name, "pronunciation", method, 0, None, steps, variant)
 
 
 def sequences(scale: Scale) -> Iterator[Run]:

@@ -8,6 +8,7 @@ from typing import Any
 from .methods import METHODS, VARIANTS
 from .paired import holm, item_differences, mean_and_spread, sign_flip_test
 from .sequence import measures, single_task
+from .study import SCALES
 from .tasks import TASKS
 
 OURS = "losia-p8"
@@ -185,19 +186,23 @@ def _three(found: Results) -> list[str]:
 
 
 def data_scales(results: Results) -> str:
-    """Cost by number of steps and cycles (the paper's Table 4)."""
+    """Cost by number of steps, of LoSiA with several cycles (the paper's Table 4) and of others."""
     found = [r for r in results if r["run"]["kind"].startswith("scale-") or
              (r["run"]["task"] == "pronunciation" and r["run"]["kind"] in ("main", "ablation"))]  # fmt: skip
-    cycles = {"cycles-half": "1/2", "": "1", "cycles-2": "2"}
-    lengths = sorted({r["run"]["steps"] for r in found if r["run"]["kind"].startswith("scale-")})
-    rows = []
-    for steps in sorted({r["run"]["steps"] for r in found} if lengths else ()):
-        row = [str(steps)]
-        for variant in cycles:
-            mine = of(found, steps=steps, method=OURS, variant=variant)
-            row.append(show([held_out(r, "nll") for r in mine], 3))
-        rows.append(row)
-    return table(["steps", *(f"{name} cycles" for name in cycles.values())], rows) if rows else ""
+    lengths = {r["run"]["steps"] for r in found if r["run"]["kind"].startswith("scale-")}
+    if not lengths:
+        return ""
+    cycles = {"cycles-half": "1/2 cycle", "": "1 cycle", "cycles-2": "2 cycles"}
+    columns = {f"{title(OURS)}, {name}": (OURS, variant) for variant, name in cycles.items()}
+    columns |= {title(method): (method, "") for method in METHODS if of(found, method=method, steps=max(lengths))
+                and method != OURS}  # fmt: skip
+    rows = [
+        [str(steps), *(show([held_out(r, "nll") for r in of(found, steps=steps, method=method, variant=variant)], 3)
+                       for method, variant in columns.values())]
+        for steps in sorted(lengths | {SCALES[found[0]["run"]["scale"]].steps})
+    ]  # fmt: skip
+    note = "Nats a token. Learning rates are those found for the scale's own number of steps."
+    return f"{table(['steps', *columns], rows)}\n\n{note}"
 
 
 def automatic(results: Results, task: str = "pronunciation") -> str:
@@ -295,7 +300,7 @@ def singular(results: Results) -> str:
 SECTIONS: dict[str, Callable[[Results], str]] = {
     "Ablations of LoSiA p 1/8, past tense": functools.partial(ablations, task="past-tense"),
     "Ablations of LoSiA p 1/8, spelling to sounds": ablations,
-    "Number of steps and cycles, LoSiA p 1/8, spelling to sounds": data_scales,
+    "Number of steps and cycles, spelling to sounds": data_scales,
     "Defaults on trial": automatic,
     "Memory and time, spelling to sounds": costs,
     "Five tasks in sequence": continual,

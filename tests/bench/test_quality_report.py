@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib")
 from bench.quality import report
 from bench.quality.paired import holm, item_differences, mean_and_spread, sign_flip_test
 from bench.quality.store import Store
-from bench.quality.study import SCALES, Run, ablations, finals, searches
+from bench.quality.study import SCALES, Run, ablations, data_scales, finals, searches
 from bench.quality.tables import compared, show, show_p, usable
 
 SMALL = SCALES["small"]
@@ -146,6 +146,19 @@ def test_rules_for_period_and_rank_factor_are_judged_by_the_paired_test(filled, 
     text = report.render(filled).split("### Defaults on trial")[1]
     assert "- two cycles: worse (+0.250" in text and "- rank factors by importance: better (-0.250" in text
     assert "- the paper's period of 100: no difference (+0.000" in text and "half a cycle" not in text.split("##")[0]
+
+
+def test_longer_runs_stand_beside_those_of_the_other_methods(filled, no_plots):
+    for run in data_scales(SMALL):
+        run = filled.resolve(run)
+        if run.steps == 120 and run.method != "lora-r64":
+            filled.write(run, result(run, {"fft": 0.25, "lora-r8": 0.75}.get(run.method, 0.5 + len(run.variant) / 100)))
+    head, _, *rows = report.render(filled).split("### Number of steps and cycles")[1].strip().splitlines()[2:6]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, *rows)]
+    assert cells[0] == ["steps", "LoSiA p 1/8, 1/2 cycle", "LoSiA p 1/8, 1 cycle", "LoSiA p 1/8, 2 cycles",
+                        "full fine-tuning", "LoRA r 8"]  # fmt: skip
+    assert cells[1] == ["60", "", "1.000 ± 0.000", "", "0.500 ± 0.000", "1.500 ± 0.000"]
+    assert cells[2] == ["120", *(f"{nll} (n=1)" for nll in ("0.610", "0.500", "0.580", "0.250", "0.750"))]
 
 
 def test_the_same_files_give_the_same_report(filled, capsys):
