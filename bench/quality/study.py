@@ -85,6 +85,7 @@ EQUAL_MEMORY = "lora-r11"
 REST = tuple(name for name in METHODS if name not in (*FIRST, EQUAL_MEMORY))
 OUTPUT_LAYER = ("head", "head-frequency")
 TELLING = ("random", "marginal", "alignment-16", "no-wds", "sl", "gl", "period-100", "budget")
+PERIODS = ("cycles-2", "period-100")
 SEQUENCE = ("past-tense", "pronunciation", "arithmetic", "code", "plural")
 
 
@@ -95,10 +96,10 @@ def study(scale: Scale) -> list[Run]:
     for task in ("past-tense", "pronunciation"):
         runs += several(scale, task, *FIRST)
         runs.append(Run("oracle", scale.name, task, "losia-p8", 0, None, scale.steps))
-        runs += ablations(scale, task, ("alignment-16", *OUTPUT_LAYER) if task == "past-tense" else TELLING)
+        runs += ablations(scale, task, ("alignment-16", *OUTPUT_LAYER, *PERIODS) if task == "past-tense" else TELLING)
     runs += several(scale, "pronunciation", EQUAL_MEMORY)
     runs += analyses(scale)
-    runs += several(scale, "arithmetic", *FIRST)
+    runs += [*several(scale, "arithmetic", *FIRST), *ablations(scale, "arithmetic", PERIODS)]
     for method in REST:
         runs += several(scale, "pronunciation", method)
     runs += ablations(scale, "pronunciation", tuple(name for name in VARIANTS if name not in TELLING))
@@ -123,7 +124,7 @@ def data_scales(scale: Scale) -> Iterator[Run]:
     the others?"""
     for factor in (0.5, 2, 4):
         steps = int(scale.steps * factor)
-        forms = [("losia-p8", variant) for variant in ("cycles-half", "", "cycles-2")]
+        forms = [("losia-p8", variant) for variant in ("cycles-half", "", "cycles-2", "period-100")]
         for method, variant in (*forms, *((method, "") for method in FIRST if method != "losia-p8")):
             yield Run(f"scale-{steps}", scale.name, "pronunciation", method, 0, None, steps, variant)
 

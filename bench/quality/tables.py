@@ -192,7 +192,7 @@ def data_scales(results: Results) -> str:
     lengths = {r["run"]["steps"] for r in found if r["run"]["kind"].startswith("scale-")}
     if not lengths:
         return ""
-    cycles = {"cycles-half": "1/2 cycle", "": "1 cycle", "cycles-2": "2 cycles"}
+    cycles = {"cycles-half": "1/2 cycle", "": "1 cycle", "cycles-2": "2 cycles", "period-100": "period 100"}
     columns = {f"{title(OURS)}, {name}": (OURS, variant) for variant, name in cycles.items()}
     columns |= {title(method): (method, "") for method in METHODS if of(found, method=method, steps=max(lengths))
                 and method != OURS}  # fmt: skip
@@ -205,23 +205,35 @@ def data_scales(results: Results) -> str:
     return f"{table(['steps', *columns], rows)}\n\n{note}"
 
 
-def automatic(results: Results, task: str = "pronunciation") -> str:
+RIVALS = {
+    "cycles-quarter": "a quarter of a cycle", "cycles-half": "half a cycle", "cycles-2": "two cycles",
+    "period-100": "the paper's period of 100", "budget": "rank factors by importance",
+    "marginal": "importance by sums only", "alignment-16": "runs of 16",
+}  # fmt: skip
+
+
+def automatic(results: Results) -> str:
     """What could replace a default, against it, in words from the paired tests."""
-    base = of(results, task=task, kind="main", method=OURS)
-    rivals = {"cycles-quarter": "a quarter of a cycle", "cycles-half": "half a cycle", "cycles-2": "two cycles",
-              "period-100": "the paper's period of 100", "budget": "rank factors by importance",
-              "marginal": "importance by sums only", "alignment-16": "runs of 16"}  # fmt: skip
-    lines = []
-    for variant, name in rivals.items():
-        found = of(results, task=task, kind="ablation", variant=variant)
-        if base and {r["run"]["seed"] for r in found} & {r["run"]["seed"] for r in base}:
-            differences = item_differences(found, base, "nll")
-            mean, p = sum(differences) / len(differences), sign_flip_test(differences)
-            verdict = "no difference" if p >= SIGNIFICANT else "better" if mean < 0 else "worse"
-            lines.append(f"- {name}: {verdict} ({mean:+.3f} nats an item, p {show_p(p)}, one test)")
-    if not lines:
+    parts = []
+    for task in TASKS:
+        base = of(results, task=task, kind="main", method=OURS)
+        found = {variant: of(results, task=task, kind="ablation", variant=variant) for variant in RIVALS}
+        lines = [verdict(name, found[variant], base) for variant, name in RIVALS.items()]
+        lines.append(verdict("two cycles, against the period of 100", found["cycles-2"], found["period-100"]))
+        if any(lines):
+            parts.append(f"Against LoSiA p 1/8 with one cycle a run, on {TASKS[task].title}:\n\n" +
+                         "\n".join(filter(None, lines)))  # fmt: skip
+    return "\n\n".join(parts)
+
+
+def verdict(name: str, found: Results, base: Results) -> str:
+    """One line, if they share a seed."""
+    if not {r["run"]["seed"] for r in found} & {r["run"]["seed"] for r in base}:
         return ""
-    return f"Against LoSiA p 1/8 with one cycle a run, on {TASKS[task].title}:\n\n" + "\n".join(lines)
+    differences = item_differences(found, base, "nll")
+    mean, p = sum(differences) / len(differences), sign_flip_test(differences)
+    word = "no difference" if p >= SIGNIFICANT else "better" if mean < 0 else "worse"
+    return f"- {name}: {word} ({mean:+.3f} nats an item, p {show_p(p)}, one test)"
 
 
 def costs(results: Results, task: str = "pronunciation") -> str:
@@ -300,6 +312,7 @@ def singular(results: Results) -> str:
 SECTIONS: dict[str, Callable[[Results], str]] = {
     "Ablations of LoSiA p 1/8, past tense": functools.partial(ablations, task="past-tense"),
     "Ablations of LoSiA p 1/8, spelling to sounds": ablations,
+    "Ablations of LoSiA p 1/8, arithmetic": functools.partial(ablations, task="arithmetic"),
     "Number of steps and cycles, spelling to sounds": data_scales,
     "Defaults on trial": automatic,
     "Memory and time, spelling to sounds": costs,

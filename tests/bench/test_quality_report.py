@@ -146,6 +146,7 @@ def test_rules_for_period_and_rank_factor_are_judged_by_the_paired_test(filled, 
     text = report.render(filled).split("### Defaults on trial")[1]
     assert "- two cycles: worse (+0.250" in text and "- rank factors by importance: better (-0.250" in text
     assert "- the paper's period of 100: no difference (+0.000" in text and "half a cycle" not in text.split("##")[0]
+    assert "- two cycles, against the period of 100: worse (+0.250" in text
 
 
 def test_longer_runs_stand_beside_those_of_the_other_methods(filled, no_plots):
@@ -156,9 +157,9 @@ def test_longer_runs_stand_beside_those_of_the_other_methods(filled, no_plots):
     head, _, *rows = report.render(filled).split("### Number of steps and cycles")[1].strip().splitlines()[2:6]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, *rows)]
     assert cells[0] == ["steps", "LoSiA p 1/8, 1/2 cycle", "LoSiA p 1/8, 1 cycle", "LoSiA p 1/8, 2 cycles",
-                        "full fine-tuning", "LoRA r 8"]  # fmt: skip
-    assert cells[1] == ["60", "", "1.000 ± 0.000", "", "0.500 ± 0.000", "1.500 ± 0.000"]
-    assert cells[2] == ["120", *(f"{nll} (n=1)" for nll in ("0.610", "0.500", "0.580", "0.250", "0.750"))]
+                        "LoSiA p 1/8, period 100", "full fine-tuning", "LoRA r 8"]  # fmt: skip
+    assert cells[1] == ["60", "", "1.000 ± 0.000", "", "", "0.500 ± 0.000", "1.500 ± 0.000"]
+    assert cells[2] == ["120", *(f"{nll} (n=1)" for nll in ("0.610", "0.500", "0.580", "0.600", "0.250", "0.750"))]
 
 
 def test_the_same_files_give_the_same_report(filled, capsys):
