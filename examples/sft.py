@@ -20,7 +20,7 @@ tokenizer = AutoTokenizer.from_pretrained(model_name)
 model = AutoModelForCausalLM.from_pretrained(model_name)
 
 # LoRA: nothing here, and peft_config=LoraConfig(r=64, target_modules="all-linear") below
-model = apply_losia(model, LoSiAConfig(rank_factor=1/8, period=max(1, steps // model.config.num_hidden_layers)))
+model = apply_losia(model, LoSiAConfig(rank_factor=1/8, period="auto"))
 
 chats = Dataset.from_list([
     {

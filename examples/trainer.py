@@ -23,7 +23,7 @@ tokenizer = AutoTokenizer.from_pretrained(model_name)
 model = AutoModelForCausalLM.from_pretrained(model_name)
 
 # LoRA: model = get_peft_model(model, LoraConfig(r=64, target_modules="all-linear"))
-model = apply_losia(model, LoSiAConfig(rank_factor=1/8, period=max(1, steps // model.config.num_hidden_layers)))
+model = apply_losia(model, LoSiAConfig(rank_factor=1/8, period="auto"))
 
 texts = [f"{number} times 9 is {9 * number}." for number in range(200)]
 arguments = TrainingArguments(

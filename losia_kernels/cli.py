@@ -168,6 +168,13 @@ def _fraction(text: str) -> float:
         raise argparse.ArgumentTypeError(f"expected a number or a fraction such as 1/8, got {text!r}") from None
 
 
+def _period(text: str) -> int | str:
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number of steps or 'auto', got {text!r}") from None
+
+
 def command_parser() -> argparse.ArgumentParser:
     """All commands with their arguments; `docs/make_reference.py` reads it too."""
     parser = _Parser(prog="losia-kernels", description="LoSiA fine-tuning (arXiv 2507.04487).")
@@ -264,8 +271,8 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
         help="share of a layer's outputs and of its inputs that is trained, such as 1/8")
     add("--output-dim-factor", type=_fraction, metavar="P",
         help="share of the vocabulary whose output weights are trained; 0: none, 1: all")
-    add("--period", type=int, metavar="STEPS", help="steps until the next group of layers moves its subnets (default: "
-        "the paper's 100, or in a short run the most that gives every group a turn)")
+    add("--period", type=_period, metavar="STEPS", help="steps until the next group of layers moves its subnets; auto: "
+        "the paper's 100, or in a short run as many as give every group two turns")
     add("--importance", choices=IMPORTANCES, help="what subnets are chosen by; sensitivity_bfloat16 keeps it in half "
         "the memory, marginal needs none of the weights' size")
     add("--init-subnet", choices=("calibrated", "random"),

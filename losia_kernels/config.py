@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 IMPORTANCES = ("sensitivity", "sensitivity_bfloat16", "gradient", "marginal")
 
@@ -19,7 +19,9 @@ class LoSiAConfig:
             paper): a gather of 16 reads only the memory it needs. A power of two; a side taken whole has no runs.
         rank_pattern: other rank factors by module name, ``{regex: p}``; a key matches a name or its last components.
     Timeline (Section 3.3)
-        period: T, optimizer steps in which one group observes before its subnets move.
+        period: T, optimizer steps in which one group observes before its subnets move. "auto": two cycles in the run, T
+            being at most 100 (``schedule.auto_period``); the optimizer must know the run's ``total_steps``, which the
+            Trainer adapter tells it.
         warmup_steps: warm-up of the user's learning-rate schedule; before its end nothing is rewarmed.
         update_type: "async": groups take turns; "sync" (ablation SL): all move together, once a cycle.
         rewarm: ramp the learning rate up over T steps after a move (Eq. 8); False is the ablation w/o WDS.
@@ -52,7 +54,7 @@ class LoSiAConfig:
 
     rank_factor: float = 1 / 8
     output_dim_factor: float = 0.0
-    period: int = 100
+    period: int | Literal["auto"] = 100
     warmup_steps: int = 0
     update_type: str = "async"
     importance: str = "sensitivity"
@@ -80,7 +82,8 @@ class LoSiAConfig:
             _check_factor(f"rank_pattern[{pattern!r}]", factor)
         _check("output_dim_factor", self.output_dim_factor, _is_number(self.output_dim_factor)
                and 0 <= self.output_dim_factor <= 1, "a number in [0, 1]")
-        _check("period", self.period, _is_int(self.period) and self.period >= 1, "a whole number of steps, at least 1")
+        _check("period", self.period, self.period == "auto" or _is_int(self.period) and self.period >= 1,
+               "a whole number of steps, at least 1, or 'auto'")
         _check("warmup_steps", self.warmup_steps, _is_int(self.warmup_steps) and self.warmup_steps >= 0,
                "a whole number of steps, at least 0")
         _check("alignment", self.alignment, _is_int(self.alignment) and self.alignment >= 1

@@ -30,7 +30,8 @@ class LoSiAAdamW(torch.optim.Optimizer):
     trained densely (``modules_to_save``, a dense output layer); any LR scheduler works on them, and the rewarm factor
     (Eq. 8) multiplies inside ``step()``. ``lr`` per step; ``weight_decay`` is decoupled and touches the subnet's
     entries only. 16-bit dense parameters get a float32 master copy and float32 moments in the state.
-    ``total_steps``: warn if the run is shorter than one cycle. ``timeline`` tells where the run stands.
+    ``total_steps`` of the run: settles ``period="auto"``, warns if a group gets no turn. ``timeline`` tells where the
+    run stands.
     ``process_group``: the processes that train replicas of the model; the default is right but for several models.
 
     Less memory (``docs/memory.md`` has the bytes): ``moments`` of the subnets in "float32", "bfloat16" or "int8"
@@ -272,8 +273,9 @@ def attach(
 
     Each of its steps then writes the subnets back into the weights, relocalizes and rewarms. Its parameter groups are
     split by layer group (same options), so call this before making a learning-rate scheduler. A relocalized subnet's
-    state is dropped, and the optimizer makes it anew. Returns the timeline, which is also ``optimizer.timeline``;
-    ``timeline.detach()`` undoes the hooks. A step that GradScaler makes a fused optimizer skip is none of the clock's.
+    state is dropped, and the optimizer makes it anew. ``total_steps`` and ``process_group`` are as for LoSiAAdamW.
+    Returns the timeline, which is also ``optimizer.timeline``; ``timeline.detach()`` undoes the hooks. A step
+    that GradScaler makes a fused optimizer skip is none of the clock's.
 
     Raises ValueError, having changed nothing, if the optimizer lacks a subnet, drives the subnets already (LoSiAAdamW,
     a second attach), has a scheduler, has stepped, or sets its own learning rate, which cannot be rewarmed; TypeError

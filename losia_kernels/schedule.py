@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+PAPER_PERIOD = 100  # A.3
+CYCLES = 2  # how often every group moves in a short run: bench/quality found it as good as one or better
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -75,3 +78,8 @@ class Schedule:
             f"{total_steps} steps are less than {turns} slots of {self.period} steps: {left} of {self.groups} groups "
             f"never leave their first subnet; {advice}"
         )
+
+
+def auto_period(total_steps: int, groups: int) -> int:
+    """T of ``period="auto"``: two cycles in a run of ``total_steps``, T at most the paper's 100 and at least 1."""
+    return max(1, min(PAPER_PERIOD, total_steps // (CYCLES * max(1, groups))))

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Collection
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain, product
 from typing import Any
 
@@ -15,7 +15,7 @@ from .distributed import Ranks, RanksDifferError, Rows, fingerprint, is_sharded,
 from .first_step import check_gradients
 from .linear import LoSiALinear, losia_layers
 from .relocalize import ALL, Observer, make_observer, new_subnet
-from .schedule import Schedule
+from .schedule import Schedule, auto_period
 from .selection import NonFiniteScoreError
 from .sharded import check_shards, move_subnets_, uses_fully_shard
 from .subnet import Subnet
@@ -34,9 +34,8 @@ class Timeline:
         listeners: called with ``(layer, subnet)`` just before a layer is relocalized to that subnet.
         observers: of the layers that observe. ``handles``: hooks on the optimizer that ``detach`` takes off.
 
-    ``total_steps``: warns once, here, if the run ends before every group has had its turn. ``process_group``: the
-    processes that hold replicas of the model, by default its DistributedDataParallel's or all; RanksDifferError if
-    they do not start alike.
+    ``total_steps``: see ``plan``. ``process_group``: the processes that hold replicas of the model, by default its
+    DistributedDataParallel's or all; RanksDifferError if they do not start alike.
     """
 
     def __init__(
@@ -50,17 +49,6 @@ class Timeline:
         named = {layer.losia.group: layer.losia.group_name for layer in layers if layer.losia.group is not None}
         self.group_names = [named[number] for number in sorted(named)]
         self.groups = [[layer for layer in layers if layer.losia.group == number] for number in sorted(named)]
-        self.schedule = Schedule(
-            groups=len(self.groups),
-            period=self.config.period,
-            update_type=self.config.update_type,
-            warmup_steps=self.config.warmup_steps,
-            rewarm=self.config.rewarm,
-            last_step_only=self.config.importance == "gradient",
-        )
-        problem = None if total_steps is None else self.schedule.too_short(total_steps)
-        if problem:
-            warnings.warn(f"LoSiA: {problem}", stacklevel=3)
         self.step = 0
         self._model = model
         self._sharded: bool | None = None
@@ -73,7 +61,45 @@ class Timeline:
         self.listeners: list[Callable[[LoSiALinear, Subnet], None]] = []
         self.observers: dict[LoSiALinear, Observer] = {}
         self.handles: list[Any] = []
+        self._schedule: Schedule | None = None
+        if self.config.period != "auto":
+            self.settle_period(self.config.period)
+        if total_steps is not None:
+            self.plan(total_steps)
+
+    def plan(self, total_steps: int) -> None:
+        """Tell a run that begins how many optimizer steps it has: settles ``period="auto"``, and warns if the run ends
+        before every group has had its turn."""
+        if self._schedule is None:
+            period = auto_period(total_steps, len(self.groups))
+            self.ranks.check_same({"LoSiAConfig.period": period}, {})
+            self.settle_period(period)
+        problem = self.schedule.too_short(total_steps)
+        if problem:
+            warnings.warn(f"LoSiA: {problem}", stacklevel=4)
+
+    def settle_period(self, period: int) -> None:
+        """From here on ``config.period`` and ``schedule`` say it, and the first group observes."""
+        self.config = replace(self.config, period=period)
+        self._schedule = Schedule(
+            groups=len(self.groups),
+            period=period,
+            update_type=self.config.update_type,
+            warmup_steps=self.config.warmup_steps,
+            rewarm=self.config.rewarm,
+            last_step_only=self.config.importance == "gradient",
+        )
         self._observe()
+
+    @property
+    def schedule(self) -> Schedule:
+        """Raises RuntimeError as long as ``period="auto"`` waits for the number of steps."""
+        if self._schedule is None:
+            raise RuntimeError(
+                "LoSiAConfig.period is 'auto', and nothing has said how many optimizer steps the run has: give "
+                "LoSiAAdamW or attach total_steps=..., or the Trainer a LoSiACallback"
+            )
+        return self._schedule
 
     @property
     def observing(self) -> tuple[int, ...]:
@@ -133,7 +159,9 @@ class Timeline:
         self._observe()
 
     def _observe(self) -> None:
-        """Let exactly the layers whose turn it is observe; those that do already go on."""
+        """Let exactly the layers whose turn it is observe, once it is known; those that do already go on."""
+        if self._schedule is None:
+            return
         due = [layer for group in self.observing for layer in self.groups[group]]  # in the same order on every rank
         for layer in [layer for layer in self.observers if layer not in due]:
             self._stop(layer)

@@ -83,6 +83,8 @@ class TimelineState:
             raise ValueError("the optimizer state was not saved by a LoSiA run: it has no losia_step")
         for name, now in asdict(timeline.config).items():
             then = saved["losia_config"].get(name, now)
+            if name == "period" and "auto" in (then, now):
+                continue  # a period that is not settled yet becomes the checkpoint's
             if then != now and name not in _FREE_FIELDS:
                 raise ValueError(
                     f"the checkpoint was made with LoSiAConfig.{name}={then!r}, this run has {now!r}; "
@@ -104,18 +106,20 @@ class TimelineState:
                     observed[layer] = ours
             if rest:
                 state[i] = rest
-        due = timeline.schedule.observing(saved["losia_step"])
-        if timeline.sharded and any(layer not in observed for group in due for layer in timeline.groups[group]):
+        due = timeline.schedule.observing(saved["losia_step"]) if timeline.sharded else ()
+        if any(layer not in observed for group in due for layer in timeline.groups[group]):
             raise ValueError(
                 f"the loaded state lacks the importance of the layers that observe at step {saved['losia_step']}: "
                 f"before loading call timeline.resume_at({saved['losia_step']}), or load by losia_kernels.checkpoint"
             )
-        self._loaded = {"step": saved["losia_step"], "observed": observed}
+        self._loaded = {"step": saved["losia_step"], "period": saved["losia_config"]["period"], "observed": observed}
         groups = [{k: v for k, v in g.items() if not k.startswith("losia_")} for g in state_dict["param_groups"]]
         return {**state_dict, "state": state, "param_groups": groups}
 
     def _load(self, optimizer: torch.optim.Optimizer) -> None:
         timeline, loaded, self._loaded = self._timeline, self._loaded, {}
+        if timeline.config.period == "auto" and loaded["period"] != "auto":
+            timeline.settle_period(loaded["period"])
         timeline.resume_at(loaded["step"])
         for layer, tensors in loaded["observed"].items():
             device = layer.out_idx.device

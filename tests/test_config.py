@@ -50,6 +50,7 @@ def test_every_field_has_a_bad_value_here():
 @pytest.mark.parametrize("values", [
     {"rank_factor": 1}, {"rank_factor": 1e-6}, {"output_dim_factor": 0}, {"output_dim_factor": 1}, {"period": 1},
     {"importance_beta1": 0, "importance_beta2": 0.999}, {"modules_to_save": []}, {"rank_pattern": {"mlp.*": 1}},
+    {"period": "auto"},
     {"target_modules": r".*\.(q|v)_proj", "exclude_modules": ("lm_head",)},
 ])  # fmt: skip
 def test_the_edges_of_the_ranges_are_good(values):

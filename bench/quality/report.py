@@ -56,8 +56,13 @@ NOTABLE = 0.01  # nats a token on other text below which no difference is spoken
 AUTO = """\
 ## What this says about the defaults
 
-`period="auto"` and `rank_factor="auto"` are not offered. What they would choose is tried above ("Defaults on trial"):
-a rule becomes an option, and another choice the default, when it is at least as good on every task and scale."""
+"Defaults on trial" above compares what could be chosen for the user with the paper's fixed values. A rule becomes an
+option where it is at least as good as them on every task that has been run, and another choice the default where it is
+at least as good as the default.
+
+`period="auto"` is offered: two cycles in the run, with the paper's period of 100 as the longest. In runs as short as
+these, in which a period of 100 would move nothing, it is compared with it as "two cycles, against the period of 100";
+in long runs it is the paper's. `rank_factor="auto"` (rank factors by importance, as many values in all) is not."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -34,9 +34,10 @@ from transformers.utils import logging
 from .. import LoSiAConfig, apply_losia, remove_losia
 from ..checkpoint import full_state_dict
 from ..linear import losia_layers
+from ..schedule import auto_period
 from . import data
 from .checkpoints import MARKER, CheckpointCallback, export_checkpoint, last_checkpoint, save_model, write_json
-from .options import PAPER_PERIOD, FinetuneOptions, InputError
+from .options import FinetuneOptions, InputError
 from .progress import ProgressCallback
 from .transformers import LoSiACallback, LoSiAOptimizerFactory, losia_timeline
 
@@ -84,7 +85,7 @@ def finetune(options: FinetuneOptions, callbacks: tuple[TrainerCallback, ...] = 
             print(f"model in {run / 'model'}, loss curve in {run / 'loss_curve.png'}")
         processes.wait_for_everyone()
         return run / "model"
-    config = apply_with_period(model, options, steps)
+    config = convert_model(model, options, steps)
     arguments = training_arguments(options, steps)
     use_cache = model.config.use_cache
     speaking = []
@@ -138,7 +139,9 @@ class FinetuneTrainer(Trainer):
         """Sharded states are loaded into the tensors that the optimizer has at the checkpoint's step."""
         if checkpoint is not None:
             state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-            losia_timeline(self.optimizer).resume_at(state.global_step)
+            timeline = losia_timeline(self.optimizer)
+            timeline.plan(self.args.max_steps)
+            timeline.resume_at(state.global_step)
         super()._load_optimizer_and_scheduler(checkpoint)
 
 
@@ -260,19 +263,17 @@ def warmup_steps(options: FinetuneOptions, steps: int) -> int:
     return 0 if options.lr_scheduler == "constant" else math.ceil(steps * options.warmup_ratio)
 
 
-def apply_with_period(model, options: FinetuneOptions, steps: int) -> LoSiAConfig:
-    """Convert ``model`` for a run of ``steps``; without a period given, the paper's or the largest that fits."""
+def convert_model(model, options: FinetuneOptions, steps: int) -> LoSiAConfig:
+    """Convert ``model`` for a run of ``steps``; the config has the period that "auto" stands for."""
     if options.master == "remainder" and model.dtype != torch.bfloat16:
         raise InputError(f"master remainder completes bfloat16 weights, the model is {model.dtype}: set dtype bfloat16")
     config = options.losia_config(warmup_steps(options, steps))
     try:
         apply_losia(model, config)
-        if options.period is None and count_groups(model) * PAPER_PERIOD > steps:
-            config = dataclasses.replace(config, period=max(1, steps // count_groups(model)))
-            apply_losia(remove_losia(model), config)
     except ValueError as error:
         raise InputError(str(error)) from None
-    return config
+    period = auto_period(steps, count_groups(model)) if config.period == "auto" else config.period
+    return dataclasses.replace(config, period=period)
 
 
 def count_groups(model) -> int:
@@ -286,8 +287,8 @@ def _summary(options, model, train_data, config: LoSiAConfig, arguments: Trainin
     total = model.num_parameters() - values
     tokens = sum(len(sample["input_ids"]) for sample in train_data)
     learned = sum(int((sample["labels"] != data.IGNORE).sum()) for sample in train_data)
-    cycle = count_groups(model) * config.period
-    period = f"period {config.period} steps" + ("" if options.period else f", the paper's is {PAPER_PERIOD}")
+    cycle = count_groups(model) * int(config.period)
+    period = f"period {config.period} steps" + (" (auto)" if options.period == "auto" else "")
     return "\n".join([
         f"model  {options.model}: {total / 1e6:,.1f}M values, {model.dtype} on {arguments.device}",
         f"data   {options.data}: {len(train_data):,} {'packed rows' if options.packing else 'samples'}, "

@@ -3,10 +3,10 @@
 import dataclasses
 import math
 import os
+from typing import Literal
 
 from ..config import LoSiAConfig
 
-PAPER_PERIOD = 100
 PICTURES = ("loss", "timeline", "subnets", "frequency", "gradients", "singular_vectors")  # of ``losia-kernels plot``
 
 
@@ -24,7 +24,7 @@ class FinetuneOptions:
     eval_data: str | None = None
     rank_factor: float = 1 / 8
     output_dim_factor: float = 0.0
-    period: int | None = None
+    period: int | Literal["auto"] = "auto"
     importance: str = "sensitivity"
     init_subnet: str = "calibrated"
     alignment: int = 1
@@ -54,8 +54,7 @@ class FinetuneOptions:
 
     def check(self) -> None:
         """Raises InputError for a value out of range or two that exclude each other."""
-        whole = ("batch_size", "gradient_accumulation", "max_length", "eval_steps", "print_every", "steps", "period",
-                 "alignment")
+        whole = ("batch_size", "gradient_accumulation", "max_length", "eval_steps", "print_every", "steps", "alignment")
         for name in whole:
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -79,12 +78,12 @@ class FinetuneOptions:
         self.losia_config()
 
     def losia_config(self, warmup_steps: int = 0) -> LoSiAConfig:
-        """Of these options, with the paper's period if none is given. Raises InputError for a value out of range."""
+        """Of these options. Raises InputError for a value out of range."""
         try:
             return LoSiAConfig(
                 rank_factor=self.rank_factor,
                 output_dim_factor=self.output_dim_factor,
-                period=self.period or PAPER_PERIOD,
+                period=self.period,
                 warmup_steps=warmup_steps,
                 importance=self.importance,
                 init_subnet=self.init_subnet,

@@ -10,7 +10,6 @@ Checkpoints and ``resume_from_checkpoint`` are the Trainer's own: the subnets an
 dict, everything else in the optimizer's.
 """
 
-import warnings
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -44,7 +43,8 @@ class LoSiAOptimizerFactory:
 
 
 class LoSiACallback(TrainerCallback):
-    """Places the first subnets, tells the timeline how ``trainer`` scales each loss, and reports what the subnets do.
+    """Places the first subnets, tells the timeline the number of steps (``period="auto"``) and how ``trainer`` scales
+    each loss, and reports what the subnets do.
 
     Calibration takes ``calibration_steps`` batches before the first step, if the config's ``init_subnet`` is
     "calibrated"; with ``output_init="frequency"`` the labels of the first 64 batches are counted. A resumed run, and
@@ -82,9 +82,8 @@ class LoSiACallback(TrainerCallback):
                 f"are spent before the step; set max_grad_norm=0"
             )
         begins = state.global_step == timeline.step == 0  # not so in a second train(), which keeps the optimizer
-        problem = timeline.schedule.too_short(state.max_steps) if begins else None
-        if problem:
-            warnings.warn(f"LoSiA: {problem}", stacklevel=2)
+        if begins:
+            timeline.plan(state.max_steps)
         if begins and timeline.config.init_subnet == "calibrated":
             batches = _first_batches(train_dataloader, self.calibration_steps, args.device)
             _calibrate(model.train(), batches, _loss_scale(optimizer))  # in training mode gradients are checkpointed

@@ -89,6 +89,7 @@ TOLD = {
     "weights": "lm.model.embed_tokens.weight of rank 1 is not that of rank 0",
     "embedding": "lm.model.embed_tokens.weight of rank 1 is not that of rank 0",
     "config": "LoSiAConfig.period is 2 (rank 0), 3 (rank 1)",
+    "length": "LoSiAConfig.period is 1 (rank 0), 2 (rank 1)",
     "seed": "LoSiAConfig.seed is 0 (rank 0), 1 (rank 1)",
     "layers": "models of different layers",
     "subnet": "lm.model.layers.0.up_proj.subnet of rank 1 is not that of rank 0",

@@ -21,7 +21,7 @@ def differ(device: torch.device, what: str) -> str:
             model.lm.model.embed_tokens.weight[0, 0] += 1e-12
     config = LoSiAConfig(
         rank_factor=0.25,
-        period=PERIOD + (odd and what == "config"),
+        period="auto" if what == "length" else PERIOD + (odd and what == "config"),
         seed=int(odd and what == "seed"),
         exclude_modules=["down_proj"] if odd and what == "layers" else None,
     )
@@ -30,7 +30,8 @@ def differ(device: torch.device, what: str) -> str:
         layer = next(layer for _, layer in losia_layers(model))
         layer.set_subnet_(layer.out_idx, torch.arange(len(layer.in_idx), device=device))
     try:
-        optimizer = LoSiAAdamW(model, lr=2e-2 if odd and what == "lr" else 1e-2)
+        steps = 8 * (2 if odd else 1) if what == "length" else None
+        optimizer = LoSiAAdamW(model, lr=2e-2 if odd and what == "lr" else 1e-2, total_steps=steps)
         if what == "resumed step":
             state = optimizer.state_dict()
             for group in state["param_groups"]:

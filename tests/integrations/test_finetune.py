@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from losia_kernels import cli
 from losia_kernels.integrations.checkpoints import MARKER, last_checkpoint, save_model
 from losia_kernels.integrations.data import Collator, load_samples
-from losia_kernels.integrations.finetune import apply_with_period, finetune, training_arguments
+from losia_kernels.integrations.finetune import convert_model, finetune, training_arguments
 from losia_kernels.integrations.options import FinetuneOptions, InputError
 from losia_kernels.integrations.progress import read_log, rewind_log
 
@@ -203,13 +203,14 @@ def test_inspect_says_what_a_checkpoint_holds(whole_run, capsys):
 
 
 def test_the_terminal_says_what_runs_and_how_far_it_is(tmp_path, model_folder, capsys):
-    finetune(options(tmp_path, model_folder, steps=8, period=None, output_dim_factor=0.0, save_steps=0, eval_data=None))
+    chosen = {"steps": 8, "period": "auto", "output_dim_factor": 0.0, "save_steps": 0, "eval_data": None}
+    finetune(options(tmp_path, model_folder, **chosen))
     said = capsys.readouterr().out
-    assert "14 layers in 2 groups" in said and "period 4 steps, the paper's is 100, 1.0 cycles" in said
+    assert "14 layers in 2 groups" in said and "period 2 steps (auto), 2.0 cycles" in said
     assert "38 samples" in said and "8 steps of 4 x 2 samples, lr 0.01 cosine, 1 steps of warm-up" in said
     lines = [line for line in said.splitlines() if line.startswith("step ")]
     assert [line.split()[1] for line in lines] == ["4/8", "8/8"]
-    for part in ("loss ", "lr ", " tokens/s ", " GiB ", "left 0:00:0", "observing model.layers.0"):
+    for part in ("loss ", "lr ", " tokens/s ", " GiB ", "left 0:00:0", "observing model.layers.1"):
         assert part in lines[0], lines
     assert not (tmp_path / "run" / "checkpoints").exists() or not list((tmp_path / "run" / "checkpoints").iterdir())
 
@@ -238,7 +239,7 @@ def test_options_run_and_learn(tmp_path, model_folder, extra):
 def test_a_constant_rate_has_no_warm_up_and_rewarms_from_the_first_move(tmp_path, model_folder):
     for scheduler, expected in (("constant", 0), ("constant_with_warmup", 2), ("cosine", 2)):
         chosen = options(tmp_path, model_folder, lr_scheduler=scheduler, warmup_ratio=0.1)
-        assert apply_with_period(make_model(), chosen, steps=20).warmup_steps == expected
+        assert convert_model(make_model(), chosen, steps=20).warmup_steps == expected
         assert training_arguments(chosen, steps=20).warmup_steps == expected
 
 

@@ -142,6 +142,19 @@ def test_a_run_too_short_for_its_groups_is_warned_about(tmp_path):
         make_trainer(apply_losia(make_model(), dataclasses.replace(CONFIG, period=4)), tmp_path).train()
 
 
+def test_the_trainer_tells_the_steps_and_a_longer_resumed_run_keeps_its_period(tmp_path):
+    model = apply_losia(make_model(), dataclasses.replace(CONFIG, period="auto"))
+    trainer = make_trainer(model, tmp_path, Trainer, save_steps=4)
+    trainer.train()
+    assert trainer.optimizer.optimizer.timeline.config.period == 1  # 9 steps of 3 groups
+    again = apply_losia(make_model(), dataclasses.replace(CONFIG, period="auto"))
+    again = make_trainer(again, tmp_path, Trainer)
+    again.args.max_steps = 20
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoints" / "checkpoint-8"))
+    timeline = again.optimizer.optimizer.timeline
+    assert timeline.config.period == 1 and timeline.step == 20
+
+
 def test_the_output_layer_starts_at_the_tokens_of_the_data(tmp_path):
     config = LoSiAConfig(rank_factor=0.25, output_dim_factor=0.1, init_subnet="random", output_init="frequency")
     model, snapshot = apply_losia(make_model(), config), Snapshot()

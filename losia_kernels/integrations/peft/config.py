@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, fields
 from enum import Enum
+from typing import Literal
 
 from peft import PeftConfig
 
@@ -30,7 +31,7 @@ class LoSiAPeftConfig(PeftConfig):
 
     rank_factor: float = 1 / 8
     output_dim_factor: float = 0.0
-    period: int = 100
+    period: int | Literal["auto"] = 100
     warmup_steps: int = 0
     update_type: str = "async"
     importance: str = "sensitivity"
