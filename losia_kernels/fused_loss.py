@@ -24,12 +24,13 @@ from .output_layer import autocast_dtype, losia_linear_cross_entropy
 
 
 def fuse_loss(model: nn.Module, output_layer: str) -> None:
-    """Let ``model(labels=..., ...)`` compute its loss without logits, where gradients are wanted and that is exact.
+    """Let ``model(labels=..., ...)`` compute its loss without logits, where that is exact.
 
     ``output_layer`` names the vocabulary projection, an nn.Linear or a LoSiALinear. ``apply_losia`` does this if
     ``config.fused_loss`` and undoes it in ``remove_losia``. The logits in such a forward's output are computed if they
-    are read, which a warning tells once. Evaluation, generation and calls without labels are as ever; so is a model
-    under ``torch.compile``, and one that something else has changed (a warning says what).
+    are read, which in training a warning tells once. An evaluation's loss needs no more memory than training's.
+    Generation and calls without labels are as ever; so is a model under ``torch.compile``, and one that something else
+    has changed (a warning says what).
     """
     FusedLoss(model, output_layer)
 
@@ -54,7 +55,7 @@ class FusedLoss:
         ]
 
     def begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or kwargs.get("labels") is None:
+        if torch.compiler.is_compiling() or kwargs.get("labels") is None:
             return
         head: Any = model.get_submodule(self.output_layer)
         problem = why_not(model, head)
@@ -103,11 +104,12 @@ def lazy_logits(head: nn.Linear, hidden: Tensor) -> "LazyLogits":
 
 
 class Source:
-    """An output layer, what it was given, and under which autocast."""
+    """An output layer, what it was given, under which autocast, and whether gradients were wanted."""
 
     def __init__(self, head: nn.Linear, hidden: Tensor, context: Callable[[], AbstractContextManager]):
         self.head, self.hidden, self.context = head, hidden, context
         self.version = head.weight._version
+        self.differentiable = torch.is_grad_enabled()
 
     def logits(self) -> Tensor:
         if self.head.weight._version != self.version:
@@ -115,7 +117,7 @@ class Source:
                 "the logits of a forward with labels were not kept, and the output layer has changed since: read them "
                 "before the optimizer's step, or set LoSiAConfig.fused_loss=False"
             )
-        with torch.enable_grad(), self.context():
+        with torch.set_grad_enabled(self.differentiable), self.context():
             return type(self.head).forward(self.head, self.hidden)
 
     def cross_entropy(self, labels: Tensor, **options) -> Tensor:
@@ -155,11 +157,13 @@ class LazyLogits(Tensor):
 
     @staticmethod
     def __new__(cls, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> "LazyLogits":
-        self: Any = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, requires_grad=True)
+        differentiable = torch.is_grad_enabled()
+        self: Any = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, requires_grad=differentiable)
         self.source, self.parent, self.noted, self.value = None, None, None, None
         self.scale, self.softcap = 1.0, None
-        with torch._C.DisableTorchFunctionSubclass():
-            self.register_hook(_refuse_gradient)
+        if differentiable:
+            with torch._C.DisableTorchFunctionSubclass():
+                self.register_hook(_refuse_gradient)
         return self
 
     def then(self, noted, like: Tensor, scale: float, softcap: float | None) -> "LazyLogits":
@@ -178,7 +182,7 @@ class LazyLogits(Tensor):
             if self.parent is None:
                 self.value = self.source.logits()
             else:
-                with torch.enable_grad(), self.source.context():
+                with torch.set_grad_enabled(self.source.differentiable), self.source.context():
                     self.value = self.noted(self.parent.whole())
         return self.value
 
@@ -194,8 +198,9 @@ class LazyLogits(Tensor):
                 result = _do_lazily(func, first, args, kwargs)
                 if result is not None:
                     return result
-                name = getattr(func, "__name__", str(func))
-                tell_once(f"LoSiA: a forward with labels computed its logits after all: {name} needs them")
+                if first.source.differentiable:  # an evaluation reads them with good reason
+                    name = getattr(func, "__name__", str(func))
+                    tell_once(f"LoSiA: a forward with labels computed its logits after all: {name} needs them")
         args, kwargs = tree_map_only(cls, cls.whole, (args, kwargs))
         return func(*args, **kwargs)
 
