@@ -80,8 +80,12 @@ class Timeline:
 
     def settle_period(self, period: int) -> None:
         """From here on ``config.period`` and ``schedule`` say it, and the first group observes."""
-        self.config = replace(self.config, period=period)
-        self._schedule = Schedule(
+        self.config, self._schedule = replace(self.config, period=period), self.schedule_of(period)
+        self._observe()
+
+    def schedule_of(self, period: int) -> Schedule:
+        """The schedule with that T, whatever is settled."""
+        return Schedule(
             groups=len(self.groups),
             period=period,
             update_type=self.config.update_type,
@@ -89,7 +93,6 @@ class Timeline:
             rewarm=self.config.rewarm,
             last_step_only=self.config.importance == "gradient",
         )
-        self._observe()
 
     @property
     def schedule(self) -> Schedule:

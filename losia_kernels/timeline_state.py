@@ -106,8 +106,9 @@ class TimelineState:
                     observed[layer] = ours
             if rest:
                 state[i] = rest
-        due = timeline.schedule.observing(saved["losia_step"]) if timeline.sharded else ()
-        if any(layer not in observed for group in due for layer in timeline.groups[group]):
+        period = timeline.config.period if timeline.config.period != "auto" else saved["losia_config"]["period"]
+        due = () if period == "auto" else timeline.schedule_of(period).observing(saved["losia_step"])
+        if timeline.sharded and any(layer not in observed for group in due for layer in timeline.groups[group]):
             raise ValueError(
                 f"the loaded state lacks the importance of the layers that observe at step {saved['losia_step']}: "
                 f"before loading call timeline.resume_at({saved['losia_step']}), or load by losia_kernels.checkpoint"

@@ -26,6 +26,15 @@ def test_a_resumed_run_is_the_one_not_stopped(two, tmp_path, engine, name):
         assert_same_bits(optimizer, expected[1])
 
 
+def test_a_period_that_is_not_settled_yet_becomes_the_checkpoints(two, tmp_path):
+    two.run(runs.save, "fsdp", Run(), STEP, str(tmp_path / "a"))
+    resumed = two.run(runs.load, "fsdp", Run({"period": "auto"}), str(tmp_path / "a"), UNTIL)
+    for (model, optimizer, step), expected in zip(resumed, two.run(runs.straight, "fsdp", Run(), UNTIL), strict=True):
+        assert step == UNTIL
+        assert_same_bits(model, expected[0])
+        assert_same_bits(optimizer, expected[1])
+
+
 @pytest.mark.parametrize("saved, loaded", [("fsdp", "fsdp"), ("fsdp", "ddp"), ("ddp", "fsdp")])
 def test_from_two_ranks_to_four_and_one(two, four, tmp_path, saved, loaded):
     (model, optimizer), _ = two.run(runs.save, saved, Run(), STEP, str(tmp_path / "a"))
