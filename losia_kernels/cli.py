@@ -246,7 +246,7 @@ def _add_plot(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("run", metavar="RUN", help="the output folder of a finetune run")
     add("--only", nargs="+", choices=PICTURES, metavar="PICTURE",
-        help=f"of {', '.join(PICTURES)} (default: all; the last two load the model)")
+        help=f"of {', '.join(PICTURES)} (default: all that the run's files allow; the last two load the model)")
     add("--vectors", type=int, default=500, metavar="COUNT", help="singular vectors of each weight to compare")
     add("--base", metavar="MODEL", help="the model before training, if it is no longer where run.json says")
 

@@ -30,6 +30,8 @@ def subnet_grad_partials(dy: Tensor, x: Tensor, out_idx: Tensor | None, in_idx: 
     dy_sub = select_last(dy.reshape(-1, dy.shape[-1]), out_idx)  # [t, k_out]
     x_sub = select_last(x.reshape(-1, x.shape[-1]), in_idx)  # [t, k_in]
     dtype = accumulate_dtype(dy.dtype)
+    if dy.is_cuda and dy.dtype.itemsize == 2:  # on the matrix units, which round as the kernel's product does
+        return torch.mm(dy_sub.T, x_sub, out_dtype=dtype).unsqueeze(0)
     return (dy_sub.to(dtype).T @ x_sub.to(dtype)).unsqueeze(0)  # [1, k_out, k_in]
 
 

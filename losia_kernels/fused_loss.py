@@ -62,11 +62,14 @@ class FusedLoss:
         if problem:
             tell_once(f"LoSiA: {type(model).__name__} computes its loss from whole logits: {problem}")
             return
-        head.forward = functools.partial(lazy_logits, head)
+        head.forward = functools.partial(lazy_logits, head, [])
 
     def end(self, model: nn.Module, args: tuple, output: object) -> None:
         head = model.get_submodule(self.output_layer)
-        if getattr(head.__dict__.get("forward"), "func", None) is lazy_logits:
+        lazy: Any = head.__dict__.get("forward")
+        if getattr(lazy, "func", None) is lazy_logits:
+            for source in lazy.args[1]:
+                source.finished = True
             del head.forward
 
     def remove(self) -> None:
@@ -92,33 +95,48 @@ def tell_once(message: str) -> None:
     warnings.warn(message, stacklevel=3)
 
 
-def lazy_logits(head: nn.Linear, hidden: Tensor) -> "LazyLogits":
-    """What ``head(hidden)`` would be."""
-    dtype = autocast_dtype(hidden)
+def lazy_logits(head: nn.Linear, made: "list[Source]", hidden: Tensor) -> "LazyLogits":
+    """What ``head(hidden)`` would be; ``made`` gets the source."""
+    dtype, device = autocast_dtype(hidden), hidden.device.type
     context: Callable[[], AbstractContextManager] = contextlib.nullcontext
-    if dtype != hidden.dtype:
-        context = functools.partial(torch.autocast, hidden.device.type, dtype)
+    if torch.amp.is_autocast_available(device):
+        context = functools.partial(torch.autocast, device, dtype, enabled=dtype != hidden.dtype)
     logits = LazyLogits((*hidden.shape[:-1], head.out_features), dtype, hidden.device)
     logits.source = Source(head, hidden, context)
+    made.append(logits.source)
     return logits
 
 
 class Source:
-    """An output layer, what it was given, under which autocast, and whether gradients were wanted."""
+    """An output layer, what it was given, under which autocast, and whether gradients were wanted.
+
+    ``finished``: the model's forward has ended, after which nothing is noted any more, only computed.
+    """
 
     def __init__(self, head: nn.Linear, hidden: Tensor, context: Callable[[], AbstractContextManager]):
         self.head, self.hidden, self.context = head, hidden, context
-        self.version = head.weight._version
-        self.differentiable = torch.is_grad_enabled()
+        self.weight, self.bias = head.weight, head.bias  # the head may get others, as in torch.func.functional_call
+        self.differentiable, self.finished = torch.is_grad_enabled(), False
+        self.state = self._state()
+
+    def _state(self) -> list[tuple]:
+        """Differs once the logits can no longer be computed as they would have been."""
+        tensors = [tensor for tensor in (self.weight, self.bias, self.hidden) if tensor is not None]
+        versions = [None if tensor.is_inference() else tensor._version for tensor in tensors]
+        storages = [(tensor.dtype, tensor.untyped_storage()._cdata) for tensor in tensors]
+        return [*zip(versions, storages, strict=True)]
 
     def logits(self) -> Tensor:
-        if self.head.weight._version != self.version:
+        """Raises RuntimeError if what they are made of is no longer there."""
+        if self._state() != self.state or self.differentiable and self.head.weight is not self.weight:
             raise RuntimeError(
-                "the logits of a forward with labels were not kept, and the output layer has changed since: read them "
-                "before the optimizer's step, or set LoSiAConfig.fused_loss=False"
+                "the logits of a forward with labels were not kept, and the output layer or the hidden states have "
+                "changed since: read them before, or set LoSiAConfig.fused_loss=False"
             )
         with torch.set_grad_enabled(self.differentiable), self.context():
-            return type(self.head).forward(self.head, self.hidden)
+            if self.differentiable:
+                return type(self.head).forward(self.head, self.hidden)
+            return F.linear(self.hidden, self.weight, self.bias)
 
     def cross_entropy(self, labels: Tensor, **options) -> Tensor:
         head = self.head
@@ -195,7 +213,7 @@ class LazyLogits(Tensor):
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
             if first.is_lazy:
-                result = _do_lazily(func, first, args, kwargs)
+                result = None if first.source.finished else _do_lazily(func, first, args, kwargs)
                 if result is not None:
                     return result
                 if first.source.differentiable:  # an evaluation reads them with good reason

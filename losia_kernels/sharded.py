@@ -5,6 +5,7 @@ of the weight's dtype a layer and step. Nothing of ``[out, in]`` is ever whole h
 Parameters are looked up on the layers at each use: FSDP and accelerate exchange them.
 """
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from .distributed import Ranks, Rows, gather_together, is_sharded
 from .linear import LoSiAConv1D, LoSiALinear, losia_layers
 from .subnet import Subnet
+
+_KEPT: "weakref.WeakKeyDictionary[LoSiALinear, tuple]" = weakref.WeakKeyDictionary()  # of ``_own_outputs``
 
 
 def uses_fully_shard(model: nn.Module) -> bool:
@@ -98,7 +101,15 @@ def move_subnets_(moves: Sequence[tuple[LoSiALinear, Subnet]], ranks: Ranks) -> 
 
 
 def _own_outputs(layer: LoSiALinear, ranks: Ranks) -> tuple[int, int, Tensor]:
-    """Which of ``out_idx`` (from, to) are rows that this rank holds of the weight, and their places in its shard."""
-    rows = Rows(ranks, layer.out_features)
-    first, last = rows.span(layer.out_idx)
-    return first, last, (layer.out_idx[first:last] - rows.start).to(layer.weight.device)
+    """Which of ``out_idx`` (from, to) are rows that this rank holds of the weight, and their places in its shard.
+
+    Waits for the GPU only where torch has counted a write to ``out_idx`` since the last call.
+    """
+    version = layer.out_idx.data_ptr(), layer.out_idx._version
+    kept = _KEPT.get(layer)
+    if kept is None or kept[0] != version:
+        rows = Rows(ranks, layer.out_features)
+        first, last = rows.span(layer.out_idx)
+        places = (layer.out_idx[first:last] - rows.start).to(layer.weight.device)
+        kept = _KEPT[layer] = version, (first, last, places)
+    return kept[1]

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Collection
 from dataclasses import asdict, replace
 from itertools import chain, product
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class Timeline:
             under a GradScaler, whose overflows are then left out). The importance is not linear in the gradient and
             must know (Eq. 3).
         listeners: called with ``(layer, subnet)`` just before a layer is relocalized to that subnet.
+        auto: whether the config said ``period="auto"``; ``config`` says what it has become.
         observers: of the layers that observe. ``handles``: hooks on the optimizer that ``detach`` takes off.
 
     ``total_steps``: see ``plan``. ``process_group``: the processes that hold replicas of the model, by default its
@@ -62,6 +64,7 @@ class Timeline:
         self.observers: dict[LoSiALinear, Observer] = {}
         self.handles: list[Any] = []
         self._schedule: Schedule | None = None
+        self.auto = self.config.period == "auto"
         if self.config.period != "auto":
             self.settle_period(self.config.period)
         if total_steps is not None:
@@ -69,17 +72,22 @@ class Timeline:
 
     def plan(self, total_steps: int) -> None:
         """Tell a run that begins how many optimizer steps it has: settles ``period="auto"``, and warns if the run ends
-        before every group has had its turn."""
-        if self._schedule is None:
-            period = auto_period(total_steps, len(self.groups))
+        before every group has had its turn.
+
+        Raises ValueError if ``total_steps`` is no whole number of at least 1.
+        """
+        if not isinstance(total_steps, Integral) or total_steps < 1:
+            raise ValueError(f"total_steps must be a whole number of optimizer steps, at least 1, got {total_steps!r}")
+        if self.auto and (self._schedule is None or self.step == 0):
+            period = auto_period(int(total_steps), len(self.groups))
             self.ranks.check_same({"LoSiAConfig.period": period}, {})
             self.settle_period(period)
-        problem = self.schedule.too_short(total_steps)
+        problem = self.schedule.too_short(int(total_steps))
         if problem:
             warnings.warn(f"LoSiA: {problem}", stacklevel=4)
 
     def settle_period(self, period: int) -> None:
-        """From here on ``config.period`` and ``schedule`` say it, and the first group observes."""
+        """From here on ``config.period`` and ``schedule`` say it, and whose turn it is observes."""
         self.config, self._schedule = replace(self.config, period=period), self.schedule_of(period)
         self._observe()
 
@@ -100,7 +108,7 @@ class Timeline:
         if self._schedule is None:
             raise RuntimeError(
                 "LoSiAConfig.period is 'auto', and nothing has said how many optimizer steps the run has: give "
-                "LoSiAAdamW or attach total_steps=..., or the Trainer a LoSiACallback"
+                "LoSiAAdamW or attach total_steps=..., the Trainer a LoSiACallback, or call timeline.plan(total_steps)"
             )
         return self._schedule
 
@@ -191,11 +199,13 @@ class Timeline:
         layer.observe_(None)
 
     def resume_at(self, step: int) -> None:
-        """Set the clock; whose turn it is begins to observe anew.
+        """Set the clock; whose turn it is begins to observe anew. Raises RuntimeError if ``schedule`` does.
 
         To be called before ``optimizer.state_dict()`` is asked which tensors to load, as accelerate's and torch's
         loading of sharded checkpoints does: the layers that observe differ from step to step.
         """
+        if step:
+            self.schedule.slot(step)
         for layer in list(self.observers):
             self._stop(layer)
         self.step = step

@@ -83,8 +83,8 @@ class TimelineState:
             raise ValueError("the optimizer state was not saved by a LoSiA run: it has no losia_step")
         for name, now in asdict(timeline.config).items():
             then = saved["losia_config"].get(name, now)
-            if name == "period" and "auto" in (then, now):
-                continue  # a period that is not settled yet becomes the checkpoint's
+            if name == "period" and (timeline.auto or then == "auto"):
+                continue  # with "auto" it becomes the checkpoint's
             if then != now and name not in _FREE_FIELDS:
                 raise ValueError(
                     f"the checkpoint was made with LoSiAConfig.{name}={then!r}, this run has {now!r}; "
@@ -106,7 +106,7 @@ class TimelineState:
                     observed[layer] = ours
             if rest:
                 state[i] = rest
-        period = timeline.config.period if timeline.config.period != "auto" else saved["losia_config"]["period"]
+        period = saved["losia_config"]["period"] if timeline.auto else timeline.config.period
         due = () if period == "auto" else timeline.schedule_of(period).observing(saved["losia_step"])
         if timeline.sharded and any(layer not in observed for group in due for layer in timeline.groups[group]):
             raise ValueError(
@@ -119,7 +119,7 @@ class TimelineState:
 
     def _load(self, optimizer: torch.optim.Optimizer) -> None:
         timeline, loaded, self._loaded = self._timeline, self._loaded, {}
-        if timeline.config.period == "auto" and loaded["period"] != "auto":
+        if timeline.auto and loaded["period"] != "auto":
             timeline.settle_period(loaded["period"])
         timeline.resume_at(loaded["step"])
         for layer, tensors in loaded["observed"].items():

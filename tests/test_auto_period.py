@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from tiny import make_batches, same_tensors, snapshot, take_step, tiny_lm
@@ -82,7 +83,7 @@ def test_a_run_with_fewer_steps_than_groups_is_warned_about():
 
 
 @BOTH
-@pytest.mark.parametrize("told", [None, STEPS], ids=["untold", "told"])
+@pytest.mark.parametrize("told", [None, STEPS, 2 * STEPS], ids=["untold", "told", "longer"])
 def test_a_resumed_run_has_the_period_of_its_checkpoint(make, told):
     model = make_model()
     optimizer = make(model, STEPS)
@@ -101,10 +102,40 @@ def test_a_resumed_run_has_the_period_of_its_checkpoint(make, told):
     assert same_tensors(model.state_dict(), again.state_dict())
 
 
-def test_a_resumed_run_that_was_told_another_length_is_refused():
+def test_a_number_in_the_place_of_auto_is_held_to_the_checkpoint():
     saved = losia_adamw(make_model(), STEPS).state_dict()
     with pytest.raises(ValueError, match="LoSiAConfig.period=3, this run has 6"):
-        losia_adamw(make_model(), 2 * STEPS).load_state_dict(saved)
+        losia_adamw(make_model(6), STEPS).load_state_dict(saved)
+
+
+def test_before_the_first_step_another_length_can_be_told():
+    """As when the Trainer has found a smaller batch."""
+    optimizer = losia_adamw(make_model("auto", importance="gradient"), 4)
+    assert optimizer.timeline.config.period == 1 and optimizer.timeline.observing == (0,)
+    optimizer.timeline.plan(STEPS)
+    assert optimizer.timeline.config.period == 3 and optimizer.timeline.observing == ()
+    take_step(optimizer.timeline._model, optimizer, make_batches(1)[0])
+    optimizer.timeline.plan(100)
+    assert optimizer.timeline.config.period == 3
+
+
+@pytest.mark.parametrize("period", ["auto", 3])
+@pytest.mark.parametrize("total_steps", [0, -5, 10.0, "40"])
+def test_a_length_that_is_none_is_refused(period, total_steps):
+    model = make_model(period)
+    with pytest.raises(ValueError, match="total_steps must be a whole number of optimizer steps, at least 1, got"):
+        losia_adamw(model, total_steps)
+
+
+def test_a_numpy_number_is_a_length():
+    assert losia_adamw(make_model(), np.int64(STEPS)).timeline.config.period == 3
+
+
+def test_the_clock_cannot_be_set_before_the_period_is_known():
+    timeline = losia_adamw(make_model()).timeline
+    with pytest.raises(RuntimeError, match="total_steps"):
+        timeline.resume_at(2)
+    assert timeline.step == 0
 
 
 def test_what_was_saved_before_the_number_of_steps_was_known_can_be_loaded():

@@ -33,6 +33,7 @@ from .progress import draw_loss_curve
 from .spectra import gradient_sums, singular_vector_similarity
 
 BINS = 192  # of neighbouring neurons, across a panel
+SOURCES = {"loss": "log.jsonl", "gradients": "run.json", "singular_vectors": "run.json"}  # what must be there
 SLICES = 8  # of the run's time, within a layer's band
 GRADIENT_BATCHES = 4
 
@@ -40,7 +41,7 @@ GRADIENT_BATCHES = 4
 def plot_run(
     run: Path, only: Sequence[str] | None = None, vectors: int = 500, base: str | None = None
 ) -> list[Path]:
-    """Draw the pictures named in ``only``, by default all, and return their files.
+    """Draw the pictures named in ``only``, by default all that ``run`` has what it takes for, and return their files.
 
     ``gradients`` and ``singular_vectors`` load the base model that ``run.json`` names, or ``base``. Raises InputError
     if ``run`` lacks what a picture is made from.
@@ -49,7 +50,7 @@ def plot_run(
         raise InputError(f"{run} holds no run: it has neither log.jsonl nor subnets.jsonl")
     (run / "plots").mkdir(exist_ok=True)
     drawn = []
-    for name in only or PICTURES:
+    for name in only or [name for name in PICTURES if (run / SOURCES.get(name, "subnets.jsonl")).exists()]:
         picture = run / "plots" / f"{name}.png"
         if name == "loss":
             draw_loss_curve(run / "log.jsonl", picture)

@@ -62,8 +62,9 @@ class LoSiACallback(TrainerCallback):
     with gradients to clip that ``in_backward=True`` has spent, or with several GPUs in one process (DataParallel).
     """
 
-    def __init__(self, trainer: Trainer, calibration_steps: int = CALIBRATION_STEPS, history: Path | None = None):
-        self.trainer, self.calibration_steps, self.history = trainer, calibration_steps, history
+    def __init__(self, trainer: Trainer, calibration_steps: int = CALIBRATION_STEPS, history: str | Path | None = None):
+        self.trainer, self.calibration_steps = trainer, calibration_steps
+        self.history = None if history is None else Path(history)
         self._training_step = trainer.training_step
         trainer.training_step = self._tell_divisor_and_train
 
@@ -82,7 +83,7 @@ class LoSiACallback(TrainerCallback):
                 f"are spent before the step; set max_grad_norm=0"
             )
         begins = state.global_step == timeline.step == 0  # not so in a second train(), which keeps the optimizer
-        if begins:
+        if begins or timeline.config.period == "auto":  # a checkpoint without the optimizer's state has no period
             timeline.plan(state.max_steps)
         if begins and timeline.config.init_subnet == "calibrated":
             batches = _first_batches(train_dataloader, self.calibration_steps, args.device)

@@ -105,6 +105,7 @@ def cross_entropy_grad_kernel(
     tl.store(lse_ptr + t, lse)
 
     if WRITE_GRAD:
+        tl.debug_barrier()  # all warps have read the target's logit before one of them writes its gradient there
         for first in range(0, vocabulary, BLOCK_OUT):
             offs_out = first + tl.arange(0, BLOCK_OUT)
             mask = offs_out < vocabulary

@@ -21,6 +21,7 @@ from losia_kernels.integrations.finetune import finetune
 from losia_kernels.integrations.history import SubnetHistory
 from losia_kernels.integrations.options import PICTURES
 from losia_kernels.integrations.progress import moving_average
+from losia_kernels.integrations.transformers import LoSiACallback
 from losia_kernels.linear import losia_layers
 
 STEPS = 9
@@ -130,6 +131,18 @@ def test_plot_says_what_is_missing(run, tmp_path, capsys):
     assert "not finished" in refused(tmp_path, "--only", "singular_vectors")
     assert "no model folder ./gone" in refused(tmp_path, "--only", "gradients", "--base", "./gone")
     assert cli.main(["plot", str(tmp_path), "--only", "loss"]) == 0
+
+
+def test_a_trainers_history_is_enough_for_what_it_shows(tmp_path, capsys):
+    trainer = make_trainer(tmp_path, config=CONFIG, max_steps=3)
+    trainer.pop_callback(LoSiACallback)
+    del trainer.training_step  # which that callback has replaced
+    trainer.add_callback(LoSiACallback(trainer, history=f"{tmp_path}/run/subnets.jsonl"))
+    trainer.train()
+    capsys.readouterr()
+    assert cli.main(["plot", str(tmp_path / "run")]) == 0
+    drawn = capsys.readouterr().out.split()
+    assert drawn == [str(tmp_path / "run" / "plots" / f"{name}.png") for name in ("timeline", "subnets", "frequency")]
 
 
 def test_a_resumed_run_records_each_place_once(run, model_folder):

@@ -155,6 +155,16 @@ def test_the_trainer_tells_the_steps_and_a_longer_resumed_run_keeps_its_period(t
     assert timeline.config.period == 1 and timeline.step == 20
 
 
+def test_a_checkpoint_without_the_optimizer_leaves_the_period_to_be_told(tmp_path):
+    config = dataclasses.replace(CONFIG, period="auto")
+    trainer = make_trainer(apply_losia(make_model(), config), tmp_path, Trainer, save_steps=4)
+    trainer.args.save_only_model = True
+    trainer.train()
+    again = make_trainer(apply_losia(make_model(), config), tmp_path, Trainer)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoints" / "checkpoint-8"))
+    assert again.optimizer.optimizer.timeline.config.period == 1
+
+
 def test_the_output_layer_starts_at_the_tokens_of_the_data(tmp_path):
     config = LoSiAConfig(rank_factor=0.25, output_dim_factor=0.1, init_subnet="random", output_init="frequency")
     model, snapshot = apply_losia(make_model(), config), Snapshot()

@@ -15,6 +15,7 @@ import losia_kernels.kernels
 
 HERE = Path(__file__).parent
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB that one program may have
 
 
 @pytest.fixture(scope="module", params=TARGETS)
@@ -37,6 +38,12 @@ def test_every_kernel_has_a_case(compiled):
 @pytest.mark.slow
 def test_no_spills(compiled):
     assert not [fact for fact in compiled if fact["spills"]]
+
+
+@pytest.mark.slow
+def test_shared_memory_is_there(compiled):
+    assert not [fact for fact in compiled if fact["shared"] > 1024 * SHARED[fact["target"]]]
+    assert any(fact["shared"] for fact in compiled)
 
 
 @pytest.mark.slow
