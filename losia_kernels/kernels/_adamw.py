@@ -33,7 +33,8 @@ def load_moment(ptrs, scale_ptrs, map_ptr, mask, mask_out):
     stored = tl.load(ptrs, mask=mask, other=0)
     if ptrs.dtype.element_ty == tl.uint8:
         scale = tl.load(scale_ptrs, mask=mask_out, other=0.0)  # [BLOCK_OUT]
-        return tl.load(map_ptr + stored.to(tl.int32)) * scale[:, None]
+        # fma by zero: a product, rounded, that the compiler cannot contract with what is subtracted from it
+        return tl.fma(tl.load(map_ptr + stored.to(tl.int32)), tl.broadcast_to(scale[:, None], stored.shape), 0.0)
     return stored.to(tl.float32)
 
 

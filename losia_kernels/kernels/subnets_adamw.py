@@ -136,10 +136,7 @@ def launch_subnets_adamw_(
             [rate / (1 - beta1**count) for rate, count in zip(lrs, steps, strict=True)],
             [(1 - beta2**count) ** 0.5 for count in steps],
         )  # fmt: skip
-        compiler: dict[str, int] = dict(config.compiler)
-        if has_codes:
-            compiler["enable_fp_fusion"] = False  # or a decoded moment would be rounded otherwise than a stored one
-            compiler["num_warps"] = config.num_warps if aligned else 8  # four spill
+        compiler = config.compiler | ({"num_warps": 8} if has_codes and not aligned else {})  # four spill
         with torch.cuda.device_of(weights[numbers[0]]):
             subnets_adamw_kernel[(len(matrix_of_tile),)](
                 _to_device(table, device), matrix_of_tile,
