@@ -117,14 +117,16 @@ class Source:
         self.head, self.hidden, self.context = head, hidden, context
         self.weight, self.bias = head.weight, head.bias  # the head may get others, as in torch.func.functional_call
         self.differentiable, self.finished = torch.is_grad_enabled(), False
+        self.storages = [tensor.untyped_storage() for tensor in self._tensors()]  # so that none gets another's address
         self.state = self._state()
+
+    def _tensors(self) -> list[Tensor]:
+        return [tensor for tensor in (self.weight, self.bias, self.hidden) if tensor is not None]
 
     def _state(self) -> list[tuple]:
         """Differs once the logits can no longer be computed as they would have been."""
-        tensors = [tensor for tensor in (self.weight, self.bias, self.hidden) if tensor is not None]
-        versions = [None if tensor.is_inference() else tensor._version for tensor in tensors]
-        storages = [(tensor.dtype, tensor.untyped_storage()._cdata) for tensor in tensors]
-        return [*zip(versions, storages, strict=True)]
+        return [(tensor.untyped_storage()._cdata, None if tensor.is_inference() else tensor._version)
+                for tensor in self._tensors()]  # fmt: skip
 
     def logits(self) -> Tensor:
         """Raises RuntimeError if what they are made of is no longer there."""
