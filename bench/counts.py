@@ -143,5 +143,10 @@ def table_saved_inputs(model: str = "llama-2-7b", tokens: int = 8192) -> str:
     return "\n".join(lines)
 
 
+def report() -> str:
+    """All tables."""
+    return "\n\n".join((table_subnet_grad(), table_observing(), table_saved_inputs(), table_fusions()))
+
+
 if __name__ == "__main__":
-    print(table_subnet_grad(), table_observing(), table_saved_inputs(), table_fusions(), sep="\n\n")
+    print(report())

@@ -4,11 +4,21 @@ import re
 from pathlib import Path
 from typing import Any
 
+from . import counts
 from .plots import PICTURES, draw_plots, picture_path
 from .provenance import ROOT
 from .store import load
 from .tables import TABLES
 
+PREDICTED = """\
+## Predicted, not measured
+
+By counting bytes and operations (`python -m bench.counts`), before any of it was timed on a GPU: no less time than this on
+an H200. `python -m bench variants` times the same forms there. The forms are chosen by these counts until it has.
+
+```
+{}
+```"""
 MARKER = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
 
 
@@ -87,6 +97,7 @@ def write_reports(results: Path, root: Path = ROOT) -> None:
         pictures = _pictures(device, results / "plots")
         links = "\n".join(f"![{path.stem}](results/plots/{path.name})" for path in pictures)
         sections.append(render(device) + (f"\n\n{links}" if links else ""))
+    sections.append(PREDICTED.format(counts.report()))
     (root / "bench" / "RESULTS.md").write_text("\n\n".join(sections) + "\n")
     for readme in (root / "README.md", root / "bench" / "README.md"):
         if readme.exists():

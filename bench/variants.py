@@ -190,5 +190,5 @@ def report(archs: tuple[str, ...] = ARCHS, tokens: int = 8192, p: float = 1 / 8)
         for variant in SUBNET_GRAD_VARIANTS
         if variant != "gathered_library"  # the vendor's product is not ours to compile
     ]
-    tables = (counts.table_subnet_grad(), counts.table_observing(), counts.table_saved_inputs(), counts.table_fusions())
-    return "\n\n".join(["\n".join(lines), "Counted, not measured. Bytes of an average random choice.", *tables])
+    counted = "Counted, not measured. Bytes of an average random choice."
+    return "\n\n".join(["\n".join(lines), counted, counts.report()])
