@@ -13,8 +13,8 @@ from .tables import TABLES
 PREDICTED = """\
 ## Predicted, not measured
 
-By counting bytes and operations (`python -m bench.counts`), before any of it was timed on a GPU: no less time than this on
-an H200. `python -m bench variants` times the same forms there. The forms are chosen by these counts until it has.
+By counting bytes and operations (`python -m bench.counts`), before any of it was timed on a GPU: no less time than this
+on an H200. `python -m bench variants` times the same forms there. The forms are chosen by these counts until it has.
 
 ```
 {}
