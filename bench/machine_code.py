@@ -55,14 +55,12 @@ def facts(kernel) -> dict[str, Any]:
     """Registers, bytes of shared memory, spills (zero when there are none), what is multiplied (or None) and whether
     matrix units do it."""
     product = re.search(r"tt\.dot .*: tensor<\d+x\d+x(\w+)>", kernel.asm["ttir"])
+    common = {"product_of": product and product[1], "shared": kernel.metadata.shared}
     if "cubin" not in kernel.asm:
-        shared = kernel.metadata.shared
-        return {"product_of": product and product[1], "shared": shared, **_amd_facts(kernel.asm["amdgcn"])}
+        return common | _amd_facts(kernel.asm["amdgcn"])
     resources = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _cuobjdump("--dump-resource-usage", kernel)))
     code = _cuobjdump("--dump-sass", kernel) if product else ""  # half a second: only where it is asked for
-    return {
-        "product_of": product and product[1],
-        "shared": kernel.metadata.shared,
+    return common | {
         "registers": int(resources["REG"]),
         "spills": int(resources["STACK"]) + int(resources["LOCAL"]),  # bytes of a stack frame: nothing else needs one
         "matrix_units": bool(re.search(r"\b(HMMA|HGMMA|UTCHMMA)\b", code)),

@@ -15,7 +15,7 @@ from .distributed import Ranks, Rows, gather_together, is_sharded
 from .linear import LoSiAConv1D, LoSiALinear, losia_layers
 from .subnet import Subnet
 
-_KEPT: "weakref.WeakKeyDictionary[LoSiALinear, tuple]" = weakref.WeakKeyDictionary()  # of ``_own_outputs``
+_OWN_OUTPUTS: "weakref.WeakKeyDictionary[LoSiALinear, tuple]" = weakref.WeakKeyDictionary()  # found before
 
 
 def uses_fully_shard(model: nn.Module) -> bool:
@@ -105,11 +105,11 @@ def _own_outputs(layer: LoSiALinear, ranks: Ranks) -> tuple[int, int, Tensor]:
 
     Waits for the GPU only where torch has counted a write to ``out_idx`` since the last call.
     """
-    version = layer.out_idx.data_ptr(), layer.out_idx._version
-    kept = _KEPT.get(layer)
-    if kept is None or kept[0] != version:
+    out_idx = layer.out_idx
+    known = _OWN_OUTPUTS.get(layer)
+    if known is None or known[0] is not out_idx or known[1] != out_idx._version:
         rows = Rows(ranks, layer.out_features)
-        first, last = rows.span(layer.out_idx)
-        places = (layer.out_idx[first:last] - rows.start).to(layer.weight.device)
-        kept = _KEPT[layer] = version, (first, last, places)
-    return kept[1]
+        first, last = rows.span(out_idx)
+        places = (out_idx[first:last] - rows.start).to(layer.weight.device)
+        known = _OWN_OUTPUTS[layer] = out_idx, out_idx._version, (first, last, places)
+    return known[2]

@@ -21,6 +21,11 @@ from .selection import NonFiniteScoreError
 from .sharded import check_shards, move_subnets_, uses_fully_shard
 from .subnet import Subnet
 
+UNSETTLED = (
+    "LoSiAConfig.period is 'auto', and nothing has said how many optimizer steps the run has: give LoSiAAdamW or attach "
+    "total_steps=..., the Trainer a LoSiACallback, or call timeline.plan(total_steps)"
+)
+
 
 class Timeline:
     """Drives the LoSiALinears of one model beside an optimizer; ``LoSiAAdamW`` and ``attach`` each hold one.
@@ -106,10 +111,7 @@ class Timeline:
     def schedule(self) -> Schedule:
         """Raises RuntimeError as long as ``period="auto"`` waits for the number of steps."""
         if self._schedule is None:
-            raise RuntimeError(
-                "LoSiAConfig.period is 'auto', and nothing has said how many optimizer steps the run has: give "
-                "LoSiAAdamW or attach total_steps=..., the Trainer a LoSiACallback, or call timeline.plan(total_steps)"
-            )
+            raise RuntimeError(UNSETTLED)
         return self._schedule
 
     @property
@@ -199,13 +201,14 @@ class Timeline:
         layer.observe_(None)
 
     def resume_at(self, step: int) -> None:
-        """Set the clock; whose turn it is begins to observe anew. Raises RuntimeError if ``schedule`` does.
+        """Set the clock; whose turn it is begins to observe anew. Raises RuntimeError while ``period="auto"``
+        waits for the number of steps.
 
         To be called before ``optimizer.state_dict()`` is asked which tensors to load, as accelerate's and torch's
         loading of sharded checkpoints does: the layers that observe differ from step to step.
         """
-        if step:
-            self.schedule.slot(step)
+        if step and self._schedule is None:
+            raise RuntimeError(UNSETTLED)
         for layer in list(self.observers):
             self._stop(layer)
         self.step = step

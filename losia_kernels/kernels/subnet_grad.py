@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import eager
 from ._device import dot, load_index, store_as
 from ._launch import LaunchConfig, subnet_grad_config
 from .gather import launch_gather_features
@@ -84,7 +85,7 @@ def launch_subnet_grad(
     if out_idx is not None and config.variant.startswith("gathered"):
         dy, out_idx = launch_gather_features(dy, out_idx, alignment), None
     if config.variant == "gathered_library":
-        return _library_product(dy, x)
+        return eager.subnet_grad_partials(dy, x, None, None)
     return _launch_product(dy, x, out_idx, in_idx, k_out, k_in, alignment, config)
 
 
@@ -113,10 +114,3 @@ def _launch_product(
             PREFETCH=config.prefetch and out_idx is not None, **config.compiler,
         )  # fmt: skip
     return partials
-
-
-def _library_product(dy: Tensor, x: Tensor) -> Tensor:
-    """``dy.T @ x`` by the vendor's library, ``[1, k_out, k_in]`` float32."""
-    if dy.is_cuda and dy.dtype != torch.float32:
-        return torch.mm(dy.T, x, out_dtype=torch.float32).unsqueeze(0)
-    return (dy.float().T @ x.float()).unsqueeze(0)
