@@ -22,8 +22,8 @@ from .sharded import check_shards, move_subnets_, uses_fully_shard
 from .subnet import Subnet
 
 UNSETTLED = (
-    "LoSiAConfig.period is 'auto', and nothing has said how many optimizer steps the run has: give LoSiAAdamW or attach "
-    "total_steps=..., the Trainer a LoSiACallback, or call timeline.plan(total_steps)"
+    "LoSiAConfig.period is 'auto', and nothing has said how many optimizer steps the run has: give LoSiAAdamW or "
+    "attach total_steps=..., the Trainer a LoSiACallback, or call timeline.plan(total_steps)"
 )
 
 
