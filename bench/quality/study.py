@@ -85,7 +85,7 @@ EQUAL_MEMORY = "lora-r11"
 REST = tuple(name for name in METHODS if name not in (*FIRST, EQUAL_MEMORY))
 OUTPUT_LAYER = ("head", "head-frequency")
 TELLING = ("random", "marginal", "alignment-16", "no-wds", "sl", "gl", "period-100", "budget")
-PERIODS = ("cycles-2", "period-100")
+DEFAULTS = ("marginal", "alignment-16", "cycles-2", "period-100")  # what might be chosen for the user, on further tasks
 SEQUENCE = ("past-tense", "pronunciation", "arithmetic", "code", "plural")
 
 
@@ -96,10 +96,10 @@ def study(scale: Scale) -> list[Run]:
     for task in ("past-tense", "pronunciation"):
         runs += several(scale, task, *FIRST)
         runs.append(Run("oracle", scale.name, task, "losia-p8", 0, None, scale.steps))
-        runs += ablations(scale, task, ("alignment-16", *OUTPUT_LAYER, *PERIODS) if task == "past-tense" else TELLING)
+        runs += ablations(scale, task, (*DEFAULTS, *OUTPUT_LAYER) if task == "past-tense" else TELLING)
     runs += several(scale, "pronunciation", EQUAL_MEMORY)
     runs += analyses(scale)
-    runs += [*several(scale, "arithmetic", *FIRST), *ablations(scale, "arithmetic", PERIODS)]
+    runs += [*several(scale, "arithmetic", *FIRST), *ablations(scale, "arithmetic", DEFAULTS)]
     for method in REST:
         runs += several(scale, "pronunciation", method)
     runs += ablations(scale, "pronunciation", tuple(name for name in VARIANTS if name not in TELLING))
@@ -131,10 +131,10 @@ def data_scales(scale: Scale) -> Iterator[Run]:
 
 def sequences(scale: Scale) -> Iterator[Run]:
     """Five tasks one after another, with the searches and single-task runs that the fifth still lacks."""
-    methods = ("lora-r8", "losia-p8", "lora-r64")
-    yield from several(scale, "plural", *methods)
+    yield from several(scale, "plural", *FIRST)
+    yield from ablations(scale, "plural", DEFAULTS)
     for seed in SEEDS:
-        for method in methods:
+        for method in ("lora-r8", "losia-p8", "lora-r64"):
             yield Run("sequence", scale.name, "+".join(SEQUENCE), method, seed, None, scale.steps)
 
 
