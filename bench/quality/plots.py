@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from .analyses import SHARES
 from .methods import METHODS
-from .tables import OURS, Results, of, title
+from .tables import OURS, Results, held_out, of, title
 
 
 def draw_plots(results: Results, tasks: list[str], scale: str, folder: Path) -> list[Path]:
@@ -14,10 +15,13 @@ def draw_plots(results: Results, tasks: list[str], scale: str, folder: Path) -> 
     import matplotlib.pyplot as plt
 
     drawn = []
-    settings = {"svg.hashsalt": "losia", "svg.fonttype": "none", "figure.figsize": (7, 4), "font.size": 8}
-    pictures: list[tuple[str, Callable, str]] = [("selection", _selection, "")]
+    settings = {"svg.hashsalt": "losia", "svg.fonttype": "none", "figure.figsize": (7, 4), "font.size": 8,
+                "axes.prop_cycle": plt.cycler(color=plt.get_cmap("tab20").colors[::2] + ("black",))}  # fmt: skip
+    pictures: list[tuple[str, Callable, str]] = [("all-lengths", _lengths, ""), ("all-selection", _selection, ""),
+                                                 ("all-gradients", _gradients, "")]  # fmt: skip
     for task in tasks:
-        pictures += [(f"{task}-search", _search, task), (f"{task}-loss", _loss, task)]
+        pictures += [(f"{task}-learned-and-lost", _learned_and_lost, task), (f"{task}-search", _search, task),
+                     (f"{task}-loss", _loss, task)]  # fmt: skip
     with plt.rc_context(settings):
         for name, draw, task in pictures:
             figure = plt.figure(layout="constrained")
@@ -28,6 +32,35 @@ def draw_plots(results: Results, tasks: list[str], scale: str, folder: Path) -> 
                 drawn.append(path)
             plt.close(figure)
     return drawn
+
+
+def _learned_and_lost(axes, results: Results, task: str) -> bool:
+    """Cost of right answers against cost of English, a mark a seed: down and to the left is better."""
+    for method in METHODS:
+        found = of(results, task=task, kind="main", method=method)
+        if found:
+            axes.plot([held_out(r, "nll") for r in found], [r["scores"]["english"][""]["nll"] for r in found],
+                      "s" if method.startswith("losia") else "o", label=title(method))  # fmt: skip
+    for result in of(results, task=task, kind="untrained"):
+        axes.axhline(result["scores"]["english"][""]["nll"], color="gray", linewidth=0.8, label="English, untrained")
+    axes.set(xlabel="nats a token of right answers, held out", ylabel="nats a token of English after", title=task)
+    return _legend(axes)
+
+
+def _lengths(axes, results: Results, task: str) -> bool:
+    """Cost by number of steps: does what LoSiA lacks or has over the others grow with longer runs?"""
+    found = [r for r in of(results, task="pronunciation", variant="")
+             if r["run"]["kind"] == "main" or r["run"]["kind"].startswith("scale-")]  # fmt: skip
+    for method in METHODS:
+        steps = sorted({r["run"]["steps"] for r in of(found, method=method)})
+        costs = [[held_out(r, "nll") for r in of(found, method=method, steps=length)] for length in steps]
+        if len(steps) > 1:
+            axes.plot(steps, [sum(values) / len(values) for values in costs], "o-", label=title(method))
+    ticks = sorted({r["run"]["steps"] for r in found})
+    axes.set(xlabel="steps", ylabel="nats a token, held out", title="pronunciation", xscale="log")
+    axes.set_xticks(ticks, labels=map(str, ticks))
+    axes.minorticks_off()
+    return _legend(axes)
 
 
 def _search(axes, results: Results, task: str) -> bool:
@@ -64,8 +97,21 @@ def _selection(axes, results: Results, task: str) -> bool:
     return _legend(axes)
 
 
+def _gradients(axes, results: Results, task: str) -> bool:
+    """How much of the gradient few neurons hold, all lines being straight if it were spread evenly (Figures 2, 9)."""
+    from matplotlib import colormaps
+
+    for result in of(results, kind="analysis", method=OURS):
+        for place, (name, held) in enumerate(result["gradients"].items()):
+            for side, style in (("out", "o-"), ("in", "s--")):
+                axes.plot([0, *SHARES, 1], [0, *held[side], 1], style, color=colormaps["tab20"](place), markersize=3,
+                          label=f"{name.removeprefix('model.layers.')} {side}")  # fmt: skip
+    axes.set(xlabel="share of the neurons, largest first", ylabel="share of the sum of |g|")
+    return _legend(axes)
+
+
 def _legend(axes) -> bool:
     if not axes.get_lines():
         return False
-    axes.legend(fontsize=7)
+    axes.figure.legend(loc="outside right upper", fontsize=7)
     return True

@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from .methods import METHODS
+from .overview import overview, verdicts
 from .plots import draw_plots
 from .store import RESULTS, Store
 from .study import SCALES, SEEDS, Scale, study, timings
-from .tables import OURS, SECTIONS, SIGNIFICANT, Results, compared, comparison, of, quality, searched, title, usable
+from .tables import SECTIONS, Results, comparison, of, quality, searched, usable
 from .tasks import TASKS
 
 HEAD = """\
 # Does it learn better?
 
 Full fine-tuning, LoRA, DoRA, PiSSA, GaLore and LoSiA on SmolLM2-135M-Instruct (float32) and real data. Written by
-`python -m bench quality-report` from the files in `results/`; nothing here is typed in.
+`python -m bench quality-report`; every figure comes from the files in `results/`.
 
 ```
 python examples/past_tense/smollm.py .cache        # the model, once
@@ -52,7 +53,6 @@ REGIME = """\
 A run learns from {samples} samples, and in a run of one cycle each of the 30 layers observes for {turn} steps. The
 paper's runs have many thousands of samples, slots of 50 to 150 steps and about eleven cycles. What is found here is
 what a user of so short a run sees; it need not hold for longer ones."""
-NOTABLE = 0.01  # nats a token on other text below which no difference is spoken of
 AUTO = """\
 ## What this says about the defaults
 
@@ -93,58 +93,30 @@ def one_scale(everything: Results, scale: Scale, store: Store) -> str:
     results, dropped = usable(everything)
     tasks = [task for task in TASKS if of(results, task=task)]
     parts = [f"## {scale.name.capitalize()} scale: {scale.steps} steps of {scale.batch}", origin(everything),
-             REGIME.format(samples=scale.steps * scale.batch, turn=scale.steps // 30), worse(results, tasks),
+             REGIME.format(samples=scale.steps * scale.batch, turn=scale.steps // 30),
              remaining(scale, store)]  # fmt: skip
+    for what, section in {"At a glance": overview, "Where LoSiA is worse": verdicts}.items():
+        if text := section(results, tasks):
+            parts.append(f"### {what}\n\n{text}")
+    pictures = draw_plots(results, tasks, scale.name, store.folder / "plots")
+
+    def pictured(beginning: str) -> list[str]:
+        return [f"![{p.stem}]({store.folder.name}/plots/{p.name})" for p in pictures if p.stem.startswith(beginning)]
+
     for task in tasks:
         tables = [quality(results, task), comparison(results, task), searched(results, task)]
         titles = ["at equal steps", "paired over items", "the search, nats a token on the search split"]
         for what, text in zip(titles, tables, strict=True):
             if text:
                 parts.append(f"### {TASKS[task].title.capitalize()}: {what}\n\n{text}")
+        parts += pictured(f"{scale.name}-{task}-")
     for what, section in SECTIONS.items():
         text = section(results)
         if text:
             parts.append(f"### {what}\n\n{text}")
-    pictures = draw_plots(results, tasks, scale.name, store.folder / "plots")
-    if pictures:
-        parts.append("\n".join(f"![{p.stem}]({store.folder.name}/plots/{p.name})" for p in pictures))
+    parts += pictured(f"{scale.name}-all-")
     parts.append("### Dropped\n\n" + ("\n".join(f"- {line}" for line in dropped) or "Nothing."))
     return "\n\n".join(parts)
-
-
-def worse(results: Results, tasks: list[str]) -> str:
-    """Where LoSiA p 1/8 is worse, where better and where no difference was found, in words, from the same tests."""
-    lines: dict[str, list[str]] = {"worse": [], "better": [], "neither": []}
-    for task in tasks:
-        for row in compared(results, task):
-            where = f"{title(row['method'])} on {TASKS[task].title}"
-            name = f"{where} ({row['nll']:+.2f} nats an item, seeds: {row['seeds']})"
-            if row["nll_p"] < SIGNIFICANT:
-                lines["worse" if row["nll"] > 0 else "better"].append(name)
-            else:
-                lines["neither"].append(name)
-    more_lost = [f"{title(method)} on {TASKS[task].title} (english: {ours:.2f} nats a token, not {theirs:.2f})"
-                 for task in tasks for method, ours, theirs in lost(results, task)
-                 if ours > theirs + NOTABLE]  # fmt: skip
-    text = {
-        "worse": "**By the cost of right answers LoSiA p 1/8 is worse than**", "better": "**It is better than**",
-        "neither": "**No difference was found to**",
-    }  # fmt: skip
-    parts = [f"{text[kind]}: {'; '.join(names) or 'none so far'}." for kind, names in lines.items()]
-    parts.append(f"**It loses more of other text than**: {'; '.join(more_lost) or 'none so far'}.")
-    return "\n\n".join(parts)
-
-
-def lost(results: Results, task: str) -> list[tuple[str, float, float]]:
-    """Mean cost on English of LoSiA p 1/8 and of each other method, after training on ``task``."""
-
-    def mean(method: str) -> float | None:
-        found = of(results, task=task, kind="main", method=method)
-        return sum(r["scores"]["english"][""]["nll"] for r in found) / len(found) if found else None
-
-    ours = mean(OURS)
-    others = [(method, mean(method)) for method in METHODS if method != OURS]
-    return [(method, ours, theirs) for method, theirs in others if ours is not None and theirs is not None]
 
 
 def remaining(scale: Scale, store: Store) -> str:

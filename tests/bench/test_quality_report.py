@@ -99,13 +99,24 @@ def no_plots(monkeypatch):
 
 
 def test_the_report_says_where_losia_is_worse(filled, no_plots):
-    text = report.render(filled)
-    beginnings = "LoSiA p 1/8 is worse than", "It is better than", "No difference was found to", "other text than"
-    worse, better, neither, lost = (re.search(rf"{words}\*\*: (.*)", text)[1] for words in beginnings)
-    assert "full fine-tuning on spelling to sounds (+0.50 nats an item" in worse and "LoRA" not in worse
-    assert "LoRA r 8" in better and "fine-tuning" not in better
-    assert "LoRA r 64" in neither
-    assert all(name in lost for name in ("full fine-tuning", "LoRA r 8", "LoRA r 64"))
+    table = report.render(filled).split("### Where LoSiA is worse")[1].split("\n\n")[1]
+    assert table.splitlines()[2:] == [
+        "| spelling to sounds | full fine-tuning (+0.50) | LoRA r 64 (-0.00) | LoRA r 8 (-0.50) "
+        "| full fine-tuning (+0.20), LoRA r 8 (+0.20), LoRA r 64 (+0.20) |"
+    ]
+
+
+def test_all_methods_and_tasks_stand_in_one_table(filled, no_plots):
+    for trial in searches(SMALL, "plural", "fft"):
+        filled.write(trial, result(trial, 1 + trial.lr))
+    for run in finals(SMALL, "plural", "fft"):
+        run = filled.resolve(run)
+        filled.write(run, result(run, 2.0, english=4.0))
+    table = report.render(filled).split("### At a glance")[1].split("\n\n")[1]
+    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+    assert head[2:] == ["spelling to sounds", "plural of nouns", "english after, mean over tasks"]
+    assert rows[0] == ["full fine-tuning", "1.00", "**0.500 ± 0.000**", "**2.000 ± 0.000**", "3.500"]
+    assert rows[2] == ["LoSiA p 1/8", "1.00", "1.000 ± 0.000", "", ""]
 
 
 def test_the_report_names_trials_and_what_is_missing(filled, no_plots):
@@ -166,7 +177,9 @@ def test_the_same_files_give_the_same_report(filled, capsys):
     assert report.main(["--results", str(filled.folder)]) == 0
     path = filled.folder.parent / "README.md"
     pictures = re.findall(r"\((results/plots/.*?)\)", path.read_text())
-    assert len(pictures) == 2 and all((path.parent / picture).exists() for picture in pictures)
+    names = [f"small-pronunciation-{what}.svg" for what in ("learned-and-lost", "search", "loss")]
+    assert [name.split("/")[-1] for name in pictures] == names
+    assert all((path.parent / picture).exists() for picture in pictures)
     first = path.read_text(), {p.name: p.read_bytes() for p in (filled.folder / "plots").iterdir()}
     assert report.main(["--results", str(filled.folder)]) == 0
     assert first == (path.read_text(), {p.name: p.read_bytes() for p in (filled.folder / "plots").iterdir()})
