@@ -104,7 +104,7 @@ def study(scale: Scale) -> list[Run]:
         runs += several(scale, "pronunciation", method)
     runs += ablations(scale, "pronunciation", tuple(name for name in VARIANTS if name not in TELLING))
     runs += data_scales(scale)
-    runs += [*several(scale, "code", *FIRST), *sequences(scale)]
+    runs += [*several(scale, "code", *FIRST), *ablations(scale, "code", ("marginal",)), *sequences(scale)]
     for task, method in product(("past-tense", "arithmetic", "code"), REST):
         runs += several(scale, task, method)
     return [*(replace(base, task=task) for task in TASKS), *runs]
@@ -124,7 +124,7 @@ def data_scales(scale: Scale) -> Iterator[Run]:
     the others?"""
     for factor in (0.5, 2, 4):
         steps = int(scale.steps * factor)
-        forms = [("losia-p8", variant) for variant in ("cycles-half", "", "cycles-2", "period-100")]
+        forms = [("losia-p8", variant) for variant in ("cycles-half", "", "cycles-2", "period-100", "marginal")]
         for method, variant in (*forms, *((method, "") for method in FIRST if method != "losia-p8")):
             yield Run(f"scale-{steps}", scale.name, "pronunciation", method, 0, None, steps, variant)
 

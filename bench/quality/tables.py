@@ -313,6 +313,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "Ablations of LoSiA p 1/8, past tense": functools.partial(ablations, task="past-tense"),
     "Ablations of LoSiA p 1/8, spelling to sounds": ablations,
     "Ablations of LoSiA p 1/8, arithmetic": functools.partial(ablations, task="arithmetic"),
+    "Ablations of LoSiA p 1/8, completing code": functools.partial(ablations, task="code"),
     "Ablations of LoSiA p 1/8, plurals": functools.partial(ablations, task="plural"),
     "Number of steps and cycles, spelling to sounds": data_scales,
     "Defaults on trial": automatic,
