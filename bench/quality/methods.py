@@ -104,7 +104,8 @@ def losia_config(model: nn.Module, setting: Setting, rank_factor: float) -> LoSi
     if unknown:
         raise MissingPeer(f"LoSiAConfig has no field {', '.join(unknown)}")
     period = max(1, int(setting.steps / (groups * setting.options.get("cycles", CYCLES))))
-    values = {"rank_factor": rank_factor, "period": period, "warmup_steps": setting.warmup, "seed": setting.seed}
+    values = {"rank_factor": rank_factor, "period": period, "warmup_steps": setting.warmup, "seed": setting.seed,
+              "importance": "sensitivity"}  # fmt: skip
     return LoSiAConfig(**(values | options))
 
 
@@ -140,7 +141,7 @@ METHODS: dict[str, Method] = {
         Method("fft", "full fine-tuning", "all parameters, torch AdamW", (1e-5, 3e-5, 1e-4, 3e-4), _full),
         Method("lora-r8", "LoRA r 8", f"peft, alpha 16, {_LORA}", _LRS,
                functools.partial(_adapters, rank=8)),
-        Method("losia-p8", "LoSiA p 1/8", "this package, its defaults, calibrated start", _LRS,
+        Method("losia-p8", "LoSiA p 1/8", "this package, the paper's defaults but for one cycle a run and a calibrated start", _LRS,
                functools.partial(_losia, rank_factor=1 / 8)),
         Method("lora-r64", "LoRA r 64", f"peft, alpha 128, {_LORA}", _LARGE_RANK_LRS,
                functools.partial(_adapters, rank=64)),
@@ -190,6 +191,9 @@ VARIANTS: dict[str, Variant] = {
         Variant("cycles-quarter-random", "the same from random subnets", {"cycles": 0.25, "init_subnet": "random"}),
         Variant("cycles-half", "twice the period", {"cycles": 0.5}),
         Variant("cycles-2", "half the period", {"cycles": 2}),
+        Variant("together-100", "all layers move together, every 100 steps", {"update_type": "sync", "period": 100}),
+        Variant("together-100-marginal", "the same, importance: sums only",
+                {"update_type": "sync", "period": 100, "importance": "marginal"}),
         Variant("bf16", "bf16 model, float32 master", {"bfloat16": True}),
         Variant("bf16-stochastic", "bf16 model, no master, stochastic rounding",
                 {"bfloat16": True, "master_weights": False}),

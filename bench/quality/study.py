@@ -85,6 +85,7 @@ EQUAL_MEMORY = "lora-r11"
 REST = tuple(name for name in METHODS if name not in (*FIRST, EQUAL_MEMORY))
 OUTPUT_LAYER = ("head", "head-frequency")
 TELLING = ("random", "marginal", "alignment-16", "no-wds", "sl", "gl", "period-100", "budget")
+LONG_SLOTS = ("together-100", "together-100-marginal")
 DEFAULTS = ("marginal", "alignment-16", "cycles-2", "period-100")  # what might be chosen for the user, on further tasks
 SEQUENCE = ("past-tense", "pronunciation", "arithmetic", "code", "plural")
 
@@ -102,7 +103,9 @@ def study(scale: Scale) -> list[Run]:
     runs += [*several(scale, "arithmetic", *FIRST), *ablations(scale, "arithmetic", DEFAULTS)]
     for method in REST:
         runs += several(scale, "pronunciation", method)
-    runs += ablations(scale, "pronunciation", tuple(name for name in VARIANTS if name not in TELLING))
+    runs += ablations(
+        scale, "pronunciation", tuple(name for name in VARIANTS if name not in (*TELLING, *LONG_SLOTS))
+    )
     runs += data_scales(scale)
     runs += [*several(scale, "code", *FIRST), *ablations(scale, "code", ("marginal",)), *sequences(scale)]
     for task, method in product(("past-tense", "arithmetic", "code"), REST):
@@ -127,6 +130,8 @@ def data_scales(scale: Scale) -> Iterator[Run]:
         forms = [("losia-p8", variant) for variant in ("cycles-half", "", "cycles-2", "period-100", "marginal")]
         for method, variant in (*forms, *((method, "") for method in FIRST if method != "losia-p8")):
             yield Run(f"scale-{steps}", scale.name, "pronunciation", method, 0, None, steps, variant)
+    for variant in LONG_SLOTS:  # slots as long as the paper's, which no run of so few steps has for each layer in turn
+        yield Run(f"scale-{steps}", scale.name, "pronunciation", "losia-p8", 0, None, steps, variant)
 
 
 def sequences(scale: Scale) -> Iterator[Run]:

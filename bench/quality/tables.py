@@ -205,6 +205,7 @@ def data_scales(results: Results) -> str:
     return f"{table(['steps', *columns], rows)}\n\n{note}"
 
 
+FORMS = {"marginal": "", "together-100-marginal": "together-100"}
 RIVALS = {
     "cycles-quarter": "a quarter of a cycle", "cycles-half": "half a cycle", "cycles-2": "two cycles",
     "period-100": "the paper's period of 100", "budget": "rank factors by importance",
@@ -224,6 +225,27 @@ def automatic(results: Results) -> str:
             parts.append(f"Against LoSiA p 1/8 with one cycle a run, on {TASKS[task].title}:\n\n" +
                          "\n".join(filter(None, lines)))  # fmt: skip
     return "\n\n".join(parts)
+
+
+def importance_forms(results: Results) -> str:
+    """Importance by sums only against the paper's, wherever both were run, by length of the slots."""
+    rows = []
+    for result in of(results, method=OURS, seed=0):
+        run = result["run"]
+        if run["variant"] in FORMS:
+            same = {key: run[key] for key in ("method", "task", "steps", "kind")}
+            found = of(results, **same, variant=run["variant"])
+            whole = "main" if run["kind"] == "ablation" else run["kind"]
+            base = of(results, **same | {"kind": whole}, variant=FORMS[run["variant"]])
+            if base:
+                differences = item_differences(found, base, "nll")
+                rows.append([TASKS[run["task"]].title, str(run["steps"]), str(result["made"]["period"]),
+                             show([held_out(r, "nll") for r in base], 3), show([held_out(r, "nll") for r in found], 3),
+                             f"{sum(differences) / len(differences):+.3f}",
+                             show_p(sign_flip_test(differences))])  # fmt: skip
+    head = ["task", "steps", "steps of a slot", "the paper's importance, nats a token", "sums only",
+            "nats an item more", "p (of one test)"]  # fmt: skip
+    return table(head, rows) if rows else ""
 
 
 def verdict(name: str, found: Results, base: Results) -> str:
@@ -316,6 +338,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "Ablations of LoSiA p 1/8, completing code": functools.partial(ablations, task="code"),
     "Ablations of LoSiA p 1/8, plurals": functools.partial(ablations, task="plural"),
     "Number of steps and cycles, spelling to sounds": data_scales,
+    "Importance by sums only": importance_forms,
     "Defaults on trial": automatic,
     "Memory and time, spelling to sounds": costs,
     "Five tasks in sequence": continual,

@@ -29,7 +29,7 @@ def result(run: Run, nll: float, right: float = 0.5, english: float = 3.0, **mor
     if run.kind != "search":
         scores["english"][""]["nll"] = english
     return {"run": asdict(run), "status": "ok", "items": run.kind == "search" and "s" or "h", "each": each,
-            "scores": scores, "curve": [[0, 2.0], [1, 1.0]], "provenance": ORIGIN,
+            "scores": scores, "curve": [[0, 2.0], [1, 1.0]], "provenance": ORIGIN, "made": {"period": 2},
             "memory": {"trained_values": 10**6, "gradient_bytes": 4, "optimizer_bytes": 8}} | more  # fmt: skip
 
 
@@ -158,6 +158,23 @@ def test_rules_for_period_and_rank_factor_are_judged_by_the_paired_test(filled, 
     assert "- two cycles: worse (+0.250" in text and "- rank factors by importance: better (-0.250" in text
     assert "- the paper's period of 100: no difference (+0.000" in text and "half a cycle" not in text.split("##")[0]
     assert "- two cycles, against the period of 100: worse (+0.250" in text
+
+
+def test_forms_of_importance_are_paired_at_every_length(filled, no_plots):
+    costs = {"": 0.5, "marginal": 0.75, "together-100": 0.6, "together-100-marginal": 0.6}
+    for run in (*ablations(SMALL, "pronunciation", ("marginal",)), *data_scales(SMALL)):
+        run = filled.resolve(run)
+        nll = costs.get(run.variant, 1.0) if run.kind != "ablation" else 0.9
+        if run.method == "losia-p8" and run.steps != 30:
+            filled.write(run, result(run, nll, made={"period": 100 if "together" in run.variant else run.steps // 30}))
+    table = report.render(filled).split("### Importance by sums only")[1].split("\n\n")[1]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    assert sorted(map(tuple, rows)) == [
+        ("spelling to sounds", "120", "4", "0.500 (n=1)", "0.750 (n=1)", "+0.250", "< 0.001"),
+        ("spelling to sounds", "240", "100", "0.600 (n=1)", "0.600 (n=1)", "+0.000", "1.000"),
+        ("spelling to sounds", "240", "8", "0.500 (n=1)", "0.750 (n=1)", "+0.250", "< 0.001"),
+        ("spelling to sounds", "60", "2", "1.000 ± 0.000", "0.900 ± 0.000", "-0.100", "< 0.001"),
+    ]
 
 
 def test_longer_runs_stand_beside_those_of_the_other_methods(filled, no_plots):
