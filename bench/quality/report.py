@@ -81,6 +81,9 @@ def render(store: Store) -> str:
     parts = [HEAD.format(trials="/".join(map(str, trials)), calibration=4, seeds=len(SEEDS))]
     parts.append("\n".join(["| task | data |", "| --- | --- |",
                             *(f"| {task.title} | {task.source} |" for task in TASKS.values())]))  # fmt: skip
+    parts.append("\n".join(["| method | settings | learning rates tried |", "| --- | --- | --- |",
+                            *(f"| {method.title} | {method.settings} | {', '.join(f'{lr:.0e}' for lr in method.lrs)} |"
+                              for method in METHODS.values())]))  # fmt: skip
     for name in ("large", "small"):
         here = [result for result in everything if result["run"]["scale"] == name]
         if here:
