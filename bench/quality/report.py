@@ -28,8 +28,9 @@ python -m bench quality --set timings --quiet-machine              # seconds; on
 python -m bench quality-report
 ```
 
-On a GPU the same commands run the larger scale; `--minutes 8.5`, again and again, cuts it into pieces. Each run is one
-JSON file, written when it ends; a run that is stopped is run again.
+`--jobs 2` runs two at a time, each with half of the cores. On a GPU the same commands run the larger scale: one run of
+so small a model leaves most of a GPU idle, so share it, `--jobs 12`; `--minutes 8.5`, again and again, cuts the study
+into pieces. Each run is one JSON file, written when it ends; a run that is stopped is run again.
 
 **How.** Every method sees the same batches in the same order. Its learning rate is the best of {trials} tried with a
 seed of its own on a search split that is in no other table; all else is as its library recommends. The rate warms up

@@ -50,10 +50,14 @@ class Store:
             return False
 
     def resolve(self, run: Run) -> Run:
-        """``run`` with the learning rate of its search and its number of steps. Raises NotReady."""
+        """``run`` with the learning rate of its search and its number of steps. Raises NotReady, as for a sequence of
+        which a task has not been searched."""
         if run.steps is None:
             run = replace(run, steps=self.equal_steps(run.scale, run.method))
-        if run.lr is None and run.kind not in ("untrained", "sequence"):
+        if run.kind == "sequence":
+            for task in run.task.split("+"):
+                self.best_lr(run.scale, task, run.method)
+        elif run.lr is None and run.kind != "untrained":
             run = replace(run, lr=self.best_lr(run.scale, run.task, run.method))
         return run
 

@@ -1,6 +1,10 @@
 """What is run, in which order, what is kept, what is run again."""
 
 import json
+import os
+import signal
+import threading
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, replace
 
 import pytest
@@ -38,19 +42,19 @@ def ran(monkeypatch):
     """The ids of what was carried out, in order."""
     ids = []
 
-    def carry_out(run, base, store):
+    def carry_out(run, store):
         ids.append(run.id)
-        return fake_result(run)
+        return fake_result(run), 1.0
 
     monkeypatch.setattr(runner, "_carry_out", carry_out)
     return ids
 
 
-def run_all(runs, folder, minutes=None):
+def run_all(runs, folder, minutes=None, pool=None, jobs=1):
     lines = []
     kept = Store(folder)
     todo = [run for run in runs if not kept.is_done(run)]
-    failed = runner.run_all(todo, kept, None, ORIGIN, minutes, lines.append)
+    failed = runner.run_all(todo, kept, pool or runner.InThisProcess(), jobs, ORIGIN, minutes, lines.append)
     return failed, lines
 
 
@@ -106,10 +110,10 @@ def test_stopped_and_started_again(tmp_path, ran, monkeypatch):
     runs = [*searches(SMALL, "past-tense", "fft"), *finals(SMALL, "past-tense", "fft")]
     carry_out = runner._carry_out
 
-    def stopped(run, base, store):
+    def stopped(run, store):
         if len(ran) == 2:
             raise KeyboardInterrupt
-        return carry_out(run, base, store)
+        return carry_out(run, store)
 
     monkeypatch.setattr(runner, "_carry_out", stopped)
     with pytest.raises(KeyboardInterrupt):
@@ -143,10 +147,10 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_one_that_fails_does_not_stop_the_others(tmp_path, ran, monkeypatch):
     carry_out = runner._carry_out
 
-    def sometimes(run, base, store):
+    def sometimes(run, store):
         if run.lr == 3e-5:
             raise RuntimeError("boom")
-        return carry_out(run, base, store)
+        return carry_out(run, store)
 
     monkeypatch.setattr(runner, "_carry_out", sometimes)
     runs = [*searches(SMALL, "past-tense", "fft"), *finals(SMALL, "past-tense", "fft")]
@@ -156,12 +160,88 @@ def test_one_that_fails_does_not_stop_the_others(tmp_path, ran, monkeypatch):
 
 
 def test_nothing_begins_that_would_not_end_in_time(tmp_path, ran, monkeypatch):
-    clock = iter(range(0, 10**6))  # every look at the clock is a minute later
-    monkeypatch.setattr(runner.time, "perf_counter", lambda: 60.0 * next(clock))
+    monkeypatch.setattr(runner.time, "perf_counter", lambda: 60.0 * len(ran))  # as each says that it took
     runs = list(searches(SMALL, "past-tense", "fft"))
-    _, lines = run_all(runs, tmp_path, minutes=7)
+    _, lines = run_all(runs, tmp_path, minutes=2.5)
     assert ran == [run.id for run in runs[:2]]
     assert sum("left for the next time" in line for line in lines) == len(runs) - 2
+
+
+def test_several_at_a_time_wait_for_what_they_need(tmp_path, monkeypatch):
+    """The finals come after the whole search though there is a worker that has nothing else to do."""
+    together, running, order = threading.Barrier(2), [], []
+
+    def carry_out(run, store):
+        running.append(run.id)
+        if run.kind == "search":
+            together.wait(30)  # fails unless two are under way
+        order.append((run.kind, len(running)))
+        running.remove(run.id)
+        return fake_result(run), 1.0
+
+    monkeypatch.setattr(runner, "_carry_out", carry_out)
+    runs = [*searches(SMALL, "past-tense", "fft"), *finals(SMALL, "past-tense", "fft")]
+    with ThreadPoolExecutor(2) as pool:
+        failed, lines = run_all(runs, tmp_path, pool=pool, jobs=2)
+    assert failed == 0 and not any("not run" in line for line in lines)
+    assert [kind for kind, _ in order] == ["search"] * 4 + ["main"] * 3
+    assert len(list(tmp_path.glob("*.json"))) == len(runs)
+
+
+def test_what_a_sequence_needs_is_known_before_it_begins(tmp_path, ran):
+    run = Run("sequence", "small", "past-tense+plural", "lora-r8", 0, None, 4)
+    for trial in searches(SMALL, "past-tense", "lora-r8"):
+        Store(tmp_path).write(trial, fake_result(trial))
+    _, lines = run_all([run], tmp_path)
+    assert ran == [] and len(lines) == 1 and "small_plural_search" in lines[0]
+    run_all([*searches(SMALL, "plural", "lora-r8"), run], tmp_path)
+    assert ran[-1] == run.id
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    """A tiny model, and a tokenizer that knows single characters."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    letters = {chr(code): code for code in range(128)}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="\0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="\0").save_pretrained(tmp_path / "model")
+    config = LlamaConfig(vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                         num_attention_heads=2, num_key_value_heads=2)  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_two_processes_share_the_work(tmp_path, model_folder, capfd):
+    words = ["--jobs", "2", "--only", "small_arithmetic_search_fft", "--model", str(model_folder), "--device", "cpu"]
+    assert runner.main([*words, "--results", str(tmp_path / "results")]) == 0
+    found = Store(tmp_path / "results").all()
+    assert len(found) == 4 and all(result["status"] == "ok" for result in found)
+    assert {result["provenance"]["jobs"] for result in found} == {2}
+    assert "0 runs left" in capfd.readouterr().out
+
+
+def test_a_worker_that_dies_leaves_what_was_done(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runner, "make_pool", lambda *arguments: ProcessPoolExecutor(1))
+    monkeypatch.setattr(runner, "_carry_out", _die_in_the_second)
+    words = ["--only", "small_past-tense_search_fft", "--results", str(tmp_path)]
+    assert runner.main(words) == 1
+    assert "a worker died" in capsys.readouterr().err and len(list(tmp_path.glob("*.json"))) == 1
+
+
+def _die_in_the_second(run, store):
+    if run.lr == METHODS["fft"].lrs[1]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return fake_result(run), 1.0
+
+
+@pytest.mark.parametrize("words", [["--jobs", "0"], ["--jobs", "2", "--quiet-machine"]], ids=" ".join)
+def test_jobs_that_cannot_be_are_refused(words, capsys):
+    with pytest.raises(SystemExit) as error:
+        runner.main(words)
+    assert error.value.code == 2 and "--jobs" in capsys.readouterr().err
 
 
 def test_equal_time_takes_the_steps_of_a_quiet_machine(tmp_path):
