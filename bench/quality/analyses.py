@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from losia_kernels.linear import losia_layers
-from losia_kernels.selection import select_subnet
+from losia_kernels.selection import select_from_marginals, select_subnet
 
 from .importance import observe
 from .study import Run
@@ -71,10 +71,11 @@ def share_of(scores: Tensor, out_idx: Tensor, in_idx: Tensor) -> float:
 
 
 def captured(scores: Tensor, restarts: int = 10) -> dict[str, float]:
-    """Share of all importance in a subnet of p = 1/8: greedy (Algorithm 1), best of random restarts, random, and the
-    sum of the largest entries anywhere, which no block can exceed."""
+    """Share of all importance in a subnet of p = 1/8: greedy (Algorithm 1), by the largest sums of rows and columns
+    alone, best of random restarts, random, and the sum of the largest entries anywhere, which no block can exceed."""
     k_out, k_in = (max(1, size // 8) for size in scores.shape)
     greedy = select_subnet(scores, k_out, k_in)
+    sums = select_from_marginals(scores.sum(1), scores.sum(0), k_out, k_in)
     generator = torch.Generator().manual_seed(0)
     starts = [torch.randperm(scores.shape[1], generator=generator)[:k_in] for _ in range(restarts)]
     best = max(share_of(scores, *improve(scores, start, k_out, k_in)) for start in starts)
@@ -82,6 +83,7 @@ def captured(scores: Tensor, restarts: int = 10) -> dict[str, float]:
     entries = scores.flatten().double().topk(k_out * k_in).values.sum() / scores.double().sum()
     return {
         "greedy": round(share_of(scores, greedy.out_idx, greedy.in_idx), 4),
+        "sums": round(share_of(scores, sums.out_idx, sums.in_idx), 4),
         "restarts": round(best, 4),
         "random": round(share_of(scores, random_out, starts[0]), 4),
         "entries": round(float(entries), 4),

@@ -310,7 +310,7 @@ def captured(results: Results) -> str:
     if not found:
         return ""
     result = found[0]
-    keys = {"greedy": "greedy, %", "restarts": "best of restarts, %", "random": "random, %",
+    keys = {"greedy": "greedy, %", "sums": "by sums only, %", "restarts": "best of restarts, %", "random": "random, %",
             "entries": "as many entries anywhere, %"}  # fmt: skip
     rows = [[name.removeprefix("model."), *(f"{100 * values[key]:.1f}" for key in keys),
              f"{100 * result['gradients'][name]['out'][1]:.1f}", f"{100 * result['gradients'][name]['in'][1]:.1f}"]

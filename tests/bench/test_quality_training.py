@@ -183,6 +183,14 @@ def test_analysis_of_another_method(base):
     assert tables.captured([result]) == "" and "LoRA r 64" in tables.singular([result])
 
 
+def test_sums_alone_may_capture_less_than_greedy():
+    scores = torch.zeros(16, 16)
+    scores[:2, :2] = 1.0
+    scores[2, 4:] = 0.25  # the largest row, of which no column is large
+    found = analyses.captured(scores)
+    assert (found["greedy"], found["sums"]) == (round(4 / 7, 4), round(2 / 7, 4))
+
+
 def test_optimum_and_concentration_of_known_matrices():
     block = torch.zeros(6, 6)
     block[:2, :2] = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
