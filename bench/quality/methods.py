@@ -192,8 +192,6 @@ VARIANTS: dict[str, Variant] = {
         Variant("cycles-quarter-random", "the same from random subnets", {"cycles": 0.25, "init_subnet": "random"}),
         Variant("cycles-half", "twice the period", {"cycles": 0.5}),
         Variant("cycles-2", "half the period", {"cycles": 2}),
-        Variant("shipped", "the package's defaults: two cycles, importance by sums only",
-                {"cycles": 2, "importance": "marginal"}),
         Variant("together-100", "all layers move together, every 100 steps", {"update_type": "sync", "period": 100}),
         Variant("together-100-marginal", "the same, importance: sums only",
                 {"update_type": "sync", "period": 100, "importance": "marginal"}),

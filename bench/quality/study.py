@@ -86,7 +86,7 @@ REST = tuple(name for name in METHODS if name not in (*FIRST, EQUAL_MEMORY))
 OUTPUT_LAYER = ("head", "head-frequency")
 TELLING = ("random", "marginal", "alignment-16", "no-wds", "sl", "gl", "period-100", "budget")
 LONG_SLOTS = ("together-100", "together-100-marginal")
-DEFAULTS = ("shipped", "marginal", "alignment-16", "cycles-2", "period-100")  # what might be chosen for the user
+DEFAULTS = ("marginal", "alignment-16", "cycles-2", "period-100")  # what might be chosen for the user
 SEQUENCE = ("past-tense", "pronunciation", "arithmetic", "code", "plural")
 
 
@@ -130,8 +130,9 @@ def data_scales(scale: Scale) -> Iterator[Run]:
         forms = [("losia-p8", variant) for variant in ("cycles-half", "", "cycles-2", "period-100", "marginal")]
         for method, variant in (*forms, *((method, "") for method in FIRST if method != "losia-p8")):
             yield Run(f"scale-{steps}", scale.name, "pronunciation", method, 0, None, steps, variant)
-    for variant in LONG_SLOTS:  # slots as long as the paper's, which no run of so few steps has for each layer in turn
-        yield Run(f"scale-{steps}", scale.name, "pronunciation", "losia-p8", 0, None, steps, variant)
+    for seed in SEEDS:  # long slots: as long as the paper's, which no run of so few steps has for each layer in turn
+        for variant in (*LONG_SLOTS, "", "marginal") if seed else LONG_SLOTS:
+            yield Run(f"scale-{steps}", scale.name, "pronunciation", "losia-p8", seed, None, steps, variant)
 
 
 def sequences(scale: Scale) -> Iterator[Run]:

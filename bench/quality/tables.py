@@ -209,7 +209,7 @@ FORMS = {"marginal": "", "together-100-marginal": "together-100"}
 RIVALS = {
     "cycles-quarter": "a quarter of a cycle", "cycles-half": "half a cycle", "cycles-2": "two cycles",
     "period-100": "the paper's period of 100", "budget": "rank factors by importance",
-    "marginal": "importance by sums only", "shipped": "the package's defaults", "alignment-16": "runs of 16",
+    "marginal": "importance by sums only", "alignment-16": "runs of 16",
 }  # fmt: skip
 
 

@@ -171,8 +171,8 @@ def test_forms_of_importance_are_paired_at_every_length(filled, no_plots):
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
     assert sorted(map(tuple, rows)) == [
         ("spelling to sounds", "120", "4", "0.500 (n=1)", "0.750 (n=1)", "+0.250", "< 0.001"),
-        ("spelling to sounds", "240", "100", "0.600 (n=1)", "0.600 (n=1)", "+0.000", "1.000"),
-        ("spelling to sounds", "240", "8", "0.500 (n=1)", "0.750 (n=1)", "+0.250", "< 0.001"),
+        ("spelling to sounds", "240", "100", "0.600 ± 0.000", "0.600 ± 0.000", "+0.000", "1.000"),
+        ("spelling to sounds", "240", "8", "0.500 ± 0.000", "0.750 ± 0.000", "+0.250", "< 0.001"),
         ("spelling to sounds", "60", "2", "1.000 ± 0.000", "0.900 ± 0.000", "-0.100", "< 0.001"),
     ]
 
