@@ -1,4 +1,5 @@
-"""The methods that are compared, each from its real library, at that library's recommended settings but for the lr."""
+"""The methods that are compared, each from its real library. The rivals' settings are those that the LoSiA paper gave
+them (A.3; alpha = 2r on all linears), PiSSA's alpha its library's; the learning rate is searched."""
 
 import functools
 import inspect
@@ -62,14 +63,14 @@ def _full(model: nn.Module, setting: Setting) -> Trained:
     return Trained(model, adamw(trained_parameters(model), setting.lr), lambda: model)
 
 
-def _adapters(model: nn.Module, setting: Setting, rank: int, **config: Any) -> Trained:
+def _adapters(model: nn.Module, setting: Setting, rank: int, alpha: int, **config: Any) -> Trained:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise MissingPeer(f"peft cannot be imported: {error}") from None
     torch.manual_seed(setting.seed)  # of the adapters' first values
     adapted = get_peft_model(
-        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=target_names(model), **config)
+        model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=target_names(model), **config)
     )
     return Trained(adapted, adamw(trained_parameters(adapted), setting.lr), adapted.merge_and_unload)
 
@@ -140,23 +141,23 @@ METHODS: dict[str, Method] = {
     for method in (
         Method("fft", "full fine-tuning", "all parameters, torch AdamW", (1e-5, 3e-5, 1e-4, 3e-4), _full),
         Method("lora-r8", "LoRA r 8", f"peft, alpha 16, {_LORA}", _LRS,
-               functools.partial(_adapters, rank=8)),
+               functools.partial(_adapters, rank=8, alpha=16)),
         Method("losia-p8", "LoSiA p 1/8", "this package; the paper's settings, but one cycle a run, calibrated start",
                _LRS,
                functools.partial(_losia, rank_factor=1 / 8)),
         Method("lora-r64", "LoRA r 64", f"peft, alpha 128, {_LORA}", _LARGE_RANK_LRS,
-               functools.partial(_adapters, rank=64)),
+               functools.partial(_adapters, rank=64, alpha=128)),
         Method("losia-p4", "LoSiA p 1/4", "as p 1/8", _LRS, functools.partial(_losia, rank_factor=1 / 4)),
         Method("dora-r64", "DoRA r 64", "peft, LoRA r 64 with use_dora", _LARGE_RANK_LRS,
-               functools.partial(_adapters, rank=64, use_dora=True)),
-        Method("pissa-r64", "PiSSA r 64", "peft, LoRA r 64 with init_lora_weights=pissa_niter_4",
-               _LARGE_RANK_LRS,
-               functools.partial(_adapters, rank=64, init_lora_weights="pissa_niter_4")),
-        Method("galore", "GaLore", "galore-torch, rank 1/8 of the hidden size, scale 2, gap 200; embeddings and norms "
-               "by AdamW", _LARGE_RANK_LRS, _galore),
+               functools.partial(_adapters, rank=64, alpha=128, use_dora=True)),
+        Method("pissa-r64", "PiSSA r 64", "as LoRA r 64, init_lora_weights=pissa_niter_4; alpha 64, as in peft's "
+               "example", (3e-5, 1e-4, 3e-4, 1e-3),
+               functools.partial(_adapters, rank=64, alpha=64, init_lora_weights="pissa_niter_4")),
+        Method("galore", "GaLore", "galore-torch, rank 1/8 of the hidden size, scale 2, gap 200 (in a run shorter than "
+               "that one projection); embeddings and norms by AdamW", _LARGE_RANK_LRS, _galore),
         Method("losia-p16", "LoSiA p 1/16", "as p 1/8", _LRS, functools.partial(_losia, rank_factor=1 / 16)),
         Method("lora-r11", "LoRA r 11", "peft, alpha 22: adds as many bytes as LoSiA p 1/8", _LRS,
-               functools.partial(_adapters, rank=11)),
+               functools.partial(_adapters, rank=11, alpha=22)),
         Method("losia-p2", "LoSiA p 1/2", "as p 1/8", _LRS, functools.partial(_losia, rank_factor=1 / 2)),
     )
 }  # fmt: skip

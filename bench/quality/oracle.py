@@ -1,12 +1,19 @@
 """The check that a result is not our bug: a run of LoSiA again by the dense-gradient reference, from the same start."""
 
 from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from csrc_ref.selection import select_marginal_ref
 from csrc_ref.training import Config, Training
+from losia_kernels import LoSiAConfig
 from losia_kernels.linear import losia_layers
 
-from .methods import Trained
+from .importance import observe
+from .methods import CALIBRATION_BATCHES, Setting, Trained
 from .store import NotReady
 from .study import Run
 from .tasks import TASKS
@@ -28,6 +35,7 @@ def carry_out_oracle(run: Run, base: Base) -> dict[str, Any]:
                        losia_layers(trained.model)}  # fmt: skip
     package = score(trained.finish(), base, task, run)
 
+    calibrated = _calibrated(initial, setting, base)
     reference_losses, reference, model = _reference(trained, setting, initial, base)
     found = score(model, base, task, run)
     shared = [_shared(package_subnets[name], (m.out_idx, m.in_idx)) for name, m in reference.moved.items()]
@@ -37,7 +45,21 @@ def carry_out_oracle(run: Run, base: Base) -> dict[str, Any]:
         "largest_loss_difference": max(abs(a - b) for a, b in zip(losses, reference_losses, strict=True)),
         "shared_subnet": sum(shared) / len(shared),
         "same_subnets": sum(share == 1.0 for share in shared), "layers": len(shared),
+        "same_at_start": sum(_shared(initial[name], subnet) == 1.0 for name, subnet in calibrated.items()),
     }  # fmt: skip
+
+
+def _calibrated(initial: dict, setting: Setting, base: Base) -> dict[str, tuple[Tensor, Tensor]]:
+    """Where the run should have begun: the largest smoothed sums of the importance, straight from autograd."""
+    model, beta = base.fresh(), LoSiAConfig().importance_beta1
+    sums: dict[str, tuple[Tensor, Tensor]] = {}
+    for batch in islice(setting.batches(), CALIBRATION_BATCHES):
+        for name, importance in observe(model, initial, [batch], 1)[1].items():
+            now = importance.sum(1), importance.sum(0)
+            before = sums.get(name, tuple(map(torch.zeros_like, now)))
+            sums[name] = tuple(beta * old + (1 - beta) * new for old, new in zip(before, now, strict=True))
+    return {name: tuple(map(torch.tensor, select_marginal_ref(*sums[name], *map(len, initial[name]))))
+            for name in initial}  # fmt: skip
 
 
 def _reference(trained: Trained, setting, initial: dict, base: Base):

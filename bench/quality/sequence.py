@@ -4,17 +4,18 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from .evaluate import score_items, summary
-from .items import fingerprint
+from .items import Item, fingerprint
 from .store import Store
-from .study import Run
+from .study import SCALES, Run
 from .tasks import TASKS
-from .training import Base, Diverged, prepare, train
+from .training import Base, Diverged, held_out, prepare, train
 
 SCORED = 60  # held-out items of each task, scored after each task
 
 
 def carry_out_sequence(run: Run, base: Base, store: Store) -> dict[str, Any]:
-    """``after[i][j]``: percent right on task j after training on the tasks up to i. Raises NotReady."""
+    """``after[i][j]``: percent right on task j after training on the tasks up to i, ``after_nats`` the cost of a token
+    of its right answers. Raises NotReady."""
     names = run.task.split("+")
     rates = [store.best_lr(run.scale, name, run.method) for name in names]
     model = base.fresh()
@@ -27,22 +28,29 @@ def carry_out_sequence(run: Run, base: Base, store: Store) -> dict[str, Any]:
         except Diverged as error:
             return {"run": asdict(run), "status": "diverged", "reason": f"{name}: {error}"}
         model = trained.finish()
-        after.append([score_task(model, base, other) for other in names])
-    held_out = [item for name in names for item in TASKS[name].splits.held_out[:SCORED]]
-    return {"run": asdict(run), "status": "ok", "lrs": rates, "after": after, "items": fingerprint(held_out)}
+        after.append([score_task(model, base, other, run.scale) for other in names])
+    items = [item for name in names for item in scored_items(name, run.scale)]
+    right, nats = ([[score[key] for score in scores] for scores in after] for key in ("right", "nll"))
+    return {"run": asdict(run), "status": "ok", "lrs": rates, "after": right, "after_nats": nats,
+            "items": fingerprint(items)}  # fmt: skip
 
 
-def score_task(model, base: Base, name: str) -> float:
-    task = TASKS[name]
-    items = [replace(item, group="") for item in task.splits.held_out[:SCORED]]
-    scores = score_items(model, base.tokenizer, items, task.max_length)
-    return round(summary(items, scores)[""]["right"], 2)
+def scored_items(name: str, scale: str) -> list[Item]:
+    """The first of those that a single-task run is scored on."""
+    return [replace(item, group="") for item in held_out(TASKS[name], SCALES[scale].few)[:SCORED]]
 
 
-def single_task(result: dict[str, Any]) -> float:
-    """Percent right of a single-task run on the items that a sequence is scored on."""
+def score_task(model, base: Base, name: str, scale: str) -> dict[str, float]:
+    items = scored_items(name, scale)
+    found = summary(items, score_items(model, base.tokenizer, items, TASKS[name].max_length))[""]
+    return {key: round(found[key], 4) for key in ("right", "nll")}
+
+
+def single_task(result: dict[str, Any]) -> dict[str, float]:
+    """What ``score_task`` says, of a single-task run."""
     each = result["each"][:SCORED]
-    return 100 * sum(right for *_, right, _ in each) / sum(lines for *_, lines in each)
+    nlls, tokens, _, right, lines = (sum(column) for column in zip(*each, strict=True))
+    return {"right": 100 * right / lines, "nll": nlls / tokens}
 
 
 def measures(after: list[list[float]], single: list[float]) -> dict[str, float]:

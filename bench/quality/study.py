@@ -101,6 +101,7 @@ def study(scale: Scale) -> list[Run]:
     runs += several(scale, "pronunciation", EQUAL_MEMORY)
     runs += analyses(scale)
     runs += [*several(scale, "arithmetic", *FIRST), *ablations(scale, "arithmetic", DEFAULTS)]
+    runs.append(Run("oracle", scale.name, "arithmetic", "losia-p8", 0, None, scale.steps))
     for method in REST:
         runs += several(scale, "pronunciation", method)
     runs += ablations(

@@ -278,6 +278,10 @@ def costs(results: Results, task: str = "pronunciation") -> str:
     return table(head, rows) if rows else ""
 
 
+MEASURES = ("AP", "FWT", "BWT")
+UNITS = (("right", "after", "%"), ("nll", "after_nats", "nats"))
+
+
 def continual(results: Results) -> str:
     """Table 5 of the paper."""
     rows = []
@@ -287,10 +291,18 @@ def continual(results: Results) -> str:
             names = result["run"]["task"].split("+")
             alone = [of(results, kind="main", method=method, task=name, seed=result["run"]["seed"]) for name in names]
             if all(alone):
-                found.append(measures(result["after"], [single_task(singles[0]) for singles in alone]))
+                ones = [single_task(singles[0]) for singles in alone]
+                found.append([measures(result[after], [one[key] for one in ones]) for key, after, _ in UNITS])
         if found:
-            rows.append([title(method), *(show([m[name] for m in found], 1) for name in ("AP", "FWT", "BWT"))])
-    return table(["method", "AP", "FWT", "BWT"], rows) if rows else ""
+            rows.append([title(method), *(show([pair[place][name] for pair in found], digits)
+                                          for place, digits in enumerate((1, 3)) for name in MEASURES)])  # fmt: skip
+    if not rows:
+        return ""
+    head = ["method", *(f"{name}, {unit}" for *_, unit in UNITS for name in MEASURES)]
+    return table(head, rows) + (
+        "\n\nPercent right, and nats a token of right answers, in which less is better and a positive BWT is what was "
+        "forgotten. Of spelling and arithmetic next to nothing is right in runs of this length: there only nats tell."
+    )
 
 
 def oracle(results: Results) -> str:
@@ -298,10 +310,11 @@ def oracle(results: Results) -> str:
     for r in of(results, kind="oracle"):
         mine, other = (r[key]["held_out"][""] for key in ("scores", "reference_scores"))
         rows.append([r["run"]["task"], f"{r['largest_loss_difference']:.1e}", f"{r['same_subnets']} of {r['layers']}",
-                     f"{r['shared_subnet']:.4f}", f"{mine['nll']:.4f} / {other['nll']:.4f}",
+                     f"{r['shared_subnet']:.4f}", f"{r['same_at_start']} of {r['layers']}",
+                     f"{mine['nll']:.4f} / {other['nll']:.4f}",
                      f"{mine['right']:.1f} / {other['right']:.1f}"])  # fmt: skip
     head = ["task", "largest difference of a loss", "same subnets at the end", "weights shared",
-            "nats a token, package / reference", "right, %"]  # fmt: skip
+            "same calibrated subnets", "nats a token, package / reference", "right, %"]  # fmt: skip
     return table(head, rows) if rows else ""
 
 

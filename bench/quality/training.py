@@ -113,20 +113,23 @@ def score(model: nn.Module, base: Base, task: Task, run: Run) -> dict[str, Any]:
     items = held_out(task, SCALES[run.scale].few)
     found = score_items(model, base.tokenizer, items, task.max_length)
     scores = {"held_out": summary(items, found)}
-    amount = OTHER_TEXT[run.scale]
+    amount, others = OTHER_TEXT[run.scale], []
     for name, text, longest in (
         ("english", english()[:amount], 192), ("code", TASKS["code"].splits.held_out[:amount], 192),
     ):  # fmt: skip
         if name != task.name:
             scores[name] = summary(text, score_items(model, base.tokenizer, text, longest))
+            others += text
     each = [[round(s.nll, 3), s.tokens, s.hits, s.right, s.lines] for s in found]
-    return {"scores": scores, "items": fingerprint(items), "each": each}
+    return {"scores": scores, "items": fingerprint(items), "other_items": fingerprint(others), "each": each}
 
 
 def memory(model: nn.Module, optimizer: torch.optim.Optimizer, run: Run) -> dict[str, int]:
     """Bytes that the method adds to the weights, counted from its tensors: they are the same on every machine."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
+    values = [value for values in optimizer.state.values() for value in values.values()]
+    values += [value.ortho_matrix for value in values if hasattr(value, "ortho_matrix")]  # GaLore's projection
+    state = [value for value in values if isinstance(value, Tensor)]
     counted = {
         "trained_values": sum(p.numel() for p in trained),
         "gradient_bytes": sum(p.numel() * p.element_size() for p in trained),

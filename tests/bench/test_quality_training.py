@@ -130,12 +130,21 @@ def test_bytes_are_counted(base):
     losia = training.carry_out(run_of("losia-p8", steps=2), base)["memory"]
     assert losia["observing_bytes"] == 8 * (4 * 128 * 128 + 3 * 128 * 256)
     assert training.carry_out(run_of("losia-p8", "marginal", steps=2), base)["memory"]["observing_bytes"] == 0
+    try:
+        galore = training.carry_out(run_of("galore", steps=2), base)["memory"]
+    except MissingPeer as missing:
+        pytest.skip(str(missing))
+    linears = [(128, 128)] * 8 + [(256, 128), (256, 128), (128, 256)] * 2  # [out, in]; rank 16 of the shorter side
+    projected = sum(2 * 16 * max(shape) + 16 * min(shape) for shape in linears)  # two moments and the projection
+    plain = 2 * (galore["trained_values"] - sum(out * in_ for out, in_ in linears))
+    assert galore["optimizer_bytes"] == pytest.approx(4 * (projected + plain), rel=0.01)
 
 
 def test_the_reference_agrees(base):
     result = oracle.carry_out_oracle(run_of("losia-p8", kind="oracle"), base)
     assert result["largest_loss_difference"] < 1e-4
     assert result["same_subnets"] == result["layers"] == 14 and result["shared_subnet"] == 1.0
+    assert result["same_at_start"] == 14
     mine, other = (result[key]["held_out"][""]["nll"] for key in ("scores", "reference_scores"))
     assert mine == pytest.approx(other, rel=1e-4)
 
@@ -146,6 +155,11 @@ def test_the_reference_would_notice(base, monkeypatch):
     assert result["largest_loss_difference"] > 1e-3
 
 
+def test_the_reference_would_notice_another_start(base):
+    result = oracle.carry_out_oracle(run_of("losia-p8", "random", kind="oracle"), base)
+    assert result["same_at_start"] < 14 and result["same_subnets"] == 14
+
+
 def test_a_sequence_is_scored_after_each_task(base):
     class Searched:
         def best_lr(self, scale, task, method):
@@ -154,13 +168,25 @@ def test_a_sequence_is_scored_after_each_task(base):
     run = Run("sequence", "small", "past-tense+plural", "lora-r8", 0, None, 4)
     result = sequence.carry_out_sequence(run, base, Searched())
     assert len(result["after"]) == 2 and all(len(row) == 2 for row in result["after"]) and result["lrs"] == [3e-3, 3e-3]
+    assert all(0 < nats < 20 for row in result["after_nats"] for nats in row)
+
+
+def test_a_sequence_is_scored_on_the_items_of_a_single_task(base, plain_runs, monkeypatch):
+    """Both are of a small run's few items, though the task holds more."""
+    assert len(TASKS["plural"].splits.held_out) > TASKS["plural"].few == len(sequence.scored_items("plural", "small"))
+    monkeypatch.setattr(sequence, "SCORED", 2)
+    assert len(sequence.scored_items("plural", "small")) == 2
+    single = plain_runs("main")
+    trained = sequence.single_task(single)
+    each = single["each"][:2]
+    assert trained["nll"] == sum(item[0] for item in each) / sum(item[1] for item in each)
 
 
 def test_measures_of_a_sequence():
     after = [[80.0, 10.0, 5.0], [70.0, 60.0, 10.0], [50.0, 55.0, 90.0]]
     found = sequence.measures(after, single=[80.0, 65.0, 85.0])
     assert found == pytest.approx({"AP": 65.0, "FWT": 0.0, "BWT": (-30.0 - 5.0) / 2})
-    assert sequence.single_task({"each": [[1.0, 3, 3, 1, 1], [2.0, 3, 1, 0, 1]]}) == 50.0
+    assert sequence.single_task({"each": [[1.0, 3, 3, 1, 1], [2.0, 3, 1, 0, 1]]}) == {"right": 50.0, "nll": 0.5}
 
 
 def test_analysis(base):
