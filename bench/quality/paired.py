@@ -1,7 +1,9 @@
 """Means, spreads and paired tests."""
 
+import functools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -45,17 +47,52 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def item_differences(first: list[dict], second: list[dict], value: str) -> list[float]:
-    """For each held-out item the mean over the shared seeds of ``first - second``; "nll": nats an item, "right": lines.
+@dataclass(frozen=True)
+class Paired:
+    """``differences``: of each held-out item, over the shared seeds; ``seeds``: of each seed, over the items. Means."""
 
-    Raises ValueError if the two have no seed in common, or were scored on other items.
+    differences: list[float]
+    seeds: list[float]
+
+    @property
+    def mean(self) -> float:
+        return sum(self.differences) / len(self.differences)
+
+    @property
+    def half_width(self) -> float:
+        """Of the 95 % interval of the mean over items, by the normal distribution."""
+        _, spread = mean_and_spread(self.differences)
+        return math.inf if spread is None else 1.96 * spread / math.sqrt(len(self.differences))
+
+    @functools.cached_property
+    def p(self) -> float:
+        return sign_flip_test(self.differences)
+
+    def agree(self) -> bool:
+        """Whether every seed says the same as the mean."""
+        return all(seed * self.mean > 0 for seed in self.seeds)
+
+
+def paired(first: list[dict], second: list[dict], value: str, group: str = "") -> Paired | None:
+    """``first - second`` on the items of a group; "nll": nats an item, "right": lines. None without a shared seed.
+
+    Raises ValueError if the two were scored on other items.
     """
     column = {"nll": 0, "right": 3}[value]
     by_seed = {result["run"]["seed"]: result for result in second}
     pairs = [(mine, by_seed[mine["run"]["seed"]]) for mine in first if mine["run"]["seed"] in by_seed]
     if not pairs:
-        raise ValueError("item_differences: no seed in common")
+        return None
     if len({result["items"] for pair in pairs for result in pair}) > 1:
-        raise ValueError("item_differences: scored on different items")
-    each = [[a[column] - b[column] for a, b in zip(mine["each"], other["each"], strict=True)] for mine, other in pairs]
-    return [sum(values) / len(values) for values in zip(*each, strict=True)]
+        raise ValueError("paired: scored on different items")
+    each = [[a[column] - b[column] for a, b in zip(of_group(mine, group), of_group(other, group), strict=True)]
+            for mine, other in pairs]  # fmt: skip
+    means = [sum(values) / len(values) for values in each]
+    return Paired([sum(values) / len(values) for values in zip(*each, strict=True)], means)
+
+
+def of_group(result: dict, group: str) -> list[list]:
+    """The scores of the items of one group. Results without ``groups`` hold one group after another."""
+    groups = result.get("groups") or [[name, score["items"]] for name, score in result["scores"]["held_out"].items()]
+    names = [name for name, count in groups for _ in range(count)]
+    return [score for score, name in zip(result["each"], names, strict=True) if name == group]

@@ -103,8 +103,8 @@ def run_all(runs: list[Run], store: Store, pool: Executor, jobs: int, origin: di
             done += 1
             pace = took / run.minutes if pace is None else 0.7 * pace + 0.3 * took / run.minutes
             left = sum(later.minutes for later in (*waiting, *flying.values())) * pace / jobs
-            say(f"{run.id}: {_short(result)}  {took:.1f} min, {len(waiting) + len(flying)} runs left, "
-                f"about {left:.0f} min")  # fmt: skip
+            say(f"{run.id}: {_short(result)}{_known(run, store)}  {took:.1f} min, "
+                f"{len(waiting) + len(flying)} runs left, about {left:.0f} min")  # fmt: skip
     for run in waiting:
         try:
             store.resolve(run)
@@ -165,6 +165,12 @@ def _short(result: dict[str, Any]) -> str:
         if found:
             return f"{found['right']:.1f} % right, {found['nll']:.3f} nats"
     return "ok"
+
+
+def _known(run: Run, store: Store) -> str:
+    """What the same run gave elsewhere, where results are kept apart from those of the study."""
+    known = store.read(run, store.fallback) if store.fallback not in (None, store.folder) else None
+    return f" (the study's: {_short(known)})" if known else ""
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -75,14 +75,17 @@ class Store:
         return min(trials, key=trials.__getitem__)
 
     def equal_steps(self, scale: str, method: str) -> int:
-        """How many steps of ``method`` take the time of full fine-tuning's, as timed on a quiet machine. Raises
-        NotReady."""
-        seconds = {}
+        """How many steps of ``method`` take the time of full fine-tuning's, with what comes before the first and what
+        the first takes longer (calibration, a projection), as timed on a quiet machine. Raises NotReady."""
+        step, before = {}, {}
         for timing in timings(SCALES[scale]):
             result = self.read(timing) if timing.kind == "timing" else None
             if result is not None and result["provenance"]["quiet"]:
-                seconds[timing.method] = result["seconds"]["step"]
+                seconds = result["seconds"]
+                step[timing.method] = seconds["step"]
+                before[timing.method] = seconds["prepare"] + seconds["train"] - timing.steps * seconds["step"]
         for needed in ("fft", method):
-            if needed not in seconds:
+            if needed not in step:
                 raise NotReady(f"no timing of {needed} on a quiet machine")
-        return max(1, round(SCALES[scale].steps * seconds["fft"] / seconds[method]))
+        whole = before["fft"] + SCALES[scale].steps * step["fft"]
+        return max(1, round((whole - before[method]) / step[method]))

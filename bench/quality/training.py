@@ -1,6 +1,7 @@
 """Carry out one run: train, score, say what it took."""
 
 import copy
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -121,7 +122,9 @@ def score(model: nn.Module, base: Base, task: Task, run: Run) -> dict[str, Any]:
             scores[name] = summary(text, score_items(model, base.tokenizer, text, longest))
             others += text
     each = [[round(s.nll, 3), s.tokens, s.hits, s.right, s.lines] for s in found]
-    return {"scores": scores, "items": fingerprint(items), "other_items": fingerprint(others), "each": each}
+    groups = [[name, len(list(members))] for name, members in itertools.groupby(item.group for item in items)]
+    return {"scores": scores, "items": fingerprint(items), "other_items": fingerprint(others), "each": each,
+            "groups": groups}  # fmt: skip
 
 
 def memory(model: nn.Module, optimizer: torch.optim.Optimizer, run: Run) -> dict[str, int]:

@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 from bench.quality import report
-from bench.quality.paired import holm, item_differences, mean_and_spread, sign_flip_test
+from bench.quality.paired import Paired, holm, mean_and_spread, paired, sign_flip_test
 from bench.quality.store import Store
 from bench.quality.study import SCALES, Run, ablations, data_scales, finals, searches
 from bench.quality.tables import compared, show, show_p, usable
@@ -84,12 +84,35 @@ def test_holm_by_hand():
 def test_pairs_are_items_over_shared_seeds():
     run = Run("main", "small", "pronunciation", "fft", 0, 1e-4, 60)
     first = [result(run, 2.0), result(Run(**asdict(run) | {"seed": 7}), 9.0)]
-    assert item_differences(first, [result(run, 1.5)], "nll") == pytest.approx([0.5] * ITEMS)
-    assert sum(item_differences([result(run, 1, 0.5)], [result(run, 1, 0.3)], "right")) == 6
-    with pytest.raises(ValueError, match="seed"):
-        item_differences(first[1:], [result(run, 1.5)], "nll")
+    found = paired(first, [result(run, 1.5)], "nll")
+    assert found.differences == pytest.approx([0.5] * ITEMS) and found.seeds == pytest.approx([0.5])
+    assert sum(paired([result(run, 1, 0.5)], [result(run, 1, 0.3)], "right").differences) == 6
+    assert paired(first[1:], [result(run, 1.5)], "nll") is None
     with pytest.raises(ValueError, match="items"):
-        item_differences(first, [result(run, 1.5, items="other")], "nll")
+        paired(first, [result(run, 1.5, items="other")], "nll")
+
+
+@pytest.mark.parametrize("groups", [None, [["", 20], ["irregular", 10]], [["", 5], ["irregular", 10], ["", 15]]])
+def test_groups_of_items_are_compared_apart(groups):
+    run = Run("main", "small", "past-tense", "fft", 0, 1e-4, 60)
+    mine, other = (result(run, nll) for nll in (2.0, 1.0))
+    scores = {name: {"nll": 1.0, "items": count} for name, count in (("", 20), ("irregular", 10))}
+    for one in (mine, other):
+        one["scores"]["held_out"] = scores
+        if groups:
+            one["groups"] = groups
+    names = [name for name, count in groups or [["", 20], ["irregular", 10]] for _ in range(count)]
+    for place, name in enumerate(names):
+        mine["each"][place][0] = 5.0 if name else 2.0
+        other["each"][place][0] = 1.0
+    assert paired([mine], [other], "nll").differences == [1.0] * 20
+    assert paired([mine], [other], "nll", "irregular").differences == [4.0] * 10
+
+
+def test_what_items_and_seeds_say():
+    found = Paired([1.0, 2.0, 3.0, 4.0], [2.0, 3.0])
+    assert found.mean == 2.5 and found.agree() and not Paired([1.0, 2.0], [4.0, -1.0]).agree()
+    assert found.half_width == pytest.approx(1.96 * math.sqrt(5 / 3) / 2)
 
 
 @pytest.fixture
@@ -101,9 +124,18 @@ def no_plots(monkeypatch):
 def test_the_report_says_where_losia_is_worse(filled, no_plots):
     table = report.render(filled).split("### Where LoSiA is worse")[1].split("\n\n")[1]
     assert table.splitlines()[2:] == [
-        "| spelling to sounds | full fine-tuning (+0.50) | LoRA r 64 (-0.00) | LoRA r 8 (-0.50) "
-        "| full fine-tuning (+0.20), LoRA r 8 (+0.20), LoRA r 64 (+0.20) |"
+        "| spelling to sounds | full fine-tuning (+0.50 ± 0.00) | LoRA r 64 (-0.00 ± 0.00) | LoRA r 8 (-0.50 ± 0.00) "
+        "| full fine-tuning (+0.20), LoRA r 8 (+0.20), LoRA r 64 (+0.20) | none |"
     ]
+
+
+def test_worse_is_said_where_every_seed_says_so(filled, no_plots):
+    """Full fine-tuning costs less of every item, but for one seed in which it costs more."""
+    run = filled.resolve(next(finals(SMALL, "pronunciation", "fft")))
+    filled.write(run, result(run, 1.4))
+    table = report.render(filled).split("### Where LoSiA is worse")[1].split("\n\n")[1]
+    cells = [cell.strip() for cell in table.splitlines()[2].strip("|").split("|")]
+    assert cells[1] == "none" and cells[2].startswith("full fine-tuning (+0.20 ± 0.00)")
 
 
 def test_all_methods_and_tasks_stand_in_one_table(filled, no_plots):
@@ -112,10 +144,10 @@ def test_all_methods_and_tasks_stand_in_one_table(filled, no_plots):
     for run in finals(SMALL, "plural", "fft"):
         run = filled.resolve(run)
         filled.write(run, result(run, 2.0, english=4.0))
-    table = report.render(filled).split("### At a glance")[1].split("\n\n")[1]
+    table = report.render(filled).split("### At a glance")[1].split("\n\n")[2]
     head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
     assert head[2:] == ["spelling to sounds", "plural of nouns", "english after, mean over tasks"]
-    assert rows[0] == ["full fine-tuning", "1.00", "**0.500 ± 0.000**", "**2.000 ± 0.000**", "3.500"]
+    assert rows[0] == ["full fine-tuning", "1.00", "0.500 ± 0.000", "2.000 ± 0.000 †", "3.500"]
     assert rows[2] == ["LoSiA p 1/8", "1.00", "1.000 ± 0.000", "", ""]
 
 
@@ -138,7 +170,7 @@ def test_what_cannot_be_compared_is_dropped_and_named(filled, no_plots):
     text = report.render(filled)
     for reason in ("scored on other items", "diverged, loss nan", "at lr 0.5, but the search's best is"):
         assert reason in text.split("### Dropped")[1]
-    assert [row["method"] for row in compared(kept, "pronunciation")] == ["fft", "lora-r64"]
+    assert [row.method for row in compared(kept, "pronunciation")] == ["fft", "lora-r64"]
 
 
 def test_ablations_are_paired_with_the_default(filled, no_plots):
@@ -156,7 +188,8 @@ def test_rules_for_period_and_rank_factor_are_judged_by_the_paired_test(filled, 
             filled.write(run, result(run, nll))
     text = report.render(filled).split("### Defaults on trial")[1]
     assert "- two cycles: worse (+0.250" in text and "- rank factors by importance: better (-0.250" in text
-    assert "- the paper's period of 100: no difference (+0.000" in text and "half a cycle" not in text.split("##")[0]
+    assert "- the paper's period of 100: no clear difference (+0.000" in text
+    assert "half a cycle" not in text.split("##")[0]
     assert "- two cycles, against the period of 100: worse (+0.250" in text
 
 
@@ -170,10 +203,10 @@ def test_forms_of_importance_are_paired_at_every_length(filled, no_plots):
     table = report.render(filled).split("### Importance by sums only")[1].split("\n\n")[1]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
     assert sorted(map(tuple, rows)) == [
-        ("spelling to sounds", "120", "4", "0.500 (n=1)", "0.750 (n=1)", "+0.250", "< 0.001"),
-        ("spelling to sounds", "240", "100", "0.600 ± 0.000", "0.600 ± 0.000", "+0.000", "1.000"),
-        ("spelling to sounds", "240", "8", "0.500 ± 0.000", "0.750 ± 0.000", "+0.250", "< 0.001"),
-        ("spelling to sounds", "60", "2", "1.000 ± 0.000", "0.900 ± 0.000", "-0.100", "< 0.001"),
+        ("spelling to sounds", "120", "4", "0.500 (n=1)", "0.750 (n=1)", "+0.250 ± 0.000", "< 0.001", "0 of 1"),
+        ("spelling to sounds", "240", "100", "0.600 ± 0.000", "0.600 ± 0.000", "+0.000 ± 0.000", "1.000", "0 of 3"),
+        ("spelling to sounds", "240", "8", "0.500 ± 0.000", "0.750 ± 0.000", "+0.250 ± 0.000", "< 0.001", "0 of 3"),
+        ("spelling to sounds", "60", "2", "1.000 ± 0.000", "0.900 ± 0.000", "-0.100 ± 0.000", "< 0.001", "3 of 3"),
     ]
 
 
@@ -181,13 +214,30 @@ def test_longer_runs_stand_beside_those_of_the_other_methods(filled, no_plots):
     for run in data_scales(SMALL):
         run = filled.resolve(run)
         if run.steps == 120 and run.method != "lora-r64":
-            filled.write(run, result(run, {"fft": 0.25, "lora-r8": 0.75}.get(run.method, 0.5 + len(run.variant) / 100)))
+            nll = {"fft": 0.25, "lora-r8": 0.75}.get(run.method, 0.5 + len(run.variant) / 100)
+            filled.write(run, result(run, nll, made={"period": 2 if run.variant == "cycles-2" else 4}))
     head, _, *rows = report.render(filled).split("### Number of steps and cycles")[1].strip().splitlines()[2:6]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, *rows)]
     assert cells[0] == ["steps", "LoSiA p 1/8, 1/2 cycle", "LoSiA p 1/8, 1 cycle", "LoSiA p 1/8, 2 cycles",
                         "LoSiA p 1/8, period 100", "full fine-tuning", "LoRA r 8"]  # fmt: skip
     assert cells[1] == ["60", "", "1.000 ± 0.000", "", "", "0.500 ± 0.000", "1.500 ± 0.000"]
     assert cells[2] == ["120", *(f"{nll} (n=1)" for nll in ("0.610", "0.500", "0.580", "0.600", "0.250", "0.750"))]
+
+
+def test_a_run_too_short_for_two_cycles_has_no_cell_for_them(filled, no_plots):
+    for run in data_scales(SMALL):
+        if run.steps == 30:
+            run = filled.resolve(run)
+            filled.write(run, result(run, 0.5, made={"period": 1}))
+    table = report.render(filled).split("### Number of steps and cycles")[1]
+    assert next(line for line in table.splitlines() if line.startswith("| 30")).split(" | ")[2:4] == ["0.500 (n=1)", ""]
+
+
+def test_the_report_is_that_of_the_results(no_plots):
+    """Of the files beside it: `python -m bench quality-report` writes it anew."""
+    written = report.RESULTS.parent / "README.md"
+    text = [line for line in written.read_text().splitlines() if line and not line.startswith("![")]
+    assert text == [line for line in report.render(Store()).splitlines() if line]
 
 
 def test_the_same_files_give_the_same_report(filled, capsys):

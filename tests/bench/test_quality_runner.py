@@ -33,7 +33,8 @@ ORIGIN = {"quiet": True, "commit": "abc", "device": "test"}
 
 def fake_result(run: Run, nll: float = 1.0, status: str = "ok", step: float = 1.0) -> dict:
     split = "search" if run.kind == "search" else "held_out"
-    return {"run": asdict(run), "status": status, "items": split, "seconds": {"step": step},
+    seconds = {"step": step, "prepare": 5.0, "train": 12 * step + 3}
+    return {"run": asdict(run), "status": status, "items": split, "seconds": seconds,
             "scores": {split: {"": {"right": 50.0, "tokens": 60.0, "nll": nll, "items": 1}}}}  # fmt: skip
 
 
@@ -167,6 +168,17 @@ def test_nothing_begins_that_would_not_end_in_time(tmp_path, ran, monkeypatch):
     assert sum("left for the next time" in line for line in lines) == len(runs) - 2
 
 
+def test_a_run_made_again_is_told_beside_the_studys(tmp_path, ran):
+    (run, *_) = searches(SMALL, "past-tense", "fft")
+    Store(tmp_path / "study").write(run, fake_result(run, nll=0.75))
+    lines = []
+    again = Store(tmp_path / "again", fallback=tmp_path / "study")
+    runner.run_all([run], again, runner.InThisProcess(), 1, ORIGIN, None, lines.append)
+    assert "1.000 nats (the study's: 50.0 % right, 0.750 nats)" in lines[0]
+    _, lines = run_all([run], tmp_path / "alone")
+    assert "the study's" not in lines[0]
+
+
 def test_several_at_a_time_wait_for_what_they_need(tmp_path, monkeypatch):
     """The finals come after the whole search though there is a worker that has nothing else to do."""
     together, running, order = threading.Barrier(2), [], []
@@ -256,6 +268,9 @@ def test_equal_time_takes_the_steps_of_a_quiet_machine(tmp_path):
         kept.resolve(wanted)
     kept.write(run, fake_result(run, step=2.0) | {"provenance": ORIGIN})
     assert kept.resolve(wanted) == replace(wanted, steps=90, lr=METHODS["lora-r8"].lrs[0])
+    slow_start = fake_result(run, step=2.0)["seconds"] | {"prepare": 15.0}
+    kept.write(run, fake_result(run) | {"provenance": ORIGIN, "seconds": slow_start})
+    assert kept.resolve(wanted).steps == 85  # ten seconds of its preparation are five steps
 
 
 def test_command_line_lists_without_a_model(tmp_path, capsys):

@@ -10,7 +10,7 @@ pytest.importorskip("peft")
 from quality_tiny import tiny_base, tiny_tasks
 
 from bench.methods import MissingPeer
-from bench.quality import analyses, oracle, sequence, tables, training
+from bench.quality import analyses, oracle, sections, sequence, training
 from bench.quality.methods import METHODS, VARIANTS
 from bench.quality.study import Run
 from bench.quality.tasks import TASKS
@@ -196,7 +196,7 @@ def test_analysis(base):
         assert values["restarts"] <= values["entries"]
     assert 0.8 < result["small_matrices"]["worst"] <= result["small_matrices"]["mean"] <= 1
     assert result["moves"] > 0
-    assert "Greedy over the optimum" in tables.captured([result]) and "LoSiA" in tables.singular([result])
+    assert "Greedy over the optimum" in sections.captured([result]) and "LoSiA" in sections.singular([result])
     assert all(0 < values["mean"] <= 1 for values in result["singular"].values())
     for name, counts in result["selected"].items():
         assert sum(counts) == base.model.get_submodule(name).in_features
@@ -206,7 +206,7 @@ def test_analysis_of_another_method(base):
     result = analyses.carry_out_analysis(run_of("lora-r64", kind="analysis", steps=4, lr=3e-3), base)
     assert result["selected"] == {} and result["moves"] == 0
     assert all(values["least"] < 0.99999 for values in result["singular"].values()), "these weights were trained"
-    assert tables.captured([result]) == "" and "LoRA r 64" in tables.singular([result])
+    assert sections.captured([result]) == "" and "LoRA r 64" in sections.singular([result])
 
 
 def test_sums_alone_may_capture_less_than_greedy():
