@@ -1,7 +1,8 @@
 """What stands first in the report: all methods on all tasks, and in which LoSiA p 1/8 is worse, from the same tests."""
 
 from .methods import METHODS
-from .tables import OURS, SIGNIFICANT, Results, at_edge, compared, groups_of, held_out, of, show, table, title
+from .paired import SIGNIFICANT
+from .tables import OURS, Results, at_edge, compared, groups_of, held_out, of, show, table, title
 from .tasks import TASKS
 
 NOTABLE = 0.01  # nats a token on other text below which no difference is spoken of

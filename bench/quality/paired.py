@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+SIGNIFICANT = 0.05
 FLIPS = 20_000
 EXACT_UP_TO = 14  # differences of which all sign patterns are gone through
 
@@ -68,9 +69,14 @@ class Paired:
     def p(self) -> float:
         return sign_flip_test(self.differences)
 
-    def agree(self) -> bool:
-        """Whether every seed says the same as the mean."""
-        return all(seed * self.mean > 0 for seed in self.seeds)
+    def verdict(self, p: float) -> str:
+        """ "more" or "less" where the test over items, of which ``p`` comes, and every seed say so; else ""."""
+        if p >= SIGNIFICANT or not all(seed * self.mean > 0 for seed in self.seeds):
+            return ""
+        return "more" if self.mean > 0 else "less"
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} ± {self.half_width:.3f}"
 
 
 def paired(first: list[dict], second: list[dict], value: str, group: str = "") -> Paired | None:

@@ -7,7 +7,7 @@ from .methods import METHODS, VARIANTS
 from .paired import paired
 from .sequence import measures, single_task
 from .study import SCALES
-from .tables import OURS, SIGNIFICANT, Results, fewer, held_out, of, show, show_p, table, title
+from .tables import OURS, Results, fewer, held_out, of, show, show_p, table, title
 from .tasks import TASKS
 
 
@@ -19,8 +19,7 @@ def ablations(results: Results, task: str = "pronunciation") -> str:
         found = of(results, task=task, kind="ablation", variant=name)
         more = paired(found, base, "nll")
         if more:
-            rows.append([variant.title, *_three(found), f"{more.mean:+.3f} ± {more.half_width:.3f}", show_p(more.p),
-                         fewer(more)])  # fmt: skip
+            rows.append([variant.title, *_three(found), str(more), show_p(more.p), fewer(more)])
     if not rows:
         return ""
     head = ["changed", "nats a token", "tokens right, %", "english, nats a token",
@@ -94,8 +93,8 @@ def importance_forms(results: Results) -> str:
                 seeds = {r["run"]["seed"] for r in found} & {r["run"]["seed"] for r in base}
                 means = [show([held_out(r, "nll") for r in side if r["run"]["seed"] in seeds], 3)
                          for side in (base, found)]  # fmt: skip
-                rows.append([TASKS[run["task"]].title, run["steps"], result["made"]["period"], *means,
-                             f"{more.mean:+.3f} ± {more.half_width:.3f}", show_p(more.p), fewer(more)])  # fmt: skip
+                rows.append([TASKS[run["task"]].title, run["steps"], result["made"]["period"], *means, str(more),
+                             show_p(more.p), fewer(more)])  # fmt: skip
     head = ["task", "steps", "steps of a slot", "the paper's importance, nats a token", "sums only",
             "nats an item more, 95 %", "p (of one test)", "seeds in which sums cost less"]  # fmt: skip
     return table(head, [list(map(str, row)) for row in sorted(rows, key=lambda row: row[:3])]) if rows else ""
@@ -106,11 +105,8 @@ def verdict(name: str, found: Results, base: Results) -> str:
     more = paired(found, base, "nll")
     if not more:
         return ""
-    word = "no clear difference"
-    if more.p < SIGNIFICANT and more.agree():
-        word = "better" if more.mean < 0 else "worse"
-    return (f"- {name}: {word} ({more.mean:+.3f} ± {more.half_width:.3f} nats an item, p {show_p(more.p)}, costs less "
-            f"in {fewer(more)} seeds)")  # fmt: skip
+    word = {"more": "worse", "less": "better", "": "no clear difference"}[more.verdict(more.p)]
+    return f"- {name}: {word} ({more} nats an item, p {show_p(more.p)}, costs less in {fewer(more)} seeds)"
 
 
 def costs(results: Results, task: str = "pronunciation") -> str:

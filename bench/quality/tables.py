@@ -9,7 +9,6 @@ from .paired import Paired, holm, mean_and_spread, paired
 from .tasks import TASKS
 
 OURS = "losia-p8"
-SIGNIFICANT = 0.05
 NEAR = 0.01  # nats a token between two trials of a search that tell nothing: seeds differ by more
 Results = list[dict[str, Any]]
 
@@ -125,10 +124,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """ "worse" or "better" where the test over items and every seed say so."""
-        if self.nll_p >= SIGNIFICANT or not self.nll.agree():
-            return "neither"
-        return "worse" if self.nll.mean > 0 else "better"
+        return {"more": "worse", "less": "better", "": "neither"}[self.nll.verdict(self.nll_p)]
 
 
 def compared(results: Results, task: str, group: str = "") -> list[Comparison]:
@@ -146,8 +142,7 @@ def compared(results: Results, task: str, group: str = "") -> list[Comparison]:
 def comparison(results: Results, task: str, group: str = "") -> str:
     head = [f"LoSiA p 1/8 against{f', {group} items' if group else ''}", "nats an item, 95 %", "p",
             f"{TASKS[task].unit}, lines an item, 95 %", "p", "seeds in which it costs less"]  # fmt: skip
-    rows = [[title(row.method), f"{row.nll.mean:+.3f} ± {row.nll.half_width:.3f}", show_p(row.nll_p),
-             f"{row.right.mean:+.3f} ± {row.right.half_width:.3f}", show_p(row.right_p), fewer(row.nll)]
+    rows = [[title(row.method), str(row.nll), show_p(row.nll_p), str(row.right), show_p(row.right_p), fewer(row.nll)]
             for row in compared(results, task, group)]  # fmt: skip
     return table(head, rows) if rows else ""
 

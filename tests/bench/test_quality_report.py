@@ -111,7 +111,9 @@ def test_groups_of_items_are_compared_apart(groups):
 
 def test_what_items_and_seeds_say():
     found = Paired([1.0, 2.0, 3.0, 4.0], [2.0, 3.0])
-    assert found.mean == 2.5 and found.agree() and not Paired([1.0, 2.0], [4.0, -1.0]).agree()
+    assert found.mean == 2.5 and (found.verdict(0.04), found.verdict(0.05)) == ("more", "")
+    assert Paired([-1.0, -2.0], [-3.0]).verdict(0.01) == "less"
+    assert Paired([1.0, 2.0], [4.0, -1.0]).verdict(0.001) == "", "the seeds do not agree"
     assert found.half_width == pytest.approx(1.96 * math.sqrt(5 / 3) / 2)
 
 
