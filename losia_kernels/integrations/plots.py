@@ -124,12 +124,14 @@ def draw_timeline(history: SubnetHistory, last: int, picture: Path) -> None:
     for step in range(last):
         observing[list(schedule.observing(step)), step] = 1
         factor[:, step] = [schedule.lr_factor(group, step) for group in range(len(groups))]
+    shown = {"overlap": "share of the subnet kept"}
+    if _by_move(history, "captured"):  # sums of rows and columns do not tell
+        shown["captured"] = "share of the score captured"
     figure, panels = pyplot.subplots(
-        1, 2, figsize=(13, 1.6 + 0.22 * len(groups)), sharey=True, layout="constrained", squeeze=False
-    )
-    for axes, (what, title) in zip(
-        panels[0], (("overlap", "share of the subnet kept"), ("captured", "share of the score captured")), strict=True
-    ):
+        1, len(shown), figsize=(6.5 * len(shown), 1.6 + 0.22 * len(groups)), sharey=True, layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
+    for axes, (what, title) in zip(panels[0], shown.items(), strict=True):
         extent = (0, last, len(groups) - 0.5, -0.5)
         axes.imshow(np.where(factor < 1, 1 - factor, np.nan), extent=extent, aspect="auto", cmap="Oranges", vmin=-0.3,
                     vmax=1.5, interpolation="nearest")  # fmt: skip

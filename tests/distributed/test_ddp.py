@@ -68,10 +68,12 @@ def test_importance_summed_once_a_slot(two, importance):
     assert_same_run(outcomes[0], runs.train(CPU, Run(config, same_data=True)))
 
 
-@pytest.mark.parametrize("sync", ["gradient", "slot"])
-def test_bytes_on_the_wire(two, sync):
-    """Each step p^2 of the dense gradients; and one group's dense gradients, or its two states once a slot."""
-    run = Run({"importance_sync": sync}, dtype=torch.float32, accumulation=2, no_sync=True)
+@pytest.mark.parametrize("sync, importance", [
+    ("gradient", "sensitivity"), ("slot", "sensitivity"), ("slot", "marginal"),
+])  # fmt: skip
+def test_bytes_on_the_wire(two, sync, importance):
+    """Each step p^2 of the dense gradients; and one group's dense gradients, or its two states or sums once a slot."""
+    run = Run({"importance_sync": sync, "importance": importance}, dtype=torch.float32, accumulation=2, no_sync=True)
     model = runs.convert(run, CPU)
     layers = [layer for _, layer in losia_layers(model)]
     subnets = 4 * sum(layer.subnet.numel() for layer in layers)
@@ -81,7 +83,9 @@ def test_bytes_on_the_wire(two, sync):
     assert sent["subnets"] == run.steps * subnets
     per_group = weights // runs.BLOCKS
     slots = run.steps // runs.PERIOD
-    expected = run.steps * run.accumulation * per_group if sync == "gradient" else slots * 2 * per_group
+    sums = 4 * sum(layer.in_features + layer.out_features for layer in layers) // runs.BLOCKS
+    of_a_slot = {"marginal": sums, "sensitivity": 2 * per_group}[importance]
+    expected = run.steps * run.accumulation * per_group if sync == "gradient" else slots * of_a_slot
     assert sent["importance"] == expected
 
 

@@ -5,6 +5,7 @@ import math
 import shutil
 import struct
 import time
+from dataclasses import replace
 from statistics import fmean
 
 import numpy as np
@@ -93,8 +94,15 @@ def test_marginal_importance_captures_nothing_that_is_known(tmp_path):
     trainer = make_trainer(tmp_path, config=config, max_steps=3)
     trainer.callback_handler.callbacks[-1].history = tmp_path / "subnets.jsonl"
     trainer.train()
-    moved = [place for place in SubnetHistory.read(tmp_path / "subnets.jsonl").places if place.step]
+    history = SubnetHistory.read(tmp_path / "subnets.jsonl")
+    moved = [place for place in history.places if place.step]
     assert moved and all(place.captured is None and place.overlap is not None for place in moved)
+    told = replace(history, places=[replace(place, captured=0.5) for place in history.places])
+    widths = []
+    for known in (history, told):
+        plots.draw_timeline(known, 3, tmp_path / "timeline.png")
+        widths.append(Image.open(tmp_path / "timeline.png").width)
+    assert widths[0] < 0.7 * widths[1], "a panel for what nobody knows"
 
 
 # pictures -------------------------------------------------------------------------------------------------------------
