@@ -68,8 +68,8 @@ least as good as the default.
 these, in which a period of 100 would move nothing, it is compared with it as "two cycles, against the period of 100";
 in long runs it is the paper's. `rank_factor="auto"` (rank factors by importance, as many values in all) is not.
 
-`importance="marginal"` ("Importance by sums only") does not become the default: in the shortest runs it is as good or
-better, but with slots as long as the paper's it is worse, by little and in every seed. It stays a way to save memory."""
+`importance="marginal"` ("Importance by sums only") does not become the default: in short runs it is as good or better,
+but with slots as long as the paper's it is worse, by little and in every seed. It stays a way to save memory."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
