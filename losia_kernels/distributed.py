@@ -6,6 +6,7 @@ all ranks, every rank must take the same decision, and which rows of a weight ar
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -104,7 +105,7 @@ class Ranks:
     def _gather(self, value: object) -> list:
         if self.size == 1:
             return [value]
-        everyone = [None] * self.size
+        everyone: list[Any] = [None] * self.size
         dist.all_gather_object(everyone, value, group=self.group)
         return everyone
 
