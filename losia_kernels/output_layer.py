@@ -84,7 +84,7 @@ def losia_linear_cross_entropy(
 def autocast_dtype(hidden: Tensor) -> torch.dtype:
     """In which dtype a linear computes on ``hidden``: autocast's, if that is on, but float64 stays as it is."""
     device = hidden.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if autocast and hidden.dtype != torch.float64 else hidden.dtype
 
 
