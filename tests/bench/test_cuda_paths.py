@@ -80,8 +80,8 @@ def pretended(monkeypatch, tiny):
     }  # fmt: skip
     for name, answer in said.items():
         monkeypatch.setattr(torch.cuda, name, answer)
-    # a CUDA build of torch would look for the device, of which its optimizers ask whether a graph is being captured
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+    # a CUDA build of torch would look for the device, to see whether it captures a graph
+    monkeypatch.setattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda self: None)
     monkeypatch.setattr(torch, "Generator", Generator)
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
     monkeypatch.setattr(shutil, "which", lambda name: None)
