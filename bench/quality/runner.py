@@ -48,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if not missing:
         return 0
+    if not (arguments.model / "config.json").exists():
+        parser.error(f"argument --model: {arguments.model} holds no model; python examples/past_tense/smollm.py .cache "
+                     "makes it")  # fmt: skip
     jobs = min(arguments.jobs, len(missing))
     origin = provenance(device, arguments.commit) | {"quiet": arguments.quiet_machine, "jobs": jobs}
     try:
@@ -173,13 +176,21 @@ def _known(run: Run, store: Store) -> str:
     return f" (the study's: {_short(known)})" if known else ""
 
 
+def _regex(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from None
+    return text
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench quality", description=__doc__)
     parser.add_argument("--minutes", type=float, help="begin nothing that would not end in time")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes that share the device")
     parser.add_argument("--set", choices=SETS, default="study")
     parser.add_argument("--scale", choices=tuple(SCALES), help="default: small on a CPU, large on a GPU")
-    parser.add_argument("--only", metavar="REGEX", help="only runs whose id matches")
+    parser.add_argument("--only", type=_regex, metavar="REGEX", help="only runs whose id matches")
     parser.add_argument("--list", action="store_true", help="say what there is and what is done")
     parser.add_argument("--model", type=Path, default=ROOT / ".cache" / "SmolLM2-135M-Instruct", metavar="FOLDER",
                         help="what examples/past_tense/smollm.py .cache makes")  # fmt: skip

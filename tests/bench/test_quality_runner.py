@@ -238,7 +238,9 @@ def test_two_processes_share_the_work(tmp_path, model_folder, capfd):
 def test_a_worker_that_dies_leaves_what_was_done(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(runner, "make_pool", lambda *arguments: ProcessPoolExecutor(1))
     monkeypatch.setattr(runner, "_carry_out", _die_in_the_second)
-    words = ["--only", "small_past-tense_search_fft", "--results", str(tmp_path)]
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+    words = ["--only", "small_past-tense_search_fft", "--results", str(tmp_path), "--model", str(tmp_path / "model")]
     assert runner.main(words) == 1
     assert "a worker died" in capsys.readouterr().err and len(list(tmp_path.glob("*.json"))) == 1
 
@@ -249,11 +251,13 @@ def _die_in_the_second(run, store):
     return fake_result(run), 1.0
 
 
-@pytest.mark.parametrize("words", [["--jobs", "0"], ["--jobs", "2", "--quiet-machine"]], ids=" ".join)
-def test_jobs_that_cannot_be_are_refused(words, capsys):
+@pytest.mark.parametrize("words", [
+    ["--jobs", "0"], ["--jobs", "2", "--quiet-machine"], ["--only", "["], ["--model", "nowhere", "--jobs", "2"],
+], ids=" ".join)  # fmt: skip
+def test_what_cannot_be_is_refused_before_anything_runs(words, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
-        runner.main(words)
-    assert error.value.code == 2 and "--jobs" in capsys.readouterr().err
+        runner.main([*words, "--results", str(tmp_path)])
+    assert error.value.code == 2 and f"argument {words[0]}" in capsys.readouterr().err
 
 
 def test_equal_time_takes_the_steps_of_a_quiet_machine(tmp_path):
