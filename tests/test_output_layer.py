@@ -317,3 +317,10 @@ def test_bad_input(problem):
     with pytest.raises(ValueError) as error:
         losia_linear_cross_entropy(**arguments)
     assert problem in str(error.value)
+
+
+def test_a_tensor_without_data_has_no_autocast():
+    """Sizes are counted on the meta device, of which autocast would raise."""
+    from losia_kernels.output_layer import autocast_dtype
+
+    assert autocast_dtype(torch.empty(2, dtype=torch.bfloat16, device="meta")) == torch.bfloat16
