@@ -3,7 +3,7 @@
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,15 +118,17 @@ def remove_losia(model: nn.Module) -> nn.Module:
     """Turn every LoSiALinear back into an nn.Linear, in place: the original architecture with the trained weights."""
     unfuse_loss(model)
     layers = [layer for _, layer in losia_layers(model)]
-    for layer in layers:
-        layer.write_back_()
+    _finish_steps(layers)
     _replace(model, {layer: layer.to_linear() for layer in layers})
     return model
 
 
 def export_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """``model.state_dict()`` with the original model's keys and nothing else (DDP and compile prefixes dropped)."""
-    extra = {f"{name}.{key}" for name, _ in losia_layers(model) for key in SUBNET_KEYS}
+    named = model.named_modules(remove_duplicate=False)
+    layers = {name: module for name, module in named if isinstance(module, LoSiALinear)}
+    _finish_steps(layers.values())
+    extra = {f"{name}.{key}" for name in layers for key in SUBNET_KEYS}
     inner = getattr(model, "_orig_mod", model)  # torch.compile around DDP, or the other way round
     prefix = "module." if isinstance(inner, nn.parallel.DistributedDataParallel) else ""
     return {
@@ -134,6 +136,14 @@ def export_state_dict(model: nn.Module) -> dict[str, Tensor]:
         for key, value in model.state_dict().items()
         if key not in extra
     }
+
+
+def _finish_steps(layers: Iterable[LoSiALinear]) -> None:
+    """Write back what an optimizer that knows nothing of the weight has stepped. Otherwise the weight is current, and
+    the subnet need not be: that of averaged models is a mean of what lay at different places."""
+    for layer in layers:
+        if layer.awaits_write_back:
+            layer.write_back_()
 
 
 def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -69,6 +69,7 @@ class LoSiALinear(nn.Linear):
     out_idx: Tensor
     in_idx: Tensor
     losia: Any  # convert.Membership, of a layer that apply_losia has made
+    _agreed: tuple[int, int, int] | None  # torch's counts of writes (``_writes``) when weight and subnet last agreed
 
     def __init__(
         self,
@@ -118,12 +119,9 @@ class LoSiALinear(nn.Linear):
         self, rank_factor: float | tuple[float, float], master: bool, generator: torch.Generator | None, name: str,
         alignment: int = 1,
     ) -> None:  # fmt: skip
-        out_factor, in_factor = rank_factor if isinstance(rank_factor, tuple) else (rank_factor, rank_factor)
+        factors = rank_factor if isinstance(rank_factor, tuple) else (rank_factor, rank_factor)
         features = self.out_features, self.in_features
-        shape = (
-            subnet_size(out_factor, self.out_features, name, alignment),
-            subnet_size(in_factor, self.in_features, name, alignment),
-        )
+        k_out, k_in = (subnet_size(p, size, name, alignment) for p, size in zip(factors, features, strict=True))
         self.name = name
         self.alignment = alignment
         self.keeps_input = False
@@ -132,13 +130,13 @@ class LoSiALinear(nn.Linear):
         if self.bias is not None:
             self.bias.requires_grad_(False)
         generator = torch.default_generator if generator is None else generator
-        first = Subnet.random(features, shape, generator, alignment)
+        first = Subnet.random(features, (k_out, k_in), generator, alignment)
         device = self.weight.device
         self.register_buffer("out_idx", first.out_idx.to(device))
         self.register_buffer("in_idx", first.in_idx.to(device))
         self.subnet = nn.Parameter(self.current_subnet.gather(self.matrix.detach()).to(self._subnet_dtype))
         self.fingerprint: int | None = None  # of the weight it was made with; a sharded one cannot be compared any more
-        self._versions: tuple[int, int] | None = None  # of subnet and weight, at the last forward
+        self.note_agreement_()
         self._probe: Tensor | None = None
         self.observe_callback: Callable[..., None] | None = None
         _ALIVE.add(self)
@@ -160,13 +158,14 @@ class LoSiALinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in]`` -> ``[..., out]``, as nn.Linear, autocast included.
 
-        Raises RuntimeError in training, outside of torch.compile, if the subnet was stepped but not written back.
+        In training, outside of torch.compile: RuntimeError if the subnet was stepped but not written back; where the
+        weight alone was written (an initialisation, an edit), the subnet is read from it anew.
         """
         matrix, bias, subnet = self.matrix, self.bias, self.subnet  # once: a module's tensors are slow to look up
         if not (torch.is_grad_enabled() and subnet.requires_grad):
             return F.linear(x, matrix, bias)
         if not torch.compiler.is_compiling():
-            self._check_written_back(matrix, subnet)
+            self.check_agreement_()
         device = x.device.type
         autocast = device != "meta" and torch.is_autocast_enabled(device)  # it has none, and asking raises
         given = x
@@ -180,30 +179,55 @@ class LoSiALinear(nn.Linear):
             self.keeps_input and x is given,  # a cast of x is this layer's own
         )
 
-    def _check_written_back(self, matrix: Tensor, subnet: Tensor) -> None:
-        """Compares values, and waits for the GPU, only where torch has counted a write to the subnet alone."""
-        before, now = self._versions, (subnet._version, matrix._version)  # a view counts as its weight
-        self.__dict__["_versions"] = now  # past nn.Module, which would look whether it is a parameter
-        if before is None or before[0] == now[0] or before[1] != now[1]:
-            return
-        if not self._is_written_back(matrix, subnet):
-            raise RuntimeError(
-                f"{self.name}: an optimizer has stepped the subnet, but its values are not in the weight, with which "
-                f"the model computes: use LoSiAAdamW, attach(optimizer, model), or write_back_() after each step"
-            )
+    # subnet and weight ------------------------------------------------------------------------------------------------
 
-    def _is_written_back(self, matrix: Tensor, subnet: Tensor) -> bool:
+    def note_agreement_(self) -> None:
+        """Remember that weight and subnet now hold the same values."""
+        matrix, subnet = self.matrix, self.subnet
+        counted = not (subnet.is_inference() or matrix.is_inference())
+        # past nn.Module, which would look whether it is a parameter
+        self.__dict__["_agreed"] = _writes(matrix, subnet) if counted else None
+
+    @property
+    def awaits_write_back(self) -> bool:
+        """Whether the subnet alone was written since it last agreed with the weight."""
+        if self._agreed is None or self.subnet.is_inference():
+            return False
+        (subnet, writes, weight_writes), now = self._agreed, _writes(self.matrix, self.subnet)
+        return subnet == now[0] and writes != now[1] and weight_writes == now[2]
+
+    def check_agreement_(self) -> None:
+        """Before the weight is used in training: see ``forward``. Values are compared, and the GPU waited for, only
+        where torch has counted writes to one of the two alone."""
+        matrix, subnet = self.matrix, self.subnet
+        agreed, now = self._agreed, _writes(matrix, subnet)
+        if agreed == now:
+            return
+        # FSDP exchanges the tensors; an optimizer that knows both writes both
+        known = agreed is not None and agreed[0] == now[0] and not subnet.is_meta
+        stepped, edited = (known and then != writes for then, writes in zip((agreed or now)[1:], now[1:], strict=True))
+        if stepped != edited and not self._agree(matrix, subnet):
+            if stepped:
+                raise RuntimeError(f"{self.name}: an optimizer has stepped the subnet, but its values are not in the "
+                                   f"weight, with which the model computes: use LoSiAAdamW, attach(optimizer, model), "
+                                   f"or write_back_() after each step")
+            self.read_subnet_()
+        self.note_agreement_()
+
+    def _agree(self, matrix: Tensor, subnet: Tensor) -> bool:
         return torch.equal(self.current_subnet.gather(matrix), subnet.to(matrix.dtype))
 
     @torch.no_grad()
     def write_back_(self) -> None:
         """Round ``subnet`` into ``weight``: after the step of an optimizer that knows nothing of the weight."""
         eager.write_subnet_(self.matrix, self.out_idx, self.in_idx, self.subnet)
+        self.note_agreement_()
 
     @torch.no_grad()
     def read_subnet_(self) -> None:
         """Fill ``subnet`` from ``weight``: after something else has written the weight."""
         self.subnet.copy_(self.current_subnet.gather(self.matrix))
+        self.note_agreement_()
 
     def set_subnet_(self, out_idx: Tensor, in_idx: Tensor) -> None:
         """Move the subnet: write the old one back, then train ``weight[out_idx][:, in_idx]``.
@@ -253,37 +277,56 @@ class LoSiALinear(nn.Linear):
         return probe
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoSiALinear":
+        waits, master, dtype = self.awaits_write_back, self.subnet.data, self.weight.dtype
         super()._apply(fn, recurse)
-        self.subnet.data = self.subnet.data.to(self._subnet_dtype)  # model.bfloat16() must not take the master away
+        if self.subnet.dtype != master.dtype:  # model.bfloat16() must not round the master
+            self.subnet.data = master.to(self.subnet.device)
+        self.subnet.data = self.subnet.data.to(self._subnet_dtype)
+        if self.weight.dtype != dtype and not (waits or self.subnet.is_meta or is_sharded(self.weight)):
+            self.write_back_()  # the wider weight can hold what the narrower one could not
+        self._note_copied(waits)
         if self._probe is not None:
             self._probe = self._make_probe()  # of the new device and dtype
         return self
 
+    def _note_copied(self, waits: bool) -> None:
+        """The tensors are others than before, and agree as those did."""
+        self.note_agreement_()
+        if waits and self._agreed is not None:
+            self._agreed = self._agreed[0], -1, self._agreed[2]
+
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_probe": None, "observe_callback": None, "_versions": None}  # a copy observes for nobody
+        own = {"_probe": None, "observe_callback": None, "_agreed": self.awaits_write_back}  # a copy observes for none
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._note_copied(waits=state["_agreed"])
         _ALIVE.add(self)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Checks indices before they are used; a checkpoint of the plain model (no subnet) fills the subnet anew.
-
-        Several files of one checkpoint may come one after another: a weight without the subnet that it belongs to.
+        """Checks indices before they are used. Where the loaded values do not agree the weight counts: in a checkpoint
+        of the plain model (no subnet), in averaged ones (whose subnets lay elsewhere). A subnet without its weight is
+        written back. Several files of one checkpoint may come one after another.
         """
         out_idx, in_idx = (state_dict.get(prefix + key) for key in ("out_idx", "in_idx"))
         if out_idx is not None and in_idx is not None:
-            name, subnet = prefix.removesuffix(".") or self.name, Subnet(out_idx, in_idx)
-            subnet.check((self.out_features, self.in_features), name, self.alignment)
-            if subnet.shape != tuple(self.subnet.shape):
-                raise ValueError(f"{name}: the checkpoint's subnet is {subnet.shape}, ours {tuple(self.subnet.shape)}")
+            name, loaded = prefix.removesuffix(".") or self.name, Subnet(out_idx, in_idx)
+            loaded.check((self.out_features, self.in_features), name, self.alignment)
+            if loaded.shape != tuple(self.subnet.shape):
+                raise ValueError(f"{name}: the checkpoint's subnet is {loaded.shape}, ours {tuple(self.subnet.shape)}")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.fingerprint = None
-        alone = prefix + "weight" in state_dict and prefix + "subnet" not in state_dict
-        # where values can be compared (not on meta), equal ones say that the subnet has come in a file of its own
-        if alone and (self.subnet.is_meta or not self._is_written_back(self.matrix, self.subnet)):
+        weight, subnet = (prefix + key in state_dict for key in ("weight", "subnet"))
+        if not (weight or subnet) or subnet and is_sharded(self.weight):
+            return
+        meta = self.subnet.is_meta or self.weight.is_meta  # without values to compare
+        if subnet if meta else self._agree(self.matrix, self.subnet):  # the subnet may have come in a file of its own
+            self.note_agreement_()
+        elif weight:
             self.read_subnet_()
+        else:
+            self.write_back_()
 
     def to_linear(self) -> nn.Module:
         """A plain nn.Linear around the same weight and bias."""
@@ -326,6 +369,11 @@ class LoSiAConv1D(LoSiALinear):
         return conv
 
 
+def _writes(matrix: Tensor, subnet: Tensor) -> tuple[int, int, int]:
+    """Which subnet it is, and torch's counts of writes to it and to the weight (of which the matrix may be a view)."""
+    return id(subnet), subnet._version, matrix._version
+
+
 def losia_layers(model: nn.Module) -> Iterator[tuple[str, LoSiALinear]]:
     """The model's LoSiALinears with their names, in model order. Raises TypeError if ``model`` is no module."""
     if not isinstance(model, nn.Module):
@@ -338,7 +386,9 @@ def losia_layers(model: nn.Module) -> Iterator[tuple[str, LoSiALinear]]:
 def _count_writes(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
     """By its count of writes a layer knows that its subnet was stepped: torch's fused optimizers are not counted, nor
     are kernels that write past torch, as bitsandbytes'. Of other parameters nothing is touched."""
-    counted = type(optimizer).__module__.startswith(("torch.optim", "losia_kernels"))
+    if getattr(getattr(optimizer, "timeline", None), "drives", False):
+        return  # whose steps end with the weights written
+    counted = type(optimizer).__module__.startswith("torch.optim")
     groups = [group for group in optimizer.param_groups if group.get("fused") or not counted]
     if groups and _ALIVE:
         subnets = {id(layer.subnet) for layer in _ALIVE}

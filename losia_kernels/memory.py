@@ -279,9 +279,10 @@ def _training_state(shape: ModelShape, setting: Setting) -> dict[str, int]:
         if setting.moments == "int8":
             optimizer += 2 * FLOAT32 * _scales(shape, setting)
         kept = _kept_in_backward(shape, setting) if setting.in_backward else values
-        per_weight = IMPORTANCE_BYTES[setting.importance]
+        head = shape.vocabulary * shape.hidden if 0 < setting.output_dim_factor < 1 else 0
+        observed = max(shape.block_weights, head)  # one group at a time: a block, or the output layer
         return {"values": values, "trained": master * values + indices, "optimizer": optimizer,
-                "gradients": master * kept, "importance": per_weight * shape.block_weights}  # fmt: skip
+                "gradients": master * kept, "importance": IMPORTANCE_BYTES[setting.importance] * observed}  # fmt: skip
     if method in ("lora", "dora"):
         values = shape.layers * sum(r * (out + inner) + (out if method == "dora" else 0) for out, inner in sizes)
         size = setting.adapter_bytes * values

@@ -1,8 +1,9 @@
 """LoSiAAdamW, whose step() is the whole method, and attach(), which gives the same to any torch optimizer."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -84,6 +85,7 @@ class LoSiAAdamW(torch.optim.Optimizer):
         TimelineState(self.timeline, self)
         self.timeline.ranks.check_same({"LoSiAAdamW's state": str(self._form)}, {})
         self.register_state_dict_pre_hook(_complete_state)
+        self._dense_writes: dict[Tensor, int] = {}  # torch's count after our last write
         self.in_backward = in_backward
         self._in_backward = None
         if in_backward:
@@ -107,9 +109,8 @@ class LoSiAAdamW(torch.optim.Optimizer):
         # of shards group by group: what travels together is in memory at once
         for together in [[number] for number in numbers] if timeline.sharded else [numbers]:
             self._update_subnets(together)
-        if len(self.param_groups) > len(timeline.groups):
-            group = self.param_groups[-1]
-            self._update_dense(group["params"][len(timeline.dense):], group)
+        for group, parameters in self._dense_parameters():
+            self._update_dense(parameters, group)
         timeline.advance(self)
         return loss
 
@@ -127,9 +128,16 @@ class LoSiAAdamW(torch.optim.Optimizer):
     def _make_state(self) -> None:
         for layer in self._layers:
             self._subnet_state(layer.subnet)
-        if len(self.param_groups) > len(self.timeline.groups):
-            for parameter in self.param_groups[-1]["params"][len(self.timeline.dense):]:
+        for _, parameters in self._dense_parameters():
+            for parameter in parameters:
                 self._dense_state(parameter)
+
+    def _dense_parameters(self) -> Iterator[tuple[dict, list[Tensor]]]:
+        """Parameter groups with what has no subnet in them; ``add_param_group`` may have brought more."""
+        skipped = len(self.timeline.dense)  # layers trained in full come first
+        for group in self.param_groups[len(self.timeline.groups):]:
+            yield group, group["params"][skipped:]
+            skipped = 0
 
     def _update_subnets(self, numbers: Iterable[int]) -> None:
         """One call for all layers with the same options, whatever their learning rates and steps."""
@@ -145,6 +153,9 @@ class LoSiAAdamW(torch.optim.Optimizer):
             _update_alike(operands, options)
         if self.timeline.sharded:
             write_back_(updated, self.timeline.ranks)
+        else:
+            for layer in updated:
+                layer.note_agreement_()
 
     def _update_subnet(self, number: int, layer: LoSiALinear) -> None:
         """One layer inside the backward; float32 state alone has an op that takes all as arguments, without a table."""
@@ -156,6 +167,7 @@ class LoSiAAdamW(torch.optim.Optimizer):
             ops.subnet_adamw_(*arguments)
         else:
             _update_alike([operands], options)
+        layer.note_agreement_()
 
     def _hyperparameters(self, number: int) -> tuple[float, Options]:
         """Of a group of layers: this step's learning rate, rewarmed (Eq. 8), and what AdamW takes beside it."""
@@ -191,7 +203,7 @@ class LoSiAAdamW(torch.optim.Optimizer):
         used = [p for p in parameters if p.grad is not None]
         grads = [p.grad for p in used if p.grad is not None]
         states = [self._dense_state(p) for p in used]
-        values = [state.get("master", p) for p, state in zip(used, states, strict=True)]
+        values = [self._dense_values(p, state) for p, state in zip(used, states, strict=True)]
         adamw(
             values,
             [grad.to(value.dtype) for grad, value in zip(grads, values, strict=True)],
@@ -204,6 +216,18 @@ class LoSiAAdamW(torch.optim.Optimizer):
         )  # fmt: skip
         for parameter, value in zip(used, values, strict=True):
             parameter.copy_(value)
+            self._dense_writes[parameter] = parameter._version
+
+    def _dense_values(self, parameter: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """The master copy if there is one, read anew where something else has written the parameter since."""
+        master = state.get("master")
+        if master is None:
+            return parameter
+        if self._dense_writes.get(parameter, parameter._version) != parameter._version:
+            now, then = (own(value) if is_sharded(value) else value for value in (parameter, master))
+            if not torch.equal(now, then.to(now.dtype)):
+                master.copy_(parameter)
+        return master
 
     def _subnet_state(self, subnet: Tensor) -> dict[str, Tensor]:
         state = self.state[subnet]
@@ -314,7 +338,7 @@ def attach(
         for group in optimizer.param_groups:
             group["lr"] = group.pop("scheduled_lr", group["lr"])  # a step that raised has left it rewarmed
             group["scheduled_lr"] = group["lr"]
-            if group["layer_group"] is not None:
+            if group.get("layer_group") is not None:  # one added later has none
                 group["lr"] = group["lr"] * timeline.lr_factor(group["layer_group"])
 
     def write_back(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
@@ -333,8 +357,13 @@ def attach(
         with torch.no_grad():
             timeline.advance(optimizer)
 
+    def forget_groups() -> None:
+        for group in optimizer.param_groups:
+            group.pop("layer_group", None)
+
     state = TimelineState(timeline, optimizer)
     if type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict:
         state.load_around(optimizer)
     timeline.handles += [optimizer.register_step_pre_hook(rewarm), optimizer.register_step_post_hook(write_back)]
+    timeline.handles.append(SimpleNamespace(remove=forget_groups))
     return timeline

@@ -105,7 +105,8 @@ def make_observer(config: LoSiAConfig) -> Observer:
 
 
 def new_subnet(layer: LoSiALinear, observer: Observer, rows: Rows | None = None) -> Subnet | None:
-    """Where ``layer`` should move; None if it saw no gradient in its slot (it was not used) and stays.
+    """Where ``layer`` should move; None if it stays: its slot had no gradient (it was not used), or an importance of
+    zero everywhere, as a weight has that is zero.
 
     Raises NonFiniteScoreError naming the layer. Changes nothing.
     """
@@ -113,6 +114,11 @@ def new_subnet(layer: LoSiALinear, observer: Observer, rows: Rows | None = None)
         return None
     k_out, k_in = layer.subnet.shape
     try:
-        return observer.select(k_out, k_in, rows, layer.alignment)
+        subnet = observer.select(k_out, k_in, rows, layer.alignment)
     except NonFiniteScoreError as error:
         raise NonFiniteScoreError(f"{layer.name}: {error}; its subnet stays where it was") from None
+    if subnet.captured is None:
+        scored = observer.tensors["in_importance"].any()
+    else:
+        scored = ~subnet.captured.isnan()  # 0 / 0 else
+    return subnet if bool(scored) else None

@@ -40,7 +40,8 @@ class Subnet:
     """Output neurons ``out_idx [k_out]`` (the paper's Y_S) and input neurons ``in_idx [k_in]`` (X_S), both int64,
     sorted, unique: the dense block ``weight[out_idx][:, in_idx]``.
 
-    ``captured``: the block's share of the score it was selected by, a scalar tensor; None where no such score exists.
+    ``captured``: the block's share of the score it was selected by, a scalar tensor: NaN if
+    that score is zero everywhere; None where no such score exists.
     """
 
     out_idx: Tensor
@@ -63,7 +64,7 @@ class Subnet:
         chosen = []
         for size, k in zip(features, shape, strict=True):
             run = run_length(k, size, alignment)
-            runs = torch.randperm(size // run, generator=generator)[: k // run].sort().values
+            runs = torch.randperm(size // run, generator=generator, device="cpu")[: k // run].sort().values
             chosen.append(neurons_of_runs(runs, run))
         return cls(*chosen)
 

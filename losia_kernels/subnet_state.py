@@ -63,7 +63,7 @@ class SubnetState:
         """The state before the first step; all zeros, also of a scale and of a remainder, mean zero moments and the
         subnet's own values. The step is on the CPU, as torch keeps it: reading it does not wait for the GPU."""
         dtype = self._dtype(subnet)
-        state = {"step": torch.tensor(0.0)}
+        state = {"step": torch.tensor(0.0, dtype=torch.float32, device="cpu")}  # whatever torch's defaults are
         state |= {key: torch.zeros_like(subnet, dtype=dtype) for key in ("exp_avg", "exp_avg_sq")}
         if dtype == torch.uint8:
             state |= {f"{key}_scale": _scales(subnet) for key in ("exp_avg", "exp_avg_sq")}

@@ -1,6 +1,7 @@
 """The timeline of a run (Section 3.3): a clock, who observes, and the relocalization after a slot's last update."""
 
 import warnings
+import weakref
 from collections.abc import Callable, Collection
 from dataclasses import asdict, replace
 from itertools import chain, product
@@ -26,6 +27,8 @@ UNSETTLED = (
     "attach total_steps=..., the Trainer a LoSiACallback, or call timeline.plan(total_steps)"
 )
 
+_DRIVERS: "weakref.WeakKeyDictionary[LoSiALinear, Any]" = weakref.WeakKeyDictionary()  # weak references to timelines
+
 
 class Timeline:
     """Drives the LoSiALinears of one model beside an optimizer; ``LoSiAAdamW`` and ``attach`` each hold one.
@@ -40,6 +43,7 @@ class Timeline:
         listeners: called with ``(layer, subnet)`` just before a layer is relocalized to that subnet.
         auto: whether the config said ``period="auto"``; ``config`` says what it has become.
         observers: of the layers that observe. ``handles``: hooks on the optimizer that ``detach`` takes off.
+        drives: until ``detach``, or until another optimizer is made for the model, which detaches this one.
 
     ``total_steps``: see ``plan``. ``process_group``: the processes that hold replicas of the model, by default its
     DistributedDataParallel's or all; RanksDifferError if they do not start alike.
@@ -52,6 +56,10 @@ class Timeline:
         if not layers:
             raise ValueError("the model has no layers to train: call apply_losia(model, config) first")
         self.config: LoSiAConfig = layers[0].losia.config
+        for layer in layers:
+            if layer.losia.config != self.config:
+                raise ValueError(f"{layers[0].name} and {layer.name} were given to apply_losia with different configs; "
+                                 f"one optimizer drives one: call apply_losia once, on the whole model")
         self.dense = [layer for layer in layers if layer.losia.group is None]
         named = {layer.losia.group: layer.losia.group_name for layer in layers if layer.losia.group is not None}
         self.group_names = [named[number] for number in sorted(named)]
@@ -68,6 +76,12 @@ class Timeline:
         self.listeners: list[Callable[[LoSiALinear, Subnet], None]] = []
         self.observers: dict[LoSiALinear, Observer] = {}
         self.handles: list[Any] = []
+        self.drives = True
+        for layer in layers:
+            before = _DRIVERS.get(layer, lambda: None)()
+            if before is not None:
+                before.detach()
+            _DRIVERS[layer] = weakref.ref(self)
         self._schedule: Schedule | None = None
         self.auto = self.config.period == "auto"
         if self.config.period != "auto":
@@ -216,8 +230,10 @@ class Timeline:
 
     def detach(self) -> None:
         """Take the hooks off the optimizer and stop observing; subnets and weights stay as they are."""
+        self.drives = False
         for handle in self.handles:
             handle.remove()
+        self.handles.clear()
         for layer in list(self.observers):
             self._stop(layer)
 
@@ -237,7 +253,11 @@ class Timeline:
         return sharded
 
     def check_parameters(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise RuntimeError if the optimizer would step parameters that the model no longer has."""
+        """Raise RuntimeError if the timeline was detached, or the optimizer would step parameters that the model no
+        longer has."""
+        if not self.drives:
+            raise RuntimeError(f"this {type(optimizer).__name__} no longer drives the subnets: another optimizer was "
+                               f"made for the model, or its timeline was detached; step the newest, or make a new one")
         held, sharded = {id(parameter) for parameter in parameters_of(optimizer)}, self.sharded
         for layer in chain.from_iterable([*self.groups, self.dense]):
             if id(layer.subnet) not in held:

@@ -203,6 +203,7 @@ def test_blocks_shared_by_layers_have_one_subnet():
     block = linears("up")
     model = apply(nn.ModuleList([block, block, linears("up")]))
     assert groups(model) == {"0.up": (0, "0"), "2.up": (1, "2")} and model[0].up is model[1].up
+    assert export_state_dict(model).keys() == remove_losia(model).state_dict().keys()
 
 
 # Subnets --------------------------------------------------------------------------------------------------------------

@@ -216,11 +216,12 @@ def test_a_whole_layer_survives_torch_save():
 def test_a_cast_keeps_the_master_and_goes_on_observing(dtype):
     layer, seen = make_layer(), []
     layer.observe_(seen.append)
-    indices = layer.out_idx.clone()
+    indices, master = layer.out_idx.clone(), layer.subnet.detach().clone()
     layer.to(dtype)
     assert layer.weight.dtype == dtype and layer.out_idx.dtype == torch.int64 and torch.equal(layer.out_idx, indices)
     assert layer.subnet.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert torch.equal(layer.subnet, layer.weight[layer.out_idx][:, layer.in_idx].to(layer.subnet.dtype))
+    assert torch.equal(layer.subnet, master.to(layer.subnet.dtype))
+    assert torch.equal(layer.weight[layer.out_idx][:, layer.in_idx], layer.subnet.to(dtype))
     layer(torch.randn(3, 10, dtype=dtype)).sum().backward()
     assert seen[0].dtype == dtype and seen[0].shape == layer.weight.shape
     assert layer.subnet.grad.dtype == layer.subnet.dtype

@@ -33,6 +33,14 @@ def observed(layer, gradients, importance: str):
     return observer, new_subnet(layer, observer)
 
 
+@pytest.mark.parametrize("importance", IMPORTANCES)
+def test_where_no_place_is_better_a_subnet_stays(layer, importance):
+    nothing = [torch.zeros_like(layer.weight)]
+    assert observed(layer, nothing, importance)[1] is None
+    nothing[0][2, 1] = 1.0
+    assert observed(layer, nothing, importance)[1] is not None
+
+
 def indices(subnet) -> tuple[list[int], list[int]]:
     return subnet.out_idx.tolist(), subnet.in_idx.tolist()
 

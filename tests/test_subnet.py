@@ -4,9 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import same_tensors, tiny_lm
 
-from losia_kernels import LoSiALinear, Subnet
+from losia_kernels import LoSiAConfig, LoSiALinear, Subnet, apply_losia
 from losia_kernels.subnet import subnet_size
+from losia_kernels.subnet_state import SubnetState
 
 GOOD = torch.tensor([0, 2, 3])
 
@@ -97,3 +99,19 @@ def test_random_sides_are_independent_and_uniform():
     for side in ("out_idx", "in_idx"):
         counts = torch.cat([getattr(draw, side) for draw in draws]).bincount(minlength=8)
         assert (counts - 500).abs().max() < 100  # 5 standard deviations
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_torchs_defaults_are_not_asked(device):
+    expected = apply_losia(tiny_lm(), LoSiAConfig(rank_factor=0.5)).state_dict()
+    model = tiny_lm()
+    torch.set_default_device(device)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        apply_losia(model, LoSiAConfig(rank_factor=0.5))
+        state = SubnetState().make(model.model.layers[0].up_proj.subnet)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert same_tensors(model.state_dict(), expected)
+    assert state["step"].dtype == torch.float32 and state["step"].device.type == "cpu"  # bfloat16 counts to 256

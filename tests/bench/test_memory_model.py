@@ -92,10 +92,16 @@ def test_state_in_fewer_bits_is_exact(tiny, moments, master, in_backward):
     kept = sum(subnet.grad.nbytes for subnet in subnets if subnet.grad is not None)
     if in_backward:  # the output layer observes; of the others one is on its way
         kept += max(subnet.nbytes for subnet in subnets if subnet.shape != module.lm_head.subnet.shape)
+    observed = [t for o in optimizer.timeline.observers.values() for t in o.tensors.values()]
+    importance = sum(tensor.nbytes for tensor in observed)
     optimizer.step()
     setting = Setting(output_dim_factor=0.5, master_weights=master == "float32", **form)
     state = memory_model._training_state(shape_of(tiny), setting)
     assert state["values"] == sum(subnet.numel() for subnet in subnets) and state["gradients"] == kept
+    vocabulary = importance // 8 // shape_of(tiny).hidden  # the output layer's turn is the first
+    assert vocabulary == shape_of(tiny).vocabulary
+    larger = dataclasses.replace(shape_of(tiny), vocabulary=100 * vocabulary)
+    assert memory_model._training_state(larger, setting)["importance"] == 100 * importance > state["importance"]
     entries = [value for entry in optimizer.state.values() for key, value in entry.items() if key != "step"]
     assert state["optimizer"] == sum(value.nbytes for value in entries)
 
