@@ -10,7 +10,7 @@ import sys
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
     Trainer,
     TrainingArguments,
 )
@@ -25,6 +25,11 @@ model = AutoModelForCausalLM.from_pretrained(model_name)
 # LoRA: model = get_peft_model(model, LoraConfig(r=64, target_modules="all-linear"))
 model = apply_losia(model, LoSiAConfig(rank_factor=1/8, period="auto"))
 
+def encode(text):
+    encoded = tokenizer(text + tokenizer.eos_token)
+    return {**encoded, "labels": encoded["input_ids"]}
+
+
 texts = [f"{number} times 9 is {9 * number}." for number in range(200)]
 arguments = TrainingArguments(
     output, max_steps=steps, per_device_train_batch_size=8, learning_rate=5e-4, lr_scheduler_type="cosine",
@@ -33,8 +38,8 @@ arguments = TrainingArguments(
 trainer = Trainer(
     model,
     arguments,
-    train_dataset=[tokenizer(text + tokenizer.eos_token) for text in texts],
-    data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+    train_dataset=[encode(text) for text in texts],
+    data_collator=DataCollatorForSeq2Seq(tokenizer),  # masks padding by place: the end is learned though it pads too
     # LoRA needs neither this argument nor the callback
     optimizer_cls_and_kwargs=(LoSiAOptimizerFactory, {"lr": arguments.learning_rate}),
 )

@@ -65,8 +65,9 @@ def export_lora(
     tensors: dict[str, Tensor] = {}
     errors: dict[str, LayerError] = {}
     for name in track(list(old.specs), "comparing"):
-        before, after = old.get(name), new.get(name)
-        if torch.equal(before.to(after.dtype), after):
+        after = new.get(name)
+        before = old.get(name).to(after.dtype)  # as it was when training began
+        if torch.equal(before, after):
             continue
         layer = name.removesuffix(".weight")
         if layer == name or layer not in layouts:

@@ -50,7 +50,9 @@ class ModelFolder:
             except (ValueError, KeyError):
                 raise ValueError(f"{self.path / INDEX} cannot be read as an index of shards") from None
         else:
-            raise ValueError(f"{path} is no model folder: it has neither {WEIGHTS} nor {INDEX}")
+            shards = any(self.path.glob("*/.metadata"))  # of torch.distributed.checkpoint
+            hint = "; it holds several processes' shards: finetune --resume makes a model of the run" if shards else ""
+            raise ValueError(f"{path} is no model folder: it has neither {WEIGHTS} nor {INDEX}{hint}")
         self.files = {file: Tensors(self.path / file) for file in files}
         self.sharded = WEIGHTS not in files
         self._holder = {name: tensors for tensors in self.files.values() for name in tensors.specs}

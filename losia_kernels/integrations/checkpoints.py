@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -66,20 +67,47 @@ class CheckpointCallback(TrainerCallback):
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint in ``folder``; those whose saving or removal was interrupted are removed."""
-    whole = {}
-    for path in folder.glob("checkpoint-*"):
-        if _is_whole(path):
-            whole[int(path.name.removeprefix("checkpoint-"))] = path
-        else:
+    """The newest whole checkpoint in ``folder``, of those that ``CheckpointCallback`` completed; None without one.
+
+    Warns of newer ones, which were interrupted or saved without it. Changes nothing.
+    """
+    torn: list[str] = []
+    for path in sorted(_checkpoints(folder), key=_step, reverse=True):
+        if is_whole(path):
+            if torn:
+                warnings.warn(f"{', '.join(torn)} in {folder}: not whole, or saved without a CheckpointCallback; the "
+                              f"last that counts is {path.name}", stacklevel=2)
+            return path
+        torn.append(path.name)
+    if torn:
+        warnings.warn(f"{', '.join(torn)} in {folder}: not whole, or saved without a CheckpointCallback; none counts",
+                      stacklevel=2)
+    return None
+
+
+def remove_interrupted(folder: Path) -> None:
+    """Remove the checkpoints of ``folder`` whose saving or removal was interrupted: all of them are of a run that
+    completes its checkpoints."""
+    for path in _checkpoints(folder):
+        if not is_whole(path):
             shutil.rmtree(path)
-    return whole[max(whole)] if whole else None
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    if not (checkpoint / MARKER).exists():
+def _checkpoints(folder: Path) -> list[Path]:
+    """The Trainer's, by their names; a copy under a name of the user's is none."""
+    return [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether all is there that was when the marker was written, which is last."""
+    try:
+        sizes = json.loads((checkpoint / MARKER).read_text()).get("files", {})
+    except (OSError, ValueError):
         return False
-    sizes = json.loads((checkpoint / MARKER).read_text()).get("files", {})
     files = {name: checkpoint / name for name in sizes}
     return all(file.exists() and file.stat().st_size == sizes[name] for name, file in files.items())
 

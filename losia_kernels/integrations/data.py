@@ -64,6 +64,16 @@ def _check_sample(values: Any, where: str) -> None:
             raise InputError(f"{where}: {key!r} must be a string, got {values.get(key)!r:.80}")
         if not values[key] and key != "prompt":
             raise InputError(f"{where}: {key!r} is empty: nothing to learn")
+        _check_characters(values[key], where, repr(key))
+
+
+def _check_characters(text: str, where: str, what: str) -> None:
+    """JSON can say half of a character beyond 0xffff, as in a text that was cut there; no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
+        raise InputError(f"{where}: {what} has half of a character, {half}, at {error.start}") from None
 
 
 def _check_messages(messages: Any, where: str) -> None:
@@ -73,6 +83,7 @@ def _check_messages(messages: Any, where: str) -> None:
         good = isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
         if not good:
             raise InputError(f"{where}: a message must have 'role' and 'content' strings, got {message!r:.80}")
+        _check_characters(message["role"] + message["content"], where, "a message")
     if all(message["role"] != "assistant" for message in messages):
         raise InputError(f"{where}: no message has the role 'assistant': nothing to learn")
 
@@ -87,12 +98,12 @@ def encode(sample: Sample, tokenizer, max_length: int) -> dict[str, np.ndarray] 
     values = sample.values
     if "messages" in values:
         text, spans = _render_chat(sample, tokenizer)
-        ids, learned = _tokenize(tokenizer, text, spans, special_tokens=False)
+        ids, learned = _tokenize(tokenizer, text, spans, False, sample.where)
         ended = ids[-1] in tokenizer.added_tokens_decoder
     else:
         prompt = values.get("prompt", "")
         text = prompt + values["completion"] if "prompt" in values else values["text"]
-        ids, learned = _tokenize(tokenizer, text, [(len(prompt), len(text))], special_tokens=True)
+        ids, learned = _tokenize(tokenizer, text, [(len(prompt), len(text))], True, sample.where)
         ended = ids[-1] == tokenizer.eos_token_id
         learned[-1] |= ended
     if not ended:
@@ -105,8 +116,12 @@ def encode(sample: Sample, tokenizer, max_length: int) -> dict[str, np.ndarray] 
     return {"input_ids": input_ids, "labels": np.where(taught, input_ids, np.int32(IGNORE))}
 
 
-def _tokenize(tokenizer, text: str, spans: list[tuple[int, int]], special_tokens: bool) -> tuple[list[int], list[bool]]:
+def _tokenize(
+    tokenizer, text: str, spans: list[tuple[int, int]], special_tokens: bool, where: str
+) -> tuple[list[int], list[bool]]:
     encoded = tokenizer(text, add_special_tokens=special_tokens, return_offsets_mapping=True)
+    if not encoded["input_ids"]:
+        raise InputError(f"{where}: the tokenizer makes no token of {text!r:.80}")
     learned = [any(first < end and last > start for start, end in spans) for first, last in encoded["offset_mapping"]]
     return list(encoded["input_ids"]), learned
 
@@ -128,8 +143,12 @@ def _render_chat(sample: Sample, tokenizer) -> tuple[str, list[tuple[int, int]]]
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before, through = render(turn, add_generation_prompt=True) if turn else "", render(turn + 1)
-        if not (text.startswith(through) and through.startswith(before)):
+        through = render(turn + 1)
+        if turn:
+            before, found = render(turn, add_generation_prompt=True), "yes"
+        else:  # what the template itself begins with, maybe a system prompt of its own, is not learned
+            before, found, _ = through.partition(message["content"].strip() or "\0")
+        if not (found and text.startswith(through) and through.startswith(before)):
             raise InputError(
                 f"{sample.where}: the chat template rewrites earlier turns, so what the assistant said in turn "
                 f"{turn + 1} cannot be told apart; give this sample as 'prompt' and 'completion'"
@@ -142,6 +161,9 @@ def load_samples(path: str | Path, tokenizer, max_length: int) -> tuple[list[dic
     """The encoded samples of a JSONL file, and how many were dropped because truncation left nothing to learn."""
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no end-of-sequence token: set eos_token in its tokenizer_config.json")
+    if not tokenizer.is_fast:
+        raise InputError(f"{type(tokenizer).__name__} does not say which characters a token stands for; a fast "
+                         f"tokenizer does (tokenizer.json)")
     samples = read_jsonl(path)
     if tokenizer.chat_template is None:
         for sample in samples:

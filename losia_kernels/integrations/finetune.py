@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from ..checkpoint import full_state_dict
 from ..linear import losia_layers
 from ..schedule import auto_period
 from . import data
-from .checkpoints import MARKER, CheckpointCallback, export_checkpoint, last_checkpoint, save_model, write_json
+from .checkpoints import MARKER, CheckpointCallback, last_checkpoint, remove_interrupted, save_model, write_json
 from .options import FinetuneOptions, InputError
 from .progress import ProgressCallback
 from .transformers import LoSiACallback, LoSiAOptimizerFactory, losia_timeline
@@ -75,16 +76,11 @@ def finetune(options: FinetuneOptions, callbacks: tuple[TrainerCallback, ...] = 
         data.read_jsonl(path)  # a malformed line is told before the model is loaded
     model, tokenizer = load_model(options)
     train_data, eval_data = load_data(options, tokenizer)
+    check_lengths(model, [*train_data, *(eval_data or [])])
     if options.packing:
         check_packing(model)
     steps = total_steps(options, len(train_data), processes.num_processes)
     processes.wait_for_everyone()  # all have found the folder as it was
-    if checkpoint and checkpoint.name == f"checkpoint-{steps}" and any(checkpoint.glob("*.safetensors")):
-        if first:  # only the model was not written; the Trainer would take one more step
-            export_checkpoint(checkpoint, run / "model")
-            print(f"model in {run / 'model'}, loss curve in {run / 'loss_curve.png'}")
-        processes.wait_for_everyone()
-        return run / "model"
     config = convert_model(model, options, steps)
     arguments = training_arguments(options, steps)
     use_cache = model.config.use_cache
@@ -109,7 +105,11 @@ def finetune(options: FinetuneOptions, callbacks: tuple[TrainerCallback, ...] = 
         callbacks=[*speaking, CheckpointCallback(tokenizer, use_cache), *callbacks],
     )
     trainer.add_callback(LoSiACallback(trainer, history=run / "subnets.jsonl"))
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.add_callback(NoStepTooMany())
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except AllStepsTaken:  # only the model was not written
+        pass
     model.config.use_cache = use_cache
     weights = full_state_dict(model) if processes.num_processes > 1 else None
     if first:
@@ -117,6 +117,18 @@ def finetune(options: FinetuneOptions, callbacks: tuple[TrainerCallback, ...] = 
         print(f"model in {run / 'model'}, loss curve in {run / 'loss_curve.png'}")
     processes.wait_for_everyone()
     return run / "model"
+
+
+class AllStepsTaken(Exception):
+    """The checkpoint that was resumed from is the run's last."""
+
+
+class NoStepTooMany(TrainerCallback):
+    """Resumed from the last checkpoint of all, the Trainer would take one more step."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            raise AllStepsTaken
 
 
 class FinetuneTrainer(Trainer):
@@ -170,7 +182,7 @@ def training_arguments(options: FinetuneOptions, steps: int) -> TrainingArgument
         prediction_loss_only=True,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        include_num_input_tokens_seen="non_padding",
+        include_num_input_tokens_seen="all" if options.packing else "non_padding",  # packed rows have no mask
         seed=options.seed,
         use_cpu=not torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
@@ -234,6 +246,20 @@ def load_data(options: FinetuneOptions, tokenizer) -> tuple[list, list | None]:
         return data.pack(samples, options.max_length) if options.packing else samples
 
     return load(options.data), None if options.eval_data is None else load(options.eval_data)
+
+
+def check_lengths(model, samples: list[dict]) -> None:
+    """Raises InputError for a sample longer than the positions that the model has learned, if it has learned any."""
+    learned = [name for name, module in model.named_modules()
+               if isinstance(module, torch.nn.Embedding) and re.search(r"(^|\.)(wpe|\w*position\w*)$", name)]
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if not learned or positions is None:
+        return
+    longest = max(int(sample["position_ids"].max()) + 1 if "position_ids" in sample else len(sample["input_ids"])
+                  for sample in samples)  # fmt: skip
+    if longest > positions:
+        raise InputError(f"a sample has {longest} tokens, but {type(model).__name__} has learned {positions} "
+                         f"positions: set max_length to {positions} or less")
 
 
 @torch.no_grad()
@@ -323,6 +349,7 @@ def _check_run(run: Path, options: FinetuneOptions, processes: int) -> tuple[dic
     if changed:
         was = ", ".join(f"{name} was {first.get(name)!r}, now {record.get(name)!r}" for name in changed)
         raise InputError(f"cannot resume {run} with other options: {was}")
+    remove_interrupted(run / "checkpoints")
     return record, last_checkpoint(run / "checkpoints")
 
 

@@ -10,6 +10,7 @@ Checkpoints and ``resume_from_checkpoint`` are the Trainer's own: the subnets an
 dict, everything else in the optimizer's.
 """
 
+from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -46,8 +47,8 @@ class LoSiACallback(TrainerCallback):
     """Places the first subnets, tells the timeline the number of steps (``period="auto"``) and how ``trainer`` scales
     each loss, and reports what the subnets do.
 
-    Calibration takes ``calibration_steps`` batches before the first step, if the config's ``init_subnet`` is
-    "calibrated"; with ``output_init="frequency"`` the labels of the first 64 batches are counted. A resumed run, and
+    Calibration takes ``calibration_steps`` batches before the first step, on the Trainer's own loss, if the config's
+    ``init_subnet`` is "calibrated"; with ``output_init="frequency"`` the labels of the first 64 batches are counted. A resumed run, and
     one that a second ``train()`` continues, is left where it was.
 
     Whatever ``args.report_to`` names (TensorBoard, ...) gets, with each of the Trainer's logs: ``losia/lr/<group>``,
@@ -86,10 +87,12 @@ class LoSiACallback(TrainerCallback):
         if begins or timeline.config.period == "auto":  # a checkpoint without the optimizer's state has no period
             timeline.plan(state.max_steps)
         if begins and timeline.config.init_subnet == "calibrated":
-            batches = _first_batches(train_dataloader, self.calibration_steps, args.device)
-            _calibrate(model.train(), batches, _loss_scale(optimizer))  # in training mode gradients are checkpointed
+            with _same_random_state(args.device):
+                batches = _first_batches(train_dataloader, self.calibration_steps, args.device)
+                self._calibrate(model.train(), batches, _loss_scale(optimizer))  # training checkpoints gradients
         if begins and timeline.config.output_init == "frequency":
-            start_from_frequency(model, _first_batches(train_dataloader, COUNTED_BATCHES, args.device))
+            with _same_random_state(args.device):
+                start_from_frequency(model, _first_batches(train_dataloader, COUNTED_BATCHES, args.device))
         kinds = tuple(INTEGRATION_TO_CALLBACK.values())
         self._reporters = [each for each in self.trainer.callback_handler.callbacks if isinstance(each, kinds)]
         self._moved: list[Place] = []
@@ -101,6 +104,19 @@ class LoSiACallback(TrainerCallback):
             rewind_log(self.history, state.global_step)
         if (self.history or self._reporters) and self._note not in timeline.listeners:
             timeline.listeners.append(self._note)
+
+    def _calibrate(self, model: nn.Module, batches: list[dict], scale: float) -> None:
+        """``calibrate`` on the Trainer's loss with the largest scale, from ``scale`` down, that does not overflow."""
+        def loss_fn(model: nn.Module, batch: dict) -> torch.Tensor:
+            with self.trainer.compute_loss_context_manager():
+                return scale * self.trainer.compute_loss(model, dict(batch))  # which may take labels out
+
+        try:
+            calibrate(model, batches, len(batches), loss_fn, loss_divisor=1 / scale)
+        except NonFiniteScoreError:
+            if scale <= 1:
+                raise
+            self._calibrate(model, batches, max(1.0, scale / 16))
 
     # how the loss is scaled -------------------------------------------------------------------------------------------
 
@@ -183,16 +199,9 @@ def _loss_scale(optimizer: torch.optim.Optimizer) -> float:
     return 1.0 if scaler is None else scaler.get_scale()
 
 
-def _calibrate(model: nn.Module, batches: list[dict], scale: float) -> None:
-    """``calibrate`` with the largest scale of the loss, from ``scale`` down, that does not overflow."""
-    try:
-        calibrate(
-            model, batches, len(batches), lambda model, batch: scale * model(**batch).loss, loss_divisor=1 / scale
-        )
-    except NonFiniteScoreError:
-        if scale <= 1:
-            raise
-        _calibrate(model, batches, max(1.0, scale / 16))
+def _same_random_state(device: torch.device) -> AbstractContextManager:
+    """What is drawn inside is not missed outside: a resumed run, which does not look ahead, sees the same order."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def _first_batches(dataloader, count: int, device: torch.device) -> list[dict]:

@@ -125,3 +125,13 @@ def test_the_accelerate_config_of_fsdp2_and_a_resume_on_four(inputs, whole, tmp_
     said = accelerate("fsdp2", inputs, run, 4, "--batch-size", "2", *RUN, "--save-steps", "5", "--resume")
     assert "checkpoint-5" in said
     torch.testing.assert_close(weights(run), weights(whole), rtol=0, atol=1e-5)
+
+    shutil.rmtree(run / "model")  # as if the run had been killed when only the model was not written
+    said = accelerate("fsdp2", inputs, run, 2, "--batch-size", "4", *RUN, "--save-steps", "5", "--resume")
+    assert "checkpoint-8" in said and "step 9" not in said
+    torch.testing.assert_close(weights(run), weights(whole), rtol=0, atol=1e-5)
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"checkpoint-5", "checkpoint-8"}
+    from losia_kernels.integrations.checkpoints import export_checkpoint
+
+    with pytest.raises(ValueError, match="several processes' shards: finetune --resume makes a model of the run"):
+        export_checkpoint(run / "checkpoints" / "checkpoint-8", tmp_path / "exported")

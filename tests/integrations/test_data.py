@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from tiny_llama import make_model, make_tokenizer
-from tokenizers import processors
+from tokenizers import normalizers, processors
+from transformers import ByT5Tokenizer
 
 from losia_kernels.integrations.data import (
     IGNORE,
@@ -106,6 +107,21 @@ def test_a_chat_template_that_rewrites_earlier_turns_is_refused(tokenizer):
     messages = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
     with pytest.raises(InputError, match="test:1: the chat template rewrites earlier turns"):
         learned(tokenizer, {"messages": messages})
+
+
+def test_what_a_template_begins_with_is_not_learned(tokenizer):
+    """A chat that the assistant opens, under a template with a system prompt of its own."""
+    tokenizer.chat_template = "<|system|>I help.<|end|>\n" + tokenizer.chat_template
+    turns = [("assistant", "Hello"), ("user", "Hi"), ("assistant", "Bye")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    text, target = learned(tokenizer, {"messages": messages})
+    assert text == "<|system|>I help.<|end|>\n<|assistant|>Hello<|end|>\n<|user|>Hi<|end|>\n<|assistant|>Bye<|end|>"
+    assert target == "Hello<|end|>Bye<|end|>"
+
+
+def test_a_first_turn_that_cannot_be_found_is_refused(tokenizer):
+    with pytest.raises(InputError, match="what the assistant said in turn 1 cannot be told apart"):
+        learned(tokenizer, {"messages": [{"role": "assistant", "content": " "}]})
 
 
 def test_a_chat_template_that_raises_names_the_line(tokenizer):
@@ -225,3 +241,25 @@ def test_a_tokenizer_that_lacks_what_the_data_needs_is_refused(tokenizer, tmp_pa
     tokenizer.eos_token = None
     with pytest.raises(InputError, match="no end-of-sequence token"):
         load_samples(path, tokenizer, 10)
+
+
+@pytest.mark.parametrize("line", [
+    '{"text": "cut \\ud83d"}', '{"prompt": "\\ude00", "completion": "a"}',
+    '{"messages": [{"role": "user", "content": "a \\ud83d"}, {"role": "assistant", "content": "b"}]}',
+])  # fmt: skip
+def test_half_of_a_character_names_the_line(tmp_path, line):
+    path = write(tmp_path / "d.jsonl", {"text": "good \U0001f600"}, line)
+    with pytest.raises(InputError, match=r"d.jsonl:2: .* has half of a character, '.u(d83d|de00)'"):
+        read_jsonl(path)
+
+
+def test_a_text_without_tokens_names_the_line(tmp_path, tokenizer):
+    tokenizer._tokenizer.normalizer = normalizers.Strip()
+    path = write(tmp_path / "d.jsonl", {"text": "a b"}, {"text": "   "})
+    with pytest.raises(InputError, match="d.jsonl:2: the tokenizer makes no token of '   '"):
+        load_samples(path, tokenizer, 64)
+
+
+def test_a_tokenizer_that_is_not_fast_is_refused(tmp_path):
+    with pytest.raises(InputError, match="ByT5Tokenizer does not say which characters a token stands for"):
+        load_samples(write(tmp_path / "d.jsonl", {"text": "a"}), ByT5Tokenizer(), 64)

@@ -1,5 +1,6 @@
 """The whole job on a tiny model: what a run leaves, that it is plain, that a killed run resumes to the same bits."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_llama import make_model, make_tokenizer
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from losia_kernels import cli
-from losia_kernels.integrations.checkpoints import MARKER, last_checkpoint, save_model
+from losia_kernels.integrations.checkpoints import last_checkpoint, save_model
 from losia_kernels.integrations.data import Collator, load_samples
 from losia_kernels.integrations.finetune import convert_model, finetune, training_arguments
 from losia_kernels.integrations.options import FinetuneOptions, InputError
@@ -162,17 +163,6 @@ def test_resuming_a_finished_run_changes_nothing(whole_run, model_folder, capsys
     assert before == {path: path.stat().st_mtime_ns for path in (whole_run / "model").iterdir()}
 
 
-def test_an_interrupted_checkpoint_is_not_resumed_from(tmp_path):
-    for step, whole in ((2, True), (10, True), (12, False)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        (folder / "model.safetensors").write_text("")
-        if whole:
-            (folder / MARKER).write_text("{}")
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-    assert not (tmp_path / "checkpoint-12").exists()
-
-
 def test_a_model_is_written_whole_or_not_at_all(tmp_path):
     class Full:
         def save_pretrained(self, folder):
@@ -279,3 +269,24 @@ def test_rewinding_a_log_drops_later_steps_and_a_torn_line(tmp_path):
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     rewind_log(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_sample_longer_than_learned_positions_is_told_before_the_run(tmp_path):
+    """GPT-2 fails in the middle, at the step that draws the sample."""
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=261, n_positions=16, n_embd=16, n_layer=1, n_head=2)).save_pretrained(
+        tmp_path / "gpt2"
+    )
+    make_tokenizer().save_pretrained(tmp_path / "gpt2")
+    given = options(tmp_path, tmp_path / "gpt2", steps=2)
+    Path(given.data).write_text('{"text": "short"}\n{"text": "seventeen tokens"}\n')
+    with pytest.raises(InputError, match="a sample has 17 tokens, but GPT2LMHeadModel has learned 16 positions"):
+        finetune(given)
+    assert not (tmp_path / "run").exists()
+    finetune(dataclasses.replace(given, max_length=16))
+    assert (tmp_path / "run" / "model").exists()
+
+
+def test_packing_says_nothing_at_every_step(tmp_path, model_folder, capfd):
+    finetune(options(tmp_path, model_folder, packing=True, group_by_length=False, steps=2))
+    assert "Could not determine" not in "".join(capfd.readouterr())

@@ -14,7 +14,7 @@ from trained_pairs import assert_same_model, make_pair
 from transformers.trainer_utils import get_last_checkpoint
 
 from losia_kernels import delta
-from losia_kernels.integrations.checkpoints import MARKER, last_checkpoint
+from losia_kernels.integrations.checkpoints import MARKER, last_checkpoint, remove_interrupted
 
 HERE = Path(__file__).parent
 KILLED = -9
@@ -85,13 +85,31 @@ def test_a_checkpoint_that_was_half_removed_is_not_whole(whole, tmp_path):
             os.link(file, tmp_path / name / file.name)
     assert last_checkpoint(tmp_path).name == "checkpoint-6"
     (tmp_path / "checkpoint-6" / "optimizer.pt").unlink()
-    assert last_checkpoint(tmp_path).name == "checkpoint-4"
-    assert not (tmp_path / "checkpoint-6").exists()
+    with pytest.warns(UserWarning, match="checkpoint-6 in .*: not whole, .* the last that counts is checkpoint-4"):
+        assert last_checkpoint(tmp_path).name == "checkpoint-4"
     weights = tmp_path / "checkpoint-4" / "model.safetensors"
     half = weights.read_bytes()[: weights.stat().st_size // 2]
     weights.unlink()
     weights.write_bytes(half)
-    assert last_checkpoint(tmp_path) is None
+    with pytest.warns(UserWarning, match="checkpoint-6, checkpoint-4 in .*: not whole, .* none counts"):
+        assert last_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("marker", [None, "", '{"files"'])
+def test_what_nobody_completed_is_left_alone(tmp_path, marker):
+    """Checkpoints of a Trainer without the callback, copies under a name of the user's, notes."""
+    for name in ("checkpoint-2", "checkpoint-10", "checkpoint-best", "checkpoint-6-good"):
+        (tmp_path / name).mkdir()
+        if marker is not None:
+            (tmp_path / name / MARKER).write_text(marker)
+    (tmp_path / "checkpoint-notes.txt").write_text("the second was better")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.warns(UserWarning, match="checkpoint-10, checkpoint-2 in"):
+        assert last_checkpoint(tmp_path) is None
+    assert sorted(tmp_path.rglob("*")) == before
+    remove_interrupted(tmp_path)  # of a run of finetune, which completes all of its own
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"checkpoint-best", "checkpoint-6-good", "checkpoint-notes.txt"}
 
 
 def test_a_delta_is_made_and_applied_whole_or_not_at_all(jobs, tmp_path):

@@ -53,6 +53,16 @@ def test_one_subnet_is_a_lora_of_its_smaller_side(one_subnet, tmp_path):
     assert_merged_is_trained(one_subnet, tmp_path / "lora")
 
 
+def test_rounding_the_base_to_the_trained_dtype_is_no_change(tmp_path):
+    """``finetune --dtype bfloat16`` of a float32 folder: the rank is the subnet's, not that of the rounding."""
+    run = dict(dtype="bfloat16", steps=3, period=100, output_dim_factor=0.0)
+    wide = make_pair(tmp_path / "wide", base_dtype="float32", **run)
+    narrow = make_pair(tmp_path / "narrow", **run)
+    errors, expected = (export_lora(pair.base, pair.trained, tmp_path / name)
+                        for pair, name in ((wide, "a"), (narrow, "b")))  # fmt: skip
+    assert errors == expected and all(error.rank <= 12 for error in errors.values())
+
+
 def test_the_adapter_alone_gives_the_trained_model(one_subnet, tmp_path):
     export_lora(one_subnet.base, one_subnet.trained, tmp_path / "lora")
     tokens = torch.arange(40).reshape(2, 20)

@@ -5,8 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from tiny import same_tensors
 from tiny_llama import make_model
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach, calibrate
 from losia_kernels.integrations.data import IGNORE, Collator
@@ -124,6 +125,50 @@ def test_the_first_subnets_are_calibrated_before_the_first_step_unless_told_not_
     make_trainer(model, tmp_path, callbacks=[snapshot]).train()
     moved = [name for name in drawn if not torch.equal(drawn[name], snapshot.places[name])]
     assert bool(moved) == (init_subnet == "calibrated")
+
+
+class OtherLoss(Trainer):
+    """Of a model that returns no loss."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        return model(**inputs).logits.square().mean() + 0 * labels.sum()
+
+
+def test_calibration_is_on_the_loss_that_is_trained(tmp_path):
+    model, snapshot = apply_losia(make_model(), CONFIG), Snapshot()
+    trainer = make_trainer(model, tmp_path, kind=OtherLoss, callbacks=[snapshot])
+    trainer.train()
+    expected = apply_losia(make_model(), CONFIG).train()
+    batches = list(trainer.get_train_dataloader())[:4]
+    calibrate(expected, batches, 4, lambda model, batch: trainer.compute_loss(model, dict(batch)))
+    assert all(torch.equal(idx, snapshot.places[name]) for name, idx in places(expected).items())
+
+
+class StopAt(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = control.should_training_stop = state.global_step == 4
+
+
+def test_a_resumed_run_draws_what_the_first_would_have(tmp_path):
+    """The first run alone looks ahead to calibrate: torch's random state must not tell."""
+    models = []
+    for callbacks, checkpoint in (([], None), ([StopAt()], None), ([], True)):
+        torch.manual_seed(len(models))
+        models.append(apply_losia(make_model(), CONFIG))
+        arguments = TrainingArguments(
+            str(tmp_path / ("whole" if not models[1:] else "parts")), max_steps=STEPS, learning_rate=LR,
+            per_device_train_batch_size=BATCH, train_sampling_strategy="group_by_length", save_strategy="no",
+            report_to="none", use_cpu=True, disable_tqdm=True, remove_unused_columns=False,
+        )  # fmt: skip
+        trainer = Trainer(
+            models[-1], arguments, data_collator=Collator(256), train_dataset=samples(), callbacks=callbacks,
+            optimizer_cls_and_kwargs=(LoSiAOptimizerFactory, {"lr": LR}),
+        )  # fmt: skip
+        trainer.add_callback(LoSiACallback(trainer))
+        trainer.train(resume_from_checkpoint=checkpoint)
+    whole, _, resumed = models
+    assert same_tensors(whole.state_dict(), resumed.state_dict())
 
 
 def test_a_second_train_goes_on_where_the_first_ended(tmp_path):
