@@ -48,8 +48,9 @@ class LoSiACallback(TrainerCallback):
     each loss, and reports what the subnets do.
 
     Calibration takes ``calibration_steps`` batches before the first step, on the Trainer's own loss, if the config's
-    ``init_subnet`` is "calibrated"; with ``output_init="frequency"`` the labels of the first 64 batches are counted. A resumed run, and
-    one that a second ``train()`` continues, is left where it was.
+    ``init_subnet`` is "calibrated"; with ``output_init="frequency"`` the labels of the first 64 batches are counted.
+    Neither moves torch's random state. A resumed run, and one that a second ``train()`` continues, is left where it
+    was.
 
     Whatever ``args.report_to`` names (TensorBoard, ...) gets, with each of the Trainer's logs: ``losia/lr/<group>``,
     the group's learning rate with its rewarming; ``losia/observing``, the number of the group that observes (-1: none;
