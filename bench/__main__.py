@@ -57,7 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.suite == "report":
         from .report import write_reports
 
-        write_reports(arguments.results)
+        try:
+            write_reports(arguments.results)
+        except ValueError as error:
+            print(f"bench: {error}", file=sys.stderr)
+            return 2
         return 0
     try:
         device = _device(arguments.device)

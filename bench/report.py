@@ -91,6 +91,8 @@ def _pictures(device: list[dict[str, Any]], folder: Path) -> list[Path]:
 def write_reports(results: Path, root: Path = ROOT) -> None:
     """Write ``bench/RESULTS.md``, the plots, and the marked tables of ``README.md`` and ``bench/README.md``."""
     files = load(results)
+    if not files:
+        raise ValueError(f"{results} holds no results")
     head = "Made by `python -m bench report` from the JSON in `results/`. CPU and GPU figures do not compare."
     sections = ["# Results", head]
     for device in by_device(files):

@@ -4,8 +4,6 @@ A checkpoint is a folder that is whole or not there. One process, DDP and FSDP2 
 ranks, bit for bit.
 """
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 from .convert import export_state_dict
 from .distributed import Rows, is_sharded
+from .model_folder import UNFINISHED, begin_beside, finish_beside
 from .sharded import as_shard, own
 from .timeline import Timeline
 
@@ -36,24 +35,25 @@ def save_checkpoint(
     data), rank 0's. ``timeline``: what ``attach`` returned; a LoSiAAdamW has its own. Raises FileExistsError, and
     ValueError for a PEFT model.
     """
-    folder, beside = Path(folder), Path(f"{folder}.tmp")
+    folder = Path(folder)
+    beside = folder.with_name(folder.name + ".tmp")
     ranks = (timeline or optimizer.timeline).ranks  # type: ignore[attr-defined]
     first = ranks.rank == 0
-    if ranks.any([first and folder.exists()]) == [True]:
-        raise FileExistsError(f"{folder} exists: name a new folder")
+    theirs = beside.exists() and not (beside / UNFINISHED).exists()
+    if ranks.any([first and (folder.exists() or theirs)]) == [True]:
+        raise FileExistsError(f"{folder}, or {beside}, where it would be prepared, exists: name a new folder")
     tensors = {f"model.{name}": tensor for name, tensor in _model_tensors(model).items()}
     names = _names(model, optimizer)
     state_dict = optimizer.state_dict()
     for i, state in state_dict["state"].items():
         tensors |= {f"optimizer.{names[i]}:{kind}": value for kind, value in state.items() if isinstance(value, Tensor)}
     if first:
-        shutil.rmtree(beside, ignore_errors=True)  # of a run that was broken off
-        beside.mkdir(parents=True)
+        begin_beside(folder)
         torch.save({"param_groups": state_dict["param_groups"], "names": names, "extra": extra}, beside / RUN)
     ranks.wait()
     dcp.save(tensors, checkpoint_id=beside, process_group=ranks.group, no_dist=ranks.group is None)
     if first:
-        os.replace(beside, folder)
+        finish_beside(beside, folder)
     ranks.wait()
 
 
@@ -85,7 +85,8 @@ def load_checkpoint(
         if key.startswith("optimizer."):
             name, _, kind = key.removeprefix("optimizer.").rpartition(":")
             state.setdefault(names.index(name), {})[kind] = value
-    optimizer.load_state_dict({"state": state, "param_groups": run["param_groups"]})
+    groups = [{**group, "losia_whole": True} for group in run["param_groups"]]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
     return run["extra"]
 
 

@@ -139,11 +139,9 @@ def export_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _finish_steps(layers: Iterable[LoSiALinear]) -> None:
-    """Write back what an optimizer that knows nothing of the weight has stepped. Otherwise the weight is current, and
-    the subnet need not be: that of averaged models is a mean of what lay at different places."""
+    """Write back what an optimizer that knows nothing of the weight has stepped."""
     for layer in layers:
-        if layer.awaits_write_back:
-            layer.write_back_()
+        layer.settle_(finish=True)
 
 
 def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

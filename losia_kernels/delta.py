@@ -171,8 +171,9 @@ def _convert(
         for file in opened.record["files"][there]:
             kept = opened.path / there / file
             origin = kept if kept.exists() else folder.path / file
-            if origin.exists():
-                shutil.copyfile(origin, beside / file)
+            if not origin.exists():
+                raise ValueError(f"{file} is neither in {kept.parent} nor in {folder.path}")
+            shutil.copyfile(origin, beside / file)
 
 
 class _Delta:

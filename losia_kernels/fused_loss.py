@@ -97,8 +97,8 @@ def tell_once(message: str) -> None:
 
 def lazy_logits(head: nn.Linear, made: "list[Source]", hidden: Tensor) -> "LazyLogits":
     """What ``head(hidden)`` would be; ``made`` gets the source."""
-    if isinstance(head, LoSiALinear) and torch.is_grad_enabled() and head.subnet.requires_grad:
-        head.check_agreement_()
+    if isinstance(head, LoSiALinear):
+        head.settle_before_use_(torch.is_grad_enabled() and head.subnet.requires_grad)
     dtype, device = autocast_dtype(hidden), hidden.device.type
     context: Callable[[], AbstractContextManager] = contextlib.nullcontext
     if device != "meta":  # it has no autocast

@@ -1,6 +1,5 @@
 """LoSiALinear: nn.Linear whose trained part is a dense sub-matrix of its weight."""
 
-import math
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,13 +7,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import eager, ops
+from .agreement import Agreement
 from .distributed import is_sharded
 from .subnet import Subnet, subnet_size
 
+_INDICES = ("out_idx", "in_idx")
 _ALIVE: "weakref.WeakSet[LoSiALinear]" = weakref.WeakSet()  # whose subnets optimizers may step (``_count_writes``)
 
 
@@ -48,6 +50,9 @@ class _SubnetLinear(torch.autograd.Function):
             d_subnet = ops.subnet_grad(dy, x, out_idx, in_idx, ctx.alignment)  # [k_out, k_in]
         if ctx.observing:
             d_weight = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])  # [out, in]
+            if d_weight.dtype == torch.float16 and d_subnet is not None:
+                # a GradScaler, which sees only ours, shall back off where full fine-tuning's would
+                d_subnet = torch.where(torch.isfinite(d_weight).all(), d_subnet, torch.inf)
         return dx, None, d_bias, d_subnet, None, None, d_weight, None, None
 
 
@@ -69,7 +74,6 @@ class LoSiALinear(nn.Linear):
     out_idx: Tensor
     in_idx: Tensor
     losia: Any  # convert.Membership, of a layer that apply_losia has made
-    _agreed: tuple[int, int, int] | None  # torch's counts of writes (``_writes``) when weight and subnet last agreed
 
     def __init__(
         self,
@@ -129,14 +133,13 @@ class LoSiALinear(nn.Linear):
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        generator = torch.default_generator if generator is None else generator
-        first = Subnet.random(features, (k_out, k_in), generator, alignment)
+        first = Subnet.random(features, (k_out, k_in), generator or torch.default_generator, alignment)
         device = self.weight.device
         self.register_buffer("out_idx", first.out_idx.to(device))
         self.register_buffer("in_idx", first.in_idx.to(device))
         self.subnet = nn.Parameter(self.current_subnet.gather(self.matrix.detach()).to(self._subnet_dtype))
         self.fingerprint: int | None = None  # of the weight it was made with; a sharded one cannot be compared any more
-        self.note_agreement_()
+        self._agreement = Agreement(self.weight, self.subnet)
         self._probe: Tensor | None = None
         self.observe_callback: Callable[..., None] | None = None
         _ALIVE.add(self)
@@ -162,10 +165,10 @@ class LoSiALinear(nn.Linear):
         weight alone was written (an initialisation, an edit), the subnet is read from it anew.
         """
         matrix, bias, subnet = self.matrix, self.bias, self.subnet  # once: a module's tensors are slow to look up
-        if not (torch.is_grad_enabled() and subnet.requires_grad):
+        training = torch.is_grad_enabled() and subnet.requires_grad
+        self.settle_before_use_(training)
+        if not training:
             return F.linear(x, matrix, bias)
-        if not torch.compiler.is_compiling():
-            self.check_agreement_()
         device = x.device.type
         autocast = device != "meta" and torch.is_autocast_enabled(device)  # it has none, and asking raises
         given = x
@@ -182,40 +185,46 @@ class LoSiALinear(nn.Linear):
     # subnet and weight ------------------------------------------------------------------------------------------------
 
     def note_agreement_(self) -> None:
-        """Remember that weight and subnet now hold the same values."""
-        matrix, subnet = self.matrix, self.subnet
-        counted = not (subnet.is_inference() or matrix.is_inference())
-        # past nn.Module, which would look whether it is a parameter
-        self.__dict__["_agreed"] = _writes(matrix, subnet) if counted else None
+        """Weight and subnet hold the same values now: whoever has written both says so."""
+        self._agreement.note(self.weight, self.subnet)
 
     @property
     def awaits_write_back(self) -> bool:
         """Whether the subnet alone was written since it last agreed with the weight."""
-        if self._agreed is None or self.subnet.is_inference():
-            return False
-        (subnet, writes, weight_writes), now = self._agreed, _writes(self.matrix, self.subnet)
-        return subnet == now[0] and writes != now[1] and weight_writes == now[2]
+        return self._agreement.written(self.weight, self.subnet) == (True, False)
 
-    def check_agreement_(self) -> None:
-        """Before the weight is used in training: see ``forward``. Values are compared, and the GPU waited for, only
-        where torch has counted writes to one of the two alone."""
-        matrix, subnet = self.matrix, self.subnet
-        agreed, now = self._agreed, _writes(matrix, subnet)
-        if agreed == now:
+    def settle_(self, finish: bool = False) -> None:
+        """Make the two agree: what was written alone counts, and of both the weight.
+
+        RuntimeError if that is the subnet, unless it was loaded or ``finish``. Values are compared, and the GPU waited
+        for, only after writes by others.
+        """
+        weight, subnet, agreement = self.weight, self.subnet, self._agreement
+        if agreement.holds(weight, subnet):
             return
-        # FSDP exchanges the tensors; an optimizer that knows both writes both
-        known = agreed is not None and agreed[0] == now[0] and not subnet.is_meta
-        stepped, edited = (known and then != writes for then, writes in zip((agreed or now)[1:], now[1:], strict=True))
-        if stepped != edited and not self._agree(matrix, subnet):
-            if stepped:
-                raise RuntimeError(f"{self.name}: an optimizer has stepped the subnet, but its values are not in the "
-                                   f"weight, with which the model computes: use LoSiAAdamW, attach(optimizer, model), "
-                                   f"or write_back_() after each step")
+        written = agreement.written(weight, subnet)
+        if written is None or is_sharded(weight):
+            return
+        if self._agree(self.matrix, subnet, self.current_subnet):
+            self.note_agreement_()
+        elif written != (True, False):
             self.read_subnet_()
-        self.note_agreement_()
+        elif finish or agreement.loaded:
+            self.write_back_()
+        else:
+            raise RuntimeError(f"{self.name}: an optimizer has stepped the subnet, but its values are not in the "
+                               f"weight, with which the model computes: use LoSiAAdamW, attach(optimizer, model), "
+                               f"or write_back_() after each step")
 
-    def _agree(self, matrix: Tensor, subnet: Tensor) -> bool:
-        return torch.equal(self.current_subnet.gather(matrix), subnet.to(matrix.dtype))
+    def settle_before_use_(self, training: bool) -> None:
+        """``settle_``, but an evaluation asks only after a checkpoint was loaded, and compiled code never."""
+        if not torch.compiler.is_compiling() and (training or self._agreement.loaded):
+            self.settle_()
+
+    @staticmethod
+    def _agree(matrix: Tensor, values: Tensor, subnet: Subnet) -> bool:
+        unreadable = matrix.is_meta or values.is_meta or isinstance(values, FakeTensor)  # then nothing differs
+        return unreadable or torch.equal(subnet.gather(matrix), values.to(matrix.dtype))
 
     @torch.no_grad()
     def write_back_(self) -> None:
@@ -245,6 +254,7 @@ class LoSiALinear(nn.Linear):
     @torch.no_grad()
     def move_subnet_(self, subnet: Subnet) -> None:
         """``set_subnet_`` for a subnet known to be valid: no checks, no waiting for the GPU."""
+        self.settle_(finish=True)
         self.write_back_()
         self.out_idx.copy_(subnet.out_idx)
         self.in_idx.copy_(subnet.in_idx)
@@ -277,56 +287,53 @@ class LoSiALinear(nn.Linear):
         return probe
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoSiALinear":
-        waits, master, dtype = self.awaits_write_back, self.subnet.data, self.weight.dtype
+        written = self._agreement.written(self.weight, self.subnet)
+        matrix, master, where = self.matrix.detach(), self.subnet.data, self.current_subnet
         super()._apply(fn, recurse)
         if self.subnet.dtype != master.dtype:  # model.bfloat16() must not round the master
             self.subnet.data = master.to(self.subnet.device)
         self.subnet.data = self.subnet.data.to(self._subnet_dtype)
-        if self.weight.dtype != dtype and not (waits or self.subnet.is_meta or is_sharded(self.weight)):
-            self.write_back_()  # the wider weight can hold what the narrower one could not
-        self._note_copied(waits)
+        self._agreement.carry(written, self.weight, self.subnet)
+        if self.weight.dtype != matrix.dtype and not is_sharded(matrix) and self._agree(matrix, master, where):
+            self.write_back_()  # a wider weight can hold what the narrower one could not
         if self._probe is not None:
             self._probe = self._make_probe()  # of the new device and dtype
         return self
 
-    def _note_copied(self, waits: bool) -> None:
-        """The tensors are others than before, and agree as those did."""
-        self.note_agreement_()
-        if waits and self._agreed is not None:
-            self._agreed = self._agreed[0], -1, self._agreed[2]
-
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_probe": None, "observe_callback": None, "_agreed": self.awaits_write_back}  # a copy observes for none
+        written = self._agreement.written(self.weight, self.subnet), self._agreement.loaded
+        own = {"_probe": None, "observe_callback": None, "_agreement": written}  # a copy observes for nobody
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._note_copied(waits=state["_agreed"])
+        written, loaded = state["_agreement"]
+        self._agreement = Agreement(self.weight, self.subnet)
+        self._agreement.carry(written, self.weight, self.subnet, loaded)
         _ALIVE.add(self)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Checks indices before they are used. Where the loaded values do not agree the weight counts: in a checkpoint
         of the plain model (no subnet), in averaged ones (whose subnets lay elsewhere). A subnet without its weight is
-        written back. Several files of one checkpoint may come one after another.
+        written back. Files may hold parts, in any order: what is not known yet waits for the layer's use.
         """
-        out_idx, in_idx = (state_dict.get(prefix + key) for key in ("out_idx", "in_idx"))
-        if out_idx is not None and in_idx is not None:
-            name, loaded = prefix.removesuffix(".") or self.name, Subnet(out_idx, in_idx)
+        keys = {key for key in ("weight", "subnet", *_INDICES) if prefix + key in state_dict}
+        if keys.issuperset(_INDICES):
+            name = prefix.removesuffix(".") or self.name
+            loaded = Subnet(state_dict[prefix + "out_idx"], state_dict[prefix + "in_idx"])
             loaded.check((self.out_features, self.in_features), name, self.alignment)
             if loaded.shape != tuple(self.subnet.shape):
                 raise ValueError(f"{name}: the checkpoint's subnet is {loaded.shape}, ours {tuple(self.subnet.shape)}")
+        stepped, edited = self._agreement.written(self.weight, self.subnet) or (False, False)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.fingerprint = None
-        weight, subnet = (prefix + key in state_dict for key in ("weight", "subnet"))
-        if not (weight or subnet) or subnet and is_sharded(self.weight):
-            return
-        meta = self.subnet.is_meta or self.weight.is_meta  # without values to compare
-        if subnet if meta else self._agree(self.matrix, self.subnet):  # the subnet may have come in a file of its own
-            self.note_agreement_()
-        elif weight:
-            self.read_subnet_()
-        else:
-            self.write_back_()
+        if keys == {"weight"} and not self._agree(self.matrix, self.subnet, self.current_subnet):
+            self.read_subnet_()  # though its subnet may come yet
+        if keys:
+            written = stepped or "subnet" in keys, edited or "weight" in keys
+            self._agreement.carry(written, self.weight, self.subnet, loaded=True)
+        if keys >= {"subnet", *_INDICES}:
+            self.settle_()
 
     def to_linear(self) -> nn.Module:
         """A plain nn.Linear around the same weight and bias."""
@@ -338,9 +345,8 @@ class LoSiALinear(nn.Linear):
         return linear
 
     def extra_repr(self) -> str:
-        k_out, k_in = self.subnet.shape
-        share = k_out * k_in / math.prod(self.weight.shape)
-        return f"{super().extra_repr()}, subnet=({k_out}, {k_in}), trained={share:.2%}"
+        share = self.subnet.numel() / self.weight.numel()
+        return f"{super().extra_repr()}, subnet={tuple(self.subnet.shape)}, trained={share:.2%}"
 
 
 class LoSiAConv1D(LoSiALinear):
@@ -367,11 +373,6 @@ class LoSiAConv1D(LoSiALinear):
         conv.weight, conv.bias = self.weight, self.bias
         conv.training = self.training
         return conv
-
-
-def _writes(matrix: Tensor, subnet: Tensor) -> tuple[int, int, int]:
-    """Which subnet it is, and torch's counts of writes to it and to the weight (of which the matrix may be a view)."""
-    return id(subnet), subnet._version, matrix._version
 
 
 def losia_layers(model: nn.Module) -> Iterator[tuple[str, LoSiALinear]]:

@@ -6,6 +6,7 @@ share. T is the number of tokens in a micro-batch, batch * context.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from dataclasses import replace as with_changes
 from fractions import Fraction
@@ -238,8 +239,11 @@ def describe_fit(
     ``moments`` and ``in_backward`` are LoSiAAdamW's; ``master`` is "float32", "remainder" or "none" (docs/memory.md).
     Raises ValueError for a config the memory model does not know or a memory smaller than the reserve.
     """
-    if memory <= reserve:
-        raise ValueError(f"--memory must be more than the reserve of {reserve} GiB, got {memory}")
+    if not 0 <= reserve < memory < math.inf:
+        raise ValueError(f"--memory must be finite and more than the reserve of {reserve} GiB (--reserve, at least 0), "
+                         f"got {memory}")
+    if not 0 <= output_dim_factor <= 1:
+        raise ValueError(f"--output-dim-factor must be in [0, 1], got {output_dim_factor}")
     shape, budget = ModelShape.from_folder(model), int((memory - reserve) * GIB)
     state: dict[str, Any] = {"moments": moments, "in_backward": in_backward, "master_weights": master == "float32",
              "remainder": master == "remainder"}  # fmt: skip

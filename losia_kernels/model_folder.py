@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 WEIGHTS = "model.safetensors"
+UNFINISHED = ".unfinished"  # in a folder that is being written
 INDEX = "model.safetensors.index.json"
 NOT_SIDE_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 DTYPES = {
@@ -191,16 +192,33 @@ def refuse_existing(folder: str | Path) -> None:
 def new_folder(folder: str | Path) -> Iterator[Path]:
     """A folder to write into that becomes ``folder`` when all is written, and is gone if something fails.
 
-    What a killed process left beside is removed. Raises ValueError if ``folder`` exists.
+    What a killed process of ours left beside is removed. Raises ValueError if ``folder`` exists, or beside it one of
+    that name which is not ours.
     """
     refuse_existing(folder)
     folder = Path(folder)
-    beside = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    beside = begin_beside(folder)
     try:
         yield beside
-        os.replace(beside, folder)
+        finish_beside(beside, folder)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
+
+
+def begin_beside(folder: Path) -> Path:
+    """The new folder ``folder.tmp``, marked as ours; one that a killed process left is removed, any other refused."""
+    beside = folder.with_name(folder.name + ".tmp")
+    if (beside / UNFINISHED).exists():
+        shutil.rmtree(beside)
+    elif beside.exists():
+        raise ValueError(f"{beside} exists, where {folder} would be prepared: move it away")
+    beside.mkdir(parents=True)
+    (beside / UNFINISHED).touch()
+    return beside
+
+
+def finish_beside(beside: Path, folder: Path) -> None:
+    """All is written: it becomes ``folder``."""
+    (beside / UNFINISHED).unlink()
+    os.replace(beside, folder)

@@ -72,11 +72,11 @@ class LoSiAAdamW(torch.optim.Optimizer):
         ):
             if not good:
                 raise ValueError(f"LoSiAAdamW: {name} is out of range: {value!r}")
+        self._form = SubnetState(moments, remainder)
+        self._form.check([layer for _, layer in losia_layers(model) if hasattr(layer, "losia")])
         self.timeline = Timeline(model, total_steps, process_group)
         self._groups = [*self.timeline.groups, self.timeline.dense]  # by the number of the parameter group
         self._layers = [*chain.from_iterable(self._groups)]
-        self._form = SubnetState(moments, remainder)
-        self._form.check(self._layers)
         groups = [{"params": [layer.subnet for layer in layers]} for layers in self.timeline.groups]
         dense = [layer.subnet for layer in self.timeline.dense] + [p for _, p in trained_parameters(model)]
         if dense:
@@ -147,6 +147,8 @@ class LoSiAAdamW(torch.optim.Optimizer):
             layers = [layer for layer in self._groups[number] if layer.subnet.grad is not None]
             if layers:
                 lr, options = self._hyperparameters(number)
+                for layer in layers:
+                    layer.settle_(finish=True)
                 alike.setdefault(options, []).extend([self._operands(layer, lr) for layer in layers])
                 updated += layers
         for options, operands in alike.items():
@@ -160,6 +162,7 @@ class LoSiAAdamW(torch.optim.Optimizer):
     def _update_subnet(self, number: int, layer: LoSiALinear) -> None:
         """One layer inside the backward; float32 state alone has an op that takes all as arguments, without a table."""
         lr, options = self._hyperparameters(number)
+        layer.settle_(finish=True)
         operands = self._operands(layer, lr)
         if self._form == SubnetState():
             *tensors, lr, step, seed = operands[:10]
@@ -335,6 +338,9 @@ def attach(
 
     def rewarm(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         timeline.check_parameters(optimizer)
+        if not timeline.sharded:
+            for layer in chain(*timeline.groups, timeline.dense):
+                layer.settle_(finish=True)
         for group in optimizer.param_groups:
             group["lr"] = group.pop("scheduled_lr", group["lr"])  # a step that raised has left it rewarmed
             group["scheduled_lr"] = group["lr"]

@@ -27,6 +27,7 @@ UNSETTLED = (
     "attach total_steps=..., the Trainer a LoSiACallback, or call timeline.plan(total_steps)"
 )
 
+SELECTING = ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern")  # fields of the config
 _DRIVERS: "weakref.WeakKeyDictionary[LoSiALinear, Any]" = weakref.WeakKeyDictionary()  # weak references to timelines
 
 
@@ -56,15 +57,14 @@ class Timeline:
         if not layers:
             raise ValueError("the model has no layers to train: call apply_losia(model, config) first")
         self.config: LoSiAConfig = layers[0].losia.config
-        for layer in layers:
-            if layer.losia.config != self.config:
-                raise ValueError(f"{layers[0].name} and {layer.name} were given to apply_losia with different configs; "
-                                 f"one optimizer drives one: call apply_losia once, on the whole model")
+        _check_alike(layers)
         self.dense = [layer for layer in layers if layer.losia.group is None]
         named = {layer.losia.group: layer.losia.group_name for layer in layers if layer.losia.group is not None}
         self.group_names = [named[number] for number in sorted(named)]
         self.groups = [[layer for layer in layers if layer.losia.group == number] for number in sorted(named)]
         self.step = 0
+        if total_steps is not None:
+            check_steps(total_steps)
         self._model = model
         self._sharded: bool | None = None
         refuse_engines(model)
@@ -95,8 +95,7 @@ class Timeline:
 
         Raises ValueError if ``total_steps`` is no whole number of at least 1.
         """
-        if not isinstance(total_steps, Integral) or total_steps < 1:
-            raise ValueError(f"total_steps must be a whole number of optimizer steps, at least 1, got {total_steps!r}")
+        check_steps(total_steps)
         if self.auto and (self._schedule is None or self.step == 0):
             period = auto_period(int(total_steps), len(self.groups))
             self.ranks.check_same({"LoSiAConfig.period": period}, {})
@@ -260,6 +259,9 @@ class Timeline:
                                f"made for the model, or its timeline was detached; step the newest, or make a new one")
         held, sharded = {id(parameter) for parameter in parameters_of(optimizer)}, self.sharded
         for layer in chain.from_iterable([*self.groups, self.dense]):
+            if layer.subnet.grad is not None and not hasattr(layer, "losia"):
+                raise RuntimeError(f"{layer.name}: its subnet has a gradient, but its adapter is not in the weight: "
+                                   f"step before another adapter is activated, or this one disabled")
             if id(layer.subnet) not in held:
                 raise RuntimeError(
                     f"{layer.name}: the optimizer holds another subnet than the model; make the optimizer after "
@@ -309,6 +311,21 @@ class Timeline:
             subnets = {f"{layer.name}: {key}": fingerprint(getattr(layer, key))
                        for layer in layers for key in ("out_idx", "in_idx")}
             self.ranks.check_same({"the step": self.step}, subnets)
+
+
+def check_steps(total_steps: Any) -> None:
+    if not isinstance(total_steps, Integral) or total_steps < 1:
+        raise ValueError(f"total_steps must be a whole number of optimizer steps, at least 1, got {total_steps!r}")
+
+
+def _check_alike(layers: list[LoSiALinear]) -> None:
+    """Raise ValueError for layers of several configs, which differ in more than which layers they select."""
+    configs = [{k: v for k, v in asdict(layer.losia.config).items() if k not in SELECTING} for layer in layers]
+    names = {layer.losia.group: layer.losia.group_name for layer in layers}
+    for layer, config in zip(layers, configs, strict=True):
+        if config != configs[0] or layer.losia.group_name != names[layer.losia.group]:
+            raise ValueError(f"{layers[0].name} and {layer.name} were converted apart, with configs or groups that do "
+                             f"not go together; one optimizer drives one config: convert the whole model at once")
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:

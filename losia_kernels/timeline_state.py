@@ -11,12 +11,11 @@ from .distributed import is_sharded
 from .linear import LoSiALinear
 from .relocalize import Observer, make_observer
 from .sharded import as_shard, own
-from .timeline import Timeline, parameters_of
+from .timeline import SELECTING, Timeline, parameters_of
 
 # What a resumed run may choose anew: all other fields say where the timeline stands or what the state means.
 _FREE_FIELDS = (
-    "init_subnet", "output_init", "seed", "target_modules", "exclude_modules", "modules_to_save", "rank_pattern",
-    "fused_loss",
+    "init_subnet", "output_init", "seed", "fused_loss", *SELECTING,
 )  # fmt: skip
 
 
@@ -108,7 +107,8 @@ class TimelineState:
                 state[i] = rest
         period = saved["losia_config"]["period"] if timeline.auto else timeline.config.period
         due = () if period == "auto" else timeline.schedule_of(period).observing(saved["losia_step"])
-        if timeline.sharded and any(layer not in observed for group in due for layer in timeline.groups[group]):
+        partial = timeline.sharded and not saved.get("losia_whole")  # what a whole one lacks nobody had seen
+        if partial and any(layer not in observed for group in due for layer in timeline.groups[group]):
             raise ValueError(
                 f"the loaded state lacks the importance of the layers that observe at step {saved['losia_step']}: "
                 f"before loading call timeline.resume_at({saved['losia_step']}), or load by losia_kernels.checkpoint"

@@ -1,6 +1,7 @@
 """Weight and subnet are one thing in two tensors: what happens when something else writes one of them, or both."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -79,13 +80,86 @@ def test_an_edited_token_of_a_tied_embedding_stays():
     assert (model.model.embed_tokens.weight[row] - 7.0).abs().max() < 1e-4
 
 
+def cast(model):
+    return model.double()
+
+
+def moved(model):
+    return model.to("cpu")
+
+
+def pickled(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def chosen(model):
+    for _, layer in losia_layers(model):
+        layer.set_subnet_(layer.out_idx.flip(0).sort().values, layer.in_idx.clone())
+    return model
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("then", [moved, cast, copy.deepcopy, pickled, chosen])
+def test_an_edit_outlives_what_is_done_to_the_model(then, steps):
+    model, batches = make(), make_batches(3)
+    for batch in batches[:steps]:
+        take_step(model, LoSiAAdamW(model, lr=0.01), batch)
+    with torch.no_grad():
+        model.model.layers[1].up_proj.weight.fill_(0.25)
+    model = then(model)
+    take_step(model, LoSiAAdamW(model, lr=1e-6), batches[2])
+    assert (model.model.layers[1].up_proj.weight - 0.25).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("write", [
+    lambda layer: layer.weight.data.fill_(0.25),
+    lambda layer: setattr(layer.weight, "data", torch.full_like(layer.weight, 0.25)),
+    lambda layer: setattr(layer, "weight", nn.Parameter(torch.full_like(layer.weight, 0.25), requires_grad=False)),
+])  # fmt: skip
+def test_before_the_first_step_any_way_of_writing_counts(write):
+    model = make()
+    layer, optimizer = model.model.layers[1].up_proj, LoSiAAdamW(model, lr=1e-6)
+    write(layer)
+    take_step(model, optimizer, make_batches(1)[0])
+    assert (layer.weight - 0.25).abs().max() < 1e-4
+
+
+@KINDS
+def test_an_edit_between_backward_and_step_stays(kind):
+    model, batches = make(period=100), make_batches(2)
+    optimizer, layer = make_optimizer(kind, model, lr=1e-6), model.model.layers[0].up_proj  # which observes
+    for batch in batches:
+        model(**batch).loss.backward()
+        with torch.no_grad():
+            layer.weight.fill_(0.25)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert (layer.weight - 0.25).abs().max() < 1e-4
+
+
+def test_weights_that_stand_in_for_a_while_stay_out():
+    model, (batch,) = make(), make_batches(1)
+    optimizer = LoSiAAdamW(model, lr=0.0)
+    take_step(model, optimizer, batch)
+    before = weights(model)
+    noisy = {f"{name}.weight": weight + 0.1 for name, weight in before.items()}
+    torch.func.functional_call(model, noisy, kwargs=batch).loss.backward()
+    optimizer.step()
+    assert same_tensors(weights(model), before)
+
+
 @KINDS
 def test_training_compares_no_values(kind, monkeypatch):
     """For on a GPU each comparison waits for it."""
     model = make(output_dim_factor=0.5)
     optimizer = make_optimizer(kind, model, lr=0.01)
+    first, *batches = make_batches(6)
+    take_step(model, optimizer, first)
     monkeypatch.setattr(LoSiALinear, "_agree", lambda *args: pytest.fail("values were compared"))
-    for batch in make_batches(6):
+    for batch in batches:
         take_step(model, optimizer, batch)
 
 
@@ -126,6 +200,64 @@ def test_of_averaged_checkpoints_the_weights_are_trained_on():
     assert all(torch.equal(before[name], mean[f"{name}.weight"]) for name in before)
 
 
+def test_an_averaged_model_is_trained_on():
+    model = make()
+    optimizer = LoSiAAdamW(model, lr=0.1)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    for batch in make_batches(6):
+        take_step(model, optimizer, batch)
+        averaged.update_parameters(model)
+    with torch.no_grad():
+        for parameter, mean in zip(model.parameters(), averaged.module.parameters(), strict=True):
+            parameter.copy_(mean)
+    for trained in (model, averaged.module, copy.deepcopy(averaged.module).double()):
+        before = weights(trained)
+        take_step(trained, LoSiAAdamW(trained, lr=0.0), make_batches(1)[0])
+        assert same_tensors(weights(trained), before)
+
+
+def one_tensor_each(state):
+    return [{key: value} for key, value in state.items()]
+
+
+def parameters_first(state):
+    last = {key for key in state if key.endswith("_idx")}
+    return [{key: state[key] for key in state if key not in last}, {key: state[key] for key in last}]
+
+
+def subnets_first(state):
+    first = {key for key in state if key.endswith(("_idx", "subnet"))}
+    return [{key: state[key] for key in first}, {key: state[key] for key in state if key not in first}]
+
+
+@pytest.mark.parametrize("order", [list, reversed])
+@pytest.mark.parametrize("cut", [one_tensor_each, parameters_first, subnets_first])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_checkpoint_in_parts_keeps_its_bits(cut, order, dtype):
+    model, fresh = make(dtype=dtype), make(dtype=dtype, seed=7)
+    optimizer = LoSiAAdamW(model, lr=0.01)
+    for batch in make_batches(4):
+        take_step(model, optimizer, batch)
+    for part in order(cut(model.state_dict())):
+        fresh.load_state_dict(part, strict=False)
+    export_state_dict(fresh)  # a use
+    assert same_tensors(fresh.state_dict(), model.state_dict())
+
+
+def test_an_averaged_checkpoint_of_a_tied_model_without_the_heads_key():
+    options = {"tied": True, "output_dim_factor": 0.5}
+    model, fresh = make(**options), make(**options)
+    optimizer, saved = LoSiAAdamW(model, lr=0.1), []
+    for batch in make_batches(6):
+        take_step(model, optimizer, batch)
+        saved.append(copy.deepcopy(model.state_dict()))
+    mean = {key: (torch.stack([state[key] for state in saved]).mean(0) if value.is_floating_point() else value)
+            for key, value in saved[-1].items() if key != "lm_head.weight"}  # fmt: skip
+    fresh.load_state_dict(mean, strict=False)
+    take_step(fresh, LoSiAAdamW(fresh, lr=0.0), make_batches(1)[0])
+    assert torch.equal(fresh.lm_head.weight, mean["model.embed_tokens.weight"])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("master_weights", [True, False])
 def test_a_checkpoint_keeps_its_bits(dtype, master_weights):
@@ -146,6 +278,8 @@ def test_subnets_without_weights_are_loaded_into_the_weights():
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     assert not same_tensors(weights(fresh), weights(model))
     fresh.load_state_dict(trained, strict=False)
+    with torch.no_grad():
+        fresh(**make_batches(1)[0])
     assert same_tensors(weights(fresh), weights(model))
 
 

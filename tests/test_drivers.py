@@ -57,12 +57,41 @@ def test_a_parameter_group_added_later_is_trained_beside_what_was(attached, outp
     assert trained <= changed and "model.embed_tokens.weight" in trained and "model.norm.weight" in trained
 
 
+@pytest.mark.parametrize("attached", [False, True])
+def test_an_edit_of_a_layer_that_a_step_leaves_out_stays(attached):
+    model, batches = make_model(period=100), make_batches(3)
+    optimizer = torch.optim.AdamW(trainable(model)) if attached else LoSiAAdamW(model)
+    if attached:
+        attach(optimizer, model)
+    take_step(model, optimizer, batches[0])
+    block = model.model.layers[1]
+    with torch.no_grad():
+        block.up_proj.weight.fill_(0.25)
+    model.model.layers = nn.ModuleList([model.model.layers[0]])
+    take_step(model, optimizer, batches[1])
+    assert (block.up_proj.weight == 0.25).all()
+
+
 def test_layers_of_two_configs_are_refused():
     model = nn.ModuleDict({name: nn.ModuleList([nn.Linear(8, 8)]) for name in ("vision", "text")})
     apply_losia(model["vision"], LoSiAConfig(rank_factor=0.5))
     apply_losia(model["text"], LoSiAConfig(rank_factor=0.25))
-    with pytest.raises(ValueError, match="different configs; one optimizer drives one"):
+    with pytest.raises(ValueError, match="converted apart, with configs or groups that do not go together"):
         LoSiAAdamW(model)
+
+
+@pytest.mark.parametrize("refused", [
+    lambda model: LoSiAAdamW(model, remainder=True), lambda model: LoSiAAdamW(model, total_steps=0),
+    lambda model: attach(torch.optim.AdamW(trainable(model)), model, total_steps=0),
+])  # fmt: skip
+def test_an_optimizer_that_is_refused_takes_nothing_over(refused):
+    model, batches = make_model(period=1), make_batches(3)
+    optimizer = LoSiAAdamW(model)
+    take_step(model, optimizer, batches[0])
+    with pytest.raises(ValueError):
+        refused(model)
+    for batch in batches[1:]:
+        take_step(model, optimizer, batch)
 
 
 def test_after_detach_it_can_be_attached_again():

@@ -3,7 +3,7 @@
 import torch
 from tiny import make_batches, same_tensors, tiny_lm
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia
+from losia_kernels import LoSiAAdamW, LoSiAConfig, LoSiALinear, apply_losia
 
 
 def train_scaled(first_scale: float, importance: str) -> tuple[dict, int]:
@@ -34,3 +34,22 @@ def test_an_overflow_leaves_no_trace():
         scaled, overflows = train_scaled(2.0**24, importance)
         assert overflows > 0
         assert same_tensors(plain, scaled), importance
+
+
+def test_the_scale_backs_off_where_the_dense_gradient_overflows():
+    """By the subnet's own gradient alone the scale would grow until nothing could be observed any more."""
+    torch.manual_seed(0)
+    layer = LoSiALinear(8, 8, rank_factor=0.5)
+    seen = []
+    layer.observe_(seen.append)
+    outside = next(row for row in range(8) if row not in layer.out_idx)
+    x, dy = torch.ones(4, 8), torch.ones(4, 8)
+    dy[:, outside] = 3e4  # which fits float16, but the sum over four tokens does not
+    with torch.autocast("cpu", torch.float16):
+        layer(x).backward(dy.half())
+    assert not seen[0].isfinite().all() and layer.subnet.grad.isinf().all()
+    layer.subnet.grad = None
+    layer.observe_(None)
+    with torch.autocast("cpu", torch.float16):
+        layer(x).backward(dy.half())
+    assert layer.subnet.grad.isfinite().all()

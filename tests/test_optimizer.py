@@ -127,8 +127,8 @@ def test_without_a_master_rounding_is_stochastic_unbiased_and_repeatable():
         model = make_model(torch.bfloat16, master_weights=False, period=NEVER, seed=seed, rank_factor=1.0)
         subnets = [layer.subnet for _, layer in losia_layers(model)]
         optimizer = LoSiAAdamW(model, lr=1e-3)
-        for subnet in subnets:
-            subnet.data.fill_(1.0)
+        for _, layer in losia_layers(model):
+            layer.weight.data.fill_(1.0)
         for _ in range(20):
             for subnet in subnets:
                 subnet.grad = torch.ones_like(subnet)

@@ -147,7 +147,7 @@ def _render_chat(sample: Sample, tokenizer) -> tuple[str, list[tuple[int, int]]]
         if turn:
             before, found = render(turn, add_generation_prompt=True), "yes"
         else:  # what the template itself begins with, maybe a system prompt of its own, is not learned
-            before, found, _ = through.partition(message["content"].strip() or "\0")
+            before, found, _ = through.rpartition(message["content"].strip() or "\0")
         if not (found and text.startswith(through) and through.startswith(before)):
             raise InputError(
                 f"{sample.where}: the chat template rewrites earlier turns, so what the assistant said in turn "

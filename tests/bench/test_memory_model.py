@@ -174,6 +174,16 @@ def test_estimate_from_the_command_line(tmp_path, capsys):
     assert len(sizes) == 8 and all(b < a for a, b in zip(sizes, smaller, strict=True))
 
 
+@pytest.mark.parametrize(("option", "value"), [
+    ("--output-dim-factor", "2"), ("--reserve", "-5"), ("--reserve", "24"), ("--memory", "nan"), ("--memory", "inf"),
+])  # fmt: skip
+def test_values_that_cannot_be_are_refused(tmp_path, capsys, option, value):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama-2-7b"]))
+    given = {"--model": str(tmp_path), "--memory": "24"} | {option: value}
+    assert cli.main(["estimate", *(word for pair in given.items() for word in pair)]) == 2
+    assert option in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("content", "problem"), [
     (None, "does not exist"), ("{,", "config.json:1: not JSON"), ('{"model_type": "mamba"}', "not model_type 'mamba'"),
     ('{"model_type": "llama", "num_attention_heads": 2}', "has no 'hidden_size'"),

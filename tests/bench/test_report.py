@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from bench import report, tables
+from bench.__main__ import main
 from bench.provenance import ROOT
 from bench.slopes import localization_share
 from bench.store import RESULTS, load
@@ -165,3 +166,11 @@ def test_tables_are_written_without_matplotlib(tmp_path, monkeypatch, capsys):
     report.write_reports(tmp_path / "bench" / "results", tmp_path)
     assert "no new plots" in capsys.readouterr().out
     assert (tmp_path / "bench" / "RESULTS.md").read_bytes() == (ROOT / "bench" / "RESULTS.md").read_bytes()
+
+
+def test_a_folder_without_results_wipes_nothing(tmp_path, capsys):
+    before = (ROOT / "README.md").read_bytes()
+    with pytest.raises(ValueError, match="holds no results"):
+        report.write_reports(tmp_path / "nothing", ROOT)
+    assert main(["report", "--results", str(tmp_path / "nothing")]) == 2
+    assert "holds no results" in capsys.readouterr().err and (ROOT / "README.md").read_bytes() == before

@@ -101,3 +101,17 @@ def test_bad_checkpoints(tmp_path):
         runs.load(CPU, "none", Run({"exclude_modules": ["down_proj"]}), folder)
     with pytest.raises(FileNotFoundError):
         runs.load(CPU, "none", Run(), str(tmp_path / "b"))
+
+
+@pytest.mark.parametrize("importance", ["sensitivity", "gradient"])
+@pytest.mark.parametrize("step", [CYCLE, CYCLE + 1])
+def test_what_nobody_had_observed_is_no_hole_in_a_checkpoint(two, tmp_path, importance, step):
+    """Between two slots, and with "gradient" before a slot's last step, whole layers save no importance."""
+    run = Run({"importance": importance})
+    (model, _), _ = two.run(runs.save, "ddp", run, step, str(tmp_path / "a"))
+    resumed = two.run(runs.load, "fsdp", run, str(tmp_path / "a"), UNTIL)
+    straight = two.run(runs.straight, "ddp", run, UNTIL)
+    for (loaded, _, at), (expected, _) in zip(resumed, straight, strict=True):
+        assert at == UNTIL
+        for name, value in expected.items():
+            torch.testing.assert_close(loaded[name], value)

@@ -321,3 +321,19 @@ def test_the_command_line(pair, tmp_path, capsys):
     assert cli.main(["delta", "subtract", applied, made, restored]) == 0
     assert_same_model(tmp_path / "a", pair.trained)
     assert_same_model(tmp_path / "r", pair.base)
+
+
+def test_what_is_beside_and_not_ours_is_left(tmp_path):
+    """``mv model model.tmp``, then writing to ``model``."""
+    pair = make_pair(tmp_path, steps=2, output_dim_factor=0.0)
+    delta.make_delta(pair.base, pair.trained, tmp_path / "delta")
+    base = pair.base.rename(tmp_path / "model.tmp")
+    before = sorted(path.name for path in base.iterdir())
+    with pytest.raises(ValueError, match="model.tmp exists, where .*model would be prepared: move it away"):
+        delta.apply_delta(base, tmp_path / "delta", tmp_path / "model")
+    assert sorted(path.name for path in base.iterdir()) == before and not (tmp_path / "model").exists()
+    base = base.rename(tmp_path / "base")
+    (base / "config.json").unlink()
+    with pytest.raises(ValueError, match="config.json is neither in"):
+        delta.apply_delta(base, tmp_path / "delta", tmp_path / "model")
+    assert not (tmp_path / "model").exists() and not (tmp_path / "model.tmp").exists()

@@ -1,5 +1,6 @@
 """Which layers a LoSiA adapter takes, several adapters in one model, and what is refused."""
 
+import contextlib
 import re
 
 import pytest
@@ -12,7 +13,7 @@ pytest.importorskip("peft")
 
 from peft import PeftModel, get_peft_model  # noqa: E402
 
-from losia_kernels import LoSiAAdamW  # noqa: E402
+from losia_kernels import LoSiAAdamW, LoSiALinear  # noqa: E402
 from losia_kernels.integrations.peft import LoSiAPeftConfig  # noqa: E402
 from losia_kernels.linear import losia_layers  # noqa: E402
 
@@ -214,3 +215,60 @@ def test_blocks_that_do_not_fit_are_refused():
             model.load_state_dict({**state, f"{name}.{key}": change(state[f"{name}.{key}"])}, strict=False)
         model.set_adapter("default")
         assert_equal(weights(model), before)
+
+
+# what else writes or switches while it trains -------------------------------------------------------------------------
+
+
+def test_an_edit_of_the_weight_is_trained_on_and_evaluation_writes_nothing():
+    model = get_peft_model(llama(), LoSiAPeftConfig(rank_factor=0.25, period=100))
+    optimizer = LoSiAAdamW(model, lr=1e-6)
+    weight = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj").base_layer.weight
+    for _ in range(2):
+        with torch.no_grad():
+            weight.fill_(0.25)
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert (weight - 0.25).abs().max() < 1e-4
+    version = weight._version
+    with torch.no_grad():
+        model(input_ids=IDS)
+    assert weight._version == version
+
+
+@pytest.mark.parametrize("switch", ["disable", "other"])
+def test_a_step_while_the_adapter_is_out_is_refused_and_the_base_stays(switch):
+    model = get_peft_model(llama(), LoSiAPeftConfig(rank_factor=0.25))
+    model.add_adapter("other", LoSiAPeftConfig(rank_factor=0.25))
+    optimizer, base = LoSiAAdamW(model, lr=0.1), weights(llama())
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    with contextlib.ExitStack() as stack:
+        if switch == "disable":
+            stack.enter_context(model.disable_adapter())
+        else:
+            model.set_adapter("other")
+        with pytest.raises(RuntimeError, match="has a gradient, but its adapter is not in the weight"):
+            optimizer.step()
+    assert_equal(weights(model.unload()), base)
+
+
+def test_a_reference_forward_makes_no_comparisons(monkeypatch):
+    """Each waits for the GPU."""
+    model = get_peft_model(llama(), LoSiAPeftConfig(rank_factor=0.25, period=100))
+    optimizer = LoSiAAdamW(model, lr=1e-3)
+    for step in range(3):
+        if step == 1:
+            monkeypatch.setattr(LoSiALinear, "_agree", lambda *args: pytest.fail("values were compared"))
+        loss = model(input_ids=IDS, labels=IDS).loss
+        with torch.no_grad(), model.disable_adapter():
+            model(input_ids=IDS)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_an_adapter_that_trl_would_copy_is_warned_of():
+    model = get_peft_model(llama(), LoSiAPeftConfig(rank_factor=0.25))
+    with pytest.warns(UserWarning, match="an adapter named 'ref' beside another: TRL's trainers"):
+        model.add_adapter("ref", LoSiAPeftConfig(rank_factor=0.25))

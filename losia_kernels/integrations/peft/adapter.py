@@ -36,7 +36,6 @@ class LoSiAAdapter(LoSiALinear):
         self._add_subnet(rank_factor, True, generator, name, alignment)
         self.in_weight = False
         self.membership: Membership | None = None
-        self._synced: tuple[int, int] | None = None
         # no buffers: DistributedDataParallel would send them round at every forward
         self.block_out_idx, self.block_in_idx = self.out_idx[None].clone(), self.in_idx[None].clone()
         self.block_values = self.current_subnet.gather(self.matrix.detach())[None]
@@ -70,29 +69,29 @@ class LoSiAAdapter(LoSiALinear):
 
         Not in compiled code, which needs an optimizer that does.
         """
-        if self.in_weight and not torch.compiler.is_compiling() and self._synced != self._subnet_state():
-            self.write_back_()
+        if not torch.compiler.is_compiling():
+            self.settle_(finish=True)
 
-    def _subnet_state(self) -> tuple[int, int] | None:
-        return None if self.subnet.is_inference() else (id(self.subnet), self.subnet._version)
+    def settle_(self, finish: bool = False) -> None:
+        if self.in_weight:  # else: when it enters
+            super().settle_(finish)
 
     def write_back_(self) -> None:
-        if self.in_weight and not self.subnet.is_meta:  # else: when it enters
+        if self.in_weight and not self.subnet.is_meta:
             super().write_back_()
-            self._synced = self._subnet_state()
 
     def set_master_(self, master: bool) -> None:
         """Keep the subnet in float32 (True) or in the weight's dtype."""
         self.master = master
         if self.subnet.dtype != self._subnet_dtype:
             self.subnet = nn.Parameter(self.subnet.detach().to(self._subnet_dtype), self.subnet.requires_grad)
+            self._agreement.carry(None, self.weight, self.subnet)
 
     @torch.no_grad()
     def move_subnet_(self, subnet: Subnet) -> None:
         if not self.in_weight:
             raise RuntimeError(f"{self.name}: a subnet can only move while its adapter is active and enabled")
         super().move_subnet_(subnet)
-        self._synced = self._subnet_state()
         self._keep_block()
 
     # what has been trained, and what was there before -----------------------------------------------------------------
@@ -141,7 +140,7 @@ class LoSiAAdapter(LoSiALinear):
         """Take the adapter out of the weight: the base again, bit for bit."""
         trained = self.trained_values()
         self._restore(self.matrix)
-        self.block_values, self.in_weight, self._synced = trained, False, None
+        self.block_values, self.in_weight = trained, False
 
     @torch.no_grad()
     def trained_values(self) -> Tensor:

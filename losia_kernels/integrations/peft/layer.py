@@ -87,6 +87,7 @@ class LoSiATunerLinear(nn.Module, BaseTunerLayer):
             name, version_enabled, version_disabled = self._disabled
             if name == after and version.prev_versions == (version_disabled,):
                 version_enabled.__exit__()
+                self.losia_adapter[name].note_agreement_()
             self._disabled = None
 
     def _settle_unmerged(self) -> None:

@@ -1,5 +1,6 @@
 """LoSiAModel: the tuner that PEFT makes from a LoSiAPeftConfig."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -91,6 +92,10 @@ class LoSiAModel(BaseTuner):
         if not peft_config.init_weights:
             with torch.no_grad():
                 adapter.subnet.add_(torch.randn_like(adapter.subnet))
+        if adapter_name == "ref" and layer.losia_adapter:
+            warnings.warn("LoSiA: an adapter named 'ref' beside another: TRL's trainers copy a PeftModel's adapter "
+                          "into one of that name, parameter by parameter, which gives a wrong reference. Give them the "
+                          "plain model and peft_config=", stacklevel=2)
         layer.add_adapter(adapter_name, adapter)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
