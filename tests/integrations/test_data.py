@@ -112,11 +112,13 @@ def test_a_chat_template_that_rewrites_earlier_turns_is_refused(tokenizer):
 def test_what_a_template_begins_with_is_not_learned(tokenizer):
     """A chat that the assistant opens, under a template with a system prompt of its own."""
     tokenizer.chat_template = "<|system|>I help.<|end|>\n" + tokenizer.chat_template
-    turns = [("assistant", "Hello"), ("user", "Hi"), ("assistant", "Bye")]
-    messages = [{"role": role, "content": content} for role, content in turns]
-    text, target = learned(tokenizer, {"messages": messages})
-    assert text == "<|system|>I help.<|end|>\n<|assistant|>Hello<|end|>\n<|user|>Hi<|end|>\n<|assistant|>Bye<|end|>"
-    assert target == "Hello<|end|>Bye<|end|>"
+    for first in ("Hello", "I"):  # "I" is in the system prompt too
+        turns = [("assistant", first), ("user", "Hi"), ("assistant", "Bye")]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        text, target = learned(tokenizer, {"messages": messages})
+        chat = f"<|assistant|>{first}<|end|>\n<|user|>Hi<|end|>\n<|assistant|>Bye<|end|>"
+        assert text == f"<|system|>I help.<|end|>\n{chat}"
+        assert target == f"{first}<|end|>Bye<|end|>"
 
 
 def test_a_first_turn_that_cannot_be_found_is_refused(tokenizer):
