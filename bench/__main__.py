@@ -1,4 +1,5 @@
-"""Measure losia_kernels beside the methods people use today, behind a correctness gate, and write the tables.
+"""Measure losia_kernels beside the methods people use today, behind a correctness gate, and write
+the tables.
 
     python -m bench all --minutes 9     the most telling rows of every suite, most important first
     python -m bench layer               one suite
@@ -17,8 +18,8 @@ suites:
     scaling       cost over p, tokens, layers and T
     memory        without a GPU: the memory model against a simulated run of full size
 
-Rows are written as they come. The same command goes on where it stopped: rows with a figure are kept while the code and
-the environment are the same, what failed is tried again at the end.
+Rows are written as they come. The same command goes on where it stopped: rows with a figure are
+kept while the code and the environment are the same, what failed is tried again at the end.
 """
 
 import argparse
@@ -46,7 +47,8 @@ class BadArgument(ValueError):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one suite or all. Exit code 1: a gate was red; 2: a mistake in the arguments; 3: the device was lost."""
+    """Run one suite or all. Exit code 1: a gate was red; 2: a mistake in the arguments; 3: the
+    device was lost."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] in ("quality", "quality-report"):
         return _quality(words)
@@ -75,7 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if arguments.list:
         for job in sorted(jobs, key=lambda job: job.priority):
-            print(job.suite, job.name, " ".join(f"{key}={value}" for key, value in job.settings.items()))
+            print(
+                job.suite,
+                job.name,
+                " ".join(f"{key}={value}" for key, value in job.settings.items()),
+            )
         return 0
     warnings.filterwarnings("ignore", category=FutureWarning)
     results = Results.for_run(provenance(device, arguments.commit), arguments.results)
@@ -94,9 +100,13 @@ def _quality(words: list[str]) -> int:
     return run_study(words[1:])
 
 
-def _run(jobs: list[Job], kept: int, results: Results, device: torch.device, minutes: float | None) -> int:
+def _run(
+    jobs: list[Job], kept: int, results: Results, device: torch.device, minutes: float | None
+) -> int:
     found = results.provenance
-    print(f"{found['device']} ({found['kind']}), {len(jobs)} jobs, {kept} measured before, into {results.path}")
+    print(
+        f"{found['device']} ({found['kind']}), {len(jobs)} jobs, {kept} measured before, into {results.path}"
+    )
     missing = [name for name, version in found["peers"].items() if version is None]
     if missing:
         print(f"not installed: {', '.join(missing)}")
@@ -109,7 +119,10 @@ def _run(jobs: list[Job], kept: int, results: Results, device: torch.device, min
     try:
         run_all(jobs, add, minutes, lambda line: print(line, flush=True))
     except DeviceLost as error:
-        print(f"bench: the device is lost: {error}; start the same command again for the rest", file=sys.stderr)
+        print(
+            f"bench: the device is lost: {error}; start the same command again for the rest",
+            file=sys.stderr,
+        )
         return 3
     return 1 if any(row["status"] == "red" for row in results.rows) else 0
 
@@ -124,7 +137,9 @@ def not_measured(jobs: list[Job], results: Results) -> Iterator[Job]:
             yield dataclasses.replace(job, priority=job.priority + LAST)
 
 
-def select(suite: str, names: str | None, device: torch.device, dtype: torch.dtype) -> Iterator[Job]:
+def select(
+    suite: str, names: str | None, device: torch.device, dtype: torch.dtype
+) -> Iterator[Job]:
     """The jobs of ``suite`` ("all": of every suite), only those of ``names`` (commas) where given.
 
     Raises UnknownMethod for a name that no job and no method has, BadArgument if nothing is left.
@@ -151,7 +166,9 @@ def _device(name: str) -> torch.device:
         raise BadArgument(f"--device {name!r}: expected cuda, cuda:1 or cpu")
     if device.type == "cuda":
         if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
-            raise BadArgument(f"--device {name!r}: torch sees {torch.cuda.device_count()} GPUs here")
+            raise BadArgument(
+                f"--device {name!r}: torch sees {torch.cuda.device_count()} GPUs here"
+            )
         if device.index is not None:
             torch.cuda.set_device(device)
     return device
@@ -169,25 +186,49 @@ def _minutes(text: str) -> float:
 
 def _commit(text: str) -> str:
     if not re.fullmatch(r"[0-9a-f]{7,40}", text):
-        raise argparse.ArgumentTypeError(f"expected a commit's hash, 7 to 40 hexadecimal digits, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected a commit's hash, 7 to 40 hexadecimal digits, got {text!r}"
+        )
     return text[:12]
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     suites = (*SUITES, "all", "host", "report")
-    parser.add_argument("suite", choices=suites, metavar="SUITE", help="a suite, all, host, or report")
-    parser.add_argument("--minutes", type=_minutes, help="begin nothing that would not end in time; default: no limit")
     parser.add_argument(
-        "--methods", metavar="NAMES", help=f"only these rows, separated by commas; methods: {', '.join(METHODS)}"
+        "suite", choices=suites, metavar="SUITE", help="a suite, all, host, or report"
     )
-    parser.add_argument("--again", action="store_true", help="measure rows again that have a figure")
-    parser.add_argument("--list", action="store_true", help="show what would be run, in order, and stop")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--commit", type=_commit, metavar="HASH", help="of a copy of the tree that has no history")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="default: bench/results")
+    parser.add_argument(
+        "--minutes",
+        type=_minutes,
+        help="begin nothing that would not end in time; default: no limit",
+    )
+    parser.add_argument(
+        "--methods",
+        metavar="NAMES",
+        help=f"only these rows, separated by commas; methods: {', '.join(METHODS)}",
+    )
+    parser.add_argument(
+        "--again", action="store_true", help="measure rows again that have a figure"
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="show what would be run, in order, and stop"
+    )
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: %(default)s",
+    )
+    parser.add_argument(
+        "--commit", type=_commit, metavar="HASH", help="of a copy of the tree that has no history"
+    )
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, metavar="FOLDER", help="default: bench/results"
+    )
     return parser
 
 

@@ -1,10 +1,12 @@
-"""Plan to scale: step time, memory and traffic of LoSiA on many GPUs, from one GPU's figures and the links' speeds.
+"""Plan to scale: step time, memory and traffic of LoSiA on many GPUs, from one GPU's figures and
+the links' speeds.
 
     python -m bench.cluster [FOLDER]     writes cluster.md, cluster.json and cluster.png (default: bench/results)
 
-A model, not a measurement: compute runs at the given rate of dense matmuls, links at their stated rates, a collective
-takes the ring's share of its bytes at the slowest link it crosses plus a latency for each doubling of the ranks. Its
-byte counts and its memory are held to real processes by tests/distributed/test_cluster.py.
+A model, not a measurement: compute runs at the given rate of dense matmuls, links at their stated
+rates, a collective takes the ring's share of its bytes at the slowest link it crosses plus a
+latency for each doubling of the ranks. Its byte counts and its memory are held to real processes by
+tests/distributed/test_cluster.py.
 """
 
 import json
@@ -39,9 +41,16 @@ class Model:
         return sum(int(p * out) * int(p * in_) for out, in_ in self.linears)
 
 
-def llama(name: str, blocks: int, hidden: int, wide: int, kv: int, vocabulary: int = 32000) -> Model:
+def llama(
+    name: str, blocks: int, hidden: int, wide: int, kv: int, vocabulary: int = 32000
+) -> Model:
     attention = ((hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden))
-    return Model(name, blocks, (*attention, (wide, hidden), (wide, hidden), (hidden, wide)), 2 * vocabulary * hidden)
+    return Model(
+        name,
+        blocks,
+        (*attention, (wide, hidden), (wide, hidden), (hidden, wide)),
+        2 * vocabulary * hidden,
+    )
 
 
 MODELS = (
@@ -53,7 +62,8 @@ MODELS = (
 
 @dataclass(frozen=True)
 class Setting:
-    """One GPU's figures and the links. The GPU's were measured on an H200; the links' are their makers'."""
+    """One GPU's figures and the links. The GPU's were measured on an H200; the links' are their
+    makers'."""
 
     p: float = 1 / 8
     period: int = 100
@@ -67,20 +77,24 @@ class Setting:
     machine: int = 8
 
 
-# bytes that one rank hands to collectives in one step of one micro-batch ----------------------------------------------
+# bytes that one rank hands to collectives in one step of one micro-batch --------------------------
 
 
-def ddp_bytes(model: Model, p: float, period: int, weight_bytes: int, sync: str = "gradient") -> dict[str, float]:
-    """``subnets``: float32 gradients, all-reduced. ``importance``: the observing group's dense gradients, or, with
-    importance_sync="slot", its two float32 states at the end of a slot (here: a step's share)."""
+def ddp_bytes(
+    model: Model, p: float, period: int, weight_bytes: int, sync: str = "gradient"
+) -> dict[str, float]:
+    """``subnets``: float32 gradients, all-reduced. ``importance``: the observing group's dense
+    gradients, or, with importance_sync="slot", its two float32 states at the end of a slot (here: a
+    step's share)."""
     importance = weight_bytes * model.block if sync == "gradient" else 8 * model.block / period
     return {"subnets": 4 * model.blocks * model.subnet(p), "importance": importance}
 
 
 def fsdp_bytes(model: Model, p: float, period: int, weight_bytes: int) -> dict[str, float]:
-    """``gather``: what FSDP gathers, weights and subnets of all blocks, for the forward and again for the backward.
-    ``subnets``: gradients, reduce-scattered. ``importance``: the observing group's dense gradients, reduce-scattered.
-    ``write_back``: new values in the weight's dtype, all-gathered. ``moves``: new subnets, and the marginals twice."""
+    """``gather``: what FSDP gathers, weights and subnets of all blocks, for the forward and again
+    for the backward. ``subnets``: gradients, reduce-scattered. ``importance``: the observing
+    group's dense gradients, reduce-scattered. ``write_back``: new values in the weight's dtype,
+    all-gathered. ``moves``: new subnets, and the marginals twice."""
     trained = model.blocks * model.subnet(p)
     sums = sum(2 * 4 * (out + in_) for out, in_ in model.linears)
     return {
@@ -92,34 +106,43 @@ def fsdp_bytes(model: Model, p: float, period: int, weight_bytes: int) -> dict[s
     }
 
 
-# memory of one rank ---------------------------------------------------------------------------------------------------
+# memory of one rank -------------------------------------------------------------------------------
 
 
 def held_bytes(model: Model, p: float, weight_bytes: int, shards: int) -> float:
-    """Between two steps: weights, and of each trained value the master and two moments, all float32."""
-    return (weight_bytes * (model.weights + model.frozen) + 12 * model.blocks * model.subnet(p)) / shards
+    """Between two steps: weights, and of each trained value the master and two moments, all
+    float32."""
+    return (
+        weight_bytes * (model.weights + model.frozen) + 12 * model.blocks * model.subnet(p)
+    ) / shards
 
 
 def peak_bytes(model: Model, p: float, weight_bytes: int, shards: int, scratch: int = 0) -> float:
     """What an observing step needs on top, without activations.
 
-    Importance and uncertainty of one block, in shards; one dense gradient with the rows that are left of it;
-    gradients of the subnets; and, in shards, two whole blocks: the one that computes and the next. ``scratch``: float32
-    temporaries of a weight's shard, which plain torch has four of and the kernels none.
+    Importance and uncertainty of one block, in shards; one dense gradient with the rows that are
+    left of it; gradients of the subnets; and, in shards, two whole blocks: the one that computes
+    and the next. ``scratch``: float32 temporaries of a weight's shard, which plain torch has four
+    of and the kernels none.
     """
     largest = max(out * in_ for out, in_ in model.linears)
     whole = 2 * (weight_bytes * model.block + 4 * model.subnet(p)) if shards > 1 else 0
-    shared = (8 * model.block + 4 * model.blocks * model.subnet(p) + (weight_bytes + 4 * scratch) * largest) / shards
+    shared = (
+        8 * model.block
+        + 4 * model.blocks * model.subnet(p)
+        + (weight_bytes + 4 * scratch) * largest
+    ) / shards
     return whole + weight_bytes * largest + shared
 
 
 def activation_bytes(model: Model, tokens: int) -> float:
-    """With gradient checkpointing: every block's input, and what one block keeps while it is computed again."""
+    """With gradient checkpointing: every block's input, and what one block keeps while it is
+    computed again."""
     hidden, wide = model.linears[0][1], model.linears[-1][1]
     return 2 * tokens * (model.blocks * hidden + 16 * hidden + 3 * wide)
 
 
-# time of a step -------------------------------------------------------------------------------------------------------
+# time of a step -----------------------------------------------------------------------------------
 
 
 def ring_seconds(data: float, ranks: int, setting: Setting, passes: int = 1) -> float:
@@ -131,15 +154,20 @@ def ring_seconds(data: float, ranks: int, setting: Setting, passes: int = 1) -> 
 
 
 def plan(model: Model, ranks: int, engine: str, setting: Setting, sync: str = "gradient") -> dict:
-    """Seconds, bytes and memory of one step. Overlap: DDP's buckets and FSDP's gathers hide behind the computation of
-    the blocks; the importance's collective, the write-back and the moves do not."""
+    """Seconds, bytes and memory of one step. Overlap: DDP's buckets and FSDP's gathers hide behind
+    the computation of the blocks; the importance's collective, the write-back and the moves do
+    not."""
     p, width = setting.p, setting.weight_bytes
     multiplied = model.weights + model.frozen / 2  # an embedding is looked up
     passes = 2 * setting.tokens * multiplied / setting.matmul
     subnet = 2 * setting.tokens * model.blocks * model.subnet(p) / setting.matmul
     dense = 2 * setting.tokens * model.block / setting.matmul  # the observing group's gradients
-    reads = 20 * model.block / setting.copy  # and its importance: two states read and written, weight and gradient read
-    compute = 3 * passes + subnet + dense + reads / (ranks if engine == "fsdp" else 1)  # forward, again, and dx
+    reads = (
+        20 * model.block / setting.copy
+    )  # and its importance: two states read and written, weight and gradient read
+    compute = (
+        3 * passes + subnet + dense + reads / (ranks if engine == "fsdp" else 1)
+    )  # forward, again, and dx
     if engine == "ddp":
         traffic = ddp_bytes(model, p, setting.period, width, sync)
         hidden = ring_seconds(traffic["subnets"], ranks, setting, passes=2)
@@ -147,19 +175,34 @@ def plan(model: Model, ranks: int, engine: str, setting: Setting, sync: str = "g
     else:
         traffic = fsdp_bytes(model, p, setting.period, width)
         hidden = ring_seconds(traffic["gather"] + traffic["subnets"], ranks, setting)
-        exposed = sum(ring_seconds(traffic[kind], ranks, setting) for kind in ("importance", "write_back", "moves"))
+        exposed = sum(
+            ring_seconds(traffic[kind], ranks, setting)
+            for kind in ("importance", "write_back", "moves")
+        )
     shards = ranks if engine == "fsdp" else 1
     seconds = max(compute, hidden) + exposed
-    memory = (held_bytes(model, p, width, shards) + peak_bytes(model, p, width, shards)
-              + activation_bytes(model, setting.tokens))
+    memory = (
+        held_bytes(model, p, width, shards)
+        + peak_bytes(model, p, width, shards)
+        + activation_bytes(model, setting.tokens)
+    )
     return {
-        "model": model.name, "gpus": ranks, "engine": engine, "importance_sync": sync, "seconds": seconds,
-        "compute_seconds": compute, "hidden_seconds": hidden, "exposed_seconds": exposed,
-        "efficiency": compute / seconds, "memory_gib": memory / GIB,
+        "model": model.name,
+        "gpus": ranks,
+        "engine": engine,
+        "importance_sync": sync,
+        "seconds": seconds,
+        "compute_seconds": compute,
+        "hidden_seconds": hidden,
+        "exposed_seconds": exposed,
+        "efficiency": compute / seconds,
+        "memory_gib": memory / GIB,
         "traffic_mib": {kind: value / 2**20 for kind, value in traffic.items()},
-        "share_of_full_gradient": sum(value for kind, value in traffic.items() if kind in ("subnets", "importance"))
+        "share_of_full_gradient": sum(
+            value for kind, value in traffic.items() if kind in ("subnets", "importance")
+        )
         / (width * model.weights),
-    }  # fmt: skip
+    }
 
 
 def table(rows: list[dict]) -> str:
@@ -180,12 +223,18 @@ def table(rows: list[dict]) -> str:
 def main(folder: Path) -> None:
     setting = Setting()
     variants = (("ddp", "gradient"), ("ddp", "slot"), ("fsdp", "gradient"))
-    rows = [plan(model, ranks, engine, setting, sync)
-            for model in MODELS for ranks in (8, 64, 256, 1024) for engine, sync in variants]
+    rows = [
+        plan(model, ranks, engine, setting, sync)
+        for model in MODELS
+        for ranks in (8, 64, 256, 1024)
+        for engine, sync in variants
+    ]
     folder.mkdir(parents=True, exist_ok=True)
     text = f"{__doc__.splitlines()[0]}\n\nAssumed: {asdict(setting)}\n\n{table(rows)}"
     (folder / "cluster.md").write_text(text)
-    (folder / "cluster.json").write_text(json.dumps({"setting": asdict(setting), "rows": rows}, indent=1) + "\n")
+    (folder / "cluster.json").write_text(
+        json.dumps({"setting": asdict(setting), "rows": rows}, indent=1) + "\n"
+    )
     draw(rows, folder / "cluster.png")
     print(text)
 
@@ -201,13 +250,29 @@ def draw(rows: list[dict], path: Path) -> None:
     for number, model in enumerate(MODELS):
         for (engine, sync), style in styles.items():
             wanted = (model.name, engine, sync)
-            points = [row for row in rows if (row["model"], row["engine"], row["importance_sync"]) == wanted]
-            gpus, look = [row["gpus"] for row in points], {"color": f"C{number}", "linestyle": style}
+            points = [
+                row
+                for row in rows
+                if (row["model"], row["engine"], row["importance_sync"]) == wanted
+            ]
+            gpus, look = (
+                [row["gpus"] for row in points],
+                {"color": f"C{number}", "linestyle": style},
+            )
             left.plot(gpus, [row["efficiency"] for row in points], label=" ".join(wanted), **look)
             if sync == "gradient":
-                right.plot(gpus, [row["memory_gib"] for row in points], label=f"{model.name} {engine}", **look)
-    left.set(xscale="log", xlabel="GPUs", ylabel="compute / step time", title="Weak scaling, modelled")
-    right.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="GiB a GPU", title="Memory, modelled")
+                right.plot(
+                    gpus,
+                    [row["memory_gib"] for row in points],
+                    label=f"{model.name} {engine}",
+                    **look,
+                )
+    left.set(
+        xscale="log", xlabel="GPUs", ylabel="compute / step time", title="Weak scaling, modelled"
+    )
+    right.set(
+        xscale="log", yscale="log", xlabel="GPUs", ylabel="GiB a GPU", title="Memory, modelled"
+    )
     left.legend(fontsize=7)
     right.legend(fontsize=7)
     figure.savefig(path, dpi=120)

@@ -14,13 +14,15 @@ PEER_LIMIT = 0.05  # dx of a peer that starts as the plain model up to rounding 
 
 
 def _cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
-    """Not ``model.to``: rotary frequencies are buffers in float32 and would come back rounded to the model's dtype."""
+    """Not ``model.to``: rotary frequencies are buffers in float32 and would come back rounded to
+    the model's dtype."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
 
 
 class Reference:
-    """Dense gradients of a plain model, in its own dtype and in float64, before a method changes it.
+    """Dense gradients of a plain model, in its own dtype and in float64, before a method changes
+    it.
 
     ``backward(model)`` runs forward and backward and returns dx; it may not need the model's dtype.
     """
@@ -36,13 +38,16 @@ class Reference:
 
     def _run(self, model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
         dx = self._backward(model)
-        named = model.named_parameters(remove_duplicate=False)  # a tied output layer is under both names
+        named = model.named_parameters(
+            remove_duplicate=False
+        )  # a tied output layer is under both names
         grads = {name: p.grad for name, p in named if p.grad is not None}
         model.zero_grad()
         return dx, grads
 
     def check(self, method: Method, prepared: Prepared) -> dict[str, dict[str, float]]:
-        """Gate dx, every subnet's gradient, and that all gradients are finite. Leaves no gradients. Raises RedGate."""
+        """Gate dx, every subnet's gradient, and that all gradients are finite. Leaves no gradients.
+        Raises RedGate."""
         with torch.autocast(self.eager_dx.device.type, torch.bfloat16, enabled=prepared.autocast):
             dx = self._backward(prepared.module)
         if method.exact:
@@ -64,5 +69,8 @@ class Reference:
     def _check_subnet(self, name: str, layer: LoSiALinear) -> dict[str, float]:
         if layer.subnet.grad is None:
             raise RedGate(f"{name}: the subnet got no gradient")
-        eager, truth = (layer.current_subnet.gather(grads[f"{name}.weight"]) for grads in (self.eager, self.truth))
+        eager, truth = (
+            layer.current_subnet.gather(grads[f"{name}.weight"])
+            for grads in (self.eager, self.truth)
+        )
         return gate_rule(f"{name}: subnet gradient", layer.subnet.grad, eager, truth)

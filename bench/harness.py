@@ -1,4 +1,5 @@
-"""Timing with medians and spread, inputs rotated past the cache, and the gates without which there is no figure."""
+"""Timing with medians and spread, inputs rotated past the cache, and the gates without which there
+is no figure."""
 
 import statistics
 import time
@@ -31,7 +32,10 @@ class Timing:
     def of(cls, samples: list[float]) -> "Timing":
         ordered = sorted(samples)
         low, high = ordered[len(ordered) // 5], ordered[-1 - len(ordered) // 5]
-        return cls(*(float(f"{value:.5g}") for value in (statistics.median(ordered), low, high)), len(ordered))
+        return cls(
+            *(float(f"{value:.5g}") for value in (statistics.median(ordered), low, high)),
+            len(ordered),
+        )
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -45,11 +49,12 @@ def measure(
     warmup: int = 3,
     hide_launch: bool = False,
 ) -> dict[str, Timing]:
-    """Time ``phases``, run in order, over and over; each gets the number of the repetition, to rotate its inputs.
+    """Time ``phases``, run in order, over and over; each gets the number of the repetition, to
+    rotate its inputs.
 
-    CUDA events on a GPU, ``perf_counter`` on a CPU. Adds "total" where there are several phases. ``hide_launch`` keeps
-    the GPU busy beforehand for twice as long as the host took to launch, so that kernels are timed and not their
-    launch; only for phases that do not wait for the GPU.
+    CUDA events on a GPU, ``perf_counter`` on a CPU. Adds "total" where there are several phases.
+    ``hide_launch`` keeps the GPU busy beforehand for twice as long as the host took to launch, so
+    that kernels are timed and not their launch; only for phases that do not wait for the GPU.
     """
     one = launching = 0.0
     for i in range(warmup):
@@ -62,7 +67,9 @@ def measure(
     spin = int(MOST_CYCLES * (2 * launching + 1e-4)) if hide_launch and device.type == "cuda" else 0
     if repeats is None:
         repeats = max(5, min(MAX_REPEATS, int(seconds / max(one, 1e-6))))
-    if spin:  # as many at once as are timed: what a launch takes from torch's pinned memory is there then
+    if (
+        spin
+    ):  # as many at once as are timed: what a launch takes from torch's pinned memory is there then
         for i in range(repeats):
             _marked_run(phases, device, i, spin)
         _synchronize(device)
@@ -104,7 +111,11 @@ def _synchronize(device: torch.device) -> None:
 
 def rotation(bytes_of_one: int, device: torch.device) -> int:
     """How many sets of inputs it takes that none is found in the cache by the next repetition."""
-    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else CPU_CACHE
+    cache = (
+        torch.cuda.get_device_properties(device).L2_cache_size
+        if device.type == "cuda"
+        else CPU_CACHE
+    )
     return max(2, min(64, 1 + -(-2 * cache // max(bytes_of_one, 1))))
 
 
@@ -115,7 +126,8 @@ def max_error(value: Tensor, truth: Tensor) -> float:
 
 
 def gate_rule(what: str, value: Tensor, eager: Tensor, truth: Tensor) -> dict[str, float]:
-    """The kernels' rule: at most twice the error of plain torch in the same dtype, plus 1e-6. Raises RedGate."""
+    """The kernels' rule: at most twice the error of plain torch in the same dtype, plus 1e-6.
+    Raises RedGate."""
     error, allowed = max_error(value, truth), 2 * max_error(eager, truth) + SLACK
     if not error <= allowed:
         raise RedGate(f"{what}: error {error:.3e}, allowed {allowed:.3e}")
@@ -123,7 +135,8 @@ def gate_rule(what: str, value: Tensor, eager: Tensor, truth: Tensor) -> dict[st
 
 
 def gate_relative(what: str, value: Tensor, truth: Tensor, allowed: float) -> dict[str, float]:
-    """``|value - truth| / |truth|``, Frobenius norms: for a peer, that may round where it likes. Raises RedGate."""
+    """``|value - truth| / |truth|``, Frobenius norms: for a peer, that may round where it likes.
+    Raises RedGate."""
     norm = truth.double().norm().item()
     error = (value.double() - truth.double()).norm().item() / max(norm, 1e-30)
     if not error <= allowed:

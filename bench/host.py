@@ -1,13 +1,16 @@
-"""Host overhead: CPU time that Python and dispatch take a layer, on tensors so small that arithmetic is nothing.
+"""Host overhead: CPU time that Python and dispatch take a layer, on tensors so small that
+arithmetic is nothing.
 
     python -m bench host
 
-Per linear and step, LoSiALinear against nn.Linear with frozen and with trained weights, and the optimizer's step
-against torch's AdamW: medians of CPU time of this process, which other work on the machine disturbs little.
+Per linear and step, LoSiALinear against nn.Linear with frozen and with trained weights, and the
+optimizer's step against torch's AdamW: medians of CPU time of this process, which other work on the
+machine disturbs little.
 
-The rows "launches stubbed" go the way that a GPU's tensors go, on a CPU: all of LoSiA's Python up to the launches of
-its kernels, which do nothing. Left out are Triton's own launch and the copy of the step's table; torch's matmuls still
-run on the CPU. It is the cost of the host code to be lowered, not the time of anything on a GPU.
+The rows "launches stubbed" go the way that a GPU's tensors go, on a CPU: all of LoSiA's Python up
+to the launches of its kernels, which do nothing. Left out are Triton's own launch and the copy of
+the step's table; torch's matmuls still run on the CPU. It is the cost of the host code to be
+lowered, not the time of anything on a GPU.
 """
 
 import contextlib
@@ -19,7 +22,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, eager
+from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia
+from losia_kernels.ops import eager
 
 LAYERS, FEATURES, TOKENS = 210, 16, 4  # as many linears as SmolLM2-135M's blocks have
 WARM_UP, REPEATS = 5, 30
@@ -34,7 +38,8 @@ class Chain(nn.Module):
     def __init__(self):
         super().__init__()
         self.layers = nn.ModuleList(
-            nn.ModuleList(nn.Linear(FEATURES, FEATURES, bias=False) for _ in range(7)) for _ in range(LAYERS // 7)
+            nn.ModuleList(nn.Linear(FEATURES, FEATURES, bias=False) for _ in range(7))
+            for _ in range(LAYERS // 7)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,8 +70,10 @@ class NoKernel:
 
 @contextlib.contextmanager
 def launches_stubbed() -> Iterator[None]:
-    """The ops take the way of a GPU's tensors, up to the launch: outputs are not filled, and nothing is updated."""
-    from losia_kernels.kernels import gather, subnet_adamw, subnet_grad, subnets_adamw
+    """The ops take the way of a GPU's tensors, up to the launch: outputs are not filled, and
+    nothing is updated."""
+    from losia_kernels.kernels import adamw as subnets_adamw
+    from losia_kernels.kernels import gather, subnet_adamw, subnet_grad
 
     with contextlib.ExitStack() as stack:
         for name, launcher, file in (
@@ -93,7 +100,11 @@ def microseconds(kind: str) -> dict[str, float]:
             _timed(times["step"], optimizer.step)
             optimizer.zero_grad()
         x.grad = None
-    return {name: statistics.median(each[WARM_UP:]) / LAYERS * 1e6 for name, each in times.items() if each}
+    return {
+        name: statistics.median(each[WARM_UP:]) / LAYERS * 1e6
+        for name, each in times.items()
+        if each
+    }
 
 
 def _timed(times: list[float], run: Callable[[], Tensor | None]) -> Tensor | None:
@@ -105,12 +116,19 @@ def _timed(times: list[float], run: Callable[[], Tensor | None]) -> Tensor | Non
 
 def report() -> str:
     """The table, of this process and this machine; nothing is written."""
-    lines = [f"host overhead on the CPU, microseconds a linear ({LAYERS} of {FEATURES} x {FEATURES}, {TOKENS} tokens; "
-             f"medians of {REPEATS}, {torch.get_num_threads()} threads)",
-             f"{'':<36} {'forward':>10} {'backward':>10} {'step':>10}"]  # fmt: skip
+    lines = [
+        f"host overhead on the CPU, microseconds a linear ({LAYERS} of {FEATURES} x {FEATURES}, {TOKENS} tokens; "
+        f"medians of {REPEATS}, {torch.get_num_threads()} threads)",
+        f"{'':<36} {'forward':>10} {'backward':>10} {'step':>10}",
+    ]
     measured = {kind: microseconds(kind) for kind in KINDS}
     with launches_stubbed():
-        measured |= {kind + STUBBED: microseconds(kind) for kind in KINDS if kind.startswith("losia")}
+        measured |= {
+            kind + STUBBED: microseconds(kind) for kind in KINDS if kind.startswith("losia")
+        }
     for kind, times in measured.items():
-        lines.append(f"{kind:<36} " + " ".join(f"{times[p]:>10.1f}" if p in times else f"{'':>10}" for p in PHASES))
+        lines.append(
+            f"{kind:<36} "
+            + " ".join(f"{times[p]:>10.1f}" if p in times else f"{'':>10}" for p in PHASES)
+        )
     return "\n".join(lines)

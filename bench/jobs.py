@@ -1,4 +1,5 @@
-"""One job, one row: what it measures, or why there is no figure. A job that fails never ends the run."""
+"""One job, one row: what it measures, or why there is no figure. A job that fails never ends the
+run."""
 
 import gc
 import re
@@ -13,7 +14,11 @@ from .harness import RedGate
 from .methods import MissingPeer
 
 UNITS = {"B": 1, "bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-FIRST_GUESS = {"model": 40.0, "context": 240.0, "ops": 30.0}  # seconds of a kind's first job; 15 in other suites
+FIRST_GUESS = {
+    "model": 40.0,
+    "context": 240.0,
+    "ops": 30.0,
+}  # seconds of a kind's first job; 15 in other suites
 
 
 class DeviceLost(RuntimeError):
@@ -22,7 +27,8 @@ class DeviceLost(RuntimeError):
 
 @dataclass(frozen=True)
 class Job:
-    """``settings`` say what is run and, with suite and name, identify the row. Lower ``priority`` runs earlier."""
+    """``settings`` say what is run and, with suite and name, identify the row. Lower ``priority``
+    runs earlier."""
 
     suite: str
     name: str
@@ -36,12 +42,14 @@ class Job:
 
     @property
     def kind(self) -> tuple[str, Any]:
-        """Jobs of one kind take about as long as each other; of the kernels, compiling one takes far longer."""
+        """Jobs of one kind take about as long as each other; of the kernels, compiling one takes
+        far longer."""
         return self.suite, self.name if self.suite == "ops" else self.settings.get("model")
 
 
 def run_job(job: Job) -> dict[str, Any]:
-    """The job's row. ``status`` is "ok", or why there is no figure: "red", "oom", "missing" or "failed"."""
+    """The job's row. ``status`` is "ok", or why there is no figure: "red", "oom", "missing" or
+    "failed"."""
     started = time.perf_counter()
     try:
         outcome = {"status": "ok", **job.run()}
@@ -59,7 +67,8 @@ def run_job(job: Job) -> dict[str, Any]:
 
 
 def bytes_asked_for(error: Exception) -> int | None:
-    """What an out-of-memory error of a GPU or of the CPU allocator says was asked for; None for any other error."""
+    """What an out-of-memory error of a GPU or of the CPU allocator says was asked for; None for any
+    other error."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError):
         found = re.search(r"allocate ([\d.]+) (\w+)", text)
@@ -87,12 +96,16 @@ def free_memory() -> None:
 
 
 def run_all(
-    jobs: Iterable[Job], add: Callable[[dict], None], minutes: float | None, say: Callable[[str], None] = print
+    jobs: Iterable[Job],
+    add: Callable[[dict], None],
+    minutes: float | None,
+    say: Callable[[str], None] = print,
 ) -> list[Job]:
-    """Run ``jobs`` by priority, hand each row to ``add`` at once; stop in time. Returns the jobs not reached.
+    """Run ``jobs`` by priority, hand each row to ``add`` at once; stop in time. Returns the jobs
+    not reached.
 
-    A job is begun only while the longest of its kind so far (before there is one, a guess) would still fit into
-    ``minutes``. Raises DeviceLost, after the row of the job that lost it.
+    A job is begun only while the longest of its kind so far (before there is one, a guess) would
+    still fit into ``minutes``. Raises DeviceLost, after the row of the job that lost it.
     """
     started = time.monotonic()
     longest: dict[tuple, float] = {}
@@ -117,7 +130,9 @@ def run_all(
         say(f"{describe(row)}; {len(left)} to go, about {_clock(ahead)}")
         free_memory()
     if skipped:
-        say(f"not reached in {minutes:g} minutes: {len(skipped)} jobs; the same command goes on with them")
+        say(
+            f"not reached in {minutes:g} minutes: {len(skipped)} jobs; the same command goes on with them"
+        )
     return skipped
 
 
@@ -127,7 +142,9 @@ def _clock(seconds: float) -> str:
 
 def describe(row: dict[str, Any]) -> str:
     """One line for the terminal."""
-    settings = " ".join(f"{key}={value}" for key, value in row["id"].items() if key not in ("suite", "name"))
+    settings = " ".join(
+        f"{key}={value}" for key, value in row["id"].items() if key not in ("suite", "name")
+    )
     outcome = row["status"]
     if "total" in row:
         outcome = f"{row['total']['ms']:.4g} ms"

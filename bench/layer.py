@@ -1,7 +1,8 @@
-"""One decoder layer, and its linears alone: forward, backward and update of every method over the frozen floor.
+"""One decoder layer, and its linears alone: forward, backward and update of every method over the
+frozen floor.
 
-The floor is measured again inside each job, before and after the method, so that a ratio never crosses a change of the
-clocks.
+The floor is measured again inside each job, before and after the method, so that a ratio never
+crosses a change of the clocks.
 """
 
 from collections.abc import Iterator
@@ -19,7 +20,14 @@ from .methods.galore import project_once
 from .models import GPU_BATCH, GPU_CONTEXT, STACKS, build_stack, shape_of
 
 # Slow to prepare, or less asked for.
-LATE = ("losia-reference", "losia-reference-off", "pissa", "lora-defaults", "galore-per-layer", "unsloth")
+LATE = (
+    "losia-reference",
+    "losia-reference-off",
+    "pissa",
+    "lora-defaults",
+    "galore-per-layer",
+    "unsloth",
+)
 
 
 class Inputs:
@@ -30,7 +38,9 @@ class Inputs:
         generator = torch.Generator(weight.device).manual_seed(1)
 
         def draw(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, device=weight.device, dtype=torch.float32).to(weight.dtype)
+            return torch.randn(
+                *shape, generator=generator, device=weight.device, dtype=torch.float32
+            ).to(weight.dtype)
 
         def one_set() -> tuple[Tensor, list[Tensor]]:
             x = draw(batch, context, module.width)
@@ -53,7 +63,8 @@ def _tuple(outputs: Any) -> tuple[Tensor, ...]:
 def backward_dx(inputs: Inputs):
     """Forward and backward on the first set, in the model's dtype; returns dx.
 
-    In float64 one sample after the other: its attention holds all scores, which would take more than what is measured.
+    In float64 one sample after the other: its attention holds all scores, which would take more
+    than what is measured.
     """
 
     def run(module: nn.Module) -> Tensor:
@@ -63,7 +74,9 @@ def backward_dx(inputs: Inputs):
         for part in range(len(x)) if dtype == torch.float64 else (slice(None),):
             part = part if isinstance(part, slice) else slice(part, part + 1)
             outputs = _tuple(module(x[part]))
-            torch.autograd.backward(outputs, [dy[part].to(y.dtype) for dy, y in zip(grads, outputs, strict=True)])
+            torch.autograd.backward(
+                outputs, [dy[part].to(y.dtype) for dy, y in zip(grads, outputs, strict=True)]
+            )
         return x.grad
 
     return run
@@ -82,13 +95,16 @@ def step_phases(prepared: Prepared, inputs: Inputs) -> dict:
 
     def backward(number: int) -> None:
         outputs, grads = state.pop("outputs"), inputs[number][1]
-        torch.autograd.backward(outputs, [dy.to(y.dtype) for dy, y in zip(grads, outputs, strict=True)])
+        torch.autograd.backward(
+            outputs, [dy.to(y.dtype) for dy, y in zip(grads, outputs, strict=True)]
+        )
 
     return {"forward": forward, "backward": backward, "update": lambda number: prepared.update()}
 
 
 def memory_of_step(prepared: Prepared, inputs: Inputs, device: torch.device) -> dict[str, int]:
-    """Bytes kept for the backward, and the peak of a step above what is there before it (inputs, weights, state)."""
+    """Bytes kept for the backward, and the peak of a step above what is there before it (inputs,
+    weights, state)."""
     phases = step_phases(prepared, inputs)
     known = [*prepared.module.parameters(), *prepared.module.buffers(), inputs[0][0]]
     with SavedBytes(known) as saved:
@@ -116,9 +132,15 @@ def peak_bytes(phases: dict, device: torch.device) -> int:
 
 
 def run_layer(
-    method_name: str, model: str, stack: str, batch: int, context: int, device: torch.device, dtype: torch.dtype,
+    method_name: str,
+    model: str,
+    stack: str,
+    batch: int,
+    context: int,
+    device: torch.device,
+    dtype: torch.dtype,
     options: Options,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """The row of one method on one stack."""
     torch.manual_seed(0)
     method, floor_method = get_method(method_name), get_method("frozen")
@@ -135,16 +157,23 @@ def run_layer(
     timings = measure(step_phases(prepared, inputs), device, seconds=1.0)
     after = measure(step_phases(floor, inputs), device, seconds=0.5)["total"]
     return {
-        "configuration": method.configuration, "gate": passed, "trained": prepared.trained, **memory,
+        "configuration": method.configuration,
+        "gate": passed,
+        "trained": prepared.trained,
+        **memory,
         **{phase: timing.to_dict() for phase, timing in timings.items()},
-        "floor_ms": (before.ms + after.ms) / 2, "floor_spread_ms": abs(before.ms - after.ms),
-    }  # fmt: skip
+        "floor_ms": (before.ms + after.ms) / 2,
+        "floor_spread_ms": abs(before.ms - after.ms),
+    }
 
 
 def run_svd(model: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """GaLore's SVDs of the gradients of one layer's linears, every 200 steps; linears of one shape are timed once."""
+    """GaLore's SVDs of the gradients of one layer's linears, every 200 steps; linears of one shape
+    are timed once."""
     shapes = [tuple(sorted(shape)) for shape in shape_of(model).linears.values()]
-    project_once(torch.randn(8, 8, device=device, dtype=dtype))  # loads what the first SVD of a process needs
+    project_once(
+        torch.randn(8, 8, device=device, dtype=dtype)
+    )  # loads what the first SVD of a process needs
     found: dict[tuple, float] = {}
     for shape in dict.fromkeys(shapes):
         gradient = torch.randn(*shape, device=device, dtype=dtype)
@@ -153,11 +182,16 @@ def run_svd(model: str, device: torch.device, dtype: torch.dtype) -> dict[str, A
         passed = gate_relative("orthonormal", gram, torch.eye(len(gram), device=device), 0.02)
         call = {"svd": lambda i, gradient=gradient: project_once(gradient)}
         found[shape] = measure(call, device, repeats=1, warmup=0)["svd"].ms
-    return {"gate": passed, "total": {"ms": sum(found[shape] for shape in shapes)},
-            "svd_ms": {"x".join(map(str, shape)): ms for shape, ms in found.items()}}  # fmt: skip
+    return {
+        "gate": passed,
+        "total": {"ms": sum(found[shape] for shape in shapes)},
+        "svd_ms": {"x".join(map(str, shape)): ms for shape, ms in found.items()},
+    }
 
 
-def jobs(device: torch.device, dtype: torch.dtype, methods: tuple[str, ...] = LAYER_METHODS) -> Iterator[Job]:
+def jobs(
+    device: torch.device, dtype: torch.dtype, methods: tuple[str, ...] = LAYER_METHODS
+) -> Iterator[Job]:
     gpu = device.type == "cuda"
     models = ("llama-2-7b", "gemma-2b", "llama-2-13b") if gpu else ("smollm2-135m",)
     batch, context = (GPU_BATCH, GPU_CONTEXT) if gpu else (1, 256)
@@ -165,8 +199,13 @@ def jobs(device: torch.device, dtype: torch.dtype, methods: tuple[str, ...] = LA
         for stack in reversed(STACKS):
             for rank, name in enumerate(methods):
                 late = name in LATE
-                settings = {"model": model, "stack": stack, "batch": batch, "context": context,
-                            "dtype": str(dtype).removeprefix("torch.")}  # fmt: skip
+                settings = {
+                    "model": model,
+                    "stack": stack,
+                    "batch": batch,
+                    "context": context,
+                    "dtype": str(dtype).removeprefix("torch."),
+                }
 
                 def run(name=name, model=model, stack=stack) -> dict:
                     return run_layer(name, model, stack, batch, context, device, dtype, Options())
@@ -175,4 +214,10 @@ def jobs(device: torch.device, dtype: torch.dtype, methods: tuple[str, ...] = LA
                 priority = 10 + 60 * place + (25 if late else 0) + linears + rank / 100
                 yield Job("layer", name, settings, run, priority)
     settings = {"model": models[0], "dtype": str(dtype).removeprefix("torch.")}
-    yield Job("layer", "galore-svd", settings, lambda: run_svd(models[0], device, dtype), 29 if gpu else 20.5)
+    yield Job(
+        "layer",
+        "galore-svd",
+        settings,
+        lambda: run_svd(models[0], device, dtype),
+        29 if gpu else 20.5,
+    )

@@ -1,4 +1,5 @@
-"""Bytes of live tensors, counted at every operation: peak memory without a GPU, also of tensors that do not exist."""
+"""Bytes of live tensors, counted at every operation: peak memory without a GPU, also of tensors
+that do not exist."""
 
 import weakref
 
@@ -10,8 +11,9 @@ from torch.utils._pytree import tree_map_only
 class LiveBytes(TorchDispatchMode):
     """Counts each storage from its first appearance as a result to its release.
 
-    Under ``FakeTensorMode`` it says what a run would hold, by shapes alone. What an operation allocates inside itself
-    (a workspace of cuBLAS, a temporary of a custom op) is not seen; ``torch.cuda.max_memory_allocated`` sees it.
+    Under ``FakeTensorMode`` it says what a run would hold, by shapes alone. What an operation
+    allocates inside itself (a workspace of cuBLAS, a temporary of a custom op) is not seen;
+    ``torch.cuda.max_memory_allocated`` sees it.
     """
 
     def __init__(self):
@@ -42,11 +44,14 @@ class LiveBytes(TorchDispatchMode):
 
 
 class SavedBytes:
-    """Bytes that autograd keeps for the backward, each storage once, without those of ``known`` tensors (weights)."""
+    """Bytes that autograd keeps for the backward, each storage once, without those of ``known``
+    tensors (weights)."""
 
     def __init__(self, known: list[torch.Tensor]):
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
-        self._saved: dict[int, torch.UntypedStorage] = {}  # holding them keeps their addresses from being reused
+        self._saved: dict[
+            int, torch.UntypedStorage
+        ] = {}  # holding them keeps their addresses from being reused
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
     def __enter__(self) -> "SavedBytes":

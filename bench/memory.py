@@ -1,6 +1,8 @@
-"""The memory model against the bytes of live tensors, at full size and without a GPU: shapes under FakeTensorMode.
+"""The memory model against the bytes of live tensors, at full size and without a GPU: shapes under
+FakeTensorMode.
 
-On a GPU the model suite holds the same estimates against the allocator's peak. No figure here is a time.
+On a GPU the model suite holds the same estimates against the allocator's peak. No figure here is a
+time.
 """
 
 import contextlib
@@ -14,7 +16,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from losia_kernels.memory import ModelShape, Setting, estimate
+from losia_kernels.finetune.estimate import ModelShape, Setting, estimate
 
 from .jobs import Job
 from .live_bytes import LiveBytes
@@ -24,12 +26,15 @@ from .models import build_model, shape_of
 
 
 def _convert(module: nn.Module, *arguments: Any, **keywords: Any) -> nn.Module:
-    """``nn.Module.to`` for fake parameters, which torch cannot swap: replaces those whose dtype changes."""
+    """``nn.Module.to`` for fake parameters, which torch cannot swap: replaces those whose dtype
+    changes."""
     dtype = torch._C._nn._parse_to(*arguments, **keywords)[1]
     for part in module.modules():
         for name, parameter in list(part._parameters.items()):
             if parameter is not None and dtype is not None and parameter.dtype != dtype:
-                part._parameters[name] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
+                part._parameters[name] = nn.Parameter(
+                    parameter.detach().to(dtype), parameter.requires_grad
+                )
     return module
 
 
@@ -41,10 +46,12 @@ def simulated() -> Iterator[LiveBytes]:
 
 
 def simulate(run: Run, steps: int = 2, **changes: Any) -> dict[str, int]:
-    """Peak bytes of the last of ``steps`` steps of ``run`` in bfloat16; ``changes`` to the model's config."""
+    """Peak bytes of the last of ``steps`` steps of ``run`` in bfloat16; ``changes`` to the model's
+    config."""
     with simulated() as live:
         model = build_model(run.model, torch.device("cpu"), torch.bfloat16, **changes)
-        # Under a GPU's SDPA there is no mask; transformers makes one when it sees tensors that it cannot look into.
+        # Under a GPU's SDPA there is no mask; transformers makes one when it sees tensors that it
+        # cannot look into.
         modeling = sys.modules[type(model).__module__]
         with mock.patch.object(modeling, "create_causal_mask", lambda *a, **k: None):
             prepared = prepare(run, model)
@@ -60,11 +67,19 @@ def compare(run: Run, **changes: Any) -> dict[str, Any]:
     """The estimate beside the simulated peak."""
     shape: ModelShape = dataclasses.replace(shape_of(run.model), **_as_shape(changes))
     setting = Setting(
-        batch=run.batch, context=run.context, checkpointing=run.checkpointing, rank_factor=run.options.rank_factor,
-        output_dim_factor=run.options.output_dim_factor, **{"rank": run.options.rank, **PREDICTED[run.method]},
-    )  # fmt: skip
+        batch=run.batch,
+        context=run.context,
+        checkpointing=run.checkpointing,
+        rank_factor=run.options.rank_factor,
+        output_dim_factor=run.options.output_dim_factor,
+        **{"rank": run.options.rank, **PREDICTED[run.method]},
+    )
     found = estimate(shape, setting)
-    return {**simulate(run, **changes), "predicted_bytes": found.total, "parts": dataclasses.asdict(found)}
+    return {
+        **simulate(run, **changes),
+        "predicted_bytes": found.total,
+        "parts": dataclasses.asdict(found),
+    }
 
 
 def _as_shape(changes: dict[str, Any]) -> dict[str, Any]:
@@ -76,7 +91,16 @@ def _runs() -> Iterator[tuple[float, Run]]:
     llama = ("llama-2-7b", 4, 2048)
     yield 28, Run("losia-pro", *llama, True, Options(1 / 8, 1 / 8))
     yield 28, Run("lora", *llama, True)
-    for method in ("losia-pro", "lora", "lora-fp32", "dora", "losia-dense", "full", "galore", "frozen"):
+    for method in (
+        "losia-pro",
+        "lora",
+        "lora-fp32",
+        "dora",
+        "losia-dense",
+        "full",
+        "galore",
+        "frozen",
+    ):
         for checkpointing in (True, False):
             yield 85, Run(method, *llama, checkpointing)
     for p_o in (1 / 8, 1.0):

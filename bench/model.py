@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from losia_kernels.memory import Setting, estimate, largest
+from losia_kernels.finetune.estimate import Setting, estimate, largest
 
 from .gradients import Reference
 from .harness import measure
@@ -30,8 +30,15 @@ PREDICTED = {  # the memory model's name and settings of a method
     "galore": {"method": "galore", "rank": 512},
     "losia-pro": {"method": "losia"},
     "losia-pro-fused": {"method": "losia", "fused_loss": True},
-    "losia-pro-lean": {"method": "losia", "fused_loss": True, "master_weights": False, "moments": "int8",
-                       "remainder": True, "in_backward": True, "importance": "sensitivity_bfloat16"},
+    "losia-pro-lean": {
+        "method": "losia",
+        "fused_loss": True,
+        "master_weights": False,
+        "moments": "int8",
+        "remainder": True,
+        "in_backward": True,
+        "importance": "sensitivity_bfloat16",
+    },
     "losia-dense": {"method": "losia-dense"},
 }
 
@@ -59,9 +66,14 @@ def predicted_bytes(run: Run, dtype: torch.dtype) -> int | None:
         return None
     options = {"rank": run.options.rank, **PREDICTED[run.method]}
     setting = Setting(
-        batch=run.batch, context=run.context, checkpointing=run.checkpointing, weight_bytes=dtype.itemsize,
-        rank_factor=run.options.rank_factor, output_dim_factor=run.options.output_dim_factor, **options,
-    )  # fmt: skip
+        batch=run.batch,
+        context=run.context,
+        checkpointing=run.checkpointing,
+        weight_bytes=dtype.itemsize,
+        rank_factor=run.options.rank_factor,
+        output_dim_factor=run.options.output_dim_factor,
+        **options,
+    )
     return estimate(shape_of(run.model), setting).total
 
 
@@ -92,14 +104,16 @@ def step_phases(prepared: Prepared, ids: Tensor) -> dict:
 
 
 def gate(run: Run, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Two blocks of the model at its own widths against dense autograd: dx of the embeddings, subnet gradients."""
+    """Two blocks of the model at its own widths against dense autograd: dx of the embeddings,
+    subnet gradients."""
     model = build_model(run.model, device, dtype, num_hidden_layers=2, vocab_size=512)
     embeddings = torch.randn(1, GATE_TOKENS, model.config.hidden_size, device=device)
     ids = tokens_of(dataclasses.replace(run, batch=1, context=GATE_TOKENS), 512, device)
 
     def backward(module: nn.Module) -> Tensor:
         x = embeddings.detach().clone().to(next(module.parameters()).dtype).requires_grad_()
-        # The loss is a mean over tokens: scaled up, so that the gate's absolute slack is small beside the gradients.
+        # The loss is a mean over tokens: scaled up, so that the gate's absolute slack is small
+        # beside the gradients.
         (GATE_TOKENS * module(inputs_embeds=x, labels=ids).loss).backward()
         return x.grad
 
@@ -110,7 +124,8 @@ def gate(run: Run, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def run_model(run: Run, device: torch.device, dtype: torch.dtype, **changes: Any) -> dict[str, Any]:
-    """The row of one method on one model; ``changes`` to the model's config, such as fewer layers."""
+    """The row of one method on one model; ``changes`` to the model's config, such as fewer
+    layers."""
     torch.manual_seed(0)
     passed = gate(run, device, dtype)
     free_memory()
@@ -123,20 +138,30 @@ def run_model(run: Run, device: torch.device, dtype: torch.dtype, **changes: Any
         phase(0)
     before = torch.cuda.memory_allocated() if on_gpu else 0
     configuration = get_method(run.method).configuration
-    row: dict[str, Any] = {"configuration": configuration, "gate": passed, "trained": prepared.trained}
+    row: dict[str, Any] = {
+        "configuration": configuration,
+        "gate": passed,
+        "trained": prepared.trained,
+    }
     row["peak_bytes"] = peak_bytes(phases, device) + before
-    if on_gpu and not changes:  # on a CPU the peak is counted above a step's start, without weights and state
+    if (
+        on_gpu and not changes
+    ):  # on a CPU the peak is counted above a step's start, without weights and state
         row["predicted_bytes"] = predicted_bytes(run, dtype)
     timings = measure(phases, device, seconds=3.0, repeats=None if on_gpu else 5, warmup=1)
     row |= {phase: timing.to_dict() for phase, timing in timings.items()}
-    row["us_per_token"] = {phase: 1e3 * timing.ms / ids.numel() for phase, timing in timings.items()}
+    row["us_per_token"] = {
+        phase: 1e3 * timing.ms / ids.numel() for phase, timing in timings.items()
+    }
     return row
 
 
-# which runs, and when -------------------------------------------------------------------------------------------------
+# which runs, and when -----------------------------------------------------------------------------
 
 
-def _runs(device: torch.device, dtype: torch.dtype, methods: tuple[str, ...]) -> Iterator[tuple[float, Run]]:
+def _runs(
+    device: torch.device, dtype: torch.dtype, methods: tuple[str, ...]
+) -> Iterator[tuple[float, Run]]:
     """(priority, run), most telling first."""
     if device.type != "cuda":
         for rank, method in enumerate(methods):
@@ -161,12 +186,17 @@ def _runs(device: torch.device, dtype: torch.dtype, methods: tuple[str, ...]) ->
         for rank, method in enumerate(main):
             for checkpointing in (True, False):
                 run = Run(method, "llama-2-7b", batch, GPU_CONTEXT, checkpointing)
-                if (predicted_bytes(run, dtype) or 0) < 1.1e9 * max(BUDGETS_GB):  # far too large for all: not tried
+                if (predicted_bytes(run, dtype) or 0) < 1.1e9 * max(
+                    BUDGETS_GB
+                ):  # far too large for all: not tried
                     yield 90 + rank / 100, run
 
 
-def longest_context(method: str, model: str, budget: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """The longest context at batch 1, to 1024 tokens, whose step stays within ``budget`` bytes of the allocator.
+def longest_context(
+    method: str, model: str, budget: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """The longest context at batch 1, to 1024 tokens, whose step stays within ``budget`` bytes of
+    the allocator.
 
     The search starts where the memory model ends; every length that counts is really run.
     """
@@ -181,7 +211,9 @@ def longest_context(method: str, model: str, budget: int, device: torch.device, 
 
     def step(context: int) -> bool:
         """Whether a step could be taken at all."""
-        phases = step_phases(prepared, tokens_of(dataclasses.replace(run, context=context), vocabulary, device))
+        phases = step_phases(
+            prepared, tokens_of(dataclasses.replace(run, context=context), vocabulary, device)
+        )
         try:
             for phase in phases.values():
                 phase(0)
@@ -219,10 +251,16 @@ def last_that_fits(fits: Callable[[int], bool], guess: int) -> int:
     return low
 
 
-def jobs(device: torch.device, dtype: torch.dtype, methods: tuple[str, ...] = MODEL_METHODS) -> Iterator[Job]:
+def jobs(
+    device: torch.device, dtype: torch.dtype, methods: tuple[str, ...] = MODEL_METHODS
+) -> Iterator[Job]:
     if device.type == "cuda":
         for method in methods:
-            settings = {"model": "llama-2-7b", "budget_gb": 80, "dtype": str(dtype).removeprefix("torch.")}
+            settings = {
+                "model": "llama-2-7b",
+                "budget_gb": 80,
+                "dtype": str(dtype).removeprefix("torch."),
+            }
 
             def search(method=method) -> dict:
                 return longest_context(method, "llama-2-7b", 80 * 10**9, device, dtype)

@@ -1,11 +1,12 @@
-"""The models that are timed: their public configs, with random weights, which time like trained ones."""
+"""The models that are timed: their public configs, with random weights, which time like trained
+ones."""
 
 from typing import Any
 
 import torch
 from torch import nn
 
-from losia_kernels.memory import ModelShape
+from losia_kernels.finetune.estimate import ModelShape
 
 from .methods import MissingPeer
 
@@ -14,36 +15,79 @@ BUDGETS_GB = (24, 48, 80)
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama-2-7b": {
-        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000, "max_position_embeddings": 4096,
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
     },
     "llama-2-13b": {
-        "model_type": "llama", "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40,
-        "num_attention_heads": 40, "num_key_value_heads": 40, "vocab_size": 32000, "max_position_embeddings": 4096,
+        "model_type": "llama",
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 40,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
     },
     "llama-2-70b": {
-        "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
-        "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 4096,
+        "model_type": "llama",
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
     },
     "llama-3-8b": {
-        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
-    },
-    "gemma-2b": {
-        "model_type": "gemma", "hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18,
-        "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 256000,
-        "tie_word_embeddings": True, "max_position_embeddings": 8192,
-    },
-    "qwen2.5-7b": {
-        "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
-        "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 32768,
-    },
-    "smollm2-135m": {
-        "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
         "max_position_embeddings": 8192,
     },
-}  # fmt: skip
+    "gemma-2b": {
+        "model_type": "gemma",
+        "hidden_size": 2048,
+        "intermediate_size": 16384,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "vocab_size": 256000,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 8192,
+    },
+    "qwen2.5-7b": {
+        "model_type": "qwen2",
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "max_position_embeddings": 32768,
+    },
+    "smollm2-135m": {
+        "model_type": "llama",
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 8192,
+    },
+}
 
 
 def shape_of(name: str) -> ModelShape:
@@ -51,21 +95,25 @@ def shape_of(name: str) -> ModelShape:
 
 
 def build_model(name: str, device: torch.device, dtype: torch.dtype, **changes: Any) -> nn.Module:
-    """The causal LM of ``name`` with random weights and SDPA attention; ``changes`` to its config, say fewer layers."""
+    """The causal LM of ``name`` with random weights and SDPA attention; ``changes`` to its config,
+    say fewer layers."""
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
         raise MissingPeer(f"transformers cannot be imported: {error}") from None
 
     values = {**CONFIGS[name], **changes}
-    config = AutoConfig.for_model(values["model_type"], **{k: v for k, v in values.items() if k != "model_type"})
+    config = AutoConfig.for_model(
+        values["model_type"], **{k: v for k, v in values.items() if k != "model_type"}
+    )
     config.use_cache = False
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
 
 
 class Block(nn.Module):
-    """One decoder layer of a model, under the name that it has in the model; ``[b, t, d]`` -> ``[b, t, d]``."""
+    """One decoder layer of a model, under the name that it has in the model; ``[b, t, d]`` -> ``[b,
+    t, d]``."""
 
     def __init__(self, causal_lm: nn.Module):
         super().__init__()
@@ -77,15 +125,18 @@ class Block(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
         rotary = self.model.rotary_emb(hidden, positions)
-        result = self.model.layers[0](hidden, position_embeddings=rotary, attention_mask=None, position_ids=positions)
+        result = self.model.layers[0](
+            hidden, position_embeddings=rotary, attention_mask=None, position_ids=positions
+        )
         return result[0] if isinstance(result, tuple) else result
 
 
 class Linears(nn.Module):
-    """The seven linears of a decoder layer and nothing between them, under the names that they have in the model.
+    """The seven linears of a decoder layer and nothing between them, under the names that they have
+    in the model.
 
-    q, k, v share one input, gate and up the same one here; o_proj reads q's output, down_proj gate's. Returns what is
-    left over, ``(o, k, v, down, up)``.
+    q, k, v share one input, gate and up the same one here; o_proj reads q's output, down_proj
+    gate's. Returns what is left over, ``(o, k, v, down, up)``.
     """
 
     def __init__(self, causal_lm: nn.Module):

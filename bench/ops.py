@@ -1,7 +1,9 @@
-"""Each kernel against eager torch, compiled eager torch and the strongest library form; time, rates, share of the roof.
+"""Each kernel against eager torch, compiled eager torch and the strongest library form; time,
+rates, share of the roof.
 
-A form is a function of the case's inputs. Forms that write their arguments return them. "ours" is held to the kernels'
-rule (twice eager's error), the others to 2 % of the float64 result, which a bfloat16 output meets.
+A form is a function of the case's inputs. Forms that write their arguments return them. "ours" is
+held to the kernels' rule (twice eager's error), the others to 2 % of the float64 result, which a
+bfloat16 output meets.
 """
 
 import functools
@@ -13,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from losia_kernels import eager, ops
+from losia_kernels import ops
+from losia_kernels.ops import eager
 
 from .harness import gate_relative, gate_rule, measure, rotation
 from .jobs import Job, first_line
@@ -25,7 +28,8 @@ LR, BETA1, BETA2, EPS, STEP = 1e-2, 0.9, 0.999, 1e-8, 10
 
 @dataclass(frozen=True)
 class OpCase:
-    """One operation at one size. ``inputs(generator)`` makes its arguments; ``truth`` is float64."""
+    """One operation at one size. ``inputs(generator)`` makes its arguments; ``truth`` is
+    float64."""
 
     inputs: Callable[[torch.Generator], tuple]
     forms: dict[str, Callable[..., Any]]
@@ -47,7 +51,8 @@ def _index(generator, size: int, k: int) -> Tensor:
 
 
 def gather_features(shape, p, tokens, dtype) -> OpCase:
-    """``shape`` is (out, in); x is ``[t, in]``. Columns at random touch nearly every sector: a full read is counted."""
+    """``shape`` is (out, in); x is ``[t, in]``. Columns at random touch nearly every sector: a full
+    read is counted."""
     k = _size(p, shape)[1]
     return OpCase(
         inputs=lambda g: (_randn(g, tokens, shape[1], dtype=dtype), _index(g, shape[1], k)),
@@ -70,15 +75,20 @@ def subnet_grad(shape, p, tokens, dtype) -> OpCase:
         forms={
             "ours": lambda dy, x, x_sub, o, i: ops.subnet_grad(dy, x_sub, o, None),
             "ours, gathering x too": lambda dy, x, x_sub, o, i: ops.subnet_grad(dy, x, o, i),
-            "eager": lambda dy, x, x_sub, o, i: eager.subnet_grad_partials(dy, x_sub, o, None).sum(0),
-            "library: index_select, then matmul": lambda dy, x, x_sub, o, i: dy.index_select(1, o).T @ x_sub,
-            "library: dense gradient, then cut": lambda dy, x, x_sub, o, i: (dy.T @ x).index_select(0, o)
-            .index_select(1, i),
+            "eager": lambda dy, x, x_sub, o, i: eager.subnet_grad_partials(dy, x_sub, o, None).sum(
+                0
+            ),
+            "library: index_select, then matmul": lambda dy, x, x_sub, o, i: (
+                dy.index_select(1, o).T @ x_sub
+            ),
+            "library: dense gradient, then cut": lambda dy, x, x_sub, o, i: (
+                (dy.T @ x).index_select(0, o).index_select(1, i)
+            ),
         },
         truth=lambda dy, x, x_sub, o, i: dy[:, o].double().T @ x[:, i].double(),
         moved_bytes=dtype.itemsize * tokens * (n_out + k_in) + 4 * k_out * k_in,
         flops=2 * tokens * k_out * k_in,
-    )  # fmt: skip
+    )
 
 
 def _adamw_inputs(g, shape, p, dtype) -> tuple:
@@ -99,26 +109,45 @@ def _adamw_with(step: Callable, *matrices: tuple) -> list[Tensor]:
 
 def _adamw_at_once(*matrices: tuple) -> list[Tensor]:
     ops.subnets_adamw_(
-        *([matrix[i] for matrix in matrices] for i in range(7)), [LR] * len(matrices), [STEP] * len(matrices), [],
-        BETA1, BETA2, EPS, 0.0, [], [], [],
-    )  # fmt: skip
+        *([matrix[i] for matrix in matrices] for i in range(7)),
+        [LR] * len(matrices),
+        [STEP] * len(matrices),
+        [],
+        BETA1,
+        BETA2,
+        EPS,
+        0.0,
+        [],
+        [],
+        [],
+    )
     return [tensor for matrix in matrices for tensor in matrix[:2]]
 
 
 def _adamw_library(*matrices: tuple) -> list[Tensor]:
     """torch's fused AdamW on all subnets at once, then one index_put a weight."""
     adamw(
-        *([matrix[i] for matrix in matrices] for i in (1, 2, 3, 4)), [], [matrix[7] for matrix in matrices],
-        fused=True, amsgrad=False,
-        beta1=BETA1, beta2=BETA2, lr=LR, weight_decay=0.0, eps=EPS, maximize=False,
-    )  # fmt: skip
+        *([matrix[i] for matrix in matrices] for i in (1, 2, 3, 4)),
+        [],
+        [matrix[7] for matrix in matrices],
+        fused=True,
+        amsgrad=False,
+        beta1=BETA1,
+        beta2=BETA2,
+        lr=LR,
+        weight_decay=0.0,
+        eps=EPS,
+        maximize=False,
+    )
     for weight, subnet, _, _, _, out_idx, in_idx, _ in matrices:
         weight[out_idx[:, None], in_idx] = subnet.to(weight.dtype)
     return [tensor for matrix in matrices for tensor in matrix[:2]]
 
 
 def _adamw_truth(*matrices: tuple) -> list[Tensor]:
-    doubled = [tuple(t.double() if t.is_floating_point() else t for t in matrix) for matrix in matrices]
+    doubled = [
+        tuple(t.double() if t.is_floating_point() else t for t in matrix) for matrix in matrices
+    ]
     return _adamw_with(eager.subnet_adamw_, *doubled)
 
 
@@ -138,7 +167,9 @@ def subnet_adamw(shape, p, tokens, dtype, matrices: int = 1) -> OpCase:
 
 
 def _importance_inputs(g, shape, dtype) -> tuple:
-    weight, grad = (_randn(g, *shape, dtype=dtype) for _ in range(2))  # near 1, so that the gate's 1e-6 is small
+    weight, grad = (
+        _randn(g, *shape, dtype=dtype) for _ in range(2)
+    )  # near 1, so that the gate's 1e-6 is small
     importance, uncertainty = (_randn(g, *shape).abs() for _ in range(2))
     return importance, uncertainty, weight, grad
 
@@ -151,31 +182,37 @@ def _updated(update: Callable, importance, uncertainty, weight, grad) -> list[Te
 def importance_update(shape, p, tokens, dtype) -> OpCase:
     return OpCase(
         inputs=lambda g: _importance_inputs(g, shape, dtype),
-        forms={"ours": functools.partial(_updated, ops.importance_update_),
-               "eager": functools.partial(_updated, eager.importance_update_)},
+        forms={
+            "ours": functools.partial(_updated, ops.importance_update_),
+            "eager": functools.partial(_updated, eager.importance_update_),
+        },
         truth=lambda *a: _updated(eager.importance_update_, *(t.double() for t in a)),
         moved_bytes=shape[0] * shape[1] * (2 * dtype.itemsize + 16),
-    )  # fmt: skip
+    )
 
 
 def importance_marginals(shape, p, tokens, dtype) -> OpCase:
     return OpCase(
         inputs=lambda g: _importance_inputs(g, shape, dtype)[2:],
-        forms={"ours": lambda w, g: ops.importance_marginals(w, g),
-               "eager": lambda w, g: eager.importance_marginals(w, g, "sensitivity", 1.0)},
+        forms={
+            "ours": lambda w, g: ops.importance_marginals(w, g),
+            "eager": lambda w, g: eager.importance_marginals(w, g, "sensitivity", 1.0),
+        },
         truth=lambda w, g: eager.importance_marginals(w.double(), g.double(), "sensitivity", 1.0),
         moved_bytes=shape[0] * shape[1] * 2 * dtype.itemsize,
-    )  # fmt: skip
+    )
 
 
 def score_marginals(shape, p, tokens, dtype) -> OpCase:
     return OpCase(
         inputs=lambda g: _importance_inputs(g, shape, dtype)[:2],
-        forms={"ours": lambda i, u: ops.score_marginals(i, u),
-               "eager": lambda i, u: eager.score_marginals(i, u, None, None)},
+        forms={
+            "ours": lambda i, u: ops.score_marginals(i, u),
+            "eager": lambda i, u: eager.score_marginals(i, u, None, None),
+        },
         truth=lambda i, u: eager.score_marginals(i.double(), u.double(), None, None),
         moved_bytes=shape[0] * shape[1] * 8,
-    )  # fmt: skip
+    )
 
 
 CASES: dict[str, Callable[..., OpCase]] = {
@@ -191,7 +228,7 @@ USE_TOKENS = ("subnet_grad", "gather_features")
 USE_P = ("subnet_grad", "gather_features", "subnet_adamw_", "subnet_adamw_ x 32")
 
 
-# running --------------------------------------------------------------------------------------------------------------
+# running ------------------------------------------------------------------------------------------
 
 
 def _flat(outputs: Any) -> list[Tensor]:
@@ -230,17 +267,21 @@ def gate(case: OpCase, name: str, form: Callable, arguments: tuple) -> dict[str,
 
 
 def forms_for(case: OpCase, device: torch.device) -> dict[str, Callable]:
-    """With the compiled eager form on a GPU; on a CPU, where "ours" is eager torch too, compiling would take longer
-    than the whole suite."""
+    """With the compiled eager form on a GPU; on a CPU, where "ours" is eager torch too, compiling
+    would take longer than the whole suite."""
     if device.type != "cuda":
         return case.forms
     eager_form = case.forms["eager"]
-    return {**case.forms, "compiled eager": torch.compile(lambda *arguments: eager_form(*arguments), dynamic=False)}
+    return {
+        **case.forms,
+        "compiled eager": torch.compile(lambda *arguments: eager_form(*arguments), dynamic=False),
+    }
 
 
 @torch.no_grad()  # as in a backward and in an optimizer's step, where these ops run
 def run_case(case: OpCase, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Gate and time every form. Raises RedGate when the form in use is wrong; another's trouble is its entry."""
+    """Gate and time every form. Raises RedGate when the form in use is wrong; another's trouble is
+    its entry."""
     sets = input_sets(case, device)
     roof = measure_roof(device, dtype)
     floor = roof.floor_ms(case.moved_bytes, case.flops)
@@ -256,12 +297,21 @@ def run_case(case: OpCase, device: torch.device, dtype: torch.dtype) -> dict[str
             forms[name] = {"status": f"{type(error).__name__}: {first_line(error)}"}
             continue
         forms[name] = {
-            "status": "ok", "gate": passed, **timing.to_dict(), "gbs": case.moved_bytes / timing.ms / 1e6,
-            "tflops": case.flops / timing.ms / 1e9, "share_of_roof": floor / timing.ms,
-        }  # fmt: skip
+            "status": "ok",
+            "gate": passed,
+            **timing.to_dict(),
+            "gbs": case.moved_bytes / timing.ms / 1e6,
+            "tflops": case.flops / timing.ms / 1e9,
+            "share_of_roof": floor / timing.ms,
+        }
     if device.type == "cuda":
         torch._dynamo.reset()
-    return {"forms": forms, "floor_ms": floor, "roof": vars(roof), "total": {"ms": forms["ours"]["ms"]}}
+    return {
+        "forms": forms,
+        "floor_ms": floor,
+        "roof": vars(roof),
+        "total": {"ms": forms["ours"]["ms"]},
+    }
 
 
 def _sizes(device: torch.device) -> Iterator[tuple[float, str, str, str, float, int]]:
@@ -290,8 +340,15 @@ def _sizes(device: torch.device) -> Iterator[tuple[float, str, str, str, float, 
 def jobs(device: torch.device, dtype: torch.dtype) -> Iterator[Job]:
     for priority, op, model, linear, p, tokens in _sizes(device):
         shape = shape_of(model).linears[linear]
-        settings: dict[str, Any] = {"model": model, "linear": linear, "shape": list(shape), "dtype": _name(dtype)}
-        settings |= ({"p": p} if op in USE_P else {}) | ({"tokens": tokens} if op in USE_TOKENS else {})
+        settings: dict[str, Any] = {
+            "model": model,
+            "linear": linear,
+            "shape": list(shape),
+            "dtype": _name(dtype),
+        }
+        settings |= ({"p": p} if op in USE_P else {}) | (
+            {"tokens": tokens} if op in USE_TOKENS else {}
+        )
 
         def run(op=op, shape=shape, p=p, tokens=tokens) -> dict:
             return run_case(CASES[op](shape, p, tokens, dtype), device, dtype)

@@ -1,7 +1,9 @@
-"""The output layer's loss, forward and backward: ours, torch's linear and cross_entropy, Liger's, cut-cross-entropy's.
+"""The output layer's loss, forward and backward: ours, torch's linear and cross_entropy, Liger's,
+cut-cross-entropy's.
 
-``p_o`` is the share of the vocabulary whose rows get a weight gradient: 0 is a frozen head, 1 a dense one; the peers
-know no other. The gate compares the loss and every gradient with float64 on a part of the tokens.
+``p_o`` is the share of the vocabulary whose rows get a weight gradient: 0 is a frozen head, 1 a
+dense one; the peers know no other. The gate compares the loss and every gradient with float64 on a
+part of the tokens.
 """
 
 import importlib
@@ -37,8 +39,16 @@ class Inputs:
     @classmethod
     def make(cls, tokens: int, vocabulary: int, width: int, p_o: float, device, dtype) -> "Inputs":
         generator = torch.Generator(device).manual_seed(0)
-        hidden = torch.randn(tokens, width, generator=generator, device=device).to(dtype).requires_grad_()
-        weight = torch.randn(vocabulary, width, generator=generator, device=device).mul_(width**-0.5).to(dtype)
+        hidden = (
+            torch.randn(tokens, width, generator=generator, device=device)
+            .to(dtype)
+            .requires_grad_()
+        )
+        weight = (
+            torch.randn(vocabulary, width, generator=generator, device=device)
+            .mul_(width**-0.5)
+            .to(dtype)
+        )
         labels = torch.randint(vocabulary, (tokens,), generator=generator, device=device)
         order = torch.randperm(vocabulary, generator=generator, device=device)
         out_idx = order[: int(p_o * vocabulary)].sort().values
@@ -61,7 +71,9 @@ def losia(x: Inputs) -> Gradients:
     if len(x.out_idx) == 0:
         loss = losia_linear_cross_entropy(x.hidden, x.weight, x.labels)
         return loss, *torch.autograd.grad(loss, x.hidden), None
-    loss = losia_linear_cross_entropy(x.hidden, x.weight, x.labels, x.subnet, None if x.dense else x.out_idx)
+    loss = losia_linear_cross_entropy(
+        x.hidden, x.weight, x.labels, x.subnet, None if x.dense else x.out_idx
+    )
     return loss, *torch.autograd.grad(loss, (x.hidden, x.subnet))
 
 
@@ -103,26 +115,44 @@ def _import(module: str, name: str, inputs: Inputs) -> Any:
         raise MissingPeer(f"{module}: {error}") from None
 
 
-METHODS = {"losia": losia, "torch": plain_torch, "liger": liger, "cut-cross-entropy": cut_cross_entropy}
+METHODS = {
+    "losia": losia,
+    "torch": plain_torch,
+    "liger": liger,
+    "cut-cross-entropy": cut_cross_entropy,
+}
 
 
 def gate(method: Callable[[Inputs], Gradients], inputs: Inputs) -> list[dict[str, float]]:
     """Raises RedGate if the loss or a gradient is not what float64 says."""
     part = inputs.first(GATE_TOKENS)
-    hidden, weight = part.hidden.detach().double().requires_grad_(), part.weight.double().requires_grad_()
+    hidden, weight = (
+        part.hidden.detach().double().requires_grad_(),
+        part.weight.double().requires_grad_(),
+    )
     loss = F.cross_entropy(hidden @ weight.T, part.labels)
     d_hidden, d_weight = torch.autograd.grad(loss, (hidden, weight))
     truth = loss.detach(), d_hidden, d_weight[part.out_idx]
     names, allowed = ("loss", "d_hidden", "d_weight"), ALLOWED[inputs.hidden.dtype]
     found = zip(names, method(part), truth, strict=True)
-    return [gate_relative(name, value.detach(), exact, allowed) for name, value, exact in found if value is not None]
+    return [
+        gate_relative(name, value.detach(), exact, allowed)
+        for name, value, exact in found
+        if value is not None
+    ]
 
 
-def run(method: Callable[[Inputs], Gradients], inputs: Inputs, device: torch.device) -> dict[str, Any]:
+def run(
+    method: Callable[[Inputs], Gradients], inputs: Inputs, device: torch.device
+) -> dict[str, Any]:
     """Time of forward and backward, and the most bytes alive beyond the inputs."""
     passed = gate(method, inputs)
     timing = measure({"total": lambda number: method(inputs)}, device)["total"]
-    return {"gate": passed, "total": timing.to_dict(), "extra_bytes": extra_bytes(method, inputs, device)}
+    return {
+        "gate": passed,
+        "total": timing.to_dict(),
+        "extra_bytes": extra_bytes(method, inputs, device),
+    }
 
 
 def extra_bytes(method: Callable[[Inputs], Gradients], inputs: Inputs, device: torch.device) -> int:
@@ -140,17 +170,30 @@ def extra_bytes(method: Callable[[Inputs], Gradients], inputs: Inputs, device: t
 
 
 def jobs(device: torch.device, dtype: torch.dtype) -> Iterator[Job]:
-    sizes = [(32_000, 4096), (128_256, 4096), (256_000, 2048)] if device.type == "cuda" else [(49_152, 576)]
+    sizes = (
+        [(32_000, 4096), (128_256, 4096), (256_000, 2048)]
+        if device.type == "cuda"
+        else [(49_152, 576)]
+    )
     tokens = 8192 if device.type == "cuda" else 512
     for vocabulary, width in sizes:
         for p_o in (0, 1 / 64, 1 / 8, 1):
             for name, method in METHODS.items():
                 if name != "losia" and 0 < p_o < 1:
                     continue
-                settings = {"vocabulary": vocabulary, "hidden": width, "tokens": tokens, "p_o": p_o,
-                            "dtype": str(dtype).removeprefix("torch.")}
+                settings = {
+                    "vocabulary": vocabulary,
+                    "hidden": width,
+                    "tokens": tokens,
+                    "p_o": p_o,
+                    "dtype": str(dtype).removeprefix("torch."),
+                }
 
-                def job(method=method, vocabulary=vocabulary, width=width, p_o=p_o) -> dict[str, Any]:
-                    return run(method, Inputs.make(tokens, vocabulary, width, p_o, device, dtype), device)
+                def job(
+                    method=method, vocabulary=vocabulary, width=width, p_o=p_o
+                ) -> dict[str, Any]:
+                    return run(
+                        method, Inputs.make(tokens, vocabulary, width, p_o, device, dtype), device
+                    )
 
                 yield Job("output_layer", name, settings, job, 40)

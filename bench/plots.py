@@ -9,8 +9,8 @@ from .slopes import PERIODS, UNITS, fit_line, localization_share, scaled, series
 
 
 def draw_plots(files: list[dict[str, Any]], folder: Path) -> list[Path]:
-    """Draw each picture from the newest of a device's ``files`` (newest first) that has the figures; returns the paths.
-    """
+    """Draw each picture from the newest of a device's ``files`` (newest first) that has the
+    figures; returns the paths."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -21,7 +21,9 @@ def draw_plots(files: list[dict[str, Any]], folder: Path) -> list[Path]:
     drawn = []
     for name, draw in PICTURES.items():
         figure = plt.figure(layout="constrained")
-        if any(draw(figure, [row for row in file["rows"] if row["status"] == "ok"]) for file in files):
+        if any(
+            draw(figure, [row for row in file["rows"] if row["status"] == "ok"]) for file in files
+        ):
             folder.mkdir(parents=True, exist_ok=True)
             figure.suptitle(f"{provenance['device']} ({provenance['kind']})", fontsize=9)
             path = picture_path(folder, provenance, name)
@@ -38,10 +40,19 @@ def picture_path(folder: Path, provenance: dict[str, Any], name: str) -> Path:
 
 def _model_rows(rows: list[dict], checkpointing: bool) -> list[dict]:
     """The default runs of the first model, in the methods' order."""
-    chosen = [row for row in rows if row["id"]["suite"] == "model" and row["id"]["checkpointing"] == checkpointing]
-    chosen = [row for row in chosen if row["id"]["model"] == chosen[0]["id"]["model"]
-              and row["id"]["batch"] == chosen[0]["id"]["batch"]
-              and row["id"].get("rank", 64) == 64 and row["id"].get("output_dim_factor", 0.0) == 0.0]  # fmt: skip
+    chosen = [
+        row
+        for row in rows
+        if row["id"]["suite"] == "model" and row["id"]["checkpointing"] == checkpointing
+    ]
+    chosen = [
+        row
+        for row in chosen
+        if row["id"]["model"] == chosen[0]["id"]["model"]
+        and row["id"]["batch"] == chosen[0]["id"]["batch"]
+        and row["id"].get("rank", 64) == 64
+        and row["id"].get("output_dim_factor", 0.0) == 0.0
+    ]
     order = list(METHODS)
     return sorted(chosen, key=lambda row: order.index(row["id"]["name"]))
 
@@ -52,7 +63,8 @@ def _caption(chosen: list[dict]) -> str:
 
 
 def _latency(figure, rows: list[dict]) -> bool:
-    """The paper's Figure 11: forward, backward and other, stacked, with and without checkpointing."""
+    """The paper's Figure 11: forward, backward and other, stacked, with and without
+    checkpointing."""
     kinds = [checkpointing for checkpointing in (True, False) if _model_rows(rows, checkpointing)]
     for place, checkpointing in enumerate(kinds):
         chosen = _model_rows(rows, checkpointing)
@@ -75,10 +87,14 @@ def _memory(figure, rows: list[dict]) -> bool:
     for place, checkpointing in enumerate(kinds):
         chosen = _model_rows(rows, checkpointing)
         axes = figure.add_subplot(1, len(kinds), place + 1)
-        axes.barh([row["id"]["name"] for row in chosen], [row["peak_bytes"] / 1e9 for row in chosen])
+        axes.barh(
+            [row["id"]["name"] for row in chosen], [row["peak_bytes"] / 1e9 for row in chosen]
+        )
         axes.invert_yaxis()
         axes.set_title(_caption(chosen), fontsize=9)
-        axes.set_xlabel("peak GB" if "predicted_bytes" in chosen[0] else "peak GB above a step's start")
+        axes.set_xlabel(
+            "peak GB" if "predicted_bytes" in chosen[0] else "peak GB above a step's start"
+        )
     return bool(kinds)
 
 

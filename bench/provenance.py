@@ -12,15 +12,31 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = (
-    "transformers", "peft", "galore-torch", "losia", "unsloth", "bitsandbytes", "liger-kernel", "cut-cross-entropy",
-)  # fmt: skip
+    "transformers",
+    "peft",
+    "galore-torch",
+    "losia",
+    "unsloth",
+    "bitsandbytes",
+    "liger-kernel",
+    "cut-cross-entropy",
+)
 CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
 # Code that measures nothing: a table may be mended without making the rows stale.
-REPORTING = ("report.py", "tables.py", "plots.py", "slopes.py", "paper.py", "cluster.py", "test_ops.py")
+REPORTING = (
+    "report.py",
+    "tables.py",
+    "plots.py",
+    "slopes.py",
+    "paper.py",
+    "cluster.py",
+    "test_ops.py",
+)
 
 
 def provenance(device: torch.device, commit: str | None = None) -> dict[str, Any]:
-    """Device, driver, versions, clocks as found, commit. ``commit`` is for a copy of the tree without its history."""
+    """Device, driver, versions, clocks as found, commit. ``commit`` is for a copy of the tree
+    without its history."""
     found = {
         "device": device_name(device),
         "kind": "GPU" if device.type == "cuda" else "CPU",
@@ -52,7 +68,10 @@ def device_name(device: torch.device) -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def _version(package: str) -> str | None:
@@ -63,7 +82,8 @@ def _version(package: str) -> str | None:
 
 
 def clocks(device: torch.device) -> str | None:
-    """Clocks, power limit and temperature at this moment; None where nvidia-smi does not know the device."""
+    """Clocks, power limit and temperature at this moment; None where nvidia-smi does not know the
+    device."""
     found = _nvidia_smi(CLOCKS, device)
     if found is None or found.count(",") != CLOCKS.count(","):
         return found
@@ -82,18 +102,29 @@ def _clocks_at_work(device: torch.device) -> str | None:
 
 
 def _nvidia_smi(query: str, device: torch.device) -> str | None:
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)  # its number may differ from nvidia-smi's
+    uuid = getattr(
+        torch.cuda.get_device_properties(device), "uuid", None
+    )  # its number may differ from nvidia-smi's
     number = "0" if uuid is None else f"GPU-{uuid}"
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", f"--id={number}"]
+    command = [
+        "nvidia-smi",
+        f"--query-gpu={query}",
+        "--format=csv,noheader,nounits",
+        f"--id={number}",
+    ]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=20, check=True
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 def _commit() -> str:
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         changed = git("status", "--porcelain", "--", "losia_kernels", "bench/*.py", "bench/methods")

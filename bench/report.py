@@ -1,4 +1,5 @@
-"""Tables and plots from the committed JSON: ``RESULTS.md``, ``results/plots`` and the README's marked places."""
+"""Tables and plots from the committed JSON: ``RESULTS.md``, ``results/plots`` and the README's
+marked places."""
 
 import re
 from pathlib import Path
@@ -46,9 +47,15 @@ def origin(provenance: dict[str, Any]) -> str:
     versions += [f"triton {provenance['triton']}"] if provenance["triton"] else []
     versions += [f"{name} {version}" for name, version in provenance["peers"].items() if version]
     versions += [f"driver {provenance['driver']}"] if provenance.get("driver") else []
-    versions += [f"clocks {provenance['clocks']}"] if provenance.get("clocks") else [f"{provenance['threads']} threads"]
-    return (f"{provenance['kind']}: {provenance['device']}; {', '.join(versions)}; commit {provenance['commit']}; "
-            f"{provenance['started'][:10]}")  # fmt: skip
+    versions += (
+        [f"clocks {provenance['clocks']}"]
+        if provenance.get("clocks")
+        else [f"{provenance['threads']} threads"]
+    )
+    return (
+        f"{provenance['kind']}: {provenance['device']}; {', '.join(versions)}; commit {provenance['commit']}; "
+        f"{provenance['started'][:10]}"
+    )
 
 
 def render(files: list[dict[str, Any]]) -> str:
@@ -63,7 +70,8 @@ def render(files: list[dict[str, Any]]) -> str:
 
 
 def fill_markers(text: str, files: list[dict[str, Any]]) -> str:
-    """``text`` with what stands between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->`` made anew.
+    """``text`` with what stands between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->`` made
+    anew.
 
     The first device that has the table is shown. Raises ValueError for a name that is no table.
     """
@@ -89,7 +97,8 @@ def _pictures(device: list[dict[str, Any]], folder: Path) -> list[Path]:
 
 
 def write_reports(results: Path, root: Path = ROOT) -> None:
-    """Write ``bench/RESULTS.md``, the plots, and the marked tables of ``README.md`` and ``bench/README.md``."""
+    """Write ``bench/RESULTS.md``, the plots, and the marked tables of ``README.md`` and
+    ``bench/README.md``."""
     files = load(results)
     if not files:
         raise ValueError(f"{results} holds no results")

@@ -24,19 +24,27 @@ def measure_roof(device: torch.device, dtype: torch.dtype) -> Roof:
     """A device-to-device copy and large matrix products, of random data: zeros multiply faster."""
     on_gpu = device.type == "cuda"
     product = _matmul_tflops(device, dtype, 8192 if on_gpu else 1024)
-    single = product if dtype == torch.float32 else _matmul_tflops(device, torch.float32, 4096 if on_gpu else 1024)
+    single = (
+        product
+        if dtype == torch.float32
+        else _matmul_tflops(device, torch.float32, 4096 if on_gpu else 1024)
+    )
     return Roof(_copy_gbs(device, 2**30 if on_gpu else 2**26), product, single)
 
 
 def _copy_gbs(device: torch.device, size: int) -> float:
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
-    ms = measure({"copy": lambda i: target.copy_(source)}, device, repeats=20, hide_launch=True)["copy"].ms
+    ms = measure({"copy": lambda i: target.copy_(source)}, device, repeats=20, hide_launch=True)[
+        "copy"
+    ].ms
     return 2 * size / ms / 1e6
 
 
 def _matmul_tflops(device: torch.device, dtype: torch.dtype, size: int) -> float:
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     result = torch.empty_like(a)
-    ms = measure({"product": lambda i: torch.mm(a, b, out=result)}, device, repeats=20, hide_launch=True)["product"].ms
+    ms = measure(
+        {"product": lambda i: torch.mm(a, b, out=result)}, device, repeats=20, hide_launch=True
+    )["product"].ms
     return 2 * size**3 / ms / 1e9

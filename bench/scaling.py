@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia
-from losia_kernels.linear import losia_layers
+from losia_kernels.layers.linear import losia_layers
 
 from .gradients import Reference
 from .harness import RedGate, measure
@@ -20,8 +20,11 @@ from .models import GPU_BATCH, GPU_CONTEXT, build_stack, shape_of
 NEVER = 10**9  # steps
 
 
-def run_relocalization(model: str, batch: int, context: int, device: torch.device, dtype: torch.dtype) -> dict:
-    """What localization costs one decoder layer: a step outside its slot, one inside, and one that ends with a move.
+def run_relocalization(
+    model: str, batch: int, context: int, device: torch.device, dtype: torch.dtype
+) -> dict:
+    """What localization costs one decoder layer: a step outside its slot, one inside, and one that
+    ends with a move.
 
     The moving layer's slot is one step long, so that every step ends one.
     """
@@ -41,36 +44,56 @@ def run_relocalization(model: str, batch: int, context: int, device: torch.devic
         del reference
         before = [layer.in_idx.clone() for layer in layers.values()]
         timings = measure(step_phases(prepared, inputs), device, seconds=1.0)
-        rows[name] = {"gate": passed, **{phase: timing.to_dict() for phase, timing in timings.items()}}
-        moved = any(not torch.equal(layer.in_idx, old) for layer, old in zip(layers.values(), before, strict=True))
+        rows[name] = {
+            "gate": passed,
+            **{phase: timing.to_dict() for phase, timing in timings.items()},
+        }
+        moved = any(
+            not torch.equal(layer.in_idx, old)
+            for layer, old in zip(layers.values(), before, strict=True)
+        )
         if moved != (name == "moving"):
             raise RedGate(f"{name}: the subnets {'moved' if moved else 'did not move'}")
-    return {**rows, "total": rows["moving"]["total"], "layers": shape_of(model).layers,
-            "relocalization_ms": rows["moving"]["update"]["ms"] - rows["observing"]["update"]["ms"]}  # fmt: skip
+    return {
+        **rows,
+        "total": rows["moving"]["total"],
+        "layers": shape_of(model).layers,
+        "relocalization_ms": rows["moving"]["update"]["ms"] - rows["observing"]["update"]["ms"],
+    }
 
 
 def jobs(device: torch.device, dtype: torch.dtype) -> Iterator[Job]:
     gpu = device.type == "cuda"
-    model, batch, context = ("llama-2-7b", GPU_BATCH, GPU_CONTEXT) if gpu else ("smollm2-135m", 1, 256)
+    model, batch, context = (
+        ("llama-2-7b", GPU_BATCH, GPU_CONTEXT) if gpu else ("smollm2-135m", 1, 256)
+    )
     common = {"model": model, "dtype": str(dtype).removeprefix("torch.")}
 
     def relocalize() -> dict:
         return run_relocalization(model, batch, context, device, dtype)
 
-    yield Job("scaling", "relocalization", {**common, "batch": batch, "context": context}, relocalize, 50)
+    yield Job(
+        "scaling", "relocalization", {**common, "batch": batch, "context": context}, relocalize, 50
+    )
     for p in (1 / 16, 1 / 8, 1 / 4, 1 / 2):
 
         def by_p(p=p) -> dict:
-            return run_layer("losia-pro-off", model, "block", batch, context, device, dtype, Options(p))
+            return run_layer(
+                "losia-pro-off", model, "block", batch, context, device, dtype, Options(p)
+            )
 
         yield Job("scaling", "p", {**common, "batch": batch, "context": context, "p": p}, by_p, 51)
     for tokens in (1024, 2048, 4096, 8192, 16384, 32768, 131072) if gpu else (64, 128, 256, 512):
         length = min(tokens, context)
 
         def by_tokens(tokens=tokens, length=length) -> dict:
-            return run_layer("losia-pro-off", model, "block", tokens // length, length, device, dtype, Options())
+            return run_layer(
+                "losia-pro-off", model, "block", tokens // length, length, device, dtype, Options()
+            )
 
-        yield Job("scaling", "tokens", {**common, "tokens": tokens, "context": length}, by_tokens, 52)
+        yield Job(
+            "scaling", "tokens", {**common, "tokens": tokens, "context": length}, by_tokens, 52
+        )
     for layers in (2, 4, 8, 16) if gpu else (2, 4, 8):
 
         def by_layers(layers=layers) -> dict:

@@ -10,7 +10,8 @@ PERIODS = (25, 50, 100, 150, 400)
 
 
 def series(rows: Rows, name: str) -> tuple[list[float], list[float]]:
-    """The swept values and what is plotted over them, sorted: ms over the floor for "p", else ms of a step."""
+    """The swept values and what is plotted over them, sorted: ms over the floor for "p", else ms of
+    a step."""
     points = []
     for row in rows:
         if row["id"]["name"] == name:
@@ -32,7 +33,8 @@ def fit_line(x: list[float], y: list[float]) -> tuple[float, float]:
 
 
 def localization_share(row: dict[str, Any], period: int) -> float:
-    """Share of a step that goes to localization: one layer of many observes, and moves once in ``period`` steps."""
+    """Share of a step that goes to localization: one layer of many observes, and moves once in
+    ``period`` steps."""
     resting = row["resting"]["total"]["ms"]
     localizing = row["observing"]["total"]["ms"] - resting + row["relocalization_ms"] / period
     return localizing / (row["layers"] * resting + localizing)
@@ -46,10 +48,14 @@ def describe_slopes(rows: Rows) -> str:
             continue
         slope, intercept = fit_line([scaled(name, value) for value in x], y)
         measured = ", ".join(f"{a:g}: {b:.4g}" for a, b in zip(x, y, strict=True))
-        lines.append(f"- {name}: {slope:.4g} ms per {UNITS[name]}, {intercept:.4g} ms at 0 ({what}; {measured})")
+        lines.append(
+            f"- {name}: {slope:.4g} ms per {UNITS[name]}, {intercept:.4g} ms at 0 ({what}; {measured})"
+        )
     for row in rows:
         if row["id"]["name"] == "relocalization":
-            shares = ", ".join(f"T {period}: {100 * localization_share(row, period):.2f} %" for period in PERIODS)
+            shares = ", ".join(
+                f"T {period}: {100 * localization_share(row, period):.2f} %" for period in PERIODS
+            )
             lines.append(
                 f"- T: observing adds {row['observing']['total']['ms'] - row['resting']['total']['ms']:.4g} ms to a "
                 f"layer's step of {row['resting']['total']['ms']:.4g} ms, moving its seven subnets "

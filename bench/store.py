@@ -1,7 +1,9 @@
-"""One JSON file per device and state of the code, rewritten after each row: being cut off loses only what was to come.
+"""One JSON file per device and state of the code, rewritten after each row: being cut off loses
+only what was to come.
 
-A run goes on in the file that the same code wrote in the same environment, and measures only what it lacks. A file is
-named after the commit; later commits that change nothing that is measured go on in it.
+A run goes on in the file that the same code wrote in the same environment, and measures only what
+it lacks. A file is named after the commit; later commits that change nothing that is measured go on
+in it.
 """
 
 import json
@@ -12,8 +14,21 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FORMAT = 1
-ENVIRONMENT = ("device", "kind", "sources", "torch", "triton", "python", "threads", "cuda", "driver")
-FINAL = ("ok", "oom")  # rows that are not measured again: a figure, or the answer that there is none
+ENVIRONMENT = (
+    "device",
+    "kind",
+    "sources",
+    "torch",
+    "triton",
+    "python",
+    "threads",
+    "cuda",
+    "driver",
+)
+FINAL = (
+    "ok",
+    "oom",
+)  # rows that are not measured again: a figure, or the answer that there is none
 
 
 class Results:
@@ -26,8 +41,9 @@ class Results:
     def for_run(cls, provenance: dict[str, Any], folder: Path = RESULTS) -> "Results":
         """The file to go on with, or a new one.
 
-        Rows of other code are never kept: at the same commit (a changed tree) their file is replaced. The same code in
-        another environment, say another version of torch, has a file of its own.
+        Rows of other code are never kept: at the same commit (a changed tree) their file is
+        replaced. The same code in another environment, say another version of torch, has a file of
+        its own.
         """
         slug = re.sub(r"[^a-z0-9]+", "-", provenance["device"].lower()).strip("-")
         for path in sorted(folder.glob(f"{slug}-*.json")):
@@ -36,14 +52,18 @@ class Results:
                 peers = {**before["provenance"]["peers"], **provenance["peers"]}
                 return cls(path, {**before["provenance"], "peers": peers}, before["rows"])
         path, number = folder / f"{slug}-{provenance['commit']}.json", 1
-        while path.exists() and _code(json.loads(path.read_text())["provenance"]) == _code(provenance):
+        while path.exists() and _code(json.loads(path.read_text())["provenance"]) == _code(
+            provenance
+        ):
             number += 1
             path = folder / f"{slug}-{provenance['commit']}-{number}.json"
         return cls(path, provenance, [])
 
     def status_of(self, key: dict[str, Any]) -> str | None:
         """Of the row with this ``id``; None if there is no such row."""
-        return next((row["status"] for row in self.rows if _identity(row) == _identity({"id": key})), None)
+        return next(
+            (row["status"] for row in self.rows if _identity(row) == _identity({"id": key})), None
+        )
 
     def add(self, row: dict[str, Any]) -> None:
         """Keep ``row``, which its ``id`` identifies, and write the file."""
@@ -63,10 +83,13 @@ def _code(provenance: dict[str, Any]) -> tuple[str, str]:
 
 
 def _continues(before: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether rows of both may share a file. A peer may be installed meanwhile, but not change its version."""
+    """Whether rows of both may share a file. A peer may be installed meanwhile, but not change its
+    version."""
     if any(before.get(key) != now.get(key) for key in ENVIRONMENT):
         return False
-    if any(version not in (None, now["peers"].get(name)) for name, version in before["peers"].items()):
+    if any(
+        version not in (None, now["peers"].get(name)) for name, version in before["peers"].items()
+    ):
         return False
     named = [commit for commit in (before["commit"], now["commit"]) if commit.endswith("-changed")]
     return not named or before["commit"] == now["commit"]
@@ -79,4 +102,8 @@ def _identity(row: dict[str, Any]) -> str:
 def load(folder: Path = RESULTS) -> list[dict[str, Any]]:
     """The harness's result files, by name; other studies may keep theirs in the same folder."""
     contents = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    return [content for content in contents if isinstance(content, dict) and content.get("format") == FORMAT]
+    return [
+        content
+        for content in contents
+        if isinstance(content, dict) and content.get("format") == FORMAT
+    ]

@@ -1,4 +1,5 @@
-"""``pytest bench/``: each form of each op under pytest-benchmark, after its gate. Figures of a CPU are labelled CPU."""
+"""``pytest bench/``: each form of each op under pytest-benchmark, after its gate. Figures of a CPU
+are labelled CPU."""
 
 import itertools
 
@@ -13,7 +14,9 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 DTYPE = torch.bfloat16 if GPU else torch.float32
 MODEL, TOKENS = ("llama-2-7b", 8192) if GPU else ("smollm2-135m", 1024)
 FORMS = [
-    (op, form) for op, make in ops.CASES.items() for form in ops.forms_for(make((64, 64), 1 / 8, 64, DTYPE), DEVICE)
+    (op, form)
+    for op, make in ops.CASES.items()
+    for form in ops.forms_for(make((64, 64), 1 / 8, 64, DTYPE), DEVICE)
 ]
 
 

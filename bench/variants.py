@@ -1,12 +1,15 @@
-"""Forms of one kernel side by side: timed on a GPU; without one, by their machine code and by counts.
+"""Forms of one kernel side by side: timed on a GPU; without one, by their machine code and by
+counts.
 
-``python -m bench variants``. The package chooses by ``losia_kernels.kernels._launch.choose_subnet_grad``; "ours" is its
-choice, the others ask for a form by ``override_config``.
+``python -m bench variants``. The package chooses by
+``losia_kernels.kernels.launch.choose_subnet_grad``; "ours" is its choice, the others ask for a form
+by ``override_config``.
 
-Predicted before any of it was measured, for an H200, up_proj at p = 1/8, over one read of dy at copy bandwidth: single
-entries, "fused_wide" 1.3 to 1.7, "gathered" 1.5 to 1.9, "fused" 1.6 to 2.2, each slower by a fifth or more with nothing
-loaded ahead; runs of 16, "fused" 0.5 to 0.7 and first. The gather beside dx hides at most itself, 0.05 ms of 1.0, and
-loses where it takes multiprocessors from dx.
+Predicted before any of it was measured, for an H200, up_proj at p = 1/8, over one read of dy at
+copy bandwidth: single entries, "fused_wide" 1.3 to 1.7, "gathered" 1.5 to 1.9, "fused" 1.6 to 2.2,
+each slower by a fifth or more with nothing loaded ahead; runs of 16, "fused" 0.5 to 0.7 and first.
+The gather beside dx hides at most itself, 0.05 ms of 1.0, and loses where it takes multiprocessors
+from dx.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losia_kernels import eager, ops
-from losia_kernels.kernels._launch import SUBNET_GRAD_VARIANTS, choose_config, override_config
-from losia_kernels.subnet import Subnet
+from losia_kernels import ops
+from losia_kernels.kernels.launch import SUBNET_GRAD_VARIANTS, choose_config, override_config
+from losia_kernels.layers.subnet import Subnet
+from losia_kernels.ops import eager
 
 from . import counts
 from .jobs import Job
@@ -30,7 +34,9 @@ REGISTERS, SHARED = 65536, {"sm_80": 164, "sm_90": 228, "sm_100": 228}  # of a m
 
 
 def _in_form(variant: str, function: Callable, prefetch: bool | None = None) -> Callable:
-    fields = {"variant": variant} if prefetch is None else {"variant": variant, "prefetch": prefetch}
+    fields = (
+        {"variant": variant} if prefetch is None else {"variant": variant, "prefetch": prefetch}
+    )
 
     def run(*arguments):
         with override_config("subnet_grad", **fields):
@@ -39,7 +45,9 @@ def _in_form(variant: str, function: Callable, prefetch: bool | None = None) -> 
     return run
 
 
-def _inputs(generator, shape: tuple[int, int], p: float, tokens: int, dtype: torch.dtype, alignment: int) -> tuple:
+def _inputs(
+    generator, shape: tuple[int, int], p: float, tokens: int, dtype: torch.dtype, alignment: int
+) -> tuple:
     k = tuple(int(p * size) // alignment * alignment for size in shape)
     subnet = Subnet.random(shape, k, torch.Generator().manual_seed(0), alignment)
     out_idx, in_idx = subnet.out_idx.to(generator.device), subnet.in_idx.to(generator.device)
@@ -73,7 +81,8 @@ def subnet_grad(shape, p, tokens, dtype, alignment: int) -> OpCase:
 
 
 class GatherBesideProduct:
-    """dx on this stream while dy's columns are gathered on another; then the dense product of the gathered parts."""
+    """dx on this stream while dy's columns are gathered on another; then the dense product of the
+    gathered parts."""
 
     def __init__(self, alignment: int):
         self.alignment = alignment
@@ -95,7 +104,8 @@ class GatherBesideProduct:
 
 
 def backward(shape, p, tokens, dtype, alignment: int) -> OpCase:
-    """dx and the subnet's gradient, as a layer's backward makes them: in order, or the gather beside dx."""
+    """dx and the subnet's gradient, as a layer's backward makes them: in order, or the gather
+    beside dx."""
 
     def ours(dy, x, weight, out_idx):
         return [dy @ weight, ops.subnet_grad(dy, x, out_idx, None, alignment)]
@@ -103,12 +113,18 @@ def backward(shape, p, tokens, dtype, alignment: int) -> OpCase:
     forms: dict[str, Callable[..., Any]] = {"ours": ours}
     forms |= {f"ours: {variant}": _in_form(variant, ours) for variant in SUBNET_GRAD_VARIANTS}
     forms["ours: gather beside dx"] = GatherBesideProduct(alignment)
-    forms["eager"] = lambda dy, x, weight, o: [dy @ weight, eager.subnet_grad_partials(dy, x, o, None).sum(0)]
+    forms["eager"] = lambda dy, x, weight, o: [
+        dy @ weight,
+        eager.subnet_grad_partials(dy, x, o, None).sum(0),
+    ]
     k_out, k_in = (int(p * size) // alignment * alignment for size in shape)
     return OpCase(
         inputs=lambda g: _inputs(g, shape, p, tokens, dtype, alignment),
         forms=forms,
-        truth=lambda dy, x, weight, o: [dy.double() @ weight.double(), dy[:, o].double().T @ x.double()],
+        truth=lambda dy, x, weight, o: [
+            dy.double() @ weight.double(),
+            dy[:, o].double().T @ x.double(),
+        ],
         moved_bytes=dtype.itemsize * (tokens * (shape[0] + shape[1] + k_in) + shape[0] * shape[1]),
         flops=2 * tokens * (shape[0] * shape[1] + k_out * k_in),
     )
@@ -126,7 +142,13 @@ def jobs(device: torch.device, dtype: torch.dtype) -> Iterator[Job]:
             shape = shape_of("llama-2-7b").linears[linear]
             for alignment in (1, 16):
                 for p in (1 / 8, 1 / 4) if name == "subnet_grad" else (1 / 8,):
-                    settings = {"model": "llama-2-7b", "linear": linear, "p": p, "tokens": 8192, "alignment": alignment}
+                    settings = {
+                        "model": "llama-2-7b",
+                        "linear": linear,
+                        "p": p,
+                        "tokens": 8192,
+                        "alignment": alignment,
+                    }
 
                     def run(case=case, shape=shape, p=p, alignment=alignment) -> dict[str, Any]:
                         return run_case(case(shape, p, 8192, dtype, alignment), device, dtype)
@@ -134,17 +156,22 @@ def jobs(device: torch.device, dtype: torch.dtype) -> Iterator[Job]:
                     yield Job("variants", name, settings, run, 40 if p == 1 / 8 else 70)
 
 
-# without a GPU --------------------------------------------------------------------------------------------------------
+# without a GPU ------------------------------------------------------------------------------------
 
 
 def programs_at_once(arch: str, registers: int, shared: int, warps: int) -> int | None:
-    """Programs that one multiprocessor holds, by registers and shared memory; None for an AMD device."""
+    """Programs that one multiprocessor holds, by registers and shared memory; None for an AMD
+    device."""
     if arch not in SHARED:
         return None
-    return min(REGISTERS // (32 * warps * registers), SHARED[arch] * 1024 // (shared + 1024), 64 // warps)
+    return min(
+        REGISTERS // (32 * warps * registers), SHARED[arch] * 1024 // (shared + 1024), 64 // warps
+    )
 
 
-def _machine_code(arch: str, variant: str, alignment: int, tokens: int, shape: tuple[int, int], p: float) -> str:
+def _machine_code(
+    arch: str, variant: str, alignment: int, tokens: int, shape: tuple[int, int], p: float
+) -> str:
     from losia_kernels.kernels.subnet_grad import launch_subnet_grad
 
     from .machine_code import accesses, facts, launches
@@ -159,15 +186,20 @@ def _machine_code(arch: str, variant: str, alignment: int, tokens: int, shape: t
             index = meta(k_out, dtype=torch.int64)
             launch_subnet_grad(meta(tokens, shape[0]), meta(tokens, k_in), index, None, alignment)
 
-    chosen = choose_config("subnet_grad", arch, torch.bfloat16, tokens, k_out, k_in, alignment).variant
+    chosen = choose_config(
+        "subnet_grad", arch, torch.bfloat16, tokens, k_out, k_in, alignment
+    ).variant
     lines = []
     for kernel in launches(arch, case):
         found, touched = facts(kernel), accesses(kernel)
-        at_once = programs_at_once(arch, found["registers"], kernel.metadata.shared, kernel.metadata.num_warps)
+        at_once = programs_at_once(
+            arch, found["registers"], kernel.metadata.shared, kernel.metadata.num_warps
+        )
         widths = "; ".join(
             f"{kind} " + ", ".join(f"{count} x {width}" for width, count in of_kind.items())
-            for kind, of_kind in touched.items() if of_kind
-        )  # fmt: skip
+            for kind, of_kind in touched.items()
+            if of_kind
+        )
         lines.append(
             f"{arch:7} {alignment:9} {variant + ('*' if variant == chosen else ''):12} {kernel.name:22} "
             f"{found['registers']:9} {found['spills']:6} {kernel.metadata.shared:7} {at_once or '':>7}  {widths}"
@@ -176,7 +208,8 @@ def _machine_code(arch: str, variant: str, alignment: int, tokens: int, shape: t
 
 
 def report(archs: tuple[str, ...] = ARCHS, tokens: int = 8192, p: float = 1 / 8) -> str:
-    """All that a machine without a GPU can say of the forms: machine code of up_proj's gradient, then the counts."""
+    """All that a machine without a GPU can say of the forms: machine code of up_proj's gradient,
+    then the counts."""
     shape = shape_of("llama-2-7b").linears["up_proj"]
     lines = [
         "Compiled, not run. bfloat16, LLaMA-2 7B up_proj, p = 1/8, 8,192 tokens; * is the form chosen; accesses to",

@@ -1,4 +1,5 @@
-"""Oracle of the output layer: linear, scale, soft-cap, cross-entropy; in float64, with the whole logits at once."""
+"""Oracle of the output layer: linear, scale, soft-cap, cross-entropy; in float64, with the whole
+logits at once."""
 
 import torch
 from torch import Tensor
@@ -13,10 +14,12 @@ def cross_entropy_ref(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``logits [t, V]`` before scale and cap, ``labels [t]`` -> ``losses [t]``, ``lse [t]``, and the gradient of the
-    losses' sum ``[t, V]``; a token with the label ``ignore_index`` has neither loss nor gradient.
+    """``logits [t, V]`` before scale and cap, ``labels [t]`` -> ``losses [t]``, ``lse [t]``, and
+    the gradient of the losses' sum ``[t, V]``; a token with the label ``ignore_index`` has neither
+    loss nor gradient.
 
-    z = cap(scale * logits), log p = z - lse, q = (1 - eps) onehot + eps / V: loss = -q . log p + z_loss * lse^2.
+    z = cap(scale * logits), log p = z - lse, q = (1 - eps) onehot + eps / V: loss = -q . log p +
+    z_loss * lse^2.
     """
     scaled = logits.double() * logit_scale
     z = scaled if softcap is None else softcap * torch.tanh(scaled / softcap)
@@ -36,10 +39,16 @@ def cross_entropy_ref(
 
 
 def linear_cross_entropy_ref(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, divisor: float = 1.0, **options
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    divisor: float = 1.0,
+    **options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``hidden [t, d]``, ``weight [V, d]`` -> sum of the losses over ``divisor``, and its gradients for hidden
-    ``[t, d]``, the whole weight ``[V, d]`` and the bias ``[V]``. ``options`` are those of ``cross_entropy_ref``."""
+    """``hidden [t, d]``, ``weight [V, d]`` -> sum of the losses over ``divisor``, and its gradients
+    for hidden ``[t, d]``, the whole weight ``[V, d]`` and the bias ``[V]``. ``options`` are those
+    of ``cross_entropy_ref``."""
     hidden, weight = hidden.double(), weight.double()
     logits = hidden @ weight.T
     if bias is not None:

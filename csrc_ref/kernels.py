@@ -1,16 +1,21 @@
-"""One oracle per kernel: any input dtype, float64 inside and out, no rounding, arguments left untouched."""
+"""One oracle per kernel: any input dtype, float64 inside and out, no rounding, arguments left
+untouched."""
 
 import torch
 from torch import Tensor
 
 
 def gather_features_ref(x: Tensor, idx: Tensor) -> Tensor:
-    """X_S of Eq. 9, in x's own dtype (a copy, so exact): ``x [..., n]``, ``idx [k]`` -> ``[..., k]``."""
+    """X_S of Eq. 9, in x's own dtype (a copy, so exact): ``x [..., n]``, ``idx [k]`` -> ``[...,
+    k]``."""
     return torch.stack([x[..., i] for i in idx.tolist()], dim=-1)
 
 
-def subnet_grad_ref(dy: Tensor, x: Tensor, out_idx: Tensor | None = None, in_idx: Tensor | None = None) -> Tensor:
-    """Eq. 9 the long way: the dense gradient of ``y = x W^T``, then the subnet cut out of it -> ``[k_out, k_in]``.
+def subnet_grad_ref(
+    dy: Tensor, x: Tensor, out_idx: Tensor | None = None, in_idx: Tensor | None = None
+) -> Tensor:
+    """Eq. 9 the long way: the dense gradient of ``y = x W^T``, then the subnet cut out of it ->
+    ``[k_out, k_in]``.
 
     ``out_idx`` None takes all columns of dy, ``in_idx`` None all columns of x.
     """
@@ -43,7 +48,8 @@ def subnet_adamw_ref(
     weight_decay: float,
     step: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """AdamW on the subnet's entries only (section 3.3) -> new ``(weight, subnet, exp_avg, exp_avg_sq)``.
+    """AdamW on the subnet's entries only (section 3.3) -> new ``(weight, subnet, exp_avg,
+    exp_avg_sq)``.
 
     ``grad`` is ``[k_out, k_in]`` or partials ``[splits, k_out, k_in]``; ``step`` counts from 1.
     """
@@ -55,14 +61,18 @@ def subnet_adamw_ref(
     m_hat = m / (1 - beta1**step)
     v_hat = v / (1 - beta2**step)
     w = subnet.double()
-    w = w - lr * weight_decay * w - lr * m_hat / (v_hat.sqrt() + eps)  # decoupled decay, eps outside the root
+    w = (
+        w - lr * weight_decay * w - lr * m_hat / (v_hat.sqrt() + eps)
+    )  # decoupled decay, eps outside the root
     new_weight = weight.double().clone()
     for a, i in enumerate(out_idx.tolist()):
         new_weight[i, in_idx] = w[a]
     return new_weight, w, m, v
 
 
-def importance_ref(weight: Tensor, grad: Tensor, kind: str = "sensitivity", grad_scale: float = 1.0) -> Tensor:
+def importance_ref(
+    weight: Tensor, grad: Tensor, kind: str = "sensitivity", grad_scale: float = 1.0
+) -> Tensor:
     """I of one micro-batch, ``[out, in]``: Eq. 3, or one of its parts."""
     w, g = weight.double(), grad.double() * grad_scale
     return {
@@ -100,7 +110,9 @@ def importance_marginals_ref(
 
 def score_ref(importance: Tensor, uncertainty: Tensor | None = None) -> Tensor:
     """Eq. 6, s = I bar * U bar; the importance alone where there is no uncertainty."""
-    return importance.double() if uncertainty is None else importance.double() * uncertainty.double()
+    return (
+        importance.double() if uncertainty is None else importance.double() * uncertainty.double()
+    )
 
 
 def score_marginals_ref(
@@ -109,6 +121,7 @@ def score_marginals_ref(
     out_idx: Tensor | None = None,
     in_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sums of s per output over ``in_idx`` only ``[out]``, and per input over ``out_idx`` only ``[in]``."""
+    """Sums of s per output over ``in_idx`` only ``[out]``, and per input over ``out_idx`` only
+    ``[in]``."""
     score = score_ref(importance, uncertainty)
     return cut(score, None, in_idx).sum(dim=1), cut(score, out_idx, None).sum(dim=0)

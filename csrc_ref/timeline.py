@@ -1,6 +1,7 @@
 """The asynchronous schedule (section 3.3) and rewarming (Eq. 8), by looking every step up.
 
-Optimizer steps count from 0; ``n_groups`` layer groups each observe for one slot of ``period`` steps per cycle.
+Optimizer steps count from 0; ``n_groups`` layer groups each observe for one slot of ``period``
+steps per cycle.
 """
 
 
@@ -9,7 +10,9 @@ def observing_ref(step: int, n_groups: int, period: int, update_type: str = "asy
     slot = (step // period) % n_groups
     if update_type == "async":
         return [slot]
-    return list(range(n_groups)) if slot == 0 else []  # ablation SL: all in the first slot of a cycle
+    return (
+        list(range(n_groups)) if slot == 0 else []
+    )  # ablation SL: all in the first slot of a cycle
 
 
 def moving_ref(step: int, n_groups: int, period: int, update_type: str = "async") -> list[int]:
@@ -19,9 +22,15 @@ def moving_ref(step: int, n_groups: int, period: int, update_type: str = "async"
 
 
 def rewarm_ref(
-    step: int, group: int, n_groups: int, period: int, update_type: str = "async", warmup_steps: int = 0
+    step: int,
+    group: int,
+    n_groups: int,
+    period: int,
+    update_type: str = "async",
+    warmup_steps: int = 0,
 ) -> float:
-    """Eq. 8: what multiplies the group's learning rate at this step, ``(t - t_r) / T`` in the T steps after a move."""
+    """Eq. 8: what multiplies the group's learning rate at this step, ``(t - t_r) / T`` in the T
+    steps after a move."""
     if step < warmup_steps:
         return 1.0
     for moved_at in range(max(0, step - period), step):  # t_r

@@ -1,7 +1,8 @@
-"""A whole LoSiA training run in plain torch: untouched ``nn.Linear`` layers, dense gradients, every step spelled out.
+"""A whole LoSiA training run in plain torch: untouched ``nn.Linear`` layers, dense gradients, every
+step spelled out.
 
-The package must follow it step by step: the same subnets, the same weights. float64 weights are trained in float64;
-any other dtype gets float32 masters, moments and gradients.
+The package must follow it step by step: the same subnets, the same weights. float64 weights are
+trained in float64; any other dtype gets float32 masters, moments and gradients.
 """
 
 from collections.abc import Callable
@@ -46,12 +47,17 @@ class Matrix:
     def __init__(self, linear: nn.Linear, out_idx: Tensor | None, in_idx: Tensor | None):
         self.linear = linear
         self.dtype = torch.float64 if linear.weight.dtype == torch.float64 else torch.float32
-        self.all_in = in_idx is None  # the output layer: only its outputs are selected (section 3.2)
+        self.all_in = (
+            in_idx is None
+        )  # the output layer: only its outputs are selected (section 3.2)
         n_out, n_in = linear.weight.shape
         self.step = 0
         self.grad_now = self.zeros()  # dense gradient of this micro-batch's mean loss
         self.forget_importance()
-        self.place(torch.arange(n_out) if out_idx is None else out_idx, torch.arange(n_in) if self.all_in else in_idx)
+        self.place(
+            torch.arange(n_out) if out_idx is None else out_idx,
+            torch.arange(n_in) if self.all_in else in_idx,
+        )
         linear.register_forward_hook(self.record)
 
     def zeros(self) -> Tensor:
@@ -63,7 +69,8 @@ class Matrix:
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.master), torch.zeros_like(self.master)
 
     def record(self, linear: nn.Linear, inputs: tuple[Tensor], y: Tensor) -> None:
-        """Every use of the layer adds ``dy^T x``: this use of the weight only, so a tied embedding adds nothing."""
+        """Every use of the layer adds ``dy^T x``: this use of the weight only, so a tied embedding
+        adds nothing."""
         x = inputs[0].detach().to(self.dtype).flatten(0, -2)  # [t, in]
 
         def add(dy: Tensor) -> None:
@@ -79,7 +86,12 @@ class Matrix:
         """Eqs. 3-5 with W before the update."""
         beta1, beta2 = config.importance_beta1, config.importance_beta2
         self.importance, self.uncertainty = importance_update_ref(
-            self.importance, self.uncertainty, self.linear.weight.detach(), self.grad_now, beta1, beta2
+            self.importance,
+            self.uncertainty,
+            self.linear.weight.detach(),
+            self.grad_now,
+            beta1,
+            beta2,
         )
 
     def update(self, grad: Tensor, lr: float, config: Config) -> None:
@@ -98,7 +110,8 @@ class Matrix:
             weight[self.out_idx[:, None], self.in_idx] = self.master.to(weight.dtype)
 
     def relocalize(self, grad: Tensor, config: Config) -> None:
-        """Algorithm 1 on this matrix's own score; new master, zero moments, and the Adam step from 0 again."""
+        """Algorithm 1 on this matrix's own score; new master, zero moments, and the Adam step from
+        0 again."""
         k_out, k_in = len(self.out_idx), len(self.in_idx)
         if config.importance == "marginal":  # row sums of an EMA are the EMA of the row sums
             sums = self.importance.sum(dim=1), self.importance.sum(dim=0)
@@ -109,7 +122,10 @@ class Matrix:
             else:
                 score = score_ref(self.importance, self.uncertainty)  # Eq. 6
             if self.all_in:
-                out_idx, in_idx = select_outputs_ref(score, k_out, config.alignment), list(range(k_in))
+                out_idx, in_idx = (
+                    select_outputs_ref(score, k_out, config.alignment),
+                    list(range(k_in)),
+                )
             else:
                 out_idx, in_idx = select_ref(score.numpy(), k_out, k_in, config.alignment)
         self.place(torch.tensor(out_idx), torch.tensor(in_idx))
@@ -119,11 +135,12 @@ class Matrix:
 
 
 class Training:
-    """``groups``: per layer group, in model order, name -> layer; an output layer with a subnet is group 0.
+    """``groups``: per layer group, in model order, name -> layer; an output layer with a subnet is
+    group 0.
 
-    ``initial``: name -> ``(out_idx, in_idx)``, whose lengths are the sizes of the subnet; ``in_idx`` None marks the
-    output layer. ``dense``: layers trained whole, outside the timeline (an output layer with p_o = 1).
-    ``loss_fn(model, batch)`` is the mean loss of a micro-batch.
+    ``initial``: name -> ``(out_idx, in_idx)``, whose lengths are the sizes of the subnet;
+    ``in_idx`` None marks the output layer. ``dense``: layers trained whole, outside the timeline
+    (an output layer with p_o = 1). ``loss_fn(model, batch)`` is the mean loss of a micro-batch.
     """
 
     def __init__(
@@ -136,13 +153,17 @@ class Training:
         dense: dict[str, nn.Linear] | None = None,
     ):
         self.model, self.config, self.loss_fn = model, config, loss_fn
-        self.groups = [{name: Matrix(linear, *initial[name]) for name, linear in group.items()} for group in groups]
+        self.groups = [
+            {name: Matrix(linear, *initial[name]) for name, linear in group.items()}
+            for group in groups
+        ]
         self.dense = {name: Matrix(linear, None, None) for name, linear in (dense or {}).items()}
         self.moved = {name: matrix for group in self.groups for name, matrix in group.items()}
         self.history: list[Step] = []
 
     def step(self, micro_batches: list, lr: float) -> Step:
-        """One optimizer step: one tick of the timeline, however many micro-batches are accumulated."""
+        """One optimizer step: one tick of the timeline, however many micro-batches are
+        accumulated."""
         config, s = self.config, len(self.history)
         clock = (len(self.groups), config.period, config.update_type)
         matrices = self.moved | self.dense

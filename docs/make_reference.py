@@ -1,4 +1,5 @@
-"""Write docs/reference.md from the docstrings, the signatures and the command line's parser: ``make docs``.
+"""Write docs/reference.md from the docstrings, the signatures and the command line's parser: ``make
+docs``.
 
 Needs the extras ``hf`` and ``peft``, whose adapters it imports.
 """
@@ -19,13 +20,22 @@ PAGE = ROOT / "docs" / "reference.md"
 # The modules in reading order; the names are those of ``__all__`` where the module has one.
 MODULES: dict[str, tuple[str, ...]] = {
     "losia_kernels": (),
-    "losia_kernels.timeline": ("Timeline",),
+    "losia_kernels.training.timeline": ("Timeline",),
     "losia_kernels.checkpoint": ("save_checkpoint", "load_checkpoint", "full_state_dict"),
-    "losia_kernels.delta": ("make_delta", "verify_delta", "apply_delta", "subtract_delta"),
-    "losia_kernels.lora_export": ("export_lora",),
-    "losia_kernels.integrations.transformers": ("LoSiAOptimizerFactory", "LoSiACallback", "losia_timeline"),
+    "losia_kernels.checkpoint.delta": (
+        "make_delta",
+        "verify_delta",
+        "apply_delta",
+        "subtract_delta",
+    ),
+    "losia_kernels.checkpoint.lora": ("export_lora",),
+    "losia_kernels.integrations.transformers": (
+        "LoSiAOptimizerFactory",
+        "LoSiACallback",
+        "losia_timeline",
+    ),
     "losia_kernels.integrations.peft": (),
-    "losia_kernels.integrations.finetune": ("finetune", "FinetuneOptions"),
+    "losia_kernels.finetune.run": ("finetune", "FinetuneOptions"),
     "losia_kernels.ops": (),
 }
 
@@ -34,8 +44,13 @@ def reference() -> str:
     """The whole page."""
     modules = {importlib.import_module(name): names for name, names in MODULES.items()}
     sections = [line for module, names in modules.items() for line in module_section(module, names)]
-    head = ["# Reference", "", "Made by `make docs` from the docstrings; see the [tutorial](tutorial.md) for how the "
-            "pieces go together. Order is always (out, in).", ""]
+    head = [
+        "# Reference",
+        "",
+        "Made by `make docs` from the docstrings; see the [tutorial](tutorial.md) for how the "
+        "pieces go together. Order is always (out, in).",
+        "",
+    ]
     return "\n".join([*head, *sections, *command_line()]).rstrip() + "\n"
 
 
@@ -43,7 +58,12 @@ def module_section(module: ModuleType, names: tuple[str, ...]) -> Iterator[str]:
     yield from (f"## `{module.__name__}`", "", *markdown(module.__doc__))
     for name in names or module.__all__:
         public = getattr(module, name)
-        yield from (f"### `{name}`", "", *signature(name, public), *markdown(inspect.getdoc(public)))
+        yield from (
+            f"### `{name}`",
+            "",
+            *signature(name, public),
+            *markdown(inspect.getdoc(public)),
+        )
         if isinstance(public, type):
             for member, value in vars(public).items():
                 yield from member_section(public, member, value)
@@ -52,7 +72,11 @@ def module_section(module: ModuleType, names: tuple[str, ...]) -> Iterator[str]:
 def member_section(owner: type, name: str, value: object) -> Iterator[str]:
     """A method or property of a class's own that says something of itself."""
     text = getattr(value, "__doc__", None)
-    if name.startswith("_") or not text or not isinstance(value, (FunctionType, classmethod, staticmethod, property)):
+    if (
+        name.startswith("_")
+        or not text
+        or not isinstance(value, (FunctionType, classmethod, staticmethod, property))
+    ):
         return
     yield from (f"#### `{owner.__name__}.{name}`", "")
     if not isinstance(value, property):
@@ -65,7 +89,11 @@ def signature(name: str, public: object) -> Iterator[str]:
     if isinstance(public, type) and issubclass(public, Exception):
         return
     found = inspect.signature(public)
-    result = "" if found.return_annotation is found.empty else " -> " + short(str(found).rpartition(" -> ")[2])
+    result = (
+        ""
+        if found.return_annotation is found.empty
+        else " -> " + short(str(found).rpartition(" -> ")[2])
+    )
     parameters: list[str] = []
     for each in found.parameters.values():
         if each.kind is each.KEYWORD_ONLY and "*" not in parameters:
@@ -79,13 +107,15 @@ def signature(name: str, public: object) -> Iterator[str]:
 
 
 def short(annotation: str) -> str:
-    """``torch.nn.modules.module.Module`` -> ``Module``; a function as default -> its name; a factory -> ``...``."""
+    """``torch.nn.modules.module.Module`` -> ``Module``; a function as default -> its name; a
+    factory -> ``...``."""
     annotation = re.sub(r"\b(?:\w+\.)+(?=[A-Z])", "", annotation).replace("'", '"')
     return re.sub(r"<function (\w+) at \w+>", r"\1", annotation).replace("<factory>", "...")
 
 
 def markdown(docstring: str | None) -> Iterator[str]:
-    """A docstring as Markdown: ``name: meaning`` in an indented block becomes a list, other indented lines are code."""
+    """A docstring as Markdown: ``name: meaning`` in an indented block becomes a list, other
+    indented lines are code."""
     for paragraph in re.split(r"\n\s*\n", docstring or ""):
         lines = paragraph.replace("``", "`").splitlines()
         if lines and all(line.startswith("    ") for line in lines):
@@ -107,7 +137,12 @@ def markdown(docstring: str | None) -> Iterator[str]:
 def command_line() -> Iterator[str]:
     from losia_kernels.cli import command_parser
 
-    yield from ("## Command line", "", "`losia-kernels COMMAND ...` or `python -m losia_kernels COMMAND ...`.", "")
+    yield from (
+        "## Command line",
+        "",
+        "`losia-kernels COMMAND ...` or `python -m losia_kernels COMMAND ...`.",
+        "",
+    )
     yield from commands(command_parser())
 
 
@@ -133,7 +168,9 @@ def argument_table(command: argparse.ArgumentParser) -> Iterator[str]:
         return
     yield from ("| argument | default | |", "| --- | --- | --- |")
     for action in actions:
-        value = action.metavar or ("{" + ",".join(map(str, action.choices)) + "}" if action.choices else "")
+        value = action.metavar or (
+            "{" + ",".join(map(str, action.choices)) + "}" if action.choices else ""
+        )
         if action.option_strings and action.nargs != 0:
             name = f"{action.option_strings[-1]} {value or action.dest.upper()}"
         else:

@@ -10,7 +10,8 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, calibrate, remove_losia
+from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, remove_losia
+from losia_kernels.training import calibrate
 
 model_name, output, steps = sys.argv[1], sys.argv[2], int(sys.argv[3]) if sys.argv[3:] else 60
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -18,19 +19,30 @@ tokenizer = AutoTokenizer.from_pretrained(model_name)
 model = AutoModelForCausalLM.from_pretrained(model_name).to(device).train()
 
 # LoRA: model = get_peft_model(model, LoraConfig(r=64, target_modules="all-linear"))
-model = apply_losia(model, LoSiAConfig(rank_factor=1/8, period="auto"))
+model = apply_losia(model, LoSiAConfig(rank_factor=1 / 8, period="auto"))
 
 
 def batch(step: int) -> dict[str, torch.Tensor]:
     numbers = [(8 * step + i) % 200 for i in range(8)]
-    rows = [tokenizer(f"{number} times 9 is {9 * number}.{tokenizer.eos_token}")["input_ids"] for number in numbers]
+    rows = [
+        tokenizer(f"{number} times 9 is {9 * number}.{tokenizer.eos_token}")["input_ids"]
+        for number in numbers
+    ]
     longest = max(map(len, rows))
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
-    learned = torch.tensor([[position < len(row) for position in range(longest)] for row in rows], device=device)
-    return {"input_ids": ids, "attention_mask": learned.long(), "labels": ids.masked_fill(~learned, -100)}
+    learned = torch.tensor(
+        [[position < len(row) for position in range(longest)] for row in rows], device=device
+    )
+    return {
+        "input_ids": ids,
+        "attention_mask": learned.long(),
+        "labels": ids.masked_fill(~learned, -100),
+    }
 
 
-calibrate(model, map(batch, range(4)))  # the first subnets where the data says, instead of at random
+calibrate(
+    model, map(batch, range(4))
+)  # the first subnets where the data says, instead of at random
 # LoRA: optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
 optimizer = LoSiAAdamW(model, lr=5e-4, total_steps=steps)
 scheduler = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
@@ -41,7 +53,9 @@ for step in range(steps):
     optimizer.zero_grad()
     scheduler.step()
     if step % 5 == 0:
-        observing = ", ".join(optimizer.timeline.group_names[group] for group in optimizer.timeline.observing)
+        observing = ", ".join(
+            optimizer.timeline.group_names[group] for group in optimizer.timeline.observing
+        )
         print(f"step {step}  loss {loss.item():.3f}  observing {observing}", flush=True)
 
 # LoRA: model = model.merge_and_unload()

@@ -20,26 +20,39 @@ tokenizer = AutoTokenizer.from_pretrained(model_name)
 model = AutoModelForCausalLM.from_pretrained(model_name)
 
 # LoRA: nothing here, and peft_config=LoraConfig(r=64, target_modules="all-linear") below
-model = apply_losia(model, LoSiAConfig(rank_factor=1/8, period="auto"))
+model = apply_losia(model, LoSiAConfig(rank_factor=1 / 8, period="auto"))
 
-chats = Dataset.from_list([
-    {
-        "prompt": [{"role": "user", "content": f"What is 9 times {number}?"}],
-        "completion": [{"role": "assistant", "content": f"{9 * number}."}],
-    }
-    for number in range(200)
-])
+chats = Dataset.from_list(
+    [
+        {
+            "prompt": [{"role": "user", "content": f"What is 9 times {number}?"}],
+            "completion": [{"role": "assistant", "content": f"{9 * number}."}],
+        }
+        for number in range(200)
+    ]
+)
 arguments = SFTConfig(
-    output, max_steps=steps, per_device_train_batch_size=8, learning_rate=5e-4, lr_scheduler_type="cosine",
-    warmup_steps=steps // 10, logging_steps=5, max_length=256, report_to="none",
-    bf16=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available(),
-)  # fmt: skip
+    output,
+    max_steps=steps,
+    per_device_train_batch_size=8,
+    learning_rate=5e-4,
+    lr_scheduler_type="cosine",
+    warmup_steps=steps // 10,
+    logging_steps=5,
+    max_length=256,
+    report_to="none",
+    bf16=torch.cuda.is_available(),
+    use_cpu=not torch.cuda.is_available(),
+)
 trainer = SFTTrainer(
     model,
     arguments,
     train_dataset=chats,
     processing_class=tokenizer,
-    optimizer_cls_and_kwargs=(LoSiAOptimizerFactory, {"lr": arguments.learning_rate}),  # LoRA: peft_config=...
+    optimizer_cls_and_kwargs=(
+        LoSiAOptimizerFactory,
+        {"lr": arguments.learning_rate},
+    ),  # LoRA: peft_config=...
 )
 trainer.add_callback(LoSiACallback(trainer))
 trainer.train()

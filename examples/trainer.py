@@ -2,7 +2,8 @@
 
     python examples/trainer.py MODEL OUTPUT [STEPS]
 
-MODEL is a local folder or a name on the hub; ``make demo`` leaves one in .cache/SmolLM2-135M-Instruct.
+MODEL is a local folder or a name on the hub; ``make demo`` leaves one in
+.cache/SmolLM2-135M-Instruct.
 """
 
 import sys
@@ -23,7 +24,8 @@ tokenizer = AutoTokenizer.from_pretrained(model_name)
 model = AutoModelForCausalLM.from_pretrained(model_name)
 
 # LoRA: model = get_peft_model(model, LoraConfig(r=64, target_modules="all-linear"))
-model = apply_losia(model, LoSiAConfig(rank_factor=1/8, period="auto"))
+model = apply_losia(model, LoSiAConfig(rank_factor=1 / 8, period="auto"))
+
 
 def encode(text):
     encoded = tokenizer(text + tokenizer.eos_token)
@@ -32,14 +34,23 @@ def encode(text):
 
 texts = [f"{number} times 9 is {9 * number}." for number in range(200)]
 arguments = TrainingArguments(
-    output, max_steps=steps, per_device_train_batch_size=8, learning_rate=5e-4, lr_scheduler_type="cosine",
-    warmup_steps=steps // 10, logging_steps=5, save_steps=25, report_to="none",
-)  # fmt: skip
+    output,
+    max_steps=steps,
+    per_device_train_batch_size=8,
+    learning_rate=5e-4,
+    lr_scheduler_type="cosine",
+    warmup_steps=steps // 10,
+    logging_steps=5,
+    save_steps=25,
+    report_to="none",
+)
 trainer = Trainer(
     model,
     arguments,
     train_dataset=[encode(text) for text in texts],
-    data_collator=DataCollatorForSeq2Seq(tokenizer),  # masks padding by place: the end is learned though it pads too
+    data_collator=DataCollatorForSeq2Seq(
+        tokenizer
+    ),  # masks padding by place: the end is learned though it pads too
     # LoRA needs neither this argument nor the callback
     optimizer_cls_and_kwargs=(LoSiAOptimizerFactory, {"lr": arguments.learning_rate}),
 )
@@ -48,5 +59,7 @@ trainer.train()  # resume_from_checkpoint=True goes on from the last checkpoint,
 
 # LoRA: model = model.merge_and_unload()
 model = remove_losia(model)
-model.save_pretrained(f"{output}/model")  # an ordinary folder; before trainer.push_to_hub() it is what is pushed
+model.save_pretrained(
+    f"{output}/model"
+)  # an ordinary folder; before trainer.push_to_hub() it is what is pushed
 tokenizer.save_pretrained(f"{output}/model")

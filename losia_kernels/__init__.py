@@ -1,13 +1,14 @@
-"""LoSiA fine-tuning: train, in every linear layer, a small dense sub-matrix of the weight, and move it (2507.04487)."""
+"""LoSiA fine-tuning: train, in every linear layer, a small dense sub-matrix of the weight, and move
+it (2507.04487)."""
 
-from .calibrate import calibrate, start_from_frequency
 from .config import LoSiAConfig
-from .convert import apply_losia, export_state_dict, remove_losia
-from .linear import LoSiALinear
-from .optimizer import LoSiAAdamW, attach
-from .output_layer import losia_linear_cross_entropy
-from .selection import NonFiniteScoreError, select_subnet
-from .subnet import Subnet
+from .layers.convert import apply_losia, export_state_dict, remove_losia
+from .layers.cross_entropy import losia_linear_cross_entropy
+from .layers.linear import LoSiALinear
+from .layers.subnet import Subnet
+from .training.calibrate import calibrate, start_from_frequency
+from .training.optimizer import LoSiAAdamW, attach
+from .training.selection import NonFiniteScoreError, select_subnet
 
 __version__ = "0.1.0"
 

@@ -11,42 +11,50 @@ IMPORTANCES = ("sensitivity", "sensitivity_bfloat16", "gradient", "marginal")
 class LoSiAConfig:
     """What is trained and when it moves. Defaults are the paper's (A.3), but for ``init_subnet``.
 
-    Size
-        rank_factor: p; a linear ``[out, in]`` trains ``int(p * out) x int(p * in)`` of its weights.
-        output_dim_factor: p_o of the output layer, which trains ``int(p_o * vocabulary)`` outputs and all inputs
-            (Section 3.2). 0: left frozen. 1: trained densely, without a slot in the timeline (ablation FFTO).
-        alignment: choose runs of that many neighbouring neurons, by their summed score, in place of single ones (1, the
-            paper): a gather of 16 reads only the memory it needs. A power of two; a side taken whole has no runs.
-        rank_pattern: other rank factors by module name, ``{regex: p}``; a key matches a name or its last components.
-    Timeline (Section 3.3)
-        period: T, optimizer steps in which one group observes before its subnets move. "auto": two cycles in the run, T
-            being at most 100 (``schedule.auto_period``); the optimizer must know the run's ``total_steps``, which the
-            Trainer adapter tells it.
-        warmup_steps: warm-up of the user's learning-rate schedule; before its end nothing is rewarmed.
-        update_type: "async": groups take turns; "sync" (ablation SL): all move together, once a cycle.
-        rewarm: ramp the learning rate up over T steps after a move (Eq. 8); False is the ablation w/o WDS.
-        reset_step: restart Adam's step counter with the moments; False is what the authors' code does.
-    Importance (Section 3.1)
-        importance: "sensitivity" (Eqs. 3-6); "sensitivity_bfloat16": the same, its two states kept in 2 bytes a weight
-            each instead of 4; "gradient" (ablation GL): |g| of the slot's last step; "marginal": row and column sums of
-            the sensitivity only, no state of the weight's size.
+    Size rank_factor: p; a linear ``[out, in]`` trains ``int(p * out) x int(p * in)`` of its
+        weights. output_dim_factor: p_o of the output layer, which trains ``int(p_o * vocabulary)``
+        outputs and all inputs
+            (Section 3.2). 0: left frozen. 1: trained densely, without a slot in the timeline
+            (ablation FFTO).
+        alignment: choose runs of that many neighbouring neurons, by their summed score, in place of
+            single ones (1, the paper): a gather of 16 reads only the memory it needs. A power of
+            two; a side taken whole has no runs.
+        rank_pattern: other rank factors by module name, ``{regex: p}``; a key matches a name or its
+        last components.
+    Timeline (Section 3.3) period: T, optimizer steps in which one group observes before its subnets
+        move. "auto": two cycles in the run, T
+            being at most 100 (``schedule.auto_period``); the optimizer must know the run's
+            ``total_steps``, which the Trainer adapter tells it.
+        warmup_steps: warm-up of the user's learning-rate schedule; before its end nothing is
+        rewarmed. update_type: "async": groups take turns; "sync" (ablation SL): all move together,
+        once a cycle. rewarm: ramp the learning rate up over T steps after a move (Eq. 8); False is
+        the ablation w/o WDS. reset_step: restart Adam's step counter with the moments; False is
+        what the authors' code does.
+    Importance (Section 3.1) importance: "sensitivity" (Eqs. 3-6); "sensitivity_bfloat16": the same,
+        its two states kept in 2 bytes a weight
+            each instead of 4; "gradient" (ablation GL): |g| of the slot's last step; "marginal":
+            row and column sums of the sensitivity only, no state of the weight's size.
         importance_beta1, importance_beta2: smoothing of the importance and of its uncertainty.
-        init_subnet: "calibrated": ``calibrate`` places the initial subnets from data (``apply_losia`` has none and
-            draws at random; the Trainer adapter and ``finetune`` call it by themselves); "random": as in the paper.
-        output_init: "frequency": the output layer starts at the tokens that the data teach most often
-            (``start_from_frequency``, which the Trainer adapter calls by itself); "random": as ``init_subnet`` says.
-        importance_sync: of several processes. "gradient": observed gradients are averaged over the ranks before they
-            are judged, so that N ranks with batch B choose as one with N * B; 1/groups of a full gradient crosses the
-            wire in each backward. "slot": each rank judges its own; what it found is summed once, at the slot's end.
-    Modules (PEFT's rules: a string is a regex for the whole name, a list holds names or their last components)
-        target_modules: "all-linear": every linear in the decoder blocks.
-        exclude_modules: never targets.
-        modules_to_save: modules trained densely beside the subnets (embeddings, norms); all others stay frozen.
-    Numerics
-        master_weights: keep subnets in float32 and round into the weight; False: keep them in the weight's 16-bit
+        init_subnet: "calibrated": ``calibrate`` places the initial subnets from data
+        (``apply_losia`` has none and
+            draws at random; the Trainer adapter and ``finetune`` call it by themselves); "random":
+            as in the paper.
+        output_init: "frequency": the output layer starts at the tokens that the data teach most
+            often (``start_from_frequency``, which the Trainer adapter calls by itself); "random":
+            as ``init_subnet`` says.
+        importance_sync: of several processes. "gradient": observed gradients are averaged over the
+            ranks before they are judged, so that N ranks with batch B choose as one with N * B;
+            1/groups of a full gradient crosses the wire in each backward. "slot": each rank judges
+            its own; what it found is summed once, at the slot's end.
+    Modules (PEFT's rules: a string is a regex for the whole name, a list holds names or their last
+        components) target_modules: "all-linear": every linear in the decoder blocks.
+        exclude_modules: never targets. modules_to_save: modules trained densely beside the subnets
+        (embeddings, norms); all others stay frozen.
+    Numerics master_weights: keep subnets in float32 and round into the weight; False: keep them in
+        the weight's 16-bit
             dtype with stochastic rounding, which saves 2 bytes a trained value.
-        fused_loss: compute the loss of ``model(labels=...)`` without its logits, where that is exact
-            (``losia_kernels.fused_loss``); False: as the model does.
+        fused_loss: compute the loss of ``model(labels=...)`` without its logits, where that is
+            exact (``losia_kernels.layers.fused_loss``); False: as the model does.
         seed: of the initial subnets and of the stochastic rounding.
 
     Raises ValueError for a value out of range and TypeError for an unknown field.
@@ -76,18 +84,41 @@ class LoSiAConfig:
 
     def __post_init__(self) -> None:
         _check_factor("rank_factor", self.rank_factor)
-        _check("rank_pattern", self.rank_pattern, isinstance(self.rank_pattern, dict)
-               and all(_is_regex(pattern) for pattern in self.rank_pattern), "a dict {regex: rank factor}")
+        _check(
+            "rank_pattern",
+            self.rank_pattern,
+            isinstance(self.rank_pattern, dict)
+            and all(_is_regex(pattern) for pattern in self.rank_pattern),
+            "a dict {regex: rank factor}",
+        )
         for pattern, factor in self.rank_pattern.items():
             _check_factor(f"rank_pattern[{pattern!r}]", factor)
-        _check("output_dim_factor", self.output_dim_factor, _is_number(self.output_dim_factor)
-               and 0 <= self.output_dim_factor <= 1, "a number in [0, 1]")
-        _check("period", self.period, self.period == "auto" or _is_int(self.period) and self.period >= 1,
-               "a whole number of steps, at least 1, or 'auto'")
-        _check("warmup_steps", self.warmup_steps, _is_int(self.warmup_steps) and self.warmup_steps >= 0,
-               "a whole number of steps, at least 0")
-        _check("alignment", self.alignment, _is_int(self.alignment) and self.alignment >= 1
-               and self.alignment & (self.alignment - 1) == 0, "a power of two, at least 1")
+        _check(
+            "output_dim_factor",
+            self.output_dim_factor,
+            _is_number(self.output_dim_factor) and 0 <= self.output_dim_factor <= 1,
+            "a number in [0, 1]",
+        )
+        _check(
+            "period",
+            self.period,
+            self.period == "auto" or _is_int(self.period) and self.period >= 1,
+            "a whole number of steps, at least 1, or 'auto'",
+        )
+        _check(
+            "warmup_steps",
+            self.warmup_steps,
+            _is_int(self.warmup_steps) and self.warmup_steps >= 0,
+            "a whole number of steps, at least 0",
+        )
+        _check(
+            "alignment",
+            self.alignment,
+            _is_int(self.alignment)
+            and self.alignment >= 1
+            and self.alignment & (self.alignment - 1) == 0,
+            "a power of two, at least 1",
+        )
         _check_choice("update_type", self.update_type, ("async", "sync"))
         _check_choice("importance", self.importance, IMPORTANCES)
         _check_choice("init_subnet", self.init_subnet, ("calibrated", "random"))
@@ -97,13 +128,22 @@ class LoSiAConfig:
             value = getattr(self, name)
             _check(name, value, _is_number(value) and 0 <= value < 1, "a number in [0, 1)")
         for name in ("rewarm", "reset_step", "master_weights", "fused_loss"):
-            _check(name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False")
+            _check(
+                name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False"
+            )
         _check_names("target_modules", self.target_modules)
         if self.exclude_modules is not None:
             _check_names("exclude_modules", self.exclude_modules)
         if self.modules_to_save is not None:
-            _check("modules_to_save", self.modules_to_save, _is_names(self.modules_to_save), "a list of module names")
-        _check("seed", self.seed, _is_int(self.seed) and self.seed >= 0, "a whole number, at least 0")
+            _check(
+                "modules_to_save",
+                self.modules_to_save,
+                _is_names(self.modules_to_save),
+                "a list of module names",
+            )
+        _check(
+            "seed", self.seed, _is_int(self.seed) and self.seed >= 0, "a whole number, at least 0"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, for JSON and checkpoints; ``from_dict`` reads them back."""
@@ -115,7 +155,9 @@ class LoSiAConfig:
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
-            raise TypeError(f"LoSiAConfig has no field {', '.join(unknown)}; its fields are {', '.join(known)}")
+            raise TypeError(
+                f"LoSiAConfig has no field {', '.join(unknown)}; its fields are {', '.join(known)}"
+            )
         return cls(**values)
 
 

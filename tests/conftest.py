@@ -1,4 +1,5 @@
-"""Without a GPU the kernels run under Triton's interpreter, which must be chosen before anything imports triton."""
+"""Without a GPU the kernels run under Triton's interpreter, which must be chosen before anything
+imports triton."""
 
 import os
 
@@ -18,21 +19,29 @@ def pytest_collection_modifyitems(items):
             item.add_marker(no_gpu)
 
 
-@pytest.fixture(params=[
-    pytest.param("cpu", id="interpreter"),
-    pytest.param("cuda", id="cuda", marks=pytest.mark.gpu),
-])
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", id="interpreter"),
+        pytest.param("cuda", id="cuda", marks=pytest.mark.gpu),
+    ]
+)
 def device(request) -> str:
     """Where a kernel test runs: on CPU tensors under the interpreter, or compiled on the GPU."""
     if request.param == "cpu" and not INTERPRETED:
-        pytest.skip("kernels are compiled in this process; set TRITON_INTERPRET=1 to interpret them")
+        pytest.skip(
+            "kernels are compiled in this process; set TRITON_INTERPRET=1 to interpret them"
+        )
     return request.param
 
 
 @pytest.fixture
 def poison():
-    """Uninitialised tensors (torch.empty, new_empty, empty_like) come back full of NaN, or of the largest integer."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    """Uninitialised tensors (torch.empty, new_empty, empty_like) come back full of NaN, or of the
+    largest integer."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(3).isnan().all() and torch.ones(3).new_empty(2).isnan().all()
     yield

@@ -29,13 +29,23 @@ BAD = {
     "target_modules": ["", [], None, 3, [1], "(q_proj"],
     "exclude_modules": ["", [], 3, [None], "*"],
     "modules_to_save": ["embed_tokens", 3, [1]],
-    "rank_pattern": [None, 0.5, {"q_proj": 0}, {"q_proj": 1.5}, {"q_proj": NAN}, {"(q": 0.5}, {1: 0.5}],
+    "rank_pattern": [
+        None,
+        0.5,
+        {"q_proj": 0},
+        {"q_proj": 1.5},
+        {"q_proj": NAN},
+        {"(q": 0.5},
+        {1: 0.5},
+    ],
     "alignment": [0, 3, -2, 1.5, True, None],
     "seed": [-1, 0.5, True, None],
 }
 
 
-@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in BAD.items() for value in values])
+@pytest.mark.parametrize(
+    ("field", "value"), [(field, value) for field, values in BAD.items() for value in values]
+)
 def test_a_bad_value_is_an_error_that_names_the_field_and_the_value(field, value):
     with pytest.raises(ValueError, match=rf"LoSiAConfig\.{field}") as error:
         LoSiAConfig(**{field: value})
@@ -47,12 +57,21 @@ def test_every_field_has_a_bad_value_here():
     assert BAD.keys() == {field.name for field in dataclasses.fields(LoSiAConfig)}
 
 
-@pytest.mark.parametrize("values", [
-    {"rank_factor": 1}, {"rank_factor": 1e-6}, {"output_dim_factor": 0}, {"output_dim_factor": 1}, {"period": 1},
-    {"importance_beta1": 0, "importance_beta2": 0.999}, {"modules_to_save": []}, {"rank_pattern": {"mlp.*": 1}},
-    {"period": "auto"},
-    {"target_modules": r".*\.(q|v)_proj", "exclude_modules": ("lm_head",)},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"rank_factor": 1},
+        {"rank_factor": 1e-6},
+        {"output_dim_factor": 0},
+        {"output_dim_factor": 1},
+        {"period": 1},
+        {"importance_beta1": 0, "importance_beta2": 0.999},
+        {"modules_to_save": []},
+        {"rank_pattern": {"mlp.*": 1}},
+        {"period": "auto"},
+        {"target_modules": r".*\.(q|v)_proj", "exclude_modules": ("lm_head",)},
+    ],
+)
 def test_the_edges_of_the_ranges_are_good(values):
     config = LoSiAConfig(**values)
     assert {name: getattr(config, name) for name in values} == values
@@ -60,19 +79,35 @@ def test_the_edges_of_the_ranges_are_good(values):
 
 def test_defaults_are_the_papers():
     config = LoSiAConfig()
-    assert (config.rank_factor, config.output_dim_factor, config.period, config.warmup_steps) == (1 / 8, 0, 100, 0)
+    assert (config.rank_factor, config.output_dim_factor, config.period, config.warmup_steps) == (
+        1 / 8,
+        0,
+        100,
+        0,
+    )
     assert (config.update_type, config.importance, config.rewarm, config.reset_step) == (
-        "async", "sensitivity", True, True
-    )  # fmt: skip
+        "async",
+        "sensitivity",
+        True,
+        True,
+    )
     assert (config.importance_beta1, config.importance_beta2) == (0.85, 0.85)
     assert (config.target_modules, config.master_weights, config.seed) == ("all-linear", True, 0)
 
 
 def test_a_config_survives_json():
     config = LoSiAConfig(
-        rank_factor=1 / 3, output_dim_factor=0.25, period=7, update_type="sync", importance="marginal", rewarm=False,
-        target_modules=["up_proj"], modules_to_save=["norm"], rank_pattern={"down_proj": 0.5}, seed=3,
-    )  # fmt: skip
+        rank_factor=1 / 3,
+        output_dim_factor=0.25,
+        period=7,
+        update_type="sync",
+        importance="marginal",
+        rewarm=False,
+        target_modules=["up_proj"],
+        modules_to_save=["norm"],
+        rank_pattern={"down_proj": 0.5},
+        seed=3,
+    )
     assert LoSiAConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -90,7 +125,10 @@ def test_unknown_fields_are_named_beside_the_known_ones():
 
 
 def test_from_dict_checks_values_too():
-    with pytest.raises(ValueError, match=re.escape("LoSiAConfig.period must be a whole number of steps, at least 1")):
+    with pytest.raises(
+        ValueError,
+        match=re.escape("LoSiAConfig.period must be a whole number of steps, at least 1"),
+    ):
         LoSiAConfig.from_dict({"period": 0})
 
 

@@ -1,4 +1,5 @@
-"""The documents: links lead somewhere, every page is in the index, the reference is what the docstrings say."""
+"""The documents: links lead somewhere, every page is in the index, the reference is what the
+docstrings say."""
 
 import importlib.util
 import re
@@ -7,11 +8,18 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from test_layout import FLOORS
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(page for folder in ("docs", "examples", "bench", "tests")
-                                          for page in (ROOT / folder).rglob("*.md"))])
+DOCUMENTS = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *(
+            page
+            for folder in ("docs", "examples", "bench", "tests")
+            for page in (ROOT / folder).rglob("*.md")
+        ),
+    ]
+)
 
 
 def links(page: Path) -> Iterator[str]:
@@ -35,11 +43,15 @@ def test_every_relative_link_leads_somewhere(page):
         target = (page.parent / path).resolve() if path else page
         assert target.exists(), f"{page.name} links to {link}"
         assert target.is_relative_to(ROOT), f"{page.name} links out of the repository: {link}"
-        assert not anchor or anchor in anchors(target), f"{page.name} links to {link}: no such heading"
+        assert not anchor or anchor in anchors(target), (
+            f"{page.name} links to {link}: no such heading"
+        )
 
 
 def test_the_reader_of_links_finds_them():
-    assert {"docs/tutorial.md", "examples", "losia_kernels/kernels"} <= set(links(ROOT / "README.md"))
+    assert {"docs/tutorial.md", "examples", "losia_kernels/kernels"} <= set(
+        links(ROOT / "README.md")
+    )
 
 
 def test_the_index_names_every_page():
@@ -47,22 +59,10 @@ def test_the_index_names_every_page():
     assert {link for link in links(ROOT / "docs" / "index.md") if "/" not in link} == pages
 
 
-def test_the_table_of_floors_is_the_one_that_is_tested():
-    """One row for the kernels and one for the integrations, which have floors among themselves."""
-    table = re.findall(r"^\| \d+ \| (.*) \|$", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.M)
-    told = [[name.removesuffix(".py") for name in re.findall(r"`([\w/*]+(?:\.py)?)`", row)] for row in table]
-    expected: list[list[str]] = []
-    for floor in FLOORS:
-        row = [re.sub(r"^(kernels|integrations)/.*", r"\1/*", name).removesuffix("/__init__") for name in floor]
-        row = [name for name in row if not name.startswith("ops/")]
-        merged = bool(expected and row) and row[0] == expected[-1][0]
-        known = expected.pop() if merged else []
-        expected.extend([list(dict.fromkeys(known + row))] if row else [])
-    assert [sorted(row) for row in told] == [sorted(row) for row in expected]
-
-
 def reference_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_reference", ROOT / "docs" / "make_reference.py")
+    spec = importlib.util.spec_from_file_location(
+        "make_reference", ROOT / "docs" / "make_reference.py"
+    )
     assert spec and spec.loader
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
@@ -72,12 +72,25 @@ def reference_script() -> ModuleType:
 def test_the_reference_is_what_the_docstrings_say():
     pytest.importorskip("peft", reason="its adapter is part of the reference")
     script = reference_script()
-    assert script.PAGE.read_text() == script.reference(), "docs/reference.md is not up to date: make docs"
+    assert script.PAGE.read_text() == script.reference(), (
+        "docs/reference.md is not up to date: make docs"
+    )
 
 
 def test_a_docstring_becomes_markdown():
     text = "What ``f`` does.\n\nSize\n    rank, p: a share\n        of all.\n\n    code(1)\n\nEnd."
     assert list(reference_script().markdown(text)) == [
-        "What `f` does.", "", "Size", "", "- **rank, p**: a share", "  of all.", "", "```python", "code(1)", "```", "",
-        "End.", "",
-    ]  # fmt: skip
+        "What `f` does.",
+        "",
+        "Size",
+        "",
+        "- **rank, p**: a share",
+        "  of all.",
+        "",
+        "```python",
+        "code(1)",
+        "```",
+        "",
+        "End.",
+        "",
+    ]

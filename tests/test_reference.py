@@ -1,4 +1,5 @@
-"""The oracles against facts that do not come from them: autograd, torch.optim.AdamW, enumeration, hand-made tables."""
+"""The oracles against facts that do not come from them: autograd, torch.optim.AdamW, enumeration,
+hand-made tables."""
 
 import copy
 
@@ -19,11 +20,12 @@ def rand(*shape):
     return torch.randn(*shape, dtype=torch.float64)
 
 
-# Kernels --------------------------------------------------------------------------------------------------------------
+# Kernels ------------------------------------------------------------------------------------------
 
 
 def test_sensitivity_is_the_loss_change_of_removing_a_weight():
-    """Eq. 3 is exact for a loss that is quadratic in each weight with the curvature g^2 (the Fisher estimate)."""
+    """Eq. 3 is exact for a loss that is quadratic in each weight with the curvature g^2 (the Fisher
+    estimate)."""
     weight, slope = rand(4, 3), rand(4, 3)
 
     def loss_per_weight(w):
@@ -49,7 +51,8 @@ def test_importance_kinds_are_the_parts_of_eq_3():
 
 
 def test_smoothing_of_a_constant_importance_has_a_closed_form():
-    """From zero and with I constant: mean_n = (1 - b^n) I and uncertainty_n = n (1 - b) b^n I, b the common beta."""
+    """From zero and with I constant: mean_n = (1 - b^n) I and uncertainty_n = n (1 - b) b^n I, b
+    the common beta."""
     weight, grad, beta, n = rand(3, 5), rand(3, 5), 0.85, 7
     now = kernels.importance_ref(weight, grad)
     state = torch.zeros(3, 5), torch.zeros(3, 5)
@@ -61,16 +64,23 @@ def test_smoothing_of_a_constant_importance_has_a_closed_form():
 
 def test_each_beta_smooths_its_own_average():
     weight, grad = torch.ones(1, 1), torch.ones(1, 1)  # I = 1/2
-    mean, deviation = kernels.importance_update_ref(torch.ones(1, 1), torch.ones(1, 1), weight, grad, 0.5, 0.75)
+    mean, deviation = kernels.importance_update_ref(
+        torch.ones(1, 1), torch.ones(1, 1), weight, grad, 0.5, 0.75
+    )
     assert mean.item() == 0.75
     assert deviation.item() == 0.75 * 1 + 0.25 * 0.25
 
 
 def test_marginals_are_sums_over_the_given_neurons():
-    importance, uncertainty = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), torch.full((3, 2), 10.0)
+    importance, uncertainty = (
+        torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]),
+        torch.full((3, 2), 10.0),
+    )
     out_sums, in_sums = kernels.score_marginals_ref(importance, uncertainty)
     assert (out_sums.tolist(), in_sums.tolist()) == ([30, 70, 110], [90, 120])
-    out_sums, in_sums = kernels.score_marginals_ref(importance, None, torch.tensor([0, 2]), torch.tensor([1]))
+    out_sums, in_sums = kernels.score_marginals_ref(
+        importance, None, torch.tensor([0, 2]), torch.tensor([1])
+    )
     assert (out_sums.tolist(), in_sums.tolist()) == ([2, 4, 6], [6, 8])
     out_sums, in_sums = kernels.importance_marginals_ref(importance, importance, "gradient", 2.0)
     assert (out_sums.tolist(), in_sums.tolist()) == ([6, 14, 22], [18, 24])
@@ -102,7 +112,16 @@ def test_subnet_adamw_is_torchs_and_leaves_the_rest_alone():
         theirs.grad = partials.sum(0)
         optimizer.step()
         weight, subnet, *moments = kernels.subnet_adamw_ref(
-            weight, subnet, partials, *moments, out_idx, in_idx, beta1=0.8, beta2=0.95, step=step, **options
+            weight,
+            subnet,
+            partials,
+            *moments,
+            out_idx,
+            in_idx,
+            beta1=0.8,
+            beta2=0.95,
+            step=step,
+            **options,
         )
         torch.testing.assert_close(subnet, theirs.detach(), rtol=1e-12, atol=1e-12)
         assert torch.equal(weight[out_idx][:, in_idx], subnet)
@@ -111,12 +130,12 @@ def test_subnet_adamw_is_torchs_and_leaves_the_rest_alone():
     assert torch.equal(weight[outside], start[outside])
 
 
-# Selection ------------------------------------------------------------------------------------------------------------
+# Selection ----------------------------------------------------------------------------------------
 
 SCORES = st.tuples(st.integers(1, 5), st.integers(1, 5)).flatmap(
-    lambda shape: st.lists(st.integers(0, 9), min_size=shape[0] * shape[1], max_size=shape[0] * shape[1]).map(
-        lambda values: np.array(values, dtype=float).reshape(shape)
-    )
+    lambda shape: st.lists(
+        st.integers(0, 9), min_size=shape[0] * shape[1], max_size=shape[0] * shape[1]
+    ).map(lambda values: np.array(values, dtype=float).reshape(shape))
 )
 
 
@@ -143,7 +162,9 @@ def test_greedy_finds_a_block_that_stands_out():
 
 
 def test_the_better_order_wins():
-    score = np.array([[9.0, 0.0, 0.0], [0.0, 6.0, 0.0], [0.0, 5.0, 0.0]])  # inputs sum to 9, 11, 0; outputs to 9, 6, 5
+    score = np.array(
+        [[9.0, 0.0, 0.0], [0.0, 6.0, 0.0], [0.0, 5.0, 0.0]]
+    )  # inputs sum to 9, 11, 0; outputs to 9, 6, 5
     assert selection.in_then_out(score, 1, 1) == ([1], [1])
     assert selection.out_then_in(score, 1, 1) == ([0], [0])
     assert selection.select_ref(score, 1, 1) == ([0], [0])
@@ -151,7 +172,9 @@ def test_the_better_order_wins():
 
 
 def test_greedy_is_not_the_optimum():
-    score = np.array([[5.0, 4.0, 4.0, 0.0], [4.0, 0.0, 0.0, 0.0], [4.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 9.0]])
+    score = np.array(
+        [[5.0, 4.0, 4.0, 0.0], [4.0, 0.0, 0.0, 0.0], [4.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 9.0]]
+    )
     assert selection.select_ref(score, 1, 1) == ([0], [0])
     assert selection.brute_force_ref(score, 1, 1) == ([3], [3])
 
@@ -171,7 +194,7 @@ def test_forms_that_select_from_sums():
     assert selection.largest([1.0, 4.0, 4.0, 4.0], 2) == [1, 2]
 
 
-# Timeline -------------------------------------------------------------------------------------------------------------
+# Timeline -----------------------------------------------------------------------------------------
 
 THIRD = pytest.approx(1 / 3)
 TWO_THIRDS = pytest.approx(2 / 3)
@@ -204,14 +227,22 @@ def test_one_group_rewarms_without_pause_and_period_one_moves_every_step():
 
 def test_no_rewarming_before_the_warm_up_has_ended():
     """Step 4 is the first past a warm-up of 4 steps, in the middle of group 0's rewarming."""
-    assert [timeline.rewarm_ref(s, 0, 2, 3, warmup_steps=4) for s in range(6)] == [1, 1, 1, 1, TWO_THIRDS, 1]
+    assert [timeline.rewarm_ref(s, 0, 2, 3, warmup_steps=4) for s in range(6)] == [
+        1,
+        1,
+        1,
+        1,
+        TWO_THIRDS,
+        1,
+    ]
 
 
-# Training -------------------------------------------------------------------------------------------------------------
+# Training -----------------------------------------------------------------------------------------
 
 
 class Toy(nn.Module):
-    """Embedding, a linear that is used twice, one with bias, and a head that may be tied to the embedding."""
+    """Embedding, a linear that is used twice, one with bias, and a head that may be tied to the
+    embedding."""
 
     def __init__(self, tied=False):
         super().__init__()
@@ -260,7 +291,12 @@ def run(model, config, data, names=("twice", "mix"), initial=None, lr=0.01, **kw
 
 def test_training_the_whole_weights_without_a_move_is_adamw():
     ours, theirs, data = toy(), toy(), batches(6)
-    run(ours, Config(period=100, betas=(0.8, 0.9), weight_decay=0.1), data, dense={"head": ours.head})
+    run(
+        ours,
+        Config(period=100, betas=(0.8, 0.9), weight_decay=0.1),
+        data,
+        dense={"head": ours.head},
+    )
     weights = [theirs.twice.weight, theirs.mix.weight, theirs.head.weight]
     optimizer = torch.optim.AdamW(weights, lr=0.01, betas=(0.8, 0.9), weight_decay=0.1)
     for batch in data:
@@ -273,9 +309,14 @@ def test_training_the_whole_weights_without_a_move_is_adamw():
 @pytest.mark.parametrize("reset_step", [True, False])
 @pytest.mark.parametrize(("rewarm", "warmup_steps"), [(True, 0), (True, 5), (False, 0)])
 def test_a_move_restarts_adamw_and_rewarms(reset_step, rewarm, warmup_steps):
-    """The only subnet of full size moves to itself: all that a move leaves is fresh moments and a smaller rate."""
+    """The only subnet of full size moves to itself: all that a move leaves is fresh moments and a
+    smaller rate."""
     ours, theirs, data, period = toy(), toy(), batches(7), 3
-    run(ours, Config(period=period, reset_step=reset_step, rewarm=rewarm, warmup_steps=warmup_steps), data)
+    run(
+        ours,
+        Config(period=period, reset_step=reset_step, rewarm=rewarm, warmup_steps=warmup_steps),
+        data,
+    )
     weights = [theirs.twice.weight, theirs.mix.weight]
     optimizer = torch.optim.AdamW(weights, weight_decay=0.0)
     for s, batch in enumerate(data):
@@ -313,34 +354,54 @@ def test_accumulation_is_the_larger_batch_to_adamw_but_not_to_the_importance():
 
 @pytest.mark.parametrize("dense", [False, True])
 def test_a_tied_head_gets_only_the_heads_gradient(dense):
-    """After one step the tied weight is what the head of an untied twin becomes, and the embedding sees it."""
+    """After one step the tied weight is what the head of an untied twin becomes, and the embedding
+    sees it."""
     tied, twin = toy(tied=True), toy(tied=True)
     twin.head.weight = nn.Parameter(twin.embed.weight.detach().clone())
     for model in (tied, twin):
         if dense:
             run(model, Config(period=5), batches(1), dense={"head": model.head})
         else:
-            run(model, Config(period=5), batches(1), names=("head",), initial={"head": (torch.tensor([2, 7]), None)})
+            run(
+                model,
+                Config(period=5),
+                batches(1),
+                names=("head",),
+                initial={"head": (torch.tensor([2, 7]), None)},
+            )
     assert torch.equal(tied.head.weight, twin.head.weight)
     assert tied.embed.weight is tied.head.weight
-    changed = (tied.head.weight != toy(tied=True).head.weight).any(dim=1).nonzero().flatten().tolist()
+    changed = (
+        (tied.head.weight != toy(tied=True).head.weight).any(dim=1).nonzero().flatten().tolist()
+    )
     assert changed == (list(range(11)) if dense else [2, 7])
 
 
 @pytest.mark.parametrize("importance", ["sensitivity", "gradient", "marginal"])
 def test_groups_move_in_turn_by_their_own_scores(importance):
-    """Two groups, T = 2, two cycles; the scores are recomputed from a second, plain model by autograd."""
+    """Two groups, T = 2, two cycles; the scores are recomputed from a second, plain model by
+    autograd."""
     model, plain = toy(), toy()
     config = Config(period=2, importance=importance, importance_beta1=0.7)
-    initial = {"head": (torch.tensor([0, 1, 2]), None), "twice": (torch.tensor([0, 1]), torch.tensor([4, 5]))}
-    training = Training(model, [{"head": model.head}, {"twice": model.twice}], initial, config, loss_of)
+    initial = {
+        "head": (torch.tensor([0, 1, 2]), None),
+        "twice": (torch.tensor([0, 1]), torch.tensor([4, 5])),
+    }
+    training = Training(
+        model, [{"head": model.head}, {"twice": model.twice}], initial, config, loss_of
+    )
     before = []  # per step: name -> (weight, gradient), at the weights before the update
     for batch in batches(8):
         plain.load_state_dict(model.state_dict())
         plain.zero_grad()
         loss_of(plain, batch).backward()
         weights = {name: getattr(plain, name).weight for name in initial}
-        before.append({name: (weight.detach().clone(), weight.grad.clone()) for name, weight in weights.items()})
+        before.append(
+            {
+                name: (weight.detach().clone(), weight.grad.clone())
+                for name, weight in weights.items()
+            }
+        )
         training.step([batch], 0.05)
 
     def score(name, slot):
@@ -363,7 +424,9 @@ def test_groups_move_in_turn_by_their_own_scores(importance):
         return selection.select_ref(matrix.numpy(), 2, 2)
 
     expected = {
-        "head": [([0, 1, 2], list(range(6)))] + [chosen("head", [0, 1])] * 4 + [chosen("head", [4, 5])] * 3,
+        "head": [([0, 1, 2], list(range(6)))]
+        + [chosen("head", [0, 1])] * 4
+        + [chosen("head", [4, 5])] * 3,
         "twice": [([0, 1], [4, 5])] * 3 + [chosen("twice", [2, 3])] * 4 + [chosen("twice", [6, 7])],
     }
     for name, subnets in expected.items():
@@ -378,7 +441,9 @@ def test_a_master_collects_updates_that_the_weight_cannot_hold(dtype):
     model = toy().to(dtype)
     start = copy.deepcopy(model.state_dict())
     subnet = torch.tensor([1, 3]), torch.tensor([0, 2])
-    training = run(model, Config(period=100), batches(20), names=("twice",), initial={"twice": subnet}, lr=1e-6)
+    training = run(
+        model, Config(period=100), batches(20), names=("twice",), initial={"twice": subnet}, lr=1e-6
+    )
     master = training.moved["twice"].master
     assert master.dtype == torch.float32
     assert torch.equal(model.twice.weight[subnet[0]][:, subnet[1]], master.to(dtype))

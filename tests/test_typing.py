@@ -1,4 +1,5 @@
-"""The public names are annotated in full, and mypy agrees with the package and with a user's file."""
+"""The public names are annotated in full, and mypy agrees with the package and with a user's
+file."""
 
 import importlib
 import inspect
@@ -14,11 +15,17 @@ ROOT = Path(__file__).parent.parent
 MODULES = {
     "losia_kernels": (),
     "losia_kernels.ops": (),
-    "losia_kernels.timeline": ("Timeline",),
+    "losia_kernels.training.timeline": ("Timeline",),
     "losia_kernels.checkpoint": ("save_checkpoint", "load_checkpoint", "full_state_dict"),
-    "losia_kernels.delta": ("make_delta", "verify_delta", "apply_delta", "subtract_delta", "describe_delta"),
-    "losia_kernels.lora_export": ("export_lora", "describe_lora"),
-    "losia_kernels.memory": ("estimate", "describe_fit"),
+    "losia_kernels.checkpoint.delta": (
+        "make_delta",
+        "verify_delta",
+        "apply_delta",
+        "subtract_delta",
+        "describe_delta",
+    ),
+    "losia_kernels.checkpoint.lora": ("export_lora", "describe_lora"),
+    "losia_kernels.finetune.estimate": ("estimate", "describe_fit"),
 }
 
 
@@ -29,7 +36,9 @@ def public_functions(module: str, names: tuple[str, ...]) -> Iterator[tuple[str,
         members = vars(public).items() if isinstance(public, type) else [("", public)]
         for member, value in members:
             value = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
-            if isinstance(value, FunctionType) and (not member.startswith("_") or member == "__init__"):
+            if isinstance(value, FunctionType) and (
+                not member.startswith("_") or member == "__init__"
+            ):
                 yield f"{name}.{member}".rstrip("."), inspect.unwrap(value)
 
 
@@ -39,9 +48,13 @@ def test_public_functions_are_annotated_in_full(module):
     assert found
     for name, function in found.items():
         signature = inspect.signature(function)
-        bare = [each.name for each in signature.parameters.values() if each.annotation is each.empty]
+        bare = [
+            each.name for each in signature.parameters.values() if each.annotation is each.empty
+        ]
         assert not set(bare) - {"self", "cls"}, f"{module}: {name} leaves {bare} without a type"
-        assert name.endswith(".__init__") or signature.return_annotation is not signature.empty, f"{module}: {name}"
+        assert name.endswith(".__init__") or signature.return_annotation is not signature.empty, (
+            f"{module}: {name}"
+        )
 
 
 @pytest.mark.slow

@@ -10,7 +10,8 @@ VOCAB, HIDDEN = 13, 8
 
 
 class Block(nn.Module):
-    """A decoder block without attention: norm, a gated projection with and without bias, residual."""
+    """A decoder block without attention: norm, a gated projection with and without bias,
+    residual."""
 
     def __init__(self, dropout: float = 0.0):
         super().__init__()
@@ -24,7 +25,8 @@ class Block(nn.Module):
 
 
 class TinyLM(nn.Module):
-    """Causal LM with transformers' surface: ``model.layers``, ``lm_head``, ``get_output_embeddings``, ``.loss``."""
+    """Causal LM with transformers' surface: ``model.layers``, ``lm_head``,
+    ``get_output_embeddings``, ``.loss``."""
 
     def __init__(self, blocks: int = 2, tied: bool = False, dropout: float = 0.0):
         super().__init__()
@@ -44,7 +46,11 @@ class TinyLM(nn.Module):
         for block in self.model.layers:
             x = block(x)
         logits = self.lm_head(self.model.norm(x))
-        loss = None if labels is None else F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten())
+        loss = (
+            None
+            if labels is None
+            else F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten())
+        )
         return SimpleNamespace(loss=loss, logits=logits)
 
 
@@ -61,7 +67,9 @@ def make_batches(count: int, seed: int = 0) -> list[dict[str, Tensor]]:
     return [{"input_ids": tokens[:, :-1], "labels": tokens[:, 1:]} for tokens in draws]
 
 
-def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, *batches: dict[str, Tensor]) -> float:
+def take_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, *batches: dict[str, Tensor]
+) -> float:
     """One optimizer step over the mean of the micro-batches' losses; returns the last one's."""
     for batch in batches:
         loss = model(**batch).loss
@@ -74,7 +82,8 @@ def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, *batches: dict
 def same_tensors(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     """Same keys, same dtypes, same bits."""
     return first.keys() == second.keys() and all(
-        first[key].dtype == second[key].dtype and torch.equal(first[key], second[key]) for key in first
+        first[key].dtype == second[key].dtype and torch.equal(first[key], second[key])
+        for key in first
     )
 
 

@@ -1,4 +1,5 @@
-"""The tolerance rule, stated once: a kernel errs at most twice what plain torch errs in the same dtype, plus 1e-6."""
+"""The tolerance rule, stated once: a kernel errs at most twice what plain torch errs in the same
+dtype, plus 1e-6."""
 
 import torch
 from torch import Tensor
@@ -13,9 +14,12 @@ def max_error(value: Tensor, truth: Tensor) -> float:
 
 
 def assert_within(kernel: Tensor, eager: Tensor, truth: Tensor) -> None:
-    """``kernel`` and ``eager`` are the same result in the same dtype, ``truth`` is it from float64 arithmetic."""
+    """``kernel`` and ``eager`` are the same result in the same dtype, ``truth`` is it from float64
+    arithmetic."""
     assert truth.dtype == torch.float64, f"the truth is {truth.dtype}"
     assert (kernel.shape, kernel.dtype) == (eager.shape, eager.dtype)
     assert kernel.shape == truth.shape
     error, allowed = max_error(kernel, truth), 2 * max_error(eager, truth) + SLACK
-    assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"  # a NaN fails: it compares false
+    assert error <= allowed, (
+        f"error {error:.3e}, allowed {allowed:.3e}"
+    )  # a NaN fails: it compares false

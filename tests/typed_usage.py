@@ -1,4 +1,5 @@
-"""The public surface with annotations, as a user writes them: mypy checks this file, pytest does not run it."""
+"""The public surface with annotations, as a user writes them: mypy checks this file, pytest does
+not run it."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +14,6 @@ from losia_kernels import (
     Subnet,
     apply_losia,
     attach,
-    calibrate,
     export_state_dict,
     losia_linear_cross_entropy,
     ops,
@@ -21,18 +21,23 @@ from losia_kernels import (
     select_subnet,
     start_from_frequency,
 )
-from losia_kernels.checkpoint import load_checkpoint, save_checkpoint
-from losia_kernels.delta import apply_delta, make_delta, verify_delta
-from losia_kernels.lora_export import export_lora
-from losia_kernels.timeline import Timeline
+from losia_kernels.checkpoint.delta import apply_delta, make_delta, verify_delta
+from losia_kernels.checkpoint.lora import export_lora
+from losia_kernels.checkpoint.resumable import load_checkpoint, save_checkpoint
+from losia_kernels.training import calibrate
+from losia_kernels.training.timeline import Timeline
 
 
 def train(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    config = LoSiAConfig(rank_factor=1 / 8, period=100, target_modules=["q_proj"], rank_pattern={"down_proj": 1 / 4})
+    config = LoSiAConfig(
+        rank_factor=1 / 8, period=100, target_modules=["q_proj"], rank_pattern={"down_proj": 1 / 4}
+    )
     converted: nn.Module = apply_losia(model, config)
     calibrate(converted, batches, steps=4)
     start_from_frequency(converted, batches)
-    optimizer = LoSiAAdamW(converted, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01, total_steps=1000)
+    optimizer = LoSiAAdamW(
+        converted, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01, total_steps=1000
+    )
     timeline: Timeline = optimizer.timeline
     timeline.loss_divisor = 4
     for batch in batches:

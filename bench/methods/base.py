@@ -20,13 +20,16 @@ class Options:
 
 @dataclass
 class Prepared:
-    """A model that one method trains. ``update`` is the optimizer's step and the clearing of the gradients."""
+    """A model that one method trains. ``update`` is the optimizer's step and the clearing of the
+    gradients."""
 
     module: nn.Module
     update: Callable[[], None]
     trained: int
     autocast: bool = False  # float32 adapters in a 16-bit model, as Trainer(bf16=True) runs them
-    subnets: dict[str, LoSiALinear] = field(default_factory=dict)  # whose gradient the gate compares with autograd's
+    subnets: dict[str, LoSiALinear] = field(
+        default_factory=dict
+    )  # whose gradient the gate compares with autograd's
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,16 @@ class UnknownMethod(ValueError):
 
 def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """The linears of the decoder blocks: what every method here trains."""
-    return {name: module for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and "layers." in name}  # fmt: skip
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and "layers." in name
+    }
 
 
 def target_names(model: nn.Module) -> list[str]:
-    """Last components of the names of the decoder's linears, as PEFT's target_modules wants them."""
+    """Last components of the names of the decoder's linears, as PEFT's target_modules wants
+    them."""
     return sorted({name.rsplit(".", 1)[-1] for name in decoder_linears(model)})
 
 

@@ -1,7 +1,9 @@
-"""LoRA as one autograd function a linear, gradients written by hand: what Unsloth's ``LoRA_W`` does.
+"""LoRA as one autograd function a linear, gradients written by hand: what Unsloth's ``LoRA_W``
+does.
 
-Unsloth itself patches transformers when it is imported, for every other row of the process too, so its function is
-rebuilt here: the adapter's products are accumulated into the base product, and nothing but x is saved.
+Unsloth itself patches transformers when it is imported, for every other row of the process too, so
+its function is rebuilt here: the adapter's products are accumulated into the base product, and
+nothing but x is saved.
 """
 
 import math
@@ -10,7 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Method, Options, Prepared, adamw, count, decoder_linears, stepper, trained_parameters
+from .base import (
+    Method,
+    Options,
+    Prepared,
+    adamw,
+    count,
+    decoder_linears,
+    stepper,
+    trained_parameters,
+)
 
 
 class _FusedLoRA(torch.autograd.Function):
@@ -56,12 +67,19 @@ def _prepare(model: nn.Module, options: Options) -> Prepared:
     model.requires_grad_(False)
     for name, linear in decoder_linears(model).items():
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, FusedLoRALinear(linear, options.rank, 2 * options.rank))
+        setattr(
+            model.get_submodule(parent),
+            child,
+            FusedLoRALinear(linear, options.rank, 2 * options.rank),
+        )
     parameters = trained_parameters(model)
     return Prepared(model, stepper(adamw(parameters, lr=2e-4)), count(parameters))
 
 
 FUSED_LORA = Method(
-    "lora-fused", "hand-fused LoRA", "r 64, alpha 128, all linears, adapters in the model's dtype; Unsloth's LoRA_W "
-    "rebuilt", _prepare, ("rank",),
-)  # fmt: skip
+    "lora-fused",
+    "hand-fused LoRA",
+    "r 64, alpha 128, all linears, adapters in the model's dtype; Unsloth's LoRA_W rebuilt",
+    _prepare,
+    ("rank",),
+)

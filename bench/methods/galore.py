@@ -13,7 +13,15 @@ def _prepare(model: nn.Module, options: Options) -> Prepared:
     peer = import_peer("galore_torch")
     model.requires_grad_(False)
     weights = [linear.weight.requires_grad_() for linear in decoder_linears(model).values()]
-    groups = [{"params": weights, "rank": RANK, "update_proj_gap": GAP, "scale": SCALE, "proj_type": "std"}]
+    groups = [
+        {
+            "params": weights,
+            "rank": RANK,
+            "update_proj_gap": GAP,
+            "scale": SCALE,
+            "proj_type": "std",
+        }
+    ]
     optimizer = peer.GaLoreAdamW(groups, lr=1e-4, no_deprecation_warning=True)
     for weight in weights:
         _give_projection(optimizer, weight)
@@ -25,7 +33,13 @@ def _prepare_per_layer(model: nn.Module, options: Options) -> Prepared:
     model.requires_grad_(False)
     weights = [linear.weight.requires_grad_() for linear in decoder_linears(model).values()]
     for weight in weights:
-        group = {"params": [weight], "rank": RANK, "update_proj_gap": GAP, "scale": SCALE, "proj_type": "std"}
+        group = {
+            "params": [weight],
+            "rank": RANK,
+            "update_proj_gap": GAP,
+            "scale": SCALE,
+            "proj_type": "std",
+        }
         optimizer = peer.GaLoreAdamW([group], lr=1e-4, no_deprecation_warning=True)
         _give_projection(optimizer, weight)
         update = stepper(optimizer)
@@ -34,7 +48,8 @@ def _prepare_per_layer(model: nn.Module, options: Options) -> Prepared:
 
 
 def _give_projection(optimizer: torch.optim.Optimizer, weight: Tensor) -> None:
-    """A random projection that is never renewed: the cost of the SVD that would renew it is a row of its own."""
+    """A random projection that is never renewed: the cost of the SVD that would renew it is a row
+    of its own."""
     projector_class = import_peer("galore_torch.galore_projector").GaLoreProjector
     projector = projector_class(RANK, update_proj_gap=10**9, scale=SCALE, proj_type="std")
     rank = min(RANK, *weight.shape)
@@ -46,16 +61,23 @@ def _give_projection(optimizer: torch.optim.Optimizer, weight: Tensor) -> None:
 
 
 def project_once(gradient: Tensor) -> Tensor:
-    """What GaLore does to one matrix every 200 steps: the SVD of ``[short, long]``, cut to ``[short, rank]``."""
+    """What GaLore does to one matrix every 200 steps: the SVD of ``[short, long]``, cut to
+    ``[short, rank]``."""
     projector_class = import_peer("galore_torch.galore_projector").GaLoreProjector
     return projector_class(RANK).get_orthogonal_matrix(gradient, RANK, type="left")
 
 
 GALORE = Method(
-    "galore", "GaLore", "galore-torch GaLoreAdamW, rank 512, scale 2, gap 200, moments in the gradient's dtype; "
-    "without the SVD", _prepare,
-)  # fmt: skip
+    "galore",
+    "GaLore",
+    "galore-torch GaLoreAdamW, rank 512, scale 2, gap 200, moments in the gradient's dtype; "
+    "without the SVD",
+    _prepare,
+)
 GALORE_PER_LAYER = Method(
-    "galore-per-layer", "GaLore, layer by layer", "as galore, each weight updated in the backward as soon as its "
-    "gradient is there, which is then freed; without the SVD", _prepare_per_layer,
-)  # fmt: skip
+    "galore-per-layer",
+    "GaLore, layer by layer",
+    "as galore, each weight updated in the backward as soon as its "
+    "gradient is there, which is then freed; without the SVD",
+    _prepare_per_layer,
+)

@@ -1,4 +1,5 @@
-"""Import a peer whose package imports bitsandbytes for 8-bit optimizers that are not measured here."""
+"""Import a peer whose package imports bitsandbytes for 8-bit optimizers that are not measured
+here."""
 
 import contextlib
 import importlib

@@ -1,4 +1,5 @@
-"""The two ends: nothing trained (no method that adapts every layer can be faster), and everything trained."""
+"""The two ends: nothing trained (no method that adapts every layer can be faster), and everything
+trained."""
 
 from torch import nn
 
@@ -19,9 +20,14 @@ def _prepare_full(model: nn.Module, options: Options) -> Prepared:
 
 
 FROZEN = Method(
-    "frozen", "frozen weights (floor)", "all weights frozen: forward and dx, no update", _prepare_frozen
+    "frozen",
+    "frozen weights (floor)",
+    "all weights frozen: forward and dx, no update",
+    _prepare_frozen,
 )
 FULL = Method(
-    "full", "full fine-tuning", "all parameters, torch.optim.AdamW(fused), weights and moments in the model's dtype",
+    "full",
+    "full fine-tuning",
+    "all parameters, torch.optim.AdamW(fused), weights and moments in the model's dtype",
     _prepare_full,
-)  # fmt: skip
+)

@@ -1,4 +1,5 @@
-"""``python -m bench.quality [report]``: the same as ``python -m bench quality`` and ``quality-report``."""
+"""``python -m bench.quality [report]``: the same as ``python -m bench quality`` and
+``quality-report``."""
 
 import sys
 

@@ -1,4 +1,5 @@
-"""What happens inside: where gradients lie, what a subnet captures, what moves, what of the weights stays."""
+"""What happens inside: where gradients lie, what a subnet captures, what moves, what of the weights
+stays."""
 
 import itertools
 from dataclasses import asdict
@@ -7,26 +8,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losia_kernels.linear import losia_layers
-from losia_kernels.selection import select_from_marginals, select_subnet
+from losia_kernels.layers.linear import losia_layers
+from losia_kernels.training.selection import select_from_marginals, select_subnet
 
 from .importance import observe
 from .study import Run
 from .tasks import TASKS
 from .training import Base, prepare, setting_of, train
 
-KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")  # of three blocks each
+KINDS = (
+    "self_attn.q_proj",
+    "self_attn.o_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)  # of three blocks each
 SINGULAR_VECTORS = 100
 BATCHES = 8  # whose importance is averaged
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 
 
 def carry_out_analysis(run: Run, base: Base) -> dict[str, Any]:
-    """The paper's Figures 2 and 9 (gradients), 7 (selection), 8 (singular vectors); how good the greedy subnet is."""
+    """The paper's Figures 2 and 9 (gradients), 7 (selection), 8 (singular vectors); how good the
+    greedy subnet is."""
     model = base.fresh()
     names = chosen_layers(model)
     before = {name: model.get_submodule(name).weight.detach().clone() for name in names}
-    gradients, importance = observe(model, names, setting_of(run, TASKS[run.task], base).batches(), BATCHES)
+    gradients, importance = observe(
+        model, names, setting_of(run, TASKS[run.task], base).batches(), BATCHES
+    )
     trained, setting = prepare(run, TASKS[run.task], model, base)
     counts = {name: torch.zeros(layer.in_features) for name, layer in losia_layers(trained.model)}
     placed = {name: layer.in_idx.clone() for name, layer in losia_layers(trained.model)}
@@ -44,26 +53,39 @@ def carry_out_analysis(run: Run, base: Base) -> dict[str, Any]:
     train(trained, setting, count_moves)
     plain = trained.finish()
     return {
-        "run": asdict(run), "status": "ok",
-        "gradients": {name: {"out": concentration(g.sum(1)), "in": concentration(g.sum(0))}
-                      for name, g in gradients.items()},
+        "run": asdict(run),
+        "status": "ok",
+        "gradients": {
+            name: {"out": concentration(g.sum(1)), "in": concentration(g.sum(0))}
+            for name, g in gradients.items()
+        },
         "captured": {name: captured(scores) for name, scores in importance.items()},
         "small_matrices": small_matrices(next(iter(importance.values()))),
-        "selected": {name: torch.bincount(counts[name].long()).tolist() for name in names if name in counts},
+        "selected": {
+            name: torch.bincount(counts[name].long()).tolist() for name in names if name in counts
+        },
         "moves": sum(moved.values()),
-        "singular": {name: similarity(before[name], plain.get_submodule(name).weight.detach()) for name in names},
-    }  # fmt: skip
+        "singular": {
+            name: similarity(before[name], plain.get_submodule(name).weight.detach())
+            for name in names
+        },
+    }
 
 
 def chosen_layers(model) -> list[str]:
     last = model.config.num_hidden_layers - 1
-    return [f"model.layers.{block}.{kind}" for block in sorted({0, last // 2, last}) for kind in KINDS]
+    return [
+        f"model.layers.{block}.{kind}" for block in sorted({0, last // 2, last}) for kind in KINDS
+    ]
 
 
 def concentration(sums: Tensor) -> list[float]:
     """Share of the total that the largest 1/16, 1/8, 1/4 and 1/2 of the neurons hold."""
     ordered = sums.double().sort(descending=True).values.cumsum(0)
-    return [round(float(ordered[max(1, int(share * len(sums))) - 1] / ordered[-1]), 4) for share in SHARES]
+    return [
+        round(float(ordered[max(1, int(share * len(sums))) - 1] / ordered[-1]), 4)
+        for share in SHARES
+    ]
 
 
 def share_of(scores: Tensor, out_idx: Tensor, in_idx: Tensor) -> float:
@@ -71,8 +93,9 @@ def share_of(scores: Tensor, out_idx: Tensor, in_idx: Tensor) -> float:
 
 
 def captured(scores: Tensor, restarts: int = 10) -> dict[str, float]:
-    """Share of all importance in a subnet of p = 1/8: greedy (Algorithm 1), by the largest sums of rows and columns
-    alone, best of random restarts, random, and the sum of the largest entries anywhere, which no block can exceed."""
+    """Share of all importance in a subnet of p = 1/8: greedy (Algorithm 1), by the largest sums of
+    rows and columns alone, best of random restarts, random, and the sum of the largest entries
+    anywhere, which no block can exceed."""
     k_out, k_in = (max(1, size // 8) for size in scores.shape)
     greedy = select_subnet(scores, k_out, k_in)
     sums = select_from_marginals(scores.sum(1), scores.sum(0), k_out, k_in)
@@ -103,11 +126,14 @@ def improve(scores: Tensor, in_idx: Tensor, k_out: int, k_in: int) -> tuple[Tens
 
 
 def small_matrices(scores: Tensor, size: int = 12, k: int = 4, count: int = 40) -> dict[str, float]:
-    """Greedy over the optimum on ``count`` blocks of ``size``² of real importance: mean and worst."""
+    """Greedy over the optimum on ``count`` blocks of ``size``² of real importance: mean and
+    worst."""
     generator = torch.Generator().manual_seed(0)
     ratios = []
     for _ in range(count):
-        rows, columns = (torch.randperm(length, generator=generator)[:size] for length in scores.shape)
+        rows, columns = (
+            torch.randperm(length, generator=generator)[:size] for length in scores.shape
+        )
         block = scores[rows][:, columns]
         greedy = select_subnet(block, k, k)
         ratios.append(share_of(block, greedy.out_idx, greedy.in_idx) / optimum(block, k))
@@ -122,8 +148,11 @@ def optimum(block: Tensor, k: int) -> float:
 
 
 def similarity(before: Tensor, after: Tensor) -> dict[str, float]:
-    """Mean and least |cosine| of the leading left singular vectors of a weight before and after (Figure 8)."""
+    """Mean and least |cosine| of the leading left singular vectors of a weight before and after
+    (Figure 8)."""
     k = min(SINGULAR_VECTORS, *before.shape)
-    first, second = (torch.linalg.svd(w.float(), full_matrices=False).U[:, :k] for w in (before, after))
+    first, second = (
+        torch.linalg.svd(w.float(), full_matrices=False).U[:, :k] for w in (before, after)
+    )
     cosine = (first * second).sum(0).abs()
     return {"mean": round(float(cosine.mean()), 4), "least": round(float(cosine.min()), 4)}

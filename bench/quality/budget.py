@@ -1,4 +1,5 @@
-"""A rank factor for each layer, by what its subnet would capture: as many trained values in all as one factor gives."""
+"""A rank factor for each layer, by what its subnet would capture: as many trained values in all as
+one factor gives."""
 
 import heapq
 import re
@@ -6,27 +7,33 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from losia_kernels.selection import select_subnet
-from losia_kernels.subnet import subnet_size
+from losia_kernels.layers.subnet import subnet_size
+from losia_kernels.training.selection import select_subnet
 
 from ..methods.base import decoder_linears
 from .importance import observe
 
-LEVELS = tuple(2 ** (step / 2) / 32 for step in range(9))  # 1/32 to 1/2; each step doubles the trained values
+LEVELS = tuple(
+    2 ** (step / 2) / 32 for step in range(9)
+)  # 1/32 to 1/2; each step doubles the trained values
 
 
 def captured_by_level(scores: Tensor) -> list[float]:
     """The importance in the greedy subnet (Algorithm 1) at each of LEVELS."""
     found = []
     for level in LEVELS:
-        subnet = select_subnet(scores, *(subnet_size(level, size, "a layer") for size in scores.shape))
+        subnet = select_subnet(
+            scores, *(subnet_size(level, size, "a layer") for size in scores.shape)
+        )
         found.append(float(subnet.captured) * float(scores.sum()))
     return found
 
 
-def rank_pattern(captured: dict[str, list[float]], shapes: dict[str, tuple[int, int]], rank_factor: float) -> dict:
-    """``{name: factor}``: from the lowest level up, always the step that captures most for a value trained more, while
-    it fits what ``rank_factor`` for all layers would train."""
+def rank_pattern(
+    captured: dict[str, list[float]], shapes: dict[str, tuple[int, int]], rank_factor: float
+) -> dict:
+    """``{name: factor}``: from the lowest level up, always the step that captures most for a value
+    trained more, while it fits what ``rank_factor`` for all layers would train."""
 
     def values(name: str, level: float) -> int:
         k_out, k_in = (subnet_size(level, size, name) for size in shapes[name])
@@ -52,7 +59,9 @@ def rank_pattern(captured: dict[str, list[float]], shapes: dict[str, tuple[int, 
     return {name: LEVELS[place] for name, place in places.items()}
 
 
-def by_importance(model: nn.Module, batches: Any, count: int, rank_factor: float) -> dict[str, float]:
+def by_importance(
+    model: nn.Module, batches: Any, count: int, rank_factor: float
+) -> dict[str, float]:
     """LoSiAConfig's ``rank_pattern`` for ``model``. Leaves gradients None."""
     _, importance = observe(model, decoder_linears(model), batches, count)
     captured = {name: captured_by_level(scores) for name, scores in importance.items()}

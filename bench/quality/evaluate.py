@@ -1,4 +1,5 @@
-"""Scores of a plain model on items: what its answers cost, and how many of their lines it would have said by itself."""
+"""Scores of a plain model on items: what its answers cost, and how many of their lines it would
+have said by itself."""
 
 from dataclasses import dataclass, replace
 
@@ -13,8 +14,8 @@ TOKENS_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class ItemScore:
-    """``nll``: sum over the completion's ``tokens``, in nats; ``hits``: those that were most likely; ``right`` of its
-    ``lines`` (blank ones do not count)."""
+    """``nll``: sum over the completion's ``tokens``, in nats; ``hits``: those that were most
+    likely; ``right`` of its ``lines`` (blank ones do not count)."""
 
     nll: float
     tokens: int
@@ -27,11 +28,16 @@ class ItemScore:
 def score_items(model: nn.Module, tokenizer, items: list[Item], max_length: int) -> list[ItemScore]:
     """One forward pass over each completion that counts as right.
 
-    A line is right when each of its tokens is the most likely one after the right text before it: greedy decoding
-    would have said it, up to the newline. Of several right completions any may match; the cost is that of the first.
+    A line is right when each of its tokens is the most likely one after the right text before it:
+    greedy decoding would have said it, up to the newline. Of several right completions any may
+    match; the cost is that of the first.
     """
     model.eval()
-    texts = [(number, text) for number, item in enumerate(items) for text in (item.completion, *item.also_right)]
+    texts = [
+        (number, text)
+        for number, item in enumerate(items)
+        for text in (item.completion, *item.also_right)
+    ]
     encoded = [encode(tokenizer, items[number].prompt, text, max_length) for number, text in texts]
     order = sorted(range(len(texts)), key=lambda i: len(encoded[i].ids))
     found: dict[int, ItemScore] = {}
@@ -40,8 +46,11 @@ def score_items(model: nn.Module, tokenizer, items: list[Item], max_length: int)
         while taken < len(order) and (taken + 1) * len(encoded[order[taken]].ids) <= TOKENS_AT_ONCE:
             taken += 1
         chosen, order = order[:taken], order[taken:]
-        for i, score in zip(chosen, _score(model, [encoded[i] for i in chosen], [texts[i][1] for i in chosen]),
-                            strict=True):  # fmt: skip
+        for i, score in zip(
+            chosen,
+            _score(model, [encoded[i] for i in chosen], [texts[i][1] for i in chosen]),
+            strict=True,
+        ):
             found[i] = score
     scores: list[ItemScore] = []
     for i, (number, _) in enumerate(texts):
@@ -54,7 +63,9 @@ def score_items(model: nn.Module, tokenizer, items: list[Item], max_length: int)
 
 def _score(model: nn.Module, encoded: list[Encoded], texts: list[str]) -> list[ItemScore]:
     batch = collate(encoded, model.device)
-    predicts = batch["labels"][:, 1:] >= 0  # [batch, t - 1]: logits are made only where something is learned
+    predicts = (
+        batch["labels"][:, 1:] >= 0
+    )  # [batch, t - 1]: logits are made only where something is learned
     hidden = model.get_decoder()(input_ids=batch["input_ids"]).last_hidden_state[:, :-1][predicts]
     logits = model.get_output_embeddings()(hidden).float()  # [learned tokens, vocabulary]
     targets = batch["labels"][:, 1:][predicts]
@@ -68,20 +79,28 @@ def _score(model: nn.Module, encoded: list[Encoded], texts: list[str]) -> list[I
         missed = {line for line, hit in zip(lines, hits[mine], strict=True) if not hit}
         written = text.split("\n")
         counted = {line for line in lines if written[line].strip()}
-        scores.append(ItemScore(sum(losses[mine]), len(lines), sum(hits[mine]), len(counted - missed), len(counted)))
+        scores.append(
+            ItemScore(
+                sum(losses[mine]), len(lines), sum(hits[mine]), len(counted - missed), len(counted)
+            )
+        )
     return scores
 
 
 def summary(items: list[Item], scores: list[ItemScore]) -> dict[str, dict[str, float]]:
-    """By group ("" is all items without one): lines ``right`` and ``tokens`` right in percent, ``nll`` in nats a token,
-    ``items``."""
+    """By group ("" is all items without one): lines ``right`` and ``tokens`` right in percent,
+    ``nll`` in nats a token, ``items``."""
     groups: dict[str, list[ItemScore]] = {}
     for item, score in zip(items, scores, strict=True):
         groups.setdefault(item.group, []).append(score)
     return {
         group: {
-            "right": 100 * sum(score.right for score in members) / max(1, sum(score.lines for score in members)),
-            "tokens": 100 * sum(score.hits for score in members) / sum(score.tokens for score in members),
+            "right": 100
+            * sum(score.right for score in members)
+            / max(1, sum(score.lines for score in members)),
+            "tokens": 100
+            * sum(score.hits for score in members)
+            / sum(score.tokens for score in members),
             "nll": sum(score.nll for score in members) / sum(score.tokens for score in members),
             "items": len(members),
         }

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 def observe(
     model: nn.Module, names: Iterable[str], batches: Iterable[Any], count: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """|g| and the importance |gW - (gW)²/2| (Eq. 3) of the layers ``names``, each ``[out, in]``: means over ``count``
-    batches. Leaves gradients None."""
+    """|g| and the importance |gW - (gW)²/2| (Eq. 3) of the layers ``names``, each ``[out, in]``:
+    means over ``count`` batches. Leaves gradients None."""
     weights = {name: model.get_submodule(name).weight.requires_grad_(True) for name in names}
     gradients = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     importance = {name: torch.zeros_like(weight) for name, weight in weights.items()}

@@ -1,4 +1,5 @@
-"""The check that a result is not our bug: a run of LoSiA again by the dense-gradient reference, from the same start."""
+"""The check that a result is not our bug: a run of LoSiA again by the dense-gradient reference,
+from the same start."""
 
 from dataclasses import asdict
 from itertools import islice
@@ -10,7 +11,7 @@ from torch import Tensor
 from csrc_ref.selection import select_marginal_ref
 from csrc_ref.training import Config, Training
 from losia_kernels import LoSiAConfig
-from losia_kernels.linear import losia_layers
+from losia_kernels.layers.linear import losia_layers
 
 from .importance import observe
 from .methods import CALIBRATION_BATCHES, Setting, Trained
@@ -21,7 +22,8 @@ from .training import Base, prepare, schedule, score, thinned, train
 
 
 def carry_out_oracle(run: Run, base: Base) -> dict[str, Any]:
-    """Train twice: with the package and with the reference; say how far apart losses, subnets and scores are.
+    """Train twice: with the package and with the reference; say how far apart losses, subnets and
+    scores are.
 
     Raises NotReady on a GPU: the reference computes on CPU tensors.
     """
@@ -29,37 +31,59 @@ def carry_out_oracle(run: Run, base: Base) -> dict[str, Any]:
         raise NotReady("the reference computes on a CPU: --device cpu --scale small")
     task = TASKS[run.task]
     trained, setting = prepare(run, task, base.fresh(), base)
-    initial = {name: (layer.out_idx.clone(), layer.in_idx.clone()) for name, layer in losia_layers(trained.model)}
+    initial = {
+        name: (layer.out_idx.clone(), layer.in_idx.clone())
+        for name, layer in losia_layers(trained.model)
+    }
     losses = train(trained, setting)["losses"]
-    package_subnets = {name: (layer.out_idx.clone(), layer.in_idx.clone()) for name, layer in
-                       losia_layers(trained.model)}  # fmt: skip
+    package_subnets = {
+        name: (layer.out_idx.clone(), layer.in_idx.clone())
+        for name, layer in losia_layers(trained.model)
+    }
     package = score(trained.finish(), base, task, run)
 
     calibrated = _calibrated(initial, setting, base)
     reference_losses, reference, model = _reference(trained, setting, initial, base)
     found = score(model, base, task, run)
-    shared = [_shared(package_subnets[name], (m.out_idx, m.in_idx)) for name, m in reference.moved.items()]
+    shared = [
+        _shared(package_subnets[name], (m.out_idx, m.in_idx)) for name, m in reference.moved.items()
+    ]
     return {
-        "run": asdict(run), "status": "ok", "scores": package["scores"], "reference_scores": found["scores"],
-        "items": package["items"], "curve": thinned(losses), "reference_curve": thinned(reference_losses),
-        "largest_loss_difference": max(abs(a - b) for a, b in zip(losses, reference_losses, strict=True)),
+        "run": asdict(run),
+        "status": "ok",
+        "scores": package["scores"],
+        "reference_scores": found["scores"],
+        "items": package["items"],
+        "curve": thinned(losses),
+        "reference_curve": thinned(reference_losses),
+        "largest_loss_difference": max(
+            abs(a - b) for a, b in zip(losses, reference_losses, strict=True)
+        ),
         "shared_subnet": sum(shared) / len(shared),
-        "same_subnets": sum(share == 1.0 for share in shared), "layers": len(shared),
-        "same_at_start": sum(_shared(initial[name], subnet) == 1.0 for name, subnet in calibrated.items()),
-    }  # fmt: skip
+        "same_subnets": sum(share == 1.0 for share in shared),
+        "layers": len(shared),
+        "same_at_start": sum(
+            _shared(initial[name], subnet) == 1.0 for name, subnet in calibrated.items()
+        ),
+    }
 
 
 def _calibrated(initial: dict, setting: Setting, base: Base) -> dict[str, tuple[Tensor, Tensor]]:
-    """Where the run should have begun: the largest smoothed sums of the importance, straight from autograd."""
+    """Where the run should have begun: the largest smoothed sums of the importance, straight from
+    autograd."""
     model, beta = base.fresh(), LoSiAConfig().importance_beta1
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     for batch in islice(setting.batches(), CALIBRATION_BATCHES):
         for name, importance in observe(model, initial, [batch], 1)[1].items():
             now = importance.sum(1), importance.sum(0)
             before = sums.get(name, tuple(map(torch.zeros_like, now)))
-            sums[name] = tuple(beta * old + (1 - beta) * new for old, new in zip(before, now, strict=True))
-    return {name: tuple(map(torch.tensor, select_marginal_ref(*sums[name], *map(len, initial[name]))))
-            for name in initial}  # fmt: skip
+            sums[name] = tuple(
+                beta * old + (1 - beta) * new for old, new in zip(before, now, strict=True)
+            )
+    return {
+        name: tuple(map(torch.tensor, select_marginal_ref(*sums[name], *map(len, initial[name]))))
+        for name in initial
+    }
 
 
 def _reference(trained: Trained, setting, initial: dict, base: Base):
@@ -71,8 +95,13 @@ def _reference(trained: Trained, setting, initial: dict, base: Base):
         groups.append({layer.name: model.get_submodule(layer.name) for layer in layers})
     for linear in (linear for group in groups for linear in group.values()):
         linear.weight.requires_grad_(True)
-    config = Config(timeline.config.period, importance=timeline.config.importance, rewarm=timeline.config.rewarm,
-                    update_type=timeline.config.update_type, warmup_steps=setting.warmup)  # fmt: skip
+    config = Config(
+        timeline.config.period,
+        importance=timeline.config.importance,
+        rewarm=timeline.config.rewarm,
+        update_type=timeline.config.update_type,
+        warmup_steps=setting.warmup,
+    )
     model.train()
     reference = Training(model, groups, initial, config, lambda model, batch: model(**batch).loss)
     losses = []

@@ -86,11 +86,27 @@ def render(store: Store) -> str:
     everything = store.all()
     trials = sorted({len(method.lrs) for method in METHODS.values()})
     parts = [HEAD.format(trials="/".join(map(str, trials)), calibration=4, seeds=len(SEEDS))]
-    parts.append("\n".join(["| task | data |", "| --- | --- |",
-                            *(f"| {task.title} | {task.source} |" for task in TASKS.values())]))  # fmt: skip
-    parts.append("\n".join(["| method | settings | learning rates tried |", "| --- | --- | --- |",
-                            *(f"| {method.title} | {method.settings} | {', '.join(f'{lr:.0e}' for lr in method.lrs)} |"
-                              for method in METHODS.values())]))  # fmt: skip
+    parts.append(
+        "\n".join(
+            [
+                "| task | data |",
+                "| --- | --- |",
+                *(f"| {task.title} | {task.source} |" for task in TASKS.values()),
+            ]
+        )
+    )
+    parts.append(
+        "\n".join(
+            [
+                "| method | settings | learning rates tried |",
+                "| --- | --- | --- |",
+                *(
+                    f"| {method.title} | {method.settings} | {', '.join(f'{lr:.0e}' for lr in method.lrs)} |"
+                    for method in METHODS.values()
+                ),
+            ]
+        )
+    )
     for name in ("large", "small"):
         here = [result for result in everything if result["run"]["scale"] == name]
         if here:
@@ -102,21 +118,30 @@ def render(store: Store) -> str:
 def one_scale(everything: Results, scale: Scale, store: Store) -> str:
     results, dropped = usable(everything)
     tasks = [task for task in TASKS if of(results, task=task)]
-    parts = [f"## {scale.name.capitalize()} scale: {scale.steps} steps of {scale.batch}",
-             REGIME.format(samples=scale.steps * scale.batch, turn=scale.steps // 30),
-             remaining(scale, store)]  # fmt: skip
+    parts = [
+        f"## {scale.name.capitalize()} scale: {scale.steps} steps of {scale.batch}",
+        REGIME.format(samples=scale.steps * scale.batch, turn=scale.steps // 30),
+        remaining(scale, store),
+    ]
     for what, section in {"At a glance": overview, "Where LoSiA is worse": verdicts}.items():
         if text := section(results, tasks):
             parts.append(f"### {what}\n\n{text}")
     pictures = draw_plots(results, tasks, scale.name, store.folder / "plots")
 
     def pictured(beginning: str) -> list[str]:
-        return [f"![{p.stem}]({store.folder.name}/plots/{p.name})" for p in pictures if p.stem.startswith(beginning)]
+        return [
+            f"![{p.stem}]({store.folder.name}/plots/{p.name})"
+            for p in pictures
+            if p.stem.startswith(beginning)
+        ]
 
     for task in tasks:
         pairs = [comparison(results, task, group) for group in ("", *groups_of(results, task))]
-        tables = {"at equal steps": quality(results, task), "paired over items": "\n\n".join(filter(None, pairs)),
-                  "the search, nats a token on the search split": searched(results, task)}  # fmt: skip
+        tables = {
+            "at equal steps": quality(results, task),
+            "paired over items": "\n\n".join(filter(None, pairs)),
+            "the search, nats a token on the search split": searched(results, task),
+        }
         for what, text in tables.items():
             if text:
                 parts.append(f"### {TASKS[task].title.capitalize()}: {what}\n\n{text}")
@@ -137,7 +162,9 @@ def remaining(scale: Scale, store: Store) -> str:
     missing: dict[str, list[int]] = {}
     for run in runs:
         kind = "data scales" if run.kind.startswith("scale-") else run.kind
-        counts = missing.setdefault(f"{run.task} {kind}" if run.kind in ("search", "main") else kind, [0, 0])
+        counts = missing.setdefault(
+            f"{run.task} {kind}" if run.kind in ("search", "main") else kind, [0, 0]
+        )
         counts[0] += 1
         counts[1] += not store.is_done(run)
     done = len(runs) - sum(left for _, left in missing.values())
@@ -152,8 +179,16 @@ def origin(results: Results) -> str:
     def found(value: Any) -> str:
         return ", ".join(sorted({str(value(result["provenance"])) for result in results}))
 
-    peers = sorted({f"{name} {version}" for r in results for name, version in r["provenance"]["peers"].items()
-                    if version and name in ("peft", "galore-torch", "transformers")})  # fmt: skip
-    return (f"{found(lambda p: p['device'])}; torch {found(lambda p: p['torch'])}, {', '.join(peers)}, Python "
-            f"{found(lambda p: p['python'])}; commit {found(lambda p: p['commit'])}; "
-            f"{found(lambda p: p['started'][:10])}.")  # fmt: skip
+    peers = sorted(
+        {
+            f"{name} {version}"
+            for r in results
+            for name, version in r["provenance"]["peers"].items()
+            if version and name in ("peft", "galore-torch", "transformers")
+        }
+    )
+    return (
+        f"{found(lambda p: p['device'])}; torch {found(lambda p: p['torch'])}, {', '.join(peers)}, Python "
+        f"{found(lambda p: p['python'])}; commit {found(lambda p: p['commit'])}; "
+        f"{found(lambda p: p['started'][:10])}."
+    )

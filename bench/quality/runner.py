@@ -1,5 +1,5 @@
-"""``python -m bench quality``: runs what has not been run, most telling first, one or several at a time, and can be
-stopped at any time."""
+"""``python -m bench quality``: runs what has not been run, most telling first, one or several at a
+time, and can be stopped at any time."""
 
 import argparse
 import multiprocessing
@@ -38,10 +38,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.quiet_machine and arguments.jobs > 1:
         parser.error("argument --jobs: on a quiet machine nothing else runs, so one at a time")
     device = torch.device(arguments.device)
-    runs = select(arguments.set, arguments.scale or ("large" if device.type == "cuda" else "small"), arguments.only)
+    runs = select(
+        arguments.set,
+        arguments.scale or ("large" if device.type == "cuda" else "small"),
+        arguments.only,
+    )
     store = Store(arguments.results, fallback=RESULTS)
     missing = [run for run in runs if not store.is_done(run)]
-    print(f"{len(runs)} runs, {len(runs) - len(missing)} done; into {arguments.results}", flush=True)
+    print(
+        f"{len(runs)} runs, {len(runs) - len(missing)} done; into {arguments.results}", flush=True
+    )
     if arguments.list:
         for run in runs:
             print(f"{'done' if run not in missing else f'{run.minutes:4.1f}'}  {run.id}")
@@ -49,30 +55,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not missing:
         return 0
     if not (arguments.model / "config.json").exists():
-        parser.error(f"argument --model: {arguments.model} holds no model; python examples/past_tense/smollm.py .cache "
-                     "makes it")  # fmt: skip
+        parser.error(
+            f"argument --model: {arguments.model} holds no model; python examples/past_tense/smollm.py .cache "
+            "makes it"
+        )
     jobs = min(arguments.jobs, len(missing))
     origin = provenance(device, arguments.commit) | {"quiet": arguments.quiet_machine, "jobs": jobs}
     try:
         with make_pool(arguments.model, device, jobs) as pool:
-            failed = run_all(missing, store, pool, jobs, origin, arguments.minutes, partial(print, flush=True))
+            failed = run_all(
+                missing, store, pool, jobs, origin, arguments.minutes, partial(print, flush=True)
+            )
     except BrokenProcessPool:
-        print(f"a worker died (of {jobs} that share the memory); what was done is kept: go on with fewer --jobs?",
-              file=sys.stderr)  # fmt: skip
+        print(
+            f"a worker died (of {jobs} that share the memory); what was done is kept: go on with fewer --jobs?",
+            file=sys.stderr,
+        )
         return 1
     return 1 if failed else 0
 
 
 def select(name: str, scale: str, only: str | None = None) -> list[Run]:
     """The runs of a set, ``only`` those whose id matches a regex."""
-    runs = {"study": lambda: study(SCALES[scale]), "ten-minutes": ten_minutes,
-            "timings": lambda: timings(SCALES[scale])}[name]()  # fmt: skip
+    runs = {
+        "study": lambda: study(SCALES[scale]),
+        "ten-minutes": ten_minutes,
+        "timings": lambda: timings(SCALES[scale]),
+    }[name]()
     return [run for run in runs if only is None or re.search(only, run.id)]
 
 
-def run_all(runs: list[Run], store: Store, pool: Executor, jobs: int, origin: dict, minutes: float | None, say) -> int:
-    """Run those that are ready, ``jobs`` at a time, others as soon as they are; returns how many failed. None begins
-    that would not end within ``minutes``."""
+def run_all(
+    runs: list[Run],
+    store: Store,
+    pool: Executor,
+    jobs: int,
+    origin: dict,
+    minutes: float | None,
+    say,
+) -> int:
+    """Run those that are ready, ``jobs`` at a time, others as soon as they are; returns how many
+    failed. None begins that would not end within ``minutes``."""
     started, pace, failed, done = time.perf_counter(), None, 0, 0
     waiting, flying = list(runs), {}
     while waiting or flying:
@@ -86,7 +109,9 @@ def run_all(runs: list[Run], store: Store, pool: Executor, jobs: int, origin: di
             waiting.remove(run)
             spent, expected = (time.perf_counter() - started) / 60, run.minutes * (pace or 1.0)
             if minutes is not None and done and spent + expected > minutes:
-                say(f"{run.id}: left for the next time, {expected:.1f} minutes and {minutes - spent:.1f} left")
+                say(
+                    f"{run.id}: left for the next time, {expected:.1f} minutes and {minutes - spent:.1f} left"
+                )
                 continue
             flying[pool.submit(_carry_out, resolved, store)] = resolved
         if not flying:
@@ -106,8 +131,10 @@ def run_all(runs: list[Run], store: Store, pool: Executor, jobs: int, origin: di
             done += 1
             pace = took / run.minutes if pace is None else 0.7 * pace + 0.3 * took / run.minutes
             left = sum(later.minutes for later in (*waiting, *flying.values())) * pace / jobs
-            say(f"{run.id}: {_short(result)}{_known(run, store)}  {took:.1f} min, "
-                f"{len(waiting) + len(flying)} runs left, about {left:.0f} min")  # fmt: skip
+            say(
+                f"{run.id}: {_short(result)}{_known(run, store)}  {took:.1f} min, "
+                f"{len(waiting) + len(flying)} runs left, about {left:.0f} min"
+            )
     for run in waiting:
         try:
             store.resolve(run)
@@ -156,7 +183,9 @@ def _carry_out(run: Run, store: Store) -> tuple[dict[str, Any], float]:
     if run.kind == "sequence":
         result = carry_out_sequence(run, _base, store)
     else:
-        result = {"oracle": carry_out_oracle, "analysis": carry_out_analysis}.get(run.kind, carry_out)(run, _base)
+        result = {"oracle": carry_out_oracle, "analysis": carry_out_analysis}.get(
+            run.kind, carry_out
+        )(run, _base)
     return result, (time.perf_counter() - began) / 60
 
 
@@ -187,16 +216,27 @@ def _regex(text: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench quality", description=__doc__)
     parser.add_argument("--minutes", type=float, help="begin nothing that would not end in time")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes that share the device")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="processes that share the device"
+    )
     parser.add_argument("--set", choices=SETS, default="study")
-    parser.add_argument("--scale", choices=tuple(SCALES), help="default: small on a CPU, large on a GPU")
+    parser.add_argument(
+        "--scale", choices=tuple(SCALES), help="default: small on a CPU, large on a GPU"
+    )
     parser.add_argument("--only", type=_regex, metavar="REGEX", help="only runs whose id matches")
     parser.add_argument("--list", action="store_true", help="say what there is and what is done")
-    parser.add_argument("--model", type=Path, default=ROOT / ".cache" / "SmolLM2-135M-Instruct", metavar="FOLDER",
-                        help="what examples/past_tense/smollm.py .cache makes")  # fmt: skip
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=ROOT / ".cache" / "SmolLM2-135M-Instruct",
+        metavar="FOLDER",
+        help="what examples/past_tense/smollm.py .cache makes",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
-    parser.add_argument("--quiet-machine", action="store_true", help="nothing else runs here: seconds count")
+    parser.add_argument(
+        "--quiet-machine", action="store_true", help="nothing else runs here: seconds count"
+    )
     parser.add_argument("--commit", help="of a copy of the tree that has no history")
     return parser
 

@@ -22,46 +22,78 @@ def ablations(results: Results, task: str = "pronunciation") -> str:
             rows.append([variant.title, *_three(found), str(more), show_p(more.p), fewer(more)])
     if not rows:
         return ""
-    head = ["changed", "nats a token", "tokens right, %", "english, nats a token",
-            "nats an item more than the default, 95 %", "p (of one test)", "seeds in which it costs less"]  # fmt: skip
-    note = "Every row has the learning rate that was found for the default; it was not searched again."
+    head = [
+        "changed",
+        "nats a token",
+        "tokens right, %",
+        "english, nats a token",
+        "nats an item more than the default, 95 %",
+        "p (of one test)",
+        "seeds in which it costs less",
+    ]
+    note = (
+        "Every row has the learning rate that was found for the default; it was not searched again."
+    )
     return f"{table(head, [['nothing', *_three(base), '', '', ''], *rows])}\n\n{note}"
 
 
 def _three(found: Results) -> list[str]:
-    return [show([held_out(r, "nll") for r in found], 3), show([held_out(r, "tokens") for r in found], 1),
-            show([r["scores"]["english"][""]["nll"] for r in found], 3)]  # fmt: skip
+    return [
+        show([held_out(r, "nll") for r in found], 3),
+        show([held_out(r, "tokens") for r in found], 1),
+        show([r["scores"]["english"][""]["nll"] for r in found], 3),
+    ]
 
 
 def data_scales(results: Results) -> str:
     """Cost by number of steps, of LoSiA with several cycles (the paper's Table 4) and of others."""
-    found = [r for r in results if r["run"]["kind"].startswith("scale-") or
-             (r["run"]["task"] == "pronunciation" and r["run"]["kind"] in ("main", "ablation"))]  # fmt: skip
+    found = [
+        r
+        for r in results
+        if r["run"]["kind"].startswith("scale-")
+        or (r["run"]["task"] == "pronunciation" and r["run"]["kind"] in ("main", "ablation"))
+    ]
     lengths = {r["run"]["steps"] for r in found if r["run"]["kind"].startswith("scale-")}
     if not lengths:
         return ""
-    cycles = {"cycles-half": "1/2 cycle", "": "1 cycle", "cycles-2": "2 cycles", "period-100": "period 100"}
+    cycles = {
+        "cycles-half": "1/2 cycle",
+        "": "1 cycle",
+        "cycles-2": "2 cycles",
+        "period-100": "period 100",
+    }
     columns = {f"{title(OURS)}, {name}": (OURS, variant) for variant, name in cycles.items()}
-    columns |= {title(method): (method, "") for method in METHODS if of(found, method=method, steps=max(lengths))
-                and method != OURS}  # fmt: skip
+    columns |= {
+        title(method): (method, "")
+        for method in METHODS
+        if of(found, method=method, steps=max(lengths)) and method != OURS
+    }
     rows = []
     for steps in sorted(lengths | {SCALES[found[0]["run"]["scale"]].steps}):
-        cells = {column: of(found, steps=steps, method=method, variant=variant)
-                 for column, (method, variant) in columns.items()}  # fmt: skip
+        cells = {
+            column: of(found, steps=steps, method=method, variant=variant)
+            for column, (method, variant) in columns.items()
+        }
         one, two = (cells[f"{title(OURS)}, {name}"] for name in ("1 cycle", "2 cycles"))
         if one and two and one[0]["made"]["period"] == two[0]["made"]["period"]:
             two.clear()  # too short for two: the same run
-        rows.append([str(steps), *(show([held_out(r, "nll") for r in runs], 3) for runs in cells.values())])
+        rows.append(
+            [str(steps), *(show([held_out(r, "nll") for r in runs], 3) for runs in cells.values())]
+        )
     note = "Nats a token. Learning rates are those found for the scale's own number of steps."
     return f"{table(['steps', *columns], rows)}\n\n{note}"
 
 
 FORMS = {"marginal": "", "together-100-marginal": "together-100"}
 RIVALS = {
-    "cycles-quarter": "a quarter of a cycle", "cycles-half": "half a cycle", "cycles-2": "two cycles",
-    "period-100": "the paper's period of 100", "budget": "rank factors by importance",
-    "marginal": "importance by sums only", "alignment-16": "runs of 16",
-}  # fmt: skip
+    "cycles-quarter": "a quarter of a cycle",
+    "cycles-half": "half a cycle",
+    "cycles-2": "two cycles",
+    "period-100": "the paper's period of 100",
+    "budget": "rank factors by importance",
+    "marginal": "importance by sums only",
+    "alignment-16": "runs of 16",
+}
 
 
 def automatic(results: Results) -> str:
@@ -69,17 +101,24 @@ def automatic(results: Results) -> str:
     parts = []
     for task in TASKS:
         base = of(results, task=task, kind="main", method=OURS)
-        found = {variant: of(results, task=task, kind="ablation", variant=variant) for variant in RIVALS}
+        found = {
+            variant: of(results, task=task, kind="ablation", variant=variant) for variant in RIVALS
+        }
         lines = [verdict(name, found[variant], base) for variant, name in RIVALS.items()]
-        lines.append(verdict("two cycles, against the period of 100", found["cycles-2"], found["period-100"]))
+        lines.append(
+            verdict("two cycles, against the period of 100", found["cycles-2"], found["period-100"])
+        )
         if any(lines):
-            parts.append(f"Against LoSiA p 1/8 with one cycle a run, on {TASKS[task].title}:\n\n" +
-                         "\n".join(filter(None, lines)))  # fmt: skip
+            parts.append(
+                f"Against LoSiA p 1/8 with one cycle a run, on {TASKS[task].title}:\n\n"
+                + "\n".join(filter(None, lines))
+            )
     return "\n\n".join(parts)
 
 
 def importance_forms(results: Results) -> str:
-    """Importance by sums only against the paper's, wherever both were run, by length of the slots."""
+    """Importance by sums only against the paper's, wherever both were run, by length of the
+    slots."""
     rows = []
     for result in of(results, method=OURS, seed=0):
         run = result["run"]
@@ -91,13 +130,36 @@ def importance_forms(results: Results) -> str:
             more = paired(found, base, "nll")
             if more:
                 seeds = {r["run"]["seed"] for r in found} & {r["run"]["seed"] for r in base}
-                means = [show([held_out(r, "nll") for r in side if r["run"]["seed"] in seeds], 3)
-                         for side in (base, found)]  # fmt: skip
-                rows.append([TASKS[run["task"]].title, run["steps"], result["made"]["period"], *means, str(more),
-                             show_p(more.p), fewer(more)])  # fmt: skip
-    head = ["task", "steps", "steps of a slot", "the paper's importance, nats a token", "sums only",
-            "nats an item more, 95 %", "p (of one test)", "seeds in which sums cost less"]  # fmt: skip
-    return table(head, [list(map(str, row)) for row in sorted(rows, key=lambda row: row[:3])]) if rows else ""
+                means = [
+                    show([held_out(r, "nll") for r in side if r["run"]["seed"] in seeds], 3)
+                    for side in (base, found)
+                ]
+                rows.append(
+                    [
+                        TASKS[run["task"]].title,
+                        run["steps"],
+                        result["made"]["period"],
+                        *means,
+                        str(more),
+                        show_p(more.p),
+                        fewer(more),
+                    ]
+                )
+    head = [
+        "task",
+        "steps",
+        "steps of a slot",
+        "the paper's importance, nats a token",
+        "sums only",
+        "nats an item more, 95 %",
+        "p (of one test)",
+        "seeds in which sums cost less",
+    ]
+    return (
+        table(head, [list(map(str, row)) for row in sorted(rows, key=lambda row: row[:3])])
+        if rows
+        else ""
+    )
 
 
 def verdict(name: str, found: Results, base: Results) -> str:
@@ -118,14 +180,35 @@ def costs(results: Results, task: str = "pronunciation") -> str:
         if found:
             memory = found[0]["memory"]
             added = 0 if method in ("fft", "galore") else 4 * memory["trained_values"]
-            rest = sum(memory.get(key, 0) for key in ("gradient_bytes", "optimizer_bytes", "observing_bytes"))
-            rows.append([title(method), f"{memory['trained_values'] / 1e6:.2f}", f"{(added + rest) / 1e6:.0f}",
-                         show([held_out(r, "nll") for r in found], 3),
-                         f"{timed[0]['seconds']['step']:.3f}" if timed else "not measured",
-                         show([held_out(r, "nll") for r in of(results, task=task, kind="equal-time", method=method)], 3)
-                         or ("" if method == "fft" else "not run")])  # fmt: skip
-    head = ["method", "values trained, M", "MB added, activations aside", "nats a token at equal steps",
-            "seconds a step", "nats a token in full fine-tuning's time"]  # fmt: skip
+            rest = sum(
+                memory.get(key, 0)
+                for key in ("gradient_bytes", "optimizer_bytes", "observing_bytes")
+            )
+            rows.append(
+                [
+                    title(method),
+                    f"{memory['trained_values'] / 1e6:.2f}",
+                    f"{(added + rest) / 1e6:.0f}",
+                    show([held_out(r, "nll") for r in found], 3),
+                    f"{timed[0]['seconds']['step']:.3f}" if timed else "not measured",
+                    show(
+                        [
+                            held_out(r, "nll")
+                            for r in of(results, task=task, kind="equal-time", method=method)
+                        ],
+                        3,
+                    )
+                    or ("" if method == "fft" else "not run"),
+                ]
+            )
+    head = [
+        "method",
+        "values trained, M",
+        "MB added, activations aside",
+        "nats a token at equal steps",
+        "seconds a step",
+        "nats a token in full fine-tuning's time",
+    ]
     if not rows:
         return ""
     steps = SCALES[results[0]["run"]["scale"]].steps
@@ -147,13 +230,26 @@ def continual(results: Results) -> str:
         found = []
         for result in of(results, kind="sequence", method=method):
             names = result["run"]["task"].split("+")
-            alone = [of(results, kind="main", method=method, task=name, seed=result["run"]["seed"]) for name in names]
+            alone = [
+                of(results, kind="main", method=method, task=name, seed=result["run"]["seed"])
+                for name in names
+            ]
             if all(alone):
                 ones = [single_task(singles[0]) for singles in alone]
-                found.append([measures(result[after], [one[key] for one in ones]) for key, after, _ in UNITS])
+                found.append(
+                    [measures(result[after], [one[key] for one in ones]) for key, after, _ in UNITS]
+                )
         if found:
-            rows.append([title(method), *(show([pair[place][name] for pair in found], digits)
-                                          for place, digits in enumerate((1, 3)) for name in MEASURES)])  # fmt: skip
+            rows.append(
+                [
+                    title(method),
+                    *(
+                        show([pair[place][name] for pair in found], digits)
+                        for place, digits in enumerate((1, 3))
+                        for name in MEASURES
+                    ),
+                ]
+            )
     if not rows:
         return ""
     head = ["method", *(f"{name}, {unit}" for *_, unit in UNITS for name in MEASURES)]
@@ -167,12 +263,26 @@ def oracle(results: Results) -> str:
     rows = []
     for r in of(results, kind="oracle"):
         mine, other = (r[key]["held_out"][""] for key in ("scores", "reference_scores"))
-        rows.append([r["run"]["task"], f"{r['largest_loss_difference']:.1e}", f"{r['same_subnets']} of {r['layers']}",
-                     f"{r['shared_subnet']:.4f}", f"{r['same_at_start']} of {r['layers']}",
-                     f"{mine['nll']:.4f} / {other['nll']:.4f}",
-                     f"{mine['right']:.1f} / {other['right']:.1f}"])  # fmt: skip
-    head = ["task", "largest difference of a loss", "same subnets at the end", "weights shared",
-            "same calibrated subnets", "nats a token, package / reference", "right, %"]  # fmt: skip
+        rows.append(
+            [
+                r["run"]["task"],
+                f"{r['largest_loss_difference']:.1e}",
+                f"{r['same_subnets']} of {r['layers']}",
+                f"{r['shared_subnet']:.4f}",
+                f"{r['same_at_start']} of {r['layers']}",
+                f"{mine['nll']:.4f} / {other['nll']:.4f}",
+                f"{mine['right']:.1f} / {other['right']:.1f}",
+            ]
+        )
+    head = [
+        "task",
+        "largest difference of a loss",
+        "same subnets at the end",
+        "weights shared",
+        "same calibrated subnets",
+        "nats a token, package / reference",
+        "right, %",
+    ]
     return table(head, rows) if rows else ""
 
 
@@ -181,12 +291,28 @@ def captured(results: Results) -> str:
     if not found:
         return ""
     result = found[0]
-    keys = {"greedy": "greedy, %", "sums": "by sums only, %", "restarts": "best of restarts, %", "random": "random, %",
-            "entries": "as many entries anywhere, %"}  # fmt: skip
-    rows = [[name.removeprefix("model."), *(f"{100 * values[key]:.1f}" for key in keys),
-             f"{100 * result['gradients'][name]['out'][1]:.1f}", f"{100 * result['gradients'][name]['in'][1]:.1f}"]
-            for name, values in result["captured"].items()]  # fmt: skip
-    head = ["layer", *keys.values(), "gradient in the top 1/8 outputs, %", "in the top 1/8 inputs, %"]
+    keys = {
+        "greedy": "greedy, %",
+        "sums": "by sums only, %",
+        "restarts": "best of restarts, %",
+        "random": "random, %",
+        "entries": "as many entries anywhere, %",
+    }
+    rows = [
+        [
+            name.removeprefix("model."),
+            *(f"{100 * values[key]:.1f}" for key in keys),
+            f"{100 * result['gradients'][name]['out'][1]:.1f}",
+            f"{100 * result['gradients'][name]['in'][1]:.1f}",
+        ]
+        for name, values in result["captured"].items()
+    ]
+    head = [
+        "layer",
+        *keys.values(),
+        "gradient in the top 1/8 outputs, %",
+        "in the top 1/8 inputs, %",
+    ]
     small = result["small_matrices"]
     worst = f"{small['mean']:.3f} on average, {small['worst']:.3f} at worst"
     return table(head, rows) + (
@@ -196,12 +322,18 @@ def captured(results: Results) -> str:
 
 
 def singular(results: Results) -> str:
-    """How much of a weight's leading singular vectors is left after training (the paper's Figure 8)."""
+    """How much of a weight's leading singular vectors is left after training (the paper's Figure
+    8)."""
     found = {r["run"]["method"]: r["singular"] for r in of(results, kind="analysis")}
     if not found:
         return ""
-    rows = [[name.removeprefix("model."), *(f"{of_method[name]['mean']:.4f}" for of_method in found.values())]
-            for name in next(iter(found.values()))]  # fmt: skip
+    rows = [
+        [
+            name.removeprefix("model."),
+            *(f"{of_method[name]['mean']:.4f}" for of_method in found.values()),
+        ]
+        for name in next(iter(found.values()))
+    ]
     steps = of(results, kind="analysis")[0]["run"]["steps"]
     note = f"After {steps} steps (LoSiA: two cycles), one seed; of the 100 leading left singular vectors."
     return f"{table(['mean cosine, before and after', *map(title, found)], rows)}\n\n{note}"

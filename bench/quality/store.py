@@ -34,7 +34,9 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{run.id}.json"
         partial = path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps({"format": FORMAT, **result}, separators=(",", ":"), sort_keys=True) + "\n")
+        partial.write_text(
+            json.dumps({"format": FORMAT, **result}, separators=(",", ":"), sort_keys=True) + "\n"
+        )
         os.replace(partial, path)
 
     def all(self) -> list[dict[str, Any]]:
@@ -50,8 +52,8 @@ class Store:
             return False
 
     def resolve(self, run: Run) -> Run:
-        """``run`` with the learning rate of its search and its number of steps. Raises NotReady, as for a sequence of
-        which a task has not been searched."""
+        """``run`` with the learning rate of its search and its number of steps. Raises NotReady, as
+        for a sequence of which a task has not been searched."""
         if run.steps is None:
             run = replace(run, steps=self.equal_steps(run.scale, run.method))
         if run.kind == "sequence":
@@ -62,10 +64,13 @@ class Store:
         return run
 
     def best_lr(self, scale: str, task: str, method: str) -> float:
-        """The rate of least cost on the search split; of trials that diverged none. Raises NotReady."""
+        """The rate of least cost on the search split; of trials that diverged none. Raises
+        NotReady."""
         trials = {}
         for trial in searches(SCALES[scale], task, method):
-            result = self.read(trial) or (self.read(trial, self.fallback) if self.fallback else None)
+            result = self.read(trial) or (
+                self.read(trial, self.fallback) if self.fallback else None
+            )
             if result is None:
                 raise NotReady(f"{trial.id} has not run")
             if result["status"] == "ok":
@@ -75,15 +80,18 @@ class Store:
         return min(trials, key=trials.__getitem__)
 
     def equal_steps(self, scale: str, method: str) -> int:
-        """How many steps of ``method`` take the time of full fine-tuning's, with what comes before the first and what
-        the first takes longer (calibration, a projection), as timed on a quiet machine. Raises NotReady."""
+        """How many steps of ``method`` take the time of full fine-tuning's, with what comes before
+        the first and what the first takes longer (calibration, a projection), as timed on a quiet
+        machine. Raises NotReady."""
         step, before = {}, {}
         for timing in timings(SCALES[scale]):
             result = self.read(timing) if timing.kind == "timing" else None
             if result is not None and result["provenance"]["quiet"]:
                 seconds = result["seconds"]
                 step[timing.method] = seconds["step"]
-                before[timing.method] = seconds["prepare"] + seconds["train"] - timing.steps * seconds["step"]
+                before[timing.method] = (
+                    seconds["prepare"] + seconds["train"] - timing.steps * seconds["step"]
+                )
         for needed in ("fft", method):
             if needed not in step:
                 raise NotReady(f"no timing of {needed} on a quiet machine")

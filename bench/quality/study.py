@@ -9,14 +9,16 @@ from .tasks import TASKS
 
 SEARCH_SEED = 100  # its order of batches is in no final run
 SEEDS = (0, 1, 2)
-TOKENS_PER_MINUTE = 4000  # of one CPU core, forward and backward, float32; a run's own figure replaces it
+TOKENS_PER_MINUTE = (
+    4000  # of one CPU core, forward and backward, float32; a run's own figure replaces it
+)
 TOKENS = {"past-tense": 12, "plural": 12, "pronunciation": 16, "arithmetic": 14, "code": 80}
 
 
 @dataclass(frozen=True)
 class Scale:
-    """``longest``: characters of a training sample, of longer ones none is taken; ``few``: score the first held-out
-    items of each task only."""
+    """``longest``: characters of a training sample, of longer ones none is taken; ``few``: score
+    the first held-out items of each task only."""
 
     name: str
     steps: int
@@ -26,14 +28,15 @@ class Scale:
 
 
 SCALES = {
-    scale.name: scale for scale in (Scale("small", 60, 4, 240, few=True), Scale("large", 300, 16, 480, few=False))
+    scale.name: scale
+    for scale in (Scale("small", 60, 4, 240, few=True), Scale("large", 300, 16, 480, few=False))
 }
 
 
 @dataclass(frozen=True)
 class Run:
-    """One result file. ``lr`` None: the best of the method's search on the task; ``steps`` None: as many as take the
-    time of full fine-tuning's."""
+    """One result file. ``lr`` None: the best of the method's search on the task; ``steps`` None: as
+    many as take the time of full fine-tuning's."""
 
     kind: str  # untrained, search, main, ablation, oracle, sequence, analysis, timing, equal-time
     scale: str
@@ -48,7 +51,9 @@ class Run:
     def id(self) -> str:
         """Its file's name."""
         last = f"lr{self.lr:.0e}" if self.kind == "search" else f"seed{self.seed}"
-        return "_".join(filter(None, (self.scale, self.task, self.kind, self.method, self.variant, last)))
+        return "_".join(
+            filter(None, (self.scale, self.task, self.kind, self.method, self.variant, last))
+        )
 
     @property
     def minutes(self) -> float:
@@ -86,7 +91,12 @@ REST = tuple(name for name in METHODS if name not in (*FIRST, EQUAL_MEMORY))
 OUTPUT_LAYER = ("head", "head-frequency")
 TELLING = ("random", "marginal", "alignment-16", "no-wds", "sl", "gl", "period-100", "budget")
 LONG_SLOTS = ("together-100", "together-100-marginal")
-DEFAULTS = ("marginal", "alignment-16", "cycles-2", "period-100")  # what might be chosen for the user
+DEFAULTS = (
+    "marginal",
+    "alignment-16",
+    "cycles-2",
+    "period-100",
+)  # what might be chosen for the user
 SEQUENCE = ("past-tense", "pronunciation", "arithmetic", "code", "plural")
 
 
@@ -97,7 +107,9 @@ def study(scale: Scale) -> list[Run]:
     for task in ("past-tense", "pronunciation"):
         runs += several(scale, task, *FIRST)
         runs.append(Run("oracle", scale.name, task, "losia-p8", 0, None, scale.steps))
-        runs += ablations(scale, task, (*DEFAULTS, *OUTPUT_LAYER) if task == "past-tense" else TELLING)
+        runs += ablations(
+            scale, task, (*DEFAULTS, *OUTPUT_LAYER) if task == "past-tense" else TELLING
+        )
     runs += several(scale, "pronunciation", EQUAL_MEMORY)
     runs += analyses(scale)
     runs += [*several(scale, "arithmetic", *FIRST), *ablations(scale, "arithmetic", DEFAULTS)]
@@ -105,10 +117,16 @@ def study(scale: Scale) -> list[Run]:
     for method in REST:
         runs += several(scale, "pronunciation", method)
     runs += ablations(
-        scale, "pronunciation", tuple(name for name in VARIANTS if name not in (*TELLING, *LONG_SLOTS))
+        scale,
+        "pronunciation",
+        tuple(name for name in VARIANTS if name not in (*TELLING, *LONG_SLOTS)),
     )
     runs += data_scales(scale)
-    runs += [*several(scale, "code", *FIRST), *ablations(scale, "code", ("marginal",)), *sequences(scale)]
+    runs += [
+        *several(scale, "code", *FIRST),
+        *ablations(scale, "code", ("marginal",)),
+        *sequences(scale),
+    ]
     for task, method in product(("past-tense", "arithmetic", "code"), REST):
         runs += several(scale, task, method)
     return [*(replace(base, task=task) for task in TASKS), *runs]
@@ -120,24 +138,44 @@ def several(scale: Scale, task: str, *methods: str) -> list[Run]:
 
 def analyses(scale: Scale) -> Iterator[Run]:
     for method, variant in (("losia-p8", "cycles-2"), ("lora-r64", ""), ("fft", "")):
-        yield Run("analysis", scale.name, "pronunciation", method, 0, None, 2 * scale.steps, variant)
+        yield Run(
+            "analysis", scale.name, "pronunciation", method, 0, None, 2 * scale.steps, variant
+        )
 
 
 def data_scales(scale: Scale) -> Iterator[Run]:
-    """The paper's Table 4: does the best period grow with the number of samples? And does what LoSiA lacks or has over
-    the others?"""
+    """The paper's Table 4: does the best period grow with the number of samples? And does what
+    LoSiA lacks or has over the others?"""
     for factor in (0.5, 2, 4):
         steps = int(scale.steps * factor)
-        forms = [("losia-p8", variant) for variant in ("cycles-half", "", "cycles-2", "period-100", "marginal")]
-        for method, variant in (*forms, *((method, "") for method in FIRST if method != "losia-p8")):
-            yield Run(f"scale-{steps}", scale.name, "pronunciation", method, 0, None, steps, variant)
+        forms = [
+            ("losia-p8", variant)
+            for variant in ("cycles-half", "", "cycles-2", "period-100", "marginal")
+        ]
+        for method, variant in (
+            *forms,
+            *((method, "") for method in FIRST if method != "losia-p8"),
+        ):
+            yield Run(
+                f"scale-{steps}", scale.name, "pronunciation", method, 0, None, steps, variant
+            )
     for seed in SEEDS:  # long slots: as long as the paper's, which no run of so few steps has for each layer in turn
         for variant in (*LONG_SLOTS, "", "marginal") if seed else LONG_SLOTS:
-            yield Run(f"scale-{steps}", scale.name, "pronunciation", "losia-p8", seed, None, steps, variant)
+            yield Run(
+                f"scale-{steps}",
+                scale.name,
+                "pronunciation",
+                "losia-p8",
+                seed,
+                None,
+                steps,
+                variant,
+            )
 
 
 def sequences(scale: Scale) -> Iterator[Run]:
-    """Five tasks one after another, with the searches and single-task runs that the fifth still lacks."""
+    """Five tasks one after another, with the searches and single-task runs that the fifth still
+    lacks."""
     yield from several(scale, "plural", *FIRST)
     yield from ablations(scale, "plural", DEFAULTS)
     for seed in SEEDS:
@@ -146,16 +184,24 @@ def sequences(scale: Scale) -> Iterator[Run]:
 
 
 def timings(scale: Scale) -> list[Run]:
-    """Seconds a step of every method, and runs as long as full fine-tuning's: only where nothing else runs."""
-    runs = [Run("timing", scale.name, "pronunciation", method, 0, METHODS[method].lrs[0], 12) for method in METHODS]
+    """Seconds a step of every method, and runs as long as full fine-tuning's: only where nothing
+    else runs."""
+    runs = [
+        Run("timing", scale.name, "pronunciation", method, 0, METHODS[method].lrs[0], 12)
+        for method in METHODS
+    ]
     for method in METHODS:
         if method != "fft":
-            runs += [Run("equal-time", scale.name, "pronunciation", method, seed, None, None) for seed in SEEDS]
+            runs += [
+                Run("equal-time", scale.name, "pronunciation", method, seed, None, None)
+                for seed in SEEDS
+            ]
     return runs
 
 
 def ten_minutes() -> list[Run]:
-    """One seed of the four first methods on the past tense, at the learning rates that the study found."""
+    """One seed of the four first methods on the past tense, at the learning rates that the study
+    found."""
     small = SCALES["small"]
     return [Run("main", small.name, "past-tense", method, 0, None, small.steps) for method in FIRST]
 

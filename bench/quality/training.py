@@ -20,7 +20,10 @@ from .tasks import TASKS, Task, english
 
 WARMUP = 0.1  # share of the steps, as in the paper; then the rate falls to zero on a line
 CURVE_POINTS = 60
-OTHER_TEXT = {"small": 10, "large": 40}  # items of English and of code on which what was lost is measured
+OTHER_TEXT = {
+    "small": 10,
+    "large": 40,
+}  # items of English and of code on which what was lost is measured
 
 
 @dataclass
@@ -57,10 +60,16 @@ def schedule(step: int, steps: int, warmup: int) -> float:
 def setting_of(run: Run, task: Task, base: Base) -> Setting:
     scale = SCALES[run.scale]
     device = base.model.device
-    items = [item for item in task.splits.train if len(item.prompt) + len(item.completion) < scale.longest]
+    items = [
+        item
+        for item in task.splits.train
+        if len(item.prompt) + len(item.completion) < scale.longest
+    ]
 
     def make():
-        return batches(items, base.tokenizer, scale.batch, run.steps, run.seed, task.max_length, device)
+        return batches(
+            items, base.tokenizer, scale.batch, run.steps, run.seed, task.max_length, device
+        )
 
     options = dict(VARIANTS[run.variant].options) if run.variant else {}
     return Setting(run.lr, run.steps, max(1, int(WARMUP * run.steps)), run.seed, make, options)
@@ -71,11 +80,14 @@ def prepare(run: Run, task: Task, model: nn.Module, base: Base) -> tuple[Trained
     return METHODS[run.method].prepare(model, setting), setting
 
 
-def train(trained: Trained, setting: Setting, after_step: Callable[[int], None] = lambda step: None) -> dict[str, Any]:
+def train(
+    trained: Trained, setting: Setting, after_step: Callable[[int], None] = lambda step: None
+) -> dict[str, Any]:
     """All steps; the curve of the loss and the seconds. Raises Diverged."""
     optimizer = trained.optimizer
     scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: schedule(step, setting.steps, setting.warmup) if step < setting.steps else 0.0
+        optimizer,
+        lambda step: schedule(step, setting.steps, setting.warmup) if step < setting.steps else 0.0,
     )
     trained.model.train()
     losses, seconds = [], []
@@ -106,32 +118,49 @@ def held_out(task: Task, few: bool) -> list[Item]:
 
 
 def score(model: nn.Module, base: Base, task: Task, run: Run) -> dict[str, Any]:
-    """What the run is for: the search split alone, or the held-out items and what was lost on other text."""
+    """What the run is for: the search split alone, or the held-out items and what was lost on other
+    text."""
     if run.kind == "search":
         items = task.splits.search
-        return {"scores": {"search": summary(items, score_items(model, base.tokenizer, items, task.max_length))},
-                "items": fingerprint(items)}  # fmt: skip
+        return {
+            "scores": {
+                "search": summary(items, score_items(model, base.tokenizer, items, task.max_length))
+            },
+            "items": fingerprint(items),
+        }
     items = held_out(task, SCALES[run.scale].few)
     found = score_items(model, base.tokenizer, items, task.max_length)
     scores = {"held_out": summary(items, found)}
     amount, others = OTHER_TEXT[run.scale], []
     for name, text, longest in (
-        ("english", english()[:amount], 192), ("code", TASKS["code"].splits.held_out[:amount], 192),
-    ):  # fmt: skip
+        ("english", english()[:amount], 192),
+        ("code", TASKS["code"].splits.held_out[:amount], 192),
+    ):
         if name != task.name:
             scores[name] = summary(text, score_items(model, base.tokenizer, text, longest))
             others += text
     each = [[round(s.nll, 3), s.tokens, s.hits, s.right, s.lines] for s in found]
-    groups = [[name, len(list(members))] for name, members in itertools.groupby(item.group for item in items)]
-    return {"scores": scores, "items": fingerprint(items), "other_items": fingerprint(others), "each": each,
-            "groups": groups}  # fmt: skip
+    groups = [
+        [name, len(list(members))]
+        for name, members in itertools.groupby(item.group for item in items)
+    ]
+    return {
+        "scores": scores,
+        "items": fingerprint(items),
+        "other_items": fingerprint(others),
+        "each": each,
+        "groups": groups,
+    }
 
 
 def memory(model: nn.Module, optimizer: torch.optim.Optimizer, run: Run) -> dict[str, int]:
-    """Bytes that the method adds to the weights, counted from its tensors: they are the same on every machine."""
+    """Bytes that the method adds to the weights, counted from its tensors: they are the same on
+    every machine."""
     trained = [p for p in model.parameters() if p.requires_grad]
     values = [value for values in optimizer.state.values() for value in values.values()]
-    values += [value.ortho_matrix for value in values if hasattr(value, "ortho_matrix")]  # GaLore's projection
+    values += [
+        value.ortho_matrix for value in values if hasattr(value, "ortho_matrix")
+    ]  # GaLore's projection
     state = [value for value in values if isinstance(value, Tensor)]
     counted = {
         "trained_values": sum(p.numel() for p in trained),
@@ -140,8 +169,12 @@ def memory(model: nn.Module, optimizer: torch.optim.Optimizer, run: Run) -> dict
     }
     if run.method.startswith("losia"):
         groups = optimizer.timeline.groups if hasattr(optimizer, "timeline") else []
-        observed = {"marginal": 0, "bf16-nearest": 0, "importance-bf16": 4, "gl": 4}.get(run.variant, 8)  # 8: Ī and Ū
-        largest = max((sum(layer.weight.numel() for layer in layers) for layers in groups), default=0)
+        observed = {"marginal": 0, "bf16-nearest": 0, "importance-bf16": 4, "gl": 4}.get(
+            run.variant, 8
+        )  # 8: Ī and Ū
+        largest = max(
+            (sum(layer.weight.numel() for layer in layers) for layers in groups), default=0
+        )
         counted["observing_bytes"] = observed * largest
     if torch.cuda.is_available():
         counted["peak_bytes"] = torch.cuda.max_memory_allocated()
@@ -149,7 +182,8 @@ def memory(model: nn.Module, optimizer: torch.optim.Optimizer, run: Run) -> dict
 
 
 def carry_out(run: Run, base: Base) -> dict[str, Any]:
-    """The result of a resolved run of one task. A run that diverges is a result, with status "diverged"."""
+    """The result of a resolved run of one task. A run that diverges is a result, with status
+    "diverged"."""
     task = TASKS[run.task]
     result: dict[str, Any] = {"run": asdict(run), "status": "ok"}
     started = time.perf_counter()

@@ -1,6 +1,6 @@
 """A loop of one's own under FSDP2: shard, train, save, resume; any number of ranks, GPUs or not.
 
-    torchrun --standalone --nproc-per-node=2 examples/distributed/train_fsdp2.py RUN_FOLDER
+torchrun --standalone --nproc-per-node=2 examples/distributed/train_fsdp2.py RUN_FOLDER
 """
 
 import sys
@@ -8,11 +8,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from losia_kernels.checkpoint.resumable.resumable import (
+    full_state_dict,
+    load_checkpoint,
+    save_checkpoint,
+)
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia
-from losia_kernels.checkpoint import full_state_dict, load_checkpoint, save_checkpoint
 
 STEPS, SAVE_EVERY, WIDTH = 40, 10, 64
 
@@ -21,7 +25,8 @@ class Model(nn.Module):
     def __init__(self):
         super().__init__()
         self.layers = nn.ModuleList(
-            nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)) for _ in range(4)
+            nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+            for _ in range(4)
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -40,7 +45,9 @@ def main(folder: Path) -> None:
 
     torch.manual_seed(0)  # every rank makes the same model
     model = Model().to(device)
-    apply_losia(model, LoSiAConfig(rank_factor=1 / 8, period=5))  # first, while the weights are whole
+    apply_losia(
+        model, LoSiAConfig(rank_factor=1 / 8, period=5)
+    )  # first, while the weights are whole
     for block in model.layers:
         fully_shard(block)
     fully_shard(model)
@@ -60,7 +67,10 @@ def main(folder: Path) -> None:
         if (step + 1) % SAVE_EVERY == 0:
             save_checkpoint(folder / f"step-{step + 1:06}", model, optimizer)
             if rank == 0:
-                print(f"step {step + 1}: loss {loss.item():.4f}, observing {optimizer.timeline.observing}", flush=True)
+                print(
+                    f"step {step + 1}: loss {loss.item():.4f}, observing {optimizer.timeline.observing}",
+                    flush=True,
+                )
     weights = full_state_dict(model)
     if rank == 0:
         torch.save(weights, folder / "model.pt")

@@ -1,6 +1,6 @@
 """Fine-tune SmolLM2-135M on the past tense with LoSiA and with PEFT's LoRA, and compare.
 
-    python examples/past_tense/demo.py [--cache FOLDER] [--output FOLDER]
+python examples/past_tense/demo.py [--cache FOLDER] [--output FOLDER]
 """
 
 import argparse
@@ -23,8 +23,12 @@ SHOWN = 8  # generations
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cache", type=Path, default=Path(".cache"), help="where the converted model is kept")
-    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="results; replaced if it is there")
+    parser.add_argument(
+        "--cache", type=Path, default=Path(".cache"), help="where the converted model is kept"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/demo"), help="results; replaced if it is there"
+    )
     arguments = parser.parse_args()
     started = time.perf_counter()
     arguments.cache.mkdir(parents=True, exist_ok=True)
@@ -39,8 +43,14 @@ def main() -> None:
         subprocess.run([sys.executable, script, model_folder, method, arguments.output], check=True)
         results[method] = json.loads((arguments.output / f"{method}.json").read_text())
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    print(f"\nSmolLM2-135M, past tense, {STEPS} steps of {BATCH}, float32, {device}\n\n{table(results)}\n")
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    print(
+        f"\nSmolLM2-135M, past tense, {STEPS} steps of {BATCH}, float32, {device}\n\n{table(results)}\n"
+    )
     print(generations(results))
     shutil.copy(arguments.output / "losia" / "loss_curve.png", arguments.output / "loss_curve.png")
     print(f"\nloss curve    {arguments.output / 'loss_curve.png'}")
@@ -61,7 +71,12 @@ def table(results: dict[str, dict]) -> str:
         f"{'':14}{f'{task.HELD_OUT} of all':>15}{f'{task.HELD_OUT_IRREGULAR} irregular':>14}"
         f"{'median':>10}{'GiB':>13}{'values':>13}",
     ]
-    names = {"before": "untrained", "losia": "LoSiA p=1/8", "lora-8": "LoRA r=8", "lora-64": "LoRA r=64"}
+    names = {
+        "before": "untrained",
+        "losia": "LoSiA p=1/8",
+        "lora-8": "LoRA r=8",
+        "lora-64": "LoRA r=64",
+    }
     for method, result in results.items():
         line = f"{names[method]:14}{result['exact_match']:13.1f} %{result['exact_match_irregular']:12.1f} %"
         if method != "before":
@@ -77,7 +92,9 @@ def generations(results: dict[str, dict]) -> str:
     lines = [f"{'verb':16}{'untrained':24}{'LoSiA':20}{'LoRA r=64':20}right"]
     for verb in verbs:
         said = [results[method]["answers"][verb.lemma] for method in ("before", "losia", "lora-64")]
-        lines.append(f"{verb.lemma:16}{said[0]:24.22}{said[1]:20.18}{said[2]:20.18}{' / '.join(verb.pasts)}")
+        lines.append(
+            f"{verb.lemma:16}{said[0]:24.22}{said[1]:20.18}{said[2]:20.18}{' / '.join(verb.pasts)}"
+        )
     return "\n".join(lines)
 
 

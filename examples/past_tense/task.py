@@ -32,7 +32,8 @@ class Verb:
 
 @dataclass(frozen=True)
 class Split:
-    """``held_out``: verbs of all kinds; ``irregular``: more held-out verbs, all irregular; ``train``: the others."""
+    """``held_out``: verbs of all kinds; ``irregular``: more held-out verbs, all irregular;
+    ``train``: the others."""
 
     train: list[Verb]
     held_out: list[Verb]
@@ -62,7 +63,9 @@ def split_verbs(seed: int = 0) -> Split:
 
 
 def write_training_file(verbs: list[Verb], path: Path) -> None:
-    lines = [json.dumps({"prompt": verb.prompt, "completion": f" {verb.pasts[0]}"}) for verb in verbs]
+    lines = [
+        json.dumps({"prompt": verb.prompt, "completion": f" {verb.pasts[0]}"}) for verb in verbs
+    ]
     path.write_text("\n".join(lines) + "\n")
 
 
@@ -75,7 +78,9 @@ def answers(model, tokenizer, verbs: list[Verb], batch_size: int = 130) -> list[
         prompts = [verb.prompt for verb in verbs[start : start + batch_size]]
         inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
         tokens = model.generate(**inputs, max_new_tokens=LONGEST_ANSWER, do_sample=False)
-        texts = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        texts = tokenizer.batch_decode(
+            tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
         said += [text.strip().split("\n")[0].strip() for text in texts]
     return said
 
@@ -86,11 +91,17 @@ def score(model, tokenizer, split: Split) -> dict:
     said = answers(model, tokenizer, split.held_out + split.irregular)
 
     def percent(verbs: list[Verb], answers: list[str]) -> float:
-        return 100 * sum(answer in verb.pasts for verb, answer in zip(verbs, answers, strict=True)) / len(verbs)
+        return (
+            100
+            * sum(answer in verb.pasts for verb, answer in zip(verbs, answers, strict=True))
+            / len(verbs)
+        )
 
     first, more = said[: len(split.held_out)], said[len(split.held_out) :]
     return {
         "exact_match": percent(split.held_out, first),
         "exact_match_irregular": percent(split.irregular, more),
-        "answers": dict(zip((verb.lemma for verb in split.held_out + split.irregular), said, strict=True)),
+        "answers": dict(
+            zip((verb.lemma for verb in split.held_out + split.irregular), said, strict=True)
+        ),
     }

@@ -1,6 +1,7 @@
-"""Fine-tune with one method in a process of its own, so that its memory is its own, and write what was measured.
+"""Fine-tune with one method in a process of its own, so that its memory is its own, and write what
+was measured.
 
-    python train.py MODEL_FOLDER METHOD WORK_FOLDER      METHOD: losia, lora-8, lora-64
+python train.py MODEL_FOLDER METHOD WORK_FOLDER      METHOD: losia, lora-8, lora-64
 """
 
 import json
@@ -18,18 +19,19 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.utils import logging
 
-from losia_kernels.integrations import finetune as ft
-from losia_kernels.integrations.data import Collator
-from losia_kernels.integrations.options import FinetuneOptions
+from losia_kernels.finetune import run as ft
+from losia_kernels.finetune.data import Collator
+from losia_kernels.finetune.options import FinetuneOptions
 
 STEPS, BATCH = 30, 16
-# LoSiA: the best of 3e-4 to 2e-3 on this task (3e-4 and 5e-4 tied). LoRA: the best found for its rank on the same
-# task with another split. LoRA's alpha is twice its rank.
+# LoSiA: the best of 3e-4 to 2e-3 on this task (3e-4 and 5e-4 tied). LoRA: the best found for its
+# rank on the same task with another split. LoRA's alpha is twice its rank.
 LEARNING_RATE = {"losia": 5e-4, "lora-8": 1e-3, "lora-64": 2e-4}
 
 
 class Meter(TrainerCallback):
-    """Seconds of each step, and peak memory while training: the GPU's tensors, else the process's resident size."""
+    """Seconds of each step, and peak memory while training: the GPU's tensors, else the process's
+    resident size."""
 
     def __init__(self):
         self.seconds, self.peak, self._done = [], 0, threading.Event()
@@ -64,11 +66,14 @@ class Meter(TrainerCallback):
 
 
 def train_lora(options: FinetuneOptions, rank: int, meter: Meter):
-    """PEFT's LoRA on all linears, with the Trainer, data, batches, seed and schedule of LoSiA's run."""
+    """PEFT's LoRA on all linears, with the Trainer, data, batches, seed and schedule of LoSiA's
+    run."""
     model, tokenizer = ft.load_model(options)
     samples, _ = ft.load_data(options, tokenizer)
     torch.manual_seed(options.seed)
-    model = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    )
     trainer = ft.FinetuneTrainer(
         model,
         ft.training_arguments(options, options.steps),
@@ -85,14 +90,26 @@ def main(model_folder: str, method: str, work: Path) -> None:
     data = work / "train.jsonl"
     task.write_training_file(split.train, data)
     options = FinetuneOptions(
-        model=model_folder, data=str(data), output=str(work / method), steps=STEPS, batch_size=BATCH, max_length=64,
-        lr=LEARNING_RATE[method], lr_scheduler="constant", warmup_ratio=0.0, dtype="float32", save_steps=0,
-    )  # fmt: skip
+        model=model_folder,
+        data=str(data),
+        output=str(work / method),
+        steps=STEPS,
+        batch_size=BATCH,
+        max_length=64,
+        lr=LEARNING_RATE[method],
+        lr_scheduler="constant",
+        warmup_ratio=0.0,
+        dtype="float32",
+        save_steps=0,
+    )
     meter = Meter()
     if method == "losia":
         folder = ft.finetune(options, callbacks=(meter,))
         # what it leaves is an ordinary model: nothing below knows of LoSiA
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        model, tokenizer = (
+            AutoModelForCausalLM.from_pretrained(folder),
+            AutoTokenizer.from_pretrained(folder),
+        )
         model.to("cuda" if torch.cuda.is_available() else "cpu")
     else:
         model, tokenizer = train_lora(options, int(method.removeprefix("lora-")), meter)
@@ -104,5 +121,7 @@ def main(model_folder: str, method: str, work: Path) -> None:
 
 if __name__ == "__main__":
     logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT's use of older names
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module="transformers"
+    )  # PEFT's use of older names
     main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))

@@ -1,7 +1,8 @@
 """The records of a run, in JSON lines: reading and rewinding them, and where its subnets have been.
 
-``subnets.jsonl`` begins with ``{"step": 0, "groups": [name, ...], "config": {...}}``. Each other line is a Place: a
-layer's first subnet, then each that it was relocalized to. Indices are bitmaps of the layer's neurons, in base64.
+``subnets.jsonl`` begins with ``{"step": 0, "groups": [name, ...], "config": {...}}``. Each other
+line is a Place: a layer's first subnet, then each that it was relocalized to. Indices are bitmaps
+of the layer's neurons, in base64.
 """
 
 import base64
@@ -14,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from ..linear import LoSiALinear
-from ..subnet import Subnet
-from ..timeline import Timeline
+from ..layers.linear import LoSiALinear
+from ..layers.subnet import Subnet
+from ..training.timeline import Timeline
 
 
 def read_log(path: Path) -> list[dict]:
@@ -48,9 +49,10 @@ def append_log(path: Path, entries: list[dict]) -> None:
 class Place:
     """Where a layer's subnet is after ``step`` optimizer steps, until the layer's next Place.
 
-    ``features`` (out, in) are the layer's neurons, ``out_idx`` and ``in_idx`` (numpy, int64, sorted) the chosen ones.
-    ``overlap``: share of the subnet's weights that the one before had too; None for the first. ``captured``: share of
-    the score that it was selected by; None where no score of single weights exists.
+    ``features`` (out, in) are the layer's neurons, ``out_idx`` and ``in_idx`` (numpy, int64,
+    sorted) the chosen ones. ``overlap``: share of the subnet's weights that the one before had too;
+    None for the first. ``captured``: share of the score that it was selected by; None where no
+    score of single weights exists.
     """
 
     step: int
@@ -65,32 +67,55 @@ class Place:
     @classmethod
     def first(cls, layer: LoSiALinear) -> "Place":
         """Where ``layer`` is before the first step."""
-        return cls(0, layer.name, layer.losia.group_name, (layer.out_features, layer.in_features),
-                   _numpy(layer.out_idx), _numpy(layer.in_idx))
+        return cls(
+            0,
+            layer.name,
+            layer.losia.group_name,
+            (layer.out_features, layer.in_features),
+            _numpy(layer.out_idx),
+            _numpy(layer.in_idx),
+        )
 
     @classmethod
     def after(cls, layer: LoSiALinear, subnet: Subnet, step: int) -> "Place":
         """Where ``layer``, which has not moved yet, will be. Waits for the GPU."""
         captured = math.nan if subnet.captured is None else float(subnet.captured)
-        return cls(step, layer.name, layer.losia.group_name, (layer.out_features, layer.in_features),
-                   _numpy(subnet.out_idx), _numpy(subnet.in_idx),
-                   overlap=subnet.overlap(layer.current_subnet), captured=captured if math.isfinite(captured) else None)
+        return cls(
+            step,
+            layer.name,
+            layer.losia.group_name,
+            (layer.out_features, layer.in_features),
+            _numpy(subnet.out_idx),
+            _numpy(subnet.in_idx),
+            overlap=subnet.overlap(layer.current_subnet),
+            captured=captured if math.isfinite(captured) else None,
+        )
 
     def to_json(self) -> dict:
         """The line of ``subnets.jsonl``."""
-        return {**vars(self), "out_idx": _bits(self.out_idx, self.features[0]),
-                "in_idx": _bits(self.in_idx, self.features[1])}
+        return {
+            **vars(self),
+            "out_idx": _bits(self.out_idx, self.features[0]),
+            "in_idx": _bits(self.in_idx, self.features[1]),
+        }
 
     @classmethod
     def from_json(cls, entry: dict) -> "Place":
         """What ``to_json`` wrote."""
-        return cls(**{**entry, "features": tuple(entry["features"]),
-                      "out_idx": _indices(entry["out_idx"]), "in_idx": _indices(entry["in_idx"])})
+        return cls(
+            **{
+                **entry,
+                "features": tuple(entry["features"]),
+                "out_idx": _indices(entry["out_idx"]),
+                "in_idx": _indices(entry["in_idx"]),
+            }
+        )
 
 
 @dataclass(frozen=True)
 class SubnetHistory:
-    """All of ``subnets.jsonl``: the groups in model order, the LoSiAConfig as a dict, the places in order of time."""
+    """All of ``subnets.jsonl``: the groups in model order, the LoSiAConfig as a dict, the places in
+    order of time."""
 
     groups: list[str]
     config: dict

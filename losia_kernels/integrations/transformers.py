@@ -1,13 +1,15 @@
-"""LoSiA in transformers' Trainer and TRL's SFTTrainer: an optimizer factory and a callback; the Trainer stays as it is.
+"""LoSiA in transformers' Trainer and TRL's SFTTrainer: an optimizer factory and a callback; the
+Trainer stays as it is.
 
     model = apply_losia(model, config)
     trainer = Trainer(
-        model, args, train_dataset=..., optimizer_cls_and_kwargs=(LoSiAOptimizerFactory, {"lr": args.learning_rate})
+        model, args, train_dataset=..., optimizer_cls_and_kwargs=(LoSiAOptimizerFactory, {"lr":
+        args.learning_rate})
     )
     trainer.add_callback(LoSiACallback(trainer))
 
-Checkpoints and ``resume_from_checkpoint`` are the Trainer's own: the subnets and their places are in the model's state
-dict, everything else in the optimizer's.
+Checkpoints and ``resume_from_checkpoint`` are the Trainer's own: the subnets and their places are
+in the model's state dict, everything else in the optimizer's.
 """
 
 from contextlib import AbstractContextManager
@@ -21,12 +23,12 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
-from ..calibrate import calibrate, start_from_frequency
-from ..linear import LoSiALinear
-from ..optimizer import LoSiAAdamW
-from ..selection import NonFiniteScoreError
-from ..subnet import Subnet
-from ..timeline import Timeline
+from ..layers.linear import LoSiALinear
+from ..layers.subnet import Subnet
+from ..training.calibrate import calibrate, start_from_frequency
+from ..training.optimizer import LoSiAAdamW
+from ..training.selection import NonFiniteScoreError
+from ..training.timeline import Timeline
 from .history import Place, SubnetHistory, append_log, rewind_log
 
 CALIBRATION_STEPS = 4
@@ -34,7 +36,8 @@ COUNTED_BATCHES = 64
 
 
 class LoSiAOptimizerFactory:
-    """What ``optimizer_cls_and_kwargs`` takes: the Trainer calls ``LoSiAOptimizerFactory()(model, **kwargs)``.
+    """What ``optimizer_cls_and_kwargs`` takes: the Trainer calls ``LoSiAOptimizerFactory()(model,
+    **kwargs)``.
 
     ``kwargs`` are those of ``LoSiAAdamW``; ``model`` is one that ``apply_losia`` has converted.
     """
@@ -44,58 +47,80 @@ class LoSiAOptimizerFactory:
 
 
 class LoSiACallback(TrainerCallback):
-    """Places the first subnets, tells the timeline the number of steps (``period="auto"``) and how ``trainer`` scales
-    each loss, and reports what the subnets do.
+    """Places the first subnets, tells the timeline the number of steps (``period="auto"``) and how
+    ``trainer`` scales each loss, and reports what the subnets do.
 
-    Calibration takes ``calibration_steps`` batches before the first step, on the Trainer's own loss, if the config's
-    ``init_subnet`` is "calibrated"; with ``output_init="frequency"`` the labels of the first 64 batches are counted.
-    Neither moves torch's random state. A resumed run, and one that a second ``train()`` continues, is left where it
-    was.
+    Calibration takes ``calibration_steps`` batches before the first step, on the Trainer's own
+    loss, if the config's ``init_subnet`` is "calibrated"; with ``output_init="frequency"`` the
+    labels of the first 64 batches are counted. Neither moves torch's random state. A resumed run,
+    and one that a second ``train()`` continues, is left where it was.
 
-    Whatever ``args.report_to`` names (TensorBoard, ...) gets, with each of the Trainer's logs: ``losia/lr/<group>``,
-    the group's learning rate with its rewarming; ``losia/observing``, the number of the group that observes (-1: none;
-    with ``update_type="sync"`` 0 stands for all); and of the layers that have moved since the last log, averaged,
-    ``losia/overlap`` and ``losia/captured`` (see ``history.Place``).
+    Whatever ``args.report_to`` names (TensorBoard, ...) gets, with each of the Trainer's logs:
+    ``losia/lr/<group>``, the group's learning rate with its rewarming; ``losia/observing``, the
+    number of the group that observes (-1: none; with ``update_type="sync"`` 0 stands for all); and
+    of the layers that have moved since the last log, averaged, ``losia/overlap`` and
+    ``losia/captured`` (see ``history.Place``).
 
-    ``history``: a file that gets every place of every subnet, for ``losia-kernels plot``. A run that ends before every
-    group has moved once is warned about.
+    ``history``: a file that gets every place of every subnet, for ``losia-kernels plot``. A run
+    that ends before every group has moved once is warned about.
 
-    Raises ValueError when training begins with an optimizer that is neither LoSiAAdamW nor one ``attach`` was given,
-    with gradients to clip that ``in_backward=True`` has spent, or with several GPUs in one process (DataParallel).
+    Raises ValueError when training begins with an optimizer that is neither LoSiAAdamW nor one
+    ``attach`` was given, with gradients to clip that ``in_backward=True`` has spent, or with
+    several GPUs in one process (DataParallel).
     """
 
-    def __init__(self, trainer: Trainer, calibration_steps: int = CALIBRATION_STEPS, history: str | Path | None = None):
+    def __init__(
+        self,
+        trainer: Trainer,
+        calibration_steps: int = CALIBRATION_STEPS,
+        history: str | Path | None = None,
+    ):
         self.trainer, self.calibration_steps = trainer, calibration_steps
         self.history = None if history is None else Path(history)
         self._training_step = trainer.training_step
         trainer.training_step = self._tell_divisor_and_train
 
-    # before the first step --------------------------------------------------------------------------------------------
+    # before the first step ------------------------------------------------------------------------
 
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
+    def on_train_begin(
+        self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs
+    ):
         timeline = losia_timeline(optimizer)
         if args.n_gpu > 1:
             raise ValueError(
                 f"the Trainer would spread the batch over {args.n_gpu} GPUs by DataParallel, in which layers cannot "
                 f"observe: start a process for each (torchrun, accelerate launch), or set CUDA_VISIBLE_DEVICES to one"
             )
-        if getattr(getattr(optimizer, "optimizer", optimizer), "in_backward", False) and args.max_grad_norm:
+        if (
+            getattr(getattr(optimizer, "optimizer", optimizer), "in_backward", False)
+            and args.max_grad_norm
+        ):
             raise ValueError(
                 f"max_grad_norm={args.max_grad_norm} would find nothing to clip: with in_backward=True the gradients "
                 f"are spent before the step; set max_grad_norm=0"
             )
-        begins = state.global_step == timeline.step == 0  # not so in a second train(), which keeps the optimizer
-        if begins or timeline.config.period == "auto":  # a checkpoint without the optimizer's state has no period
+        begins = (
+            state.global_step == timeline.step == 0
+        )  # not so in a second train(), which keeps the optimizer
+        if (
+            begins or timeline.config.period == "auto"
+        ):  # a checkpoint without the optimizer's state has no period
             timeline.plan(state.max_steps)
         if begins and timeline.config.init_subnet == "calibrated":
             with _same_random_state(args.device):
                 batches = _first_batches(train_dataloader, self.calibration_steps, args.device)
-                self._calibrate(model.train(), batches, _loss_scale(optimizer))  # training checkpoints gradients
+                self._calibrate(
+                    model.train(), batches, _loss_scale(optimizer)
+                )  # training checkpoints gradients
         if begins and timeline.config.output_init == "frequency":
             with _same_random_state(args.device):
-                start_from_frequency(model, _first_batches(train_dataloader, COUNTED_BATCHES, args.device))
+                start_from_frequency(
+                    model, _first_batches(train_dataloader, COUNTED_BATCHES, args.device)
+                )
         kinds = tuple(INTEGRATION_TO_CALLBACK.values())
-        self._reporters = [each for each in self.trainer.callback_handler.callbacks if isinstance(each, kinds)]
+        self._reporters = [
+            each for each in self.trainer.callback_handler.callbacks if isinstance(each, kinds)
+        ]
         self._moved: list[Place] = []
         if not state.is_world_process_zero:
             return
@@ -107,10 +132,14 @@ class LoSiACallback(TrainerCallback):
             timeline.listeners.append(self._note)
 
     def _calibrate(self, model: nn.Module, batches: list[dict], scale: float) -> None:
-        """``calibrate`` on the Trainer's loss with the largest scale, from ``scale`` down, that does not overflow."""
+        """``calibrate`` on the Trainer's loss with the largest scale, from ``scale`` down, that
+        does not overflow."""
+
         def loss_fn(model: nn.Module, batch: dict) -> torch.Tensor:
             with self.trainer.compute_loss_context_manager():
-                return scale * self.trainer.compute_loss(model, dict(batch))  # which may take labels out
+                return scale * self.trainer.compute_loss(
+                    model, dict(batch)
+                )  # which may take labels out
 
         try:
             calibrate(model, batches, len(batches), loss_fn, loss_divisor=1 / scale)
@@ -119,7 +148,7 @@ class LoSiACallback(TrainerCallback):
                 raise
             self._calibrate(model, batches, max(1.0, scale / 16))
 
-    # how the loss is scaled -------------------------------------------------------------------------------------------
+    # how the loss is scaled -----------------------------------------------------------------------
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         self._scale = _loss_scale(optimizer)  # once a step, which is as often as it changes
@@ -132,9 +161,10 @@ class LoSiACallback(TrainerCallback):
     def _divisor(self, inputs: dict, items: torch.Tensor | None, timeline: Timeline) -> float:
         """What the Trainer divides the mean loss of this micro-batch by.
 
-        Its loss is a sum over the micro-batch divided by ``items``, the learned tokens of the whole accumulated batch,
-        and so is its mean over the processes, of whose micro-batches both then count all tokens; for models that do
-        not take ``num_items_in_batch`` it is the mean divided by the number of micro-batches.
+        Its loss is a sum over the micro-batch divided by ``items``, the learned tokens of the whole
+        accumulated batch, and so is its mean over the processes, of whose micro-batches both then
+        count all tokens; for models that do not take ``num_items_in_batch`` it is the mean divided
+        by the number of micro-batches.
         """
         if self.trainer.args.gradient_accumulation_steps == 1:
             return 1.0
@@ -146,15 +176,19 @@ class LoSiACallback(TrainerCallback):
             labels = inputs["labels"][..., 1:] if shifts else inputs["labels"]
         return float(items) / max(1, timeline.ranks.total((labels != -100).sum()))
 
-    # what it did ------------------------------------------------------------------------------------------------------
+    # what it did ----------------------------------------------------------------------------------
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         timeline = losia_timeline(optimizer)
         self._rates = {}
-        for position, options in enumerate(optimizer.param_groups):  # LoSiAAdamW's groups first; attach numbers them
+        for position, options in enumerate(
+            optimizer.param_groups
+        ):  # LoSiAAdamW's groups first; attach numbers them
             group = options.get("layer_group", position)
             if group is not None and group < len(timeline.group_names):
-                self._rates[f"losia/lr/{timeline.group_names[group]}"] = options["lr"] * timeline.lr_factor(group)
+                self._rates[f"losia/lr/{timeline.group_names[group]}"] = options[
+                    "lr"
+                ] * timeline.lr_factor(group)
         self._observing = min(timeline.observing, default=-1)
 
     def _note(self, layer: LoSiALinear, subnet: Subnet) -> None:
@@ -173,7 +207,9 @@ class LoSiACallback(TrainerCallback):
             return
         values = {**self._rates, "losia/observing": self._observing}
         for name in ("overlap", "captured"):
-            known = [getattr(place, name) for place in self._moved if getattr(place, name) is not None]
+            known = [
+                getattr(place, name) for place in self._moved if getattr(place, name) is not None
+            ]
             if known:
                 values[f"losia/{name}"] = fmean(known)
         self._moved.clear()
@@ -182,7 +218,8 @@ class LoSiACallback(TrainerCallback):
 
 
 def losia_timeline(optimizer: torch.optim.Optimizer) -> Timeline:
-    """The timeline of the optimizer that a callback is handed; accelerate wraps it. ValueError for one without."""
+    """The timeline of the optimizer that a callback is handed; accelerate wraps it. ValueError for
+    one without."""
     inner = getattr(optimizer, "optimizer", optimizer)
     timeline = getattr(inner, "timeline", None)
     if not isinstance(timeline, Timeline):
@@ -195,18 +232,21 @@ def losia_timeline(optimizer: torch.optim.Optimizer) -> Timeline:
 
 
 def _loss_scale(optimizer: torch.optim.Optimizer) -> float:
-    """What accelerate, whose wrapper ``optimizer`` is, multiplies losses with: 1, but in float16."""
+    """What accelerate, whose wrapper ``optimizer`` is, multiplies losses with: 1, but in
+    float16."""
     scaler = getattr(optimizer, "scaler", None)
     return 1.0 if scaler is None else scaler.get_scale()
 
 
 def _same_random_state(device: torch.device) -> AbstractContextManager:
-    """What is drawn inside is not missed outside: a resumed run, which does not look ahead, sees the same order."""
+    """What is drawn inside is not missed outside: a resumed run, which does not look ahead, sees
+    the same order."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def _first_batches(dataloader, count: int, device: torch.device) -> list[dict]:
-    """The first batches of an epoch, made beside the dataloader, whose own iteration is left for the training."""
+    """The first batches of an epoch, made beside the dataloader, whose own iteration is left for
+    the training."""
     if isinstance(dataloader.dataset, IterableDataset):
         raise ValueError(
             "cannot calibrate from an iterable dataset: call losia_kernels.calibrate before the Trainer, and set "
@@ -215,5 +255,10 @@ def _first_batches(dataloader, count: int, device: torch.device) -> list[dict]:
     batches = []
     for indices in islice(dataloader.batch_sampler, count):
         batch = dataloader.collate_fn([dataloader.dataset[i] for i in indices])
-        batches.append({key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()})
+        batches.append(
+            {
+                key: value.to(device) if torch.is_tensor(value) else value
+                for key, value in batch.items()
+            }
+        )
     return batches

@@ -1,4 +1,5 @@
-"""Cross-entropy over the vocabulary: an online softmax, and the logits replaced by their gradient."""
+"""Cross-entropy over the vocabulary: an online softmax, and the logits replaced by their
+gradient."""
 
 import torch
 import triton
@@ -6,8 +7,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from ._device import INTERPRETED, store_as
-from ._launch import launch_config
+from .device import INTERPRETED, store_as
+from .launch import launch_config
 
 
 @triton.jit
@@ -78,16 +79,25 @@ def cross_entropy_grad_kernel(
     ignored = label == ignore_index
     in_range = (label >= 0) & (label < vocabulary)
 
-    # One running maximum, sum of exponentials and sum of z per lane; lanes meet once, after the loop.
+    # One running maximum, sum of exponentials and sum of z per lane; lanes meet once, after the
+    # loop.
     peak = tl.full((BLOCK_OUT,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_OUT,), tl.float32)
     z_sum = tl.zeros((BLOCK_OUT,), tl.float32)
     for first in range(0, vocabulary, BLOCK_OUT):
         offs_out = first + tl.arange(0, BLOCK_OUT)
         mask = offs_out < vocabulary
-        z = load_capped(logits_ptr + offs_out.to(tl.int64) * stride_logits_out, mask, softcap, logit_scale, CAPPED)
+        z = load_capped(
+            logits_ptr + offs_out.to(tl.int64) * stride_logits_out,
+            mask,
+            softcap,
+            logit_scale,
+            CAPPED,
+        )
         higher = tl.maximum(peak, z)
-        base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing but -inf so far: exp(-inf - 0) is 0
+        base = tl.where(
+            higher == float("-inf"), 0.0, higher
+        )  # nothing but -inf so far: exp(-inf - 0) is 0
         total = total * tl.exp(peak - base) + tl.exp(z - base)
         peak = higher
         if SMOOTHED:
@@ -112,9 +122,20 @@ def cross_entropy_grad_kernel(
             ptrs = logits_ptr + offs_out.to(tl.int64) * stride_logits_out
             z = load_capped(ptrs, mask, softcap, logit_scale, CAPPED)
             store_grad(
-                ptrs, mask, z, offs_out, label, lse, ignored,
-                vocabulary, label_smoothing, z_loss, softcap, logit_scale, CAPPED,
-            )  # fmt: skip
+                ptrs,
+                mask,
+                z,
+                offs_out,
+                label,
+                lse,
+                ignored,
+                vocabulary,
+                label_smoothing,
+                z_loss,
+                softcap,
+                logit_scale,
+                CAPPED,
+            )
 
 
 @triton.jit
@@ -145,9 +166,20 @@ def cross_entropy_block_grad_kernel(
     ptrs = logits_ptr + t * stride_logits_t + offs_out.to(tl.int64) * stride_logits_out
     z = load_capped(ptrs, mask, softcap, logit_scale, CAPPED)
     store_grad(
-        ptrs, mask, z, offs_out, label - first_out, lse, label == ignore_index,
-        vocabulary, label_smoothing, z_loss, softcap, logit_scale, CAPPED,
-    )  # fmt: skip
+        ptrs,
+        mask,
+        z,
+        offs_out,
+        label - first_out,
+        lse,
+        label == ignore_index,
+        vocabulary,
+        label_smoothing,
+        z_loss,
+        softcap,
+        logit_scale,
+        CAPPED,
+    )
 
 
 def launch_cross_entropy_grad_(
@@ -160,7 +192,8 @@ def launch_cross_entropy_grad_(
     logit_scale: float,
     write_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """``ops.cross_entropy_grad_`` on the device: one program a token, the logits read twice and written once."""
+    """``ops.cross_entropy_grad_`` on the device: one program a token, the logits read twice and
+    written once."""
     tokens, vocabulary = logits.shape
     losses, lse = (logits.new_empty(tokens, dtype=torch.float32) for _ in range(2))
     if tokens == 0:
@@ -168,11 +201,24 @@ def launch_cross_entropy_grad_(
     config = launch_config("cross_entropy_grad_", logits, tokens=tokens, n_out=vocabulary)
     with torch.cuda.device_of(logits):
         cross_entropy_grad_kernel[(tokens,)](
-            logits, labels, losses, lse, vocabulary, *logits.stride(), *labels.stride(),
-            ignore_index, float(label_smoothing), float(z_loss), float(softcap or 1.0), float(logit_scale),
-            CAPPED=softcap is not None, SMOOTHED=label_smoothing != 0, WRITE_GRAD=write_grad,
-            BLOCK_OUT=config.block_out, **config.compiler,
-        )  # fmt: skip
+            logits,
+            labels,
+            losses,
+            lse,
+            vocabulary,
+            *logits.stride(),
+            *labels.stride(),
+            ignore_index,
+            float(label_smoothing),
+            float(z_loss),
+            float(softcap or 1.0),
+            float(logit_scale),
+            CAPPED=softcap is not None,
+            SMOOTHED=label_smoothing != 0,
+            WRITE_GRAD=write_grad,
+            BLOCK_OUT=config.block_out,
+            **config.compiler,
+        )
     return losses, lse
 
 
@@ -195,7 +241,21 @@ def launch_cross_entropy_block_grad_(
     config = launch_config("cross_entropy_grad_", logits, tokens=tokens, n_out=block)
     with torch.cuda.device_of(logits):
         cross_entropy_block_grad_kernel[(tokens, triton.cdiv(block, config.block_out))](
-            logits, labels, lse, block, first_out, vocabulary, *logits.stride(), *labels.stride(), *lse.stride(),
-            ignore_index, float(label_smoothing), float(z_loss), float(softcap or 1.0), float(logit_scale),
-            CAPPED=softcap is not None, BLOCK_OUT=config.block_out, **config.compiler,
-        )  # fmt: skip
+            logits,
+            labels,
+            lse,
+            block,
+            first_out,
+            vocabulary,
+            *logits.stride(),
+            *labels.stride(),
+            *lse.stride(),
+            ignore_index,
+            float(label_smoothing),
+            float(z_loss),
+            float(softcap or 1.0),
+            float(logit_scale),
+            CAPPED=softcap is not None,
+            BLOCK_OUT=config.block_out,
+            **config.compiler,
+        )

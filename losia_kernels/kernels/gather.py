@@ -1,12 +1,13 @@
-"""``x[..., idx]`` -> contiguous: the part of an activation that LoSiA-Pro keeps for the backward (X_S of Eq. 9)."""
+"""``x[..., idx]`` -> contiguous: the part of an activation that LoSiA-Pro keeps for the backward
+(X_S of Eq. 9)."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import load_index
-from ._launch import launch_config
+from .device import load_index
+from .launch import launch_config
 
 
 @triton.jit
@@ -28,8 +29,11 @@ def gather_features_kernel(
     offs_in = first_in + tl.arange(0, BLOCK_IN)  # [BLOCK_IN]
     idx = load_index(idx_ptr, offs_in, k_in, ALIGN)  # read once for all tokens of the tile
     mask = (offs_t < tokens)[:, None] & (offs_in < k_in)[None, :]
-    x = tl.load(x_ptr + offs_t[:, None] * stride_x_t + (idx * stride_x_in)[None, :], mask=mask)  # [BLOCK_T, BLOCK_IN]
-    # Stored flat, so that the wide stores do not spread the threads of a load: neighbours share its cache lines.
+    x = tl.load(
+        x_ptr + offs_t[:, None] * stride_x_t + (idx * stride_x_in)[None, :], mask=mask
+    )  # [BLOCK_T, BLOCK_IN]
+    # Stored flat, so that the wide stores do not spread the threads of a load: neighbours share its
+    # cache lines.
     offs = tl.arange(0, BLOCK_T * BLOCK_IN)
     offs_t = first_t + offs // BLOCK_IN
     offs_in = first_in + offs % BLOCK_IN
@@ -49,7 +53,15 @@ def launch_gather_features(x: Tensor, idx: Tensor, alignment: int = 1) -> Tensor
     grid = (triton.cdiv(tokens, config.block_t), triton.cdiv(k_in, config.block_in))
     with torch.cuda.device_of(x):
         gather_features_kernel[grid](
-            x, idx.contiguous(), out, tokens, k_in, *x.stride(),
-            BLOCK_T=config.block_t, BLOCK_IN=config.block_in, ALIGN=alignment, **config.compiler,
-        )  # fmt: skip
+            x,
+            idx.contiguous(),
+            out,
+            tokens,
+            k_in,
+            *x.stride(),
+            BLOCK_T=config.block_t,
+            BLOCK_IN=config.block_in,
+            ALIGN=alignment,
+            **config.compiler,
+        )
     return out

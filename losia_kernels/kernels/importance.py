@@ -1,13 +1,14 @@
-"""Importance of every weight from one micro-batch (Eqs. 3-6), smoothed in place or summed per neuron."""
+"""Importance of every weight from one micro-batch (Eqs. 3-6), smoothed in place or summed per
+neuron."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import store_as
-from ._launch import launch_config
-from ._tiles import empty_partials, store_tile_sums, tile_grid, tile_offsets, tile_ptrs
+from .device import store_as
+from .launch import launch_config
+from .tiles import empty_partials, store_tile_sums, tile_grid, tile_offsets, tile_ptrs
 
 
 @triton.jit
@@ -25,7 +26,11 @@ def load_importance(
     KIND: tl.constexpr,
 ):
     """I of one tile in float32 (``eager.importance_of``), 0 outside the mask."""
-    grad = tl.load(tile_ptrs(grad_ptr, offs_out, offs_in, stride_grad_out, stride_grad_in), mask=mask, other=0.0)
+    grad = tl.load(
+        tile_ptrs(grad_ptr, offs_out, offs_in, stride_grad_out, stride_grad_in),
+        mask=mask,
+        other=0.0,
+    )
     value = grad.to(tl.float32) * grad_scale
     if KIND != "gradient":
         ptrs = tile_ptrs(weight_ptr, offs_out, offs_in, stride_weight_out, stride_weight_in)
@@ -68,11 +73,24 @@ def importance_update_kernel(
         tile // tiles_in, tile % tiles_in, size_out, size_in, BLOCK_OUT, BLOCK_IN
     )
     now = load_importance(
-        weight_ptr, grad_ptr, offs_out, offs_in, mask,
-        stride_weight_out, stride_weight_in, stride_grad_out, stride_grad_in, grad_scale, KIND,
-    )  # fmt: skip
-    mean_ptrs = tile_ptrs(importance_ptr, offs_out, offs_in, stride_importance_out, stride_importance_in)
-    deviation_ptrs = tile_ptrs(uncertainty_ptr, offs_out, offs_in, stride_uncertainty_out, stride_uncertainty_in)
+        weight_ptr,
+        grad_ptr,
+        offs_out,
+        offs_in,
+        mask,
+        stride_weight_out,
+        stride_weight_in,
+        stride_grad_out,
+        stride_grad_in,
+        grad_scale,
+        KIND,
+    )
+    mean_ptrs = tile_ptrs(
+        importance_ptr, offs_out, offs_in, stride_importance_out, stride_importance_in
+    )
+    deviation_ptrs = tile_ptrs(
+        uncertainty_ptr, offs_out, offs_in, stride_uncertainty_out, stride_uncertainty_in
+    )
     mean = tl.load(mean_ptrs, mask=mask, other=0.0).to(tl.float32)
     deviation = tl.load(deviation_ptrs, mask=mask, other=0.0).to(tl.float32)
     mean = beta1 * mean + one_minus_beta1 * now  # Eq. 4
@@ -101,13 +119,33 @@ def importance_marginals_kernel(
     tile = tl.program_id(0)
     tiles_in = tl.cdiv(size_in, BLOCK_IN)
     tile_out, tile_in = tile // tiles_in, tile % tiles_in
-    offs_out, offs_in, mask = tile_offsets(tile_out, tile_in, size_out, size_in, BLOCK_OUT, BLOCK_IN)
+    offs_out, offs_in, mask = tile_offsets(
+        tile_out, tile_in, size_out, size_in, BLOCK_OUT, BLOCK_IN
+    )
     now = load_importance(
-        weight_ptr, grad_ptr, offs_out, offs_in, mask,
-        stride_weight_out, stride_weight_in, stride_grad_out, stride_grad_in, grad_scale, KIND,
-    )  # fmt: skip
+        weight_ptr,
+        grad_ptr,
+        offs_out,
+        offs_in,
+        mask,
+        stride_weight_out,
+        stride_weight_in,
+        stride_grad_out,
+        stride_grad_in,
+        grad_scale,
+        KIND,
+    )
     store_tile_sums(
-        out_partials_ptr, in_partials_ptr, now, now, tile_out, tile_in, size_out, size_in, BLOCK_OUT, BLOCK_IN
+        out_partials_ptr,
+        in_partials_ptr,
+        now,
+        now,
+        tile_out,
+        tile_in,
+        size_out,
+        size_in,
+        BLOCK_OUT,
+        BLOCK_IN,
     )
 
 
@@ -121,28 +159,56 @@ def launch_importance_update_(
     kind: str,
     grad_scale: float,
 ) -> None:
-    """``ops.importance_update_`` on the device: one read of the four tensors, one write of the first two."""
+    """``ops.importance_update_`` on the device: one read of the four tensors, one write of the
+    first two."""
     size_out, size_in = weight.shape
     config = launch_config("importance_update_", weight, n_out=size_out, n_in=size_in)
     with torch.cuda.device_of(weight):
         importance_update_kernel[tile_grid(config, size_out, size_in)](
-            importance, uncertainty, weight, grad, size_out, size_in,
-            *importance.stride(), *uncertainty.stride(), *weight.stride(), *grad.stride(),
-            beta1, 1 - beta1, beta2, 1 - beta2, grad_scale,
-            KIND=kind, BLOCK_OUT=config.block_out, BLOCK_IN=config.block_in, **config.compiler,
-        )  # fmt: skip
+            importance,
+            uncertainty,
+            weight,
+            grad,
+            size_out,
+            size_in,
+            *importance.stride(),
+            *uncertainty.stride(),
+            *weight.stride(),
+            *grad.stride(),
+            beta1,
+            1 - beta1,
+            beta2,
+            1 - beta2,
+            grad_scale,
+            KIND=kind,
+            BLOCK_OUT=config.block_out,
+            BLOCK_IN=config.block_in,
+            **config.compiler,
+        )
 
 
 def launch_importance_marginals(
     weight: Tensor, grad: Tensor, kind: str, grad_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """``ops.importance_marginals`` on the device: one read of both tensors, partial sums of every tile written."""
+    """``ops.importance_marginals`` on the device: one read of both tensors, partial sums of every
+    tile written."""
     size_out, size_in = weight.shape
     config = launch_config("importance_marginals", weight, n_out=size_out, n_in=size_in)
     out_partials, in_partials = empty_partials(weight, config)
     with torch.cuda.device_of(weight):
         importance_marginals_kernel[tile_grid(config, size_out, size_in)](
-            out_partials, in_partials, weight, grad, size_out, size_in, *weight.stride(), *grad.stride(), grad_scale,
-            KIND=kind, BLOCK_OUT=config.block_out, BLOCK_IN=config.block_in, **config.compiler,
-        )  # fmt: skip
+            out_partials,
+            in_partials,
+            weight,
+            grad,
+            size_out,
+            size_in,
+            *weight.stride(),
+            *grad.stride(),
+            grad_scale,
+            KIND=kind,
+            BLOCK_OUT=config.block_out,
+            BLOCK_IN=config.block_in,
+            **config.compiler,
+        )
     return out_partials.sum(0), in_partials.sum(0)

@@ -1,14 +1,15 @@
-"""AdamW on the subnet and, in the same pass, its new values into the rows and columns of the weight."""
+"""AdamW on the subnet and, in the same pass, its new values into the rows and columns of the
+weight."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._adamw import adamw
-from ._device import stochastic_round, store_as
-from ._launch import launch_config
-from ._tiles import tile_grid, tile_offsets, tile_ptrs
+from .device import stochastic_round, store_as
+from .formats import adamw
+from .launch import launch_config
+from .tiles import tile_grid, tile_offsets, tile_ptrs
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -48,7 +49,9 @@ def subnet_adamw_kernel(
 ):
     tile = tl.program_id(0)
     tiles_in = tl.cdiv(k_in, BLOCK_IN)
-    offs_out, offs_in, mask = tile_offsets(tile // tiles_in, tile % tiles_in, k_out, k_in, BLOCK_OUT, BLOCK_IN)
+    offs_out, offs_in, mask = tile_offsets(
+        tile // tiles_in, tile % tiles_in, k_out, k_in, BLOCK_OUT, BLOCK_IN
+    )
 
     grad_ptrs = tile_ptrs(grad_ptr, offs_out, offs_in, stride_grad_out, stride_grad_in)
     grad = tl.zeros((BLOCK_OUT, BLOCK_IN), dtype=tl.float32)
@@ -63,19 +66,34 @@ def subnet_adamw_kernel(
     subnet_ptrs = tile_ptrs(subnet_ptr, offs_out, offs_in, stride_subnet_out, stride_subnet_in)
     value = tl.load(subnet_ptrs, mask=mask, other=0.0).to(tl.float32)
     value, exp_avg, exp_avg_sq = adamw(
-        value, grad, exp_avg, exp_avg_sq, one_minus_beta1, beta2, one_minus_beta2, eps, decay, step_size,
+        value,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        one_minus_beta1,
+        beta2,
+        one_minus_beta2,
+        eps,
+        decay,
+        step_size,
         root_correction,
-    )  # fmt: skip
+    )
     tl.store(avg_ptrs, exp_avg, mask=mask)
     tl.store(sq_ptrs, exp_avg_sq, mask=mask)
     if STOCHASTIC:
-        counter = offs_out[:, None] * k_in + offs_in[None, :]  # flat position in the subnet, modulo 2^32
+        counter = (
+            offs_out[:, None] * k_in + offs_in[None, :]
+        )  # flat position in the subnet, modulo 2^32
         value = stochastic_round(value, counter, seed, subnet_ptr.dtype.element_ty).to(tl.float32)
     store_as(subnet_ptrs, value, mask)
 
     weight_out = tl.load(out_idx_ptr + offs_out, mask=offs_out < k_out, other=0)
     weight_in = tl.load(in_idx_ptr + offs_in, mask=offs_in < k_in, other=0)
-    store_as(tile_ptrs(weight_ptr, weight_out, weight_in, stride_weight_out, stride_weight_in), value, mask)
+    store_as(
+        tile_ptrs(weight_ptr, weight_out, weight_in, stride_weight_out, stride_weight_in),
+        value,
+        mask,
+    )
 
 
 def launch_subnet_adamw_(
@@ -94,18 +112,41 @@ def launch_subnet_adamw_(
     step: int,
     seed: int | None,
 ) -> None:
-    """``ops.subnet_adamw_`` on the device: everything read once and written once, the gradient's splits included."""
+    """``ops.subnet_adamw_`` on the device: everything read once and written once, the gradient's
+    splits included."""
     k_out, k_in = subnet.shape
     grad = grad if grad.dim() == 3 else grad.unsqueeze(0)  # [splits, k_out, k_in]
     config = launch_config("subnet_adamw_", subnet, n_out=k_out, n_in=k_in)
     with torch.cuda.device_of(weight):
         subnet_adamw_kernel[tile_grid(config, k_out, k_in)](
-            weight, subnet, grad, exp_avg, exp_avg_sq, out_idx.contiguous(), in_idx.contiguous(),
-            k_out, k_in, *weight.stride(), *subnet.stride(), *grad.stride(), *exp_avg.stride(), *exp_avg_sq.stride(),
-            1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay, lr / (1 - beta1**step), (1 - beta2**step) ** 0.5,
-            signed_32_bits(seed or 0), SPLITS=grad.shape[0], STOCHASTIC=seed is not None,
-            BLOCK_OUT=config.block_out, BLOCK_IN=config.block_in, **config.compiler,
-        )  # fmt: skip
+            weight,
+            subnet,
+            grad,
+            exp_avg,
+            exp_avg_sq,
+            out_idx.contiguous(),
+            in_idx.contiguous(),
+            k_out,
+            k_in,
+            *weight.stride(),
+            *subnet.stride(),
+            *grad.stride(),
+            *exp_avg.stride(),
+            *exp_avg_sq.stride(),
+            1 - beta1,
+            beta2,
+            1 - beta2,
+            eps,
+            1 - lr * weight_decay,
+            lr / (1 - beta1**step),
+            (1 - beta2**step) ** 0.5,
+            signed_32_bits(seed or 0),
+            SPLITS=grad.shape[0],
+            STOCHASTIC=seed is not None,
+            BLOCK_OUT=config.block_out,
+            BLOCK_IN=config.block_in,
+            **config.compiler,
+        )
 
 
 def signed_32_bits(value: int) -> int:

@@ -1,14 +1,15 @@
-"""``dy[:, out_idx].T @ x[:, in_idx]`` (Eq. 9), one partial sum per range of tokens; the forms are in ``_launch``."""
+"""``dy[:, out_idx].T @ x[:, in_idx]`` (Eq. 9), one partial sum per range of tokens; the forms are
+in ``_launch``."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import eager
-from ._device import dot, load_index, store_as
-from ._launch import LaunchConfig, subnet_grad_config
+from ..ops import eager
+from .device import dot, load_index, store_as
 from .gather import launch_gather_features
+from .launch import LaunchConfig, subnet_grad_config
 
 
 @triton.jit
@@ -60,9 +61,13 @@ def subnet_grad_kernel(
         if PREFETCH:
             dy_sub = dy_next
             offs_next = offs_t + BLOCK_T
-            dy_next = tl.load(dy_ptrs + offs_next * stride_dy_t, mask=(offs_next < end) & mask_out, other=0.0)
+            dy_next = tl.load(
+                dy_ptrs + offs_next * stride_dy_t, mask=(offs_next < end) & mask_out, other=0.0
+            )
         else:
-            dy_sub = tl.load(dy_ptrs + offs_t * stride_dy_t, mask=(offs_t < end) & mask_out, other=0.0)
+            dy_sub = tl.load(
+                dy_ptrs + offs_t * stride_dy_t, mask=(offs_t < end) & mask_out, other=0.0
+            )
         x_sub = tl.load(x_ptrs + offs_t * stride_x_t, mask=(offs_t < end) & mask_in, other=0.0)
         acc = dot(tl.trans(dy_sub), x_sub, acc)  # [BLOCK_OUT, BLOCK_IN]
 
@@ -73,14 +78,19 @@ def subnet_grad_kernel(
 def launch_subnet_grad(
     dy: Tensor, x: Tensor, out_idx: Tensor | None, in_idx: Tensor | None, alignment: int = 1
 ) -> Tensor:
-    """``[splits, k_out, k_in]`` float32, to be summed over the splits; see ``ops.subnet_grad_partials``."""
+    """``[splits, k_out, k_in]`` float32, to be summed over the splits; see
+    ``ops.subnet_grad_partials``."""
     k_out = dy.shape[-1] if out_idx is None else out_idx.shape[0]
     k_in = x.shape[-1] if in_idx is None else in_idx.shape[0]
     tokens = dy.shape[:-1].numel()
     config = subnet_grad_config(dy, k_out, k_in, out_idx is not None, alignment)
-    dy = dy.reshape(tokens, dy.shape[-1])  # copies only where the leading dimensions have no common stride
+    dy = dy.reshape(
+        tokens, dy.shape[-1]
+    )  # copies only where the leading dimensions have no common stride
     x = x.reshape(tokens, x.shape[-1])
-    if in_idx is not None and config.variant != "fused":  # two gathers in one wide tile would not fit the registers
+    if (
+        in_idx is not None and config.variant != "fused"
+    ):  # two gathers in one wide tile would not fit the registers
         x, in_idx = launch_gather_features(x, in_idx, alignment), None
     if out_idx is not None and config.variant.startswith("gathered"):
         dy, out_idx = launch_gather_features(dy, out_idx, alignment), None
@@ -105,12 +115,31 @@ def _launch_product(
     out_idx = None if out_idx is None else out_idx.contiguous()
     in_idx = None if in_idx is None else in_idx.contiguous()
     tokens = dy.shape[0]
-    tokens_per_split = triton.cdiv(triton.cdiv(tokens, config.splits), config.block_t) * config.block_t
-    grid = (triton.cdiv(k_out, config.block_out) * triton.cdiv(k_in, config.block_in), config.splits)
+    tokens_per_split = (
+        triton.cdiv(triton.cdiv(tokens, config.splits), config.block_t) * config.block_t
+    )
+    grid = (
+        triton.cdiv(k_out, config.block_out) * triton.cdiv(k_in, config.block_in),
+        config.splits,
+    )
     with torch.cuda.device_of(dy):
         subnet_grad_kernel[grid](
-            dy, x, out_idx, in_idx, partials, tokens, tokens_per_split, k_out, k_in, *dy.stride(), *x.stride(),
-            BLOCK_T=config.block_t, BLOCK_OUT=config.block_out, BLOCK_IN=config.block_in, ALIGN=alignment,
-            PREFETCH=config.prefetch and out_idx is not None, **config.compiler,
-        )  # fmt: skip
+            dy,
+            x,
+            out_idx,
+            in_idx,
+            partials,
+            tokens,
+            tokens_per_split,
+            k_out,
+            k_in,
+            *dy.stride(),
+            *x.stride(),
+            BLOCK_T=config.block_t,
+            BLOCK_OUT=config.block_out,
+            BLOCK_IN=config.block_in,
+            ALIGN=alignment,
+            PREFETCH=config.prefetch and out_idx is not None,
+            **config.compiler,
+        )
     return partials

@@ -1,13 +1,14 @@
 """The functional API, registered as ``torch.library`` custom ops: schema, CPU, CUDA and fake.
 
-CPU tensors (and float64 anywhere) take ``eager``; CUDA tensors take the Triton kernels, imported on first use.
-Names that end in ``_`` write their arguments. Order is always (out, in); ``t`` counts tokens.
+CPU tensors (and float64 anywhere) take ``eager``; CUDA tensors take the Triton kernels, imported on
+first use. Names that end in ``_`` write their arguments. Order is always (out, in); ``t`` counts
+tokens.
 """
 
 from .adamw import subnet_adamw_, subnets_adamw_
 from .cross_entropy import cross_entropy_block_grad_, cross_entropy_grad_
 from .importance import importance_marginals, importance_update_, score_marginals
-from .linear import gather_features, subnet_grad, subnet_grad_partials
+from .subnet_grad import gather_features, subnet_grad, subnet_grad_partials
 
 __all__ = [
     "cross_entropy_block_grad_",

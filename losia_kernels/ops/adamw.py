@@ -1,13 +1,14 @@
-"""AdamW on subnets, written into their weights in the same pass: of one layer, and of all of a model at once."""
+"""AdamW on subnets, written into their weights in the same pass: of one layer, and of all of a
+model at once."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import eager
-from ..rounding import code_blocks
-from ._op import check, refuse, register
+from . import eager
+from .registry import check, refuse, register
+from .rounding import code_blocks
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
@@ -29,39 +30,86 @@ def subnet_adamw_(
     step: int,
     seed: int | None = None,
 ) -> None:
-    """One AdamW step on ``subnet`` and, in the same pass, its new values into ``weight[out_idx][:, in_idx]``.
+    """One AdamW step on ``subnet`` and, in the same pass, its new values into ``weight[out_idx][:,
+    in_idx]``.
 
-    ``weight [out, in]`` float32 / float16 / bfloat16; ``exp_avg``, ``exp_avg_sq`` ``[k_out, k_in]`` float32;
-    ``grad`` ``[k_out, k_in]``, or ``[splits, k_out, k_in]`` as ``subnet_grad_partials`` returns it;
-    ``step`` counts this matrix's updates from 1. Decoupled decay, eps outside the square root of the corrected second
-    moment (torch.optim.AdamW).
+    ``weight [out, in]`` float32 / float16 / bfloat16; ``exp_avg``, ``exp_avg_sq`` ``[k_out, k_in]``
+    float32; ``grad`` ``[k_out, k_in]``, or ``[splits, k_out, k_in]`` as ``subnet_grad_partials``
+    returns it; ``step`` counts this matrix's updates from 1. Decoupled decay, eps outside the
+    square root of the corrected second moment (torch.optim.AdamW).
 
-    ``subnet [k_out, k_in]`` in float32 is the master copy, and the weight gets it rounded to nearest. In the weight's
-    16-bit dtype there is no master: with ``seed`` the new values are rounded stochastically, without it to nearest
-    (the reference's behaviour, which loses small updates).
+    ``subnet [k_out, k_in]`` in float32 is the master copy, and the weight gets it rounded to
+    nearest. In the weight's 16-bit dtype there is no master: with ``seed`` the new values are
+    rounded stochastically, without it to nearest (the reference's behaviour, which loses small
+    updates).
     """
     op = "subnet_adamw_"
     _check_matrix(op, weight, subnet, grad, exp_avg, exp_avg_sq, out_idx, in_idx)
-    check(exp_avg.dtype == exp_avg_sq.dtype == eager.accumulate_dtype(weight.dtype), op,
-           f"moments must be {eager.accumulate_dtype(weight.dtype)}, got {exp_avg.dtype}, {exp_avg_sq.dtype}")
-    check(seed is None or subnet.dtype in SIXTEEN_BITS, op,
-           f"seed asks for stochastic rounding of a 16-bit subnet, but subnet is {subnet.dtype}")
+    check(
+        exp_avg.dtype == exp_avg_sq.dtype == eager.accumulate_dtype(weight.dtype),
+        op,
+        f"moments must be {eager.accumulate_dtype(weight.dtype)}, got {exp_avg.dtype}, {exp_avg_sq.dtype}",
+    )
+    check(
+        seed is None or subnet.dtype in SIXTEEN_BITS,
+        op,
+        f"seed asks for stochastic rounding of a 16-bit subnet, but subnet is {subnet.dtype}",
+    )
     check(step >= 1, op, f"step counts from 1, got {step}")
     if weight.is_cuda and weight.dtype != torch.float64 and weight.numel():
         from ..kernels.subnet_adamw import launch_subnet_adamw_ as run
     else:
         run = eager.subnet_adamw_
-    run(weight, subnet, grad, exp_avg, exp_avg_sq, out_idx, in_idx, lr, beta1, beta2, eps, weight_decay, step, seed)
+    run(
+        weight,
+        subnet,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        out_idx,
+        in_idx,
+        lr,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        step,
+        seed,
+    )
 
 
 @subnet_adamw_.register_fake
-def _(weight, subnet, grad, exp_avg, exp_avg_sq, out_idx, in_idx, lr, beta1, beta2, eps, weight_decay, step, seed=None):
+def _(
+    weight,
+    subnet,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    out_idx,
+    in_idx,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    step,
+    seed=None,
+):
     return None
 
 
-@register("losia::subnets_adamw_", mutates_args=(
-    "weights", "subnets", "exp_avgs", "exp_avg_sqs", "exp_avg_scales", "exp_avg_sq_scales", "remainders",
-))  # fmt: skip
+@register(
+    "losia::subnets_adamw_",
+    mutates_args=(
+        "weights",
+        "subnets",
+        "exp_avgs",
+        "exp_avg_sqs",
+        "exp_avg_scales",
+        "exp_avg_sq_scales",
+        "remainders",
+    ),
+)
 def subnets_adamw_(
     weights: list[Tensor],
     subnets: list[Tensor],
@@ -81,41 +129,84 @@ def subnets_adamw_(
     exp_avg_sq_scales: list[Tensor],
     remainders: list[Tensor],
 ) -> None:
-    """``subnet_adamw_`` on many matrices, in one launch for each combination of dtypes; the same bits.
+    """``subnet_adamw_`` on many matrices, in one launch for each combination of dtypes; the same
+    bits.
 
     One entry a matrix in every list; an empty list is none for all. All but weights are contiguous.
-    ``seeds`` are needed for all that is rounded stochastically: 16-bit subnets (without seeds to nearest) and moments
-    that are not float32. Moments are float32, bfloat16, or uint8 codes of ``losia_kernels.rounding`` with
-    ``exp_avg_scales``, ``exp_avg_sq_scales`` ``[k_out, ceil(k_in / 256)]`` float32. With ``remainders``
-    ``[k_out, k_in]`` int16 a bfloat16 subnet and its remainder are the float32 master, exactly, and the weight gets it
-    rounded to nearest, ties away from zero.
+    ``seeds`` are needed for all that is rounded stochastically: 16-bit subnets (without seeds to
+    nearest) and moments that are not float32. Moments are float32, bfloat16, or uint8 codes of
+    ``losia_kernels.ops.rounding`` with ``exp_avg_scales``, ``exp_avg_sq_scales`` ``[k_out,
+    ceil(k_in / 256)]`` float32. With ``remainders`` ``[k_out, k_in]`` int16 a bfloat16 subnet and
+    its remainder are the float32 master, exactly, and the weight gets it rounded to nearest, ties
+    away from zero.
     """
     op = "subnets_adamw_"
     if not weights:
         return
     lists = (subnets, grads, exp_avgs, exp_avg_sqs, out_idx, in_idx, lr, step)
     optional = (seeds, exp_avg_scales, exp_avg_sq_scales, remainders)
-    if any(len(each) != len(weights) for each in lists) or any(len(each) not in (0, len(weights)) for each in optional):
-        refuse(op, f"the lists must have one entry for each of the {len(weights)} weights, got "
-                   f"{[len(each) for each in (*lists, *optional)]}")
+    if any(len(each) != len(weights) for each in lists) or any(
+        len(each) not in (0, len(weights)) for each in optional
+    ):
+        refuse(
+            op,
+            f"the lists must have one entry for each of the {len(weights)} weights, got "
+            f"{[len(each) for each in (*lists, *optional)]}",
+        )
     none = [None] * len(weights)
-    extras: list[list[Any]] = [each or none for each in (exp_avg_scales, exp_avg_sq_scales, remainders)]
+    extras: list[list[Any]] = [
+        each or none for each in (exp_avg_scales, exp_avg_sq_scales, remainders)
+    ]
     for matrix in zip(weights, *lists[:6], *extras, strict=True):
         _check_matrix(op, *matrix[:7])
         _check_state(op, bool(seeds), *matrix[1:])
     if min(step) < 1:
         refuse(op, f"step counts from 1, got {min(step)}")
     if weights[0].is_cuda and weights[0].dtype != torch.float64:
-        from ..kernels.subnets_adamw import launch_subnets_adamw_ as run
+        from ..kernels.adamw import launch_subnets_adamw_ as run
     else:
         run = eager.subnets_adamw_
-    run(weights, subnets, grads, exp_avgs, exp_avg_sqs, out_idx, in_idx, lr, step, seeds, beta1, beta2, eps,
-        weight_decay, exp_avg_scales, exp_avg_sq_scales, remainders)  # fmt: skip
+    run(
+        weights,
+        subnets,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        out_idx,
+        in_idx,
+        lr,
+        step,
+        seeds,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        exp_avg_scales,
+        exp_avg_sq_scales,
+        remainders,
+    )
 
 
 @subnets_adamw_.register_fake
-def _(weights, subnets, grads, exp_avgs, exp_avg_sqs, out_idx, in_idx, lr, step, seeds, beta1, beta2, eps,
-      weight_decay, exp_avg_scales, exp_avg_sq_scales, remainders):  # fmt: skip
+def _(
+    weights,
+    subnets,
+    grads,
+    exp_avgs,
+    exp_avg_sqs,
+    out_idx,
+    in_idx,
+    lr,
+    step,
+    seeds,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    exp_avg_scales,
+    exp_avg_sq_scales,
+    remainders,
+):
     return None
 
 
@@ -124,34 +215,72 @@ def _check_matrix(op, weight, subnet, grad, exp_avg, exp_avg_sq, out_idx, in_idx
     if not out_idx.dtype == in_idx.dtype == torch.int64:
         refuse(op, f"out_idx and in_idx must be int64, got {out_idx.dtype}, {in_idx.dtype}")
     indexed = out_idx.shape + in_idx.shape
-    if not subnet.shape == exp_avg.shape == exp_avg_sq.shape == grad.shape[-2:] == indexed or grad.dim() > 3:
-        refuse(op, f"out_idx and in_idx are {tuple(out_idx.shape)} and {tuple(in_idx.shape)}, so subnet, exp_avg, "
-                   f"exp_avg_sq and grad must be {tuple(indexed)} (or grad [splits, k_out, k_in]), "
-                   f"got {[tuple(tensor.shape) for tensor in (subnet, exp_avg, exp_avg_sq, grad)]}")
+    if (
+        not subnet.shape == exp_avg.shape == exp_avg_sq.shape == grad.shape[-2:] == indexed
+        or grad.dim() > 3
+    ):
+        refuse(
+            op,
+            f"out_idx and in_idx are {tuple(out_idx.shape)} and {tuple(in_idx.shape)}, so subnet, exp_avg, "
+            f"exp_avg_sq and grad must be {tuple(indexed)} (or grad [splits, k_out, k_in]), "
+            f"got {[tuple(tensor.shape) for tensor in (subnet, exp_avg, exp_avg_sq, grad)]}",
+        )
     if weight.dim() != 2:
         refuse(op, f"weight must be [out, in], got {tuple(weight.shape)}")
-    if not (weight.device == subnet.device == grad.device == exp_avg.device == exp_avg_sq.device == out_idx.device
-            == in_idx.device):  # fmt: skip
-        devices = [str(each.device) for each in (weight, subnet, grad, exp_avg, exp_avg_sq, out_idx, in_idx)]
-        refuse(op, f"weight, subnet, grad, exp_avg, exp_avg_sq, out_idx, in_idx are on {', '.join(devices)}")
+    if not (
+        weight.device
+        == subnet.device
+        == grad.device
+        == exp_avg.device
+        == exp_avg_sq.device
+        == out_idx.device
+        == in_idx.device
+    ):
+        devices = [
+            str(each.device)
+            for each in (weight, subnet, grad, exp_avg, exp_avg_sq, out_idx, in_idx)
+        ]
+        refuse(
+            op,
+            f"weight, subnet, grad, exp_avg, exp_avg_sq, out_idx, in_idx are on {', '.join(devices)}",
+        )
     master = eager.accumulate_dtype(weight.dtype)
     if subnet.dtype != master and subnet.dtype != weight.dtype:
-        refuse(op, f"subnet must be {master} (master) or {weight.dtype} (weight's dtype), got {subnet.dtype}")
+        refuse(
+            op,
+            f"subnet must be {master} (master) or {weight.dtype} (weight's dtype), got {subnet.dtype}",
+        )
 
 
 def _check_state(
-    op, seeded, subnet, grad, exp_avg, exp_avg_sq, out_idx, in_idx, exp_avg_scale, exp_avg_sq_scale, remainder
+    op,
+    seeded,
+    subnet,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    out_idx,
+    in_idx,
+    exp_avg_scale,
+    exp_avg_sq_scale,
+    remainder,
 ) -> None:
     exact, dtype = eager.accumulate_dtype(subnet.dtype), exp_avg.dtype
     if dtype != exp_avg_sq.dtype or dtype not in (exact, torch.bfloat16, torch.uint8):
-        refuse(op, f"moments must both be {exact}, torch.bfloat16 or torch.uint8, got {dtype}, {exp_avg_sq.dtype}")
+        refuse(
+            op,
+            f"moments must both be {exact}, torch.bfloat16 or torch.uint8, got {dtype}, {exp_avg_sq.dtype}",
+        )
     if dtype != exact and (subnet.dtype == torch.float64 or not seeded):
         refuse(op, f"{dtype} moments need seeds for their rounding, and no float64 subnet")
     addressed = [subnet, grad, exp_avg, exp_avg_sq, out_idx, in_idx]
     if dtype == torch.uint8:
         scales = [exp_avg_scale, exp_avg_sq_scale]
         shape = (subnet.shape[0], code_blocks(subnet.shape[1]))
-        if any(scale is None or scale.shape != shape or scale.dtype != torch.float32 for scale in scales):
+        if any(
+            scale is None or scale.shape != shape or scale.dtype != torch.float32
+            for scale in scales
+        ):
             refuse(op, f"uint8 moments need float32 scales of shape {shape}")
         addressed += scales
     elif exp_avg_scale is not None or exp_avg_sq_scale is not None:
@@ -160,10 +289,16 @@ def _check_state(
         if subnet.dtype != torch.bfloat16:
             refuse(op, f"a remainder belongs to a bfloat16 subnet, got {subnet.dtype}")
         if remainder.dtype != torch.int16 or remainder.shape != subnet.shape:
-            refuse(op, f"the remainder must be int16 {tuple(subnet.shape)}, got {remainder.dtype} "
-                       f"{tuple(remainder.shape)}")
+            refuse(
+                op,
+                f"the remainder must be int16 {tuple(subnet.shape)}, got {remainder.dtype} "
+                f"{tuple(remainder.shape)}",
+            )
         addressed.append(remainder)
     for tensor in addressed:
         if not tensor.is_contiguous():
-            refuse(op, f"subnets, gradients, state and indices must be contiguous, got strides {tensor.stride()} of "
-                       f"{tuple(tensor.shape)}")
+            refuse(
+                op,
+                f"subnets, gradients, state and indices must be contiguous, got strides {tensor.stride()} of "
+                f"{tuple(tensor.shape)}",
+            )

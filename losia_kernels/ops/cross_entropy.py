@@ -3,15 +3,22 @@
 import torch
 from torch import Tensor
 
-from .. import eager
-from ._op import check, register
+from . import eager
+from .registry import check, register
 
 
 def _check_logits(op: str, logits: Tensor, labels: Tensor, softcap: float | None) -> None:
     check(logits.dim() == 2, op, f"logits must be [t, V], got {tuple(logits.shape)}")
-    check(labels.shape == logits.shape[:1] and labels.dtype == torch.int64, op,
-           f"labels must be int64 [{logits.shape[0]}], got {tuple(labels.shape)} {labels.dtype}")
-    check(labels.device == logits.device, op, f"labels are on {labels.device}, logits on {logits.device}")
+    check(
+        labels.shape == logits.shape[:1] and labels.dtype == torch.int64,
+        op,
+        f"labels must be int64 [{logits.shape[0]}], got {tuple(labels.shape)} {labels.dtype}",
+    )
+    check(
+        labels.device == logits.device,
+        op,
+        f"labels are on {labels.device}, logits on {logits.device}",
+    )
     check(softcap is None or softcap > 0, op, f"softcap must be positive or None, got {softcap}")
 
 
@@ -28,25 +35,38 @@ def cross_entropy_grad_(
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of every token, ``logits [t, V]`` replaced by the gradient of the losses' sum.
 
-    With ``z = softcap * tanh(logit_scale * logits / softcap)`` (scaled only, if ``softcap`` is None) and
-    ``lse = logsumexp(z)``: ``loss = lse - (1 - label_smoothing) z[label] - label_smoothing mean(z) + z_loss lse^2``.
-    ``labels [t]`` int64; ``ignore_index`` gives no loss and no gradient. Returns ``(losses [t], lse [t])`` in float32.
-    ``write_grad=False`` leaves the logits as they are. A label out of range raises on the CPU; on a GPU, which nobody
-    waits for here, its loss and gradient are NaN.
+    With ``z = softcap * tanh(logit_scale * logits / softcap)`` (scaled only, if ``softcap`` is
+    None) and ``lse = logsumexp(z)``: ``loss = lse - (1 - label_smoothing) z[label] -
+    label_smoothing mean(z) + z_loss lse^2``. ``labels [t]`` int64; ``ignore_index`` gives no loss
+    and no gradient. Returns ``(losses [t], lse [t])`` in float32. ``write_grad=False`` leaves the
+    logits as they are. A label out of range raises on the CPU; on a GPU, which nobody waits for
+    here, its loss and gradient are NaN.
     """
     _check_logits("cross_entropy_grad_", logits, labels, softcap)
     if logits.is_cuda and logits.dtype != torch.float64:
         from ..kernels.cross_entropy import launch_cross_entropy_grad_ as run
     else:
         run = eager.cross_entropy_grad_
-    return run(logits, labels, ignore_index, label_smoothing, z_loss, softcap, logit_scale, write_grad)
+    return run(
+        logits, labels, ignore_index, label_smoothing, z_loss, softcap, logit_scale, write_grad
+    )
 
 
 @cross_entropy_grad_.register_fake
-def _(logits, labels, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=None, logit_scale=1.0,
-      write_grad=True):
+def _(
+    logits,
+    labels,
+    ignore_index=-100,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    softcap=None,
+    logit_scale=1.0,
+    write_grad=True,
+):
     dtype = eager.accumulate_dtype(logits.dtype)
-    return logits.new_empty(logits.shape[0], dtype=dtype), logits.new_empty(logits.shape[0], dtype=dtype)
+    return logits.new_empty(logits.shape[0], dtype=dtype), logits.new_empty(
+        logits.shape[0], dtype=dtype
+    )
 
 
 @register("losia::cross_entropy_block_grad_", mutates_args=("logits",))
@@ -62,7 +82,8 @@ def cross_entropy_block_grad_(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> None:
-    """The gradient of ``cross_entropy_grad_`` for a block of the vocabulary, in place, once ``lse [t]`` is known.
+    """The gradient of ``cross_entropy_grad_`` for a block of the vocabulary, in place, once ``lse
+    [t]`` is known.
 
     ``logits [t, block]`` are those of the outputs from ``first_out`` on, of ``vocabulary`` in all.
     """
@@ -71,10 +92,31 @@ def cross_entropy_block_grad_(
         from ..kernels.cross_entropy import launch_cross_entropy_block_grad_ as run
     else:
         run = eager.cross_entropy_block_grad_
-    run(logits, labels, lse, first_out, vocabulary, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    run(
+        logits,
+        labels,
+        lse,
+        first_out,
+        vocabulary,
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        softcap,
+        logit_scale,
+    )
 
 
 @cross_entropy_block_grad_.register_fake
-def _(logits, labels, lse, first_out, vocabulary, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=None,
-      logit_scale=1.0):
+def _(
+    logits,
+    labels,
+    lse,
+    first_out,
+    vocabulary,
+    ignore_index=-100,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    softcap=None,
+    logit_scale=1.0,
+):
     return None

@@ -1,10 +1,11 @@
-"""Ops of an observing layer: importance of its weights (Eqs. 3-6) and the sums that selection needs."""
+"""Ops of an observing layer: importance of its weights (Eqs. 3-6) and the sums that selection
+needs."""
 
 import torch
 from torch import Tensor
 
-from .. import eager
-from ._op import check, check_index, check_kind, check_same, register
+from . import eager
+from .registry import check, check_index, check_kind, check_same, register
 
 
 @register("losia::importance_update_", mutates_args=("importance", "uncertainty"))
@@ -18,12 +19,14 @@ def importance_update_(
     kind: str = "sensitivity",
     grad_scale: float = 1.0,
 ) -> None:
-    """Smoothed importance and its uncertainty, Eqs. 3-6, in one pass over ``weight`` and ``grad``; all ``[out, in]``.
+    """Smoothed importance and its uncertainty, Eqs. 3-6, in one pass over ``weight`` and ``grad``;
+    all ``[out, in]``.
 
-    With ``g = grad * grad_scale``: I is ``|g w - (g w)^2 / 2|`` ("sensitivity"), ``|g w|`` ("first_order"),
-    ``(g w)^2 / 2`` ("second_order") or ``|g|`` ("gradient"). Then ``importance <- beta1 importance + (1 - beta1) I``
-    and, with the new importance, ``uncertainty <- beta2 uncertainty + (1 - beta2) |I - importance|``. Both are kept
-    in float32 or bfloat16; the arithmetic is float32. ``grad_scale`` undoes a scaling of the loss.
+    With ``g = grad * grad_scale``: I is ``|g w - (g w)^2 / 2|`` ("sensitivity"), ``|g w|``
+    ("first_order"), ``(g w)^2 / 2`` ("second_order") or ``|g|`` ("gradient"). Then ``importance <-
+    beta1 importance + (1 - beta1) I`` and, with the new importance, ``uncertainty <- beta2
+    uncertainty + (1 - beta2) |I - importance|``. Both are kept in float32 or bfloat16; the
+    arithmetic is float32. ``grad_scale`` undoes a scaling of the loss.
     """
     op = "importance_update_"
     check_kind(op, kind)
@@ -62,18 +65,24 @@ def importance_marginals(
 @importance_marginals.register_fake
 def _(weight, grad, kind="sensitivity", grad_scale=1.0):
     dtype = eager.accumulate_dtype(weight.dtype)
-    return weight.new_empty(weight.shape[0], dtype=dtype), weight.new_empty(weight.shape[1], dtype=dtype)
+    return weight.new_empty(weight.shape[0], dtype=dtype), weight.new_empty(
+        weight.shape[1], dtype=dtype
+    )
 
 
 @register("losia::score_marginals", mutates_args=())
 def score_marginals(
-    importance: Tensor, uncertainty: Tensor | None = None, out_idx: Tensor | None = None, in_idx: Tensor | None = None
+    importance: Tensor,
+    uncertainty: Tensor | None = None,
+    out_idx: Tensor | None = None,
+    in_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Row and column sums of the score ``importance * uncertainty`` (or of ``importance`` alone), never written.
+    """Row and column sums of the score ``importance * uncertainty`` (or of ``importance`` alone),
+    never written.
 
-    ``[out, in]`` float32 or bfloat16 -> ``([out], [in])`` float32. The row sums run over ``in_idx`` only, the column
-    sums over ``out_idx`` only, where given: the second pass of both greedy orders (Algorithm 1) in one call.
-    Deterministic; a non-finite score shows in the sums.
+    ``[out, in]`` float32 or bfloat16 -> ``([out], [in])`` float32. The row sums run over ``in_idx``
+    only, the column sums over ``out_idx`` only, where given: the second pass of both greedy orders
+    (Algorithm 1) in one call. Deterministic; a non-finite score shows in the sums.
     """
     op = "score_marginals"
     check(importance.dim() == 2, op, f"importance must be [out, in], got {tuple(importance.shape)}")
@@ -92,4 +101,6 @@ def score_marginals(
 def _(importance, uncertainty=None, out_idx=None, in_idx=None):
     out_features, in_features = importance.shape
     dtype = eager.accumulate_dtype(importance.dtype)
-    return importance.new_empty(out_features, dtype=dtype), importance.new_empty(in_features, dtype=dtype)
+    return importance.new_empty(out_features, dtype=dtype), importance.new_empty(
+        in_features, dtype=dtype
+    )

@@ -1,4 +1,5 @@
-"""A tokenizer of one token a character, a tiny LLaMA, and tasks of a few items, for the tests of the quality study."""
+"""A tokenizer of one token a character, a tiny LLaMA, and tasks of a few items, for the tests of
+the quality study."""
 
 import torch
 
@@ -11,8 +12,10 @@ ALPHABET = "\n abcdefghijklmnopqrstuvwxyz0123456789:+-=*"
 
 class CharTokenizer:
     def __call__(self, text: str, add_special_tokens: bool, return_offsets_mapping: bool) -> dict:
-        return {"input_ids": [ALPHABET.index(letter) for letter in text],
-                "offset_mapping": [(place, place + 1) for place in range(len(text))]}  # fmt: skip
+        return {
+            "input_ids": [ALPHABET.index(letter) for letter in text],
+            "offset_mapping": [(place, place + 1) for place in range(len(text))],
+        }
 
 
 def tiny_base(seed: int = 0) -> Base:
@@ -20,10 +23,17 @@ def tiny_base(seed: int = 0) -> Base:
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(ALPHABET), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.1,
+        vocab_size=len(ALPHABET),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
         use_cache=False,
-    )  # fmt: skip
+    )
     return Base(LlamaForCausalLM(config), CharTokenizer())
 
 

@@ -1,4 +1,5 @@
-"""The output layer's rows: gated, at every share of the vocabulary; a wrong gradient gives no figure."""
+"""The output layer's rows: gated, at every share of the vocabulary; a wrong gradient gives no
+figure."""
 
 import pytest
 import torch
@@ -38,7 +39,9 @@ def test_ours_needs_less_memory_than_the_logits():
     inputs = output_layer.Inputs.make(4096, 1000, 8, 0, CPU, torch.float32)
     logits = 4 * 4096 * 1000
     assert output_layer.extra_bytes(output_layer.plain_torch, inputs, CPU) > 2 * logits
-    assert output_layer.extra_bytes(output_layer.losia, inputs, CPU) < 1.1 * logits  # the chunk of 128 MiB holds all
+    assert (
+        output_layer.extra_bytes(output_layer.losia, inputs, CPU) < 1.1 * logits
+    )  # the chunk of 128 MiB holds all
 
 
 @pytest.mark.parametrize("name", ["liger", "cut-cross-entropy"])

@@ -1,7 +1,8 @@
-"""What only a GPU's run executes, executed here: every tensor that asks for a GPU is made on the CPU instead.
+"""What only a GPU's run executes, executed here: every tensor that asks for a GPU is made on the
+CPU instead.
 
-It holds that these lines run, hand over what they should and end in whole rows. It says nothing about kernels, devices,
-times or bytes: only a GPU does.
+It holds that these lines run, hand over what they should and end in whole rows. It says nothing
+about kernels, devices, times or bytes: only a GPU does.
 """
 
 import contextlib
@@ -52,7 +53,8 @@ class Event:
 
 
 class Allocator:
-    """What ``torch.cuda`` says of memory: 3 GB, and a peak of ``peak`` bytes since the last reset."""
+    """What ``torch.cuda`` says of memory: 3 GB, and a peak of ``peak`` bytes since the last
+    reset."""
 
     def __init__(self):
         self.peak, self.resets = 5 * 10**9, 0
@@ -63,30 +65,49 @@ class Allocator:
 
 @pytest.fixture
 def pretended(monkeypatch, tiny):
-    """A GPU on paper, the models tiny; returns its allocator and the cycles it was asked to spin."""
-    for peer in ("peft", "galore_torch"):  # before they are told of a GPU, which their own dependencies would look into
+    """A GPU on paper, the models tiny; returns its allocator and the cycles it was asked to
+    spin."""
+    for peer in (
+        "peft",
+        "galore_torch",
+    ):  # before they are told of a GPU, which their own dependencies would look into
         with contextlib.suppress(MissingPeer):
             import_peer(peer)
     allocator, spins = Allocator(), []
     properties = SimpleNamespace(
-        L2_cache_size=2**14, total_memory=140 * 10**9, multi_processor_count=132, uuid="1-2", major=9, minor=0
+        L2_cache_size=2**14,
+        total_memory=140 * 10**9,
+        multi_processor_count=132,
+        uuid="1-2",
+        major=9,
+        minor=0,
     )
     said = {
-        "is_available": lambda: True, "device_count": lambda: 1, "synchronize": lambda device=None: None,
-        "empty_cache": lambda: None, "memory_allocated": lambda: 3 * 10**9,
-        "max_memory_allocated": lambda: allocator.peak, "reset_peak_memory_stats": allocator.reset,
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "synchronize": lambda device=None: None,
+        "empty_cache": lambda: None,
+        "memory_allocated": lambda: 3 * 10**9,
+        "max_memory_allocated": lambda: allocator.peak,
+        "reset_peak_memory_stats": allocator.reset,
         "get_device_properties": lambda device: properties,
-        "get_device_name": lambda device: "NVIDIA Pretended", "Event": Event, "_sleep": spins.append,
-    }  # fmt: skip
+        "get_device_name": lambda device: "NVIDIA Pretended",
+        "Event": Event,
+        "_sleep": spins.append,
+    }
     for name, answer in said.items():
         monkeypatch.setattr(torch.cuda, name, answer)
     # a CUDA build of torch would look for the device, to see whether it captures a graph
-    monkeypatch.setattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda self: None)
+    monkeypatch.setattr(
+        torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda self: None
+    )
     monkeypatch.setattr(torch, "Generator", Generator)
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.delenv("CUDA_HOME", raising=False)
-    small = {key: value for key, value in CONFIGS[tiny].items() if key != "model_type"} | {"head_dim": 16}
+    small = {key: value for key, value in CONFIGS[tiny].items() if key != "model_type"} | {
+        "head_dim": 16
+    }
     for name, config in CONFIGS.items():
         monkeypatch.setitem(CONFIGS, name, {**config, **small})
     for module in (layer, model, scaling):
@@ -132,11 +153,15 @@ def check(rows: list[dict]) -> None:
 def test_every_gpu_job_makes_a_row(pretended, quick, module):
     pytest.importorskip("peft")
     pytest.importorskip("galore_torch")
-    rows = rows_of(module, lambda job: job.suite != "context" and job.settings.get("stack", "block") == "block")
+    rows = rows_of(
+        module, lambda job: job.suite != "context" and job.settings.get("stack", "block") == "block"
+    )
     check(rows)
     assert len(rows) == {layer: 18, model: 16, scaling: 4, ops: len(ops.CASES)}[module]
     if module is model:
-        assert all(row["peak_bytes"] == pretended.allocator.peak for row in rows if row["status"] == "ok")
+        assert all(
+            row["peak_bytes"] == pretended.allocator.peak for row in rows if row["status"] == "ok"
+        )
         predicted = {row["id"]["name"] for row in rows if row.get("predicted_bytes")}
         assert predicted == set(model.PREDICTED)
     if module is layer:
@@ -152,7 +177,10 @@ def test_the_other_models_too(pretended, quick, name):
     run = model.Run("losia-pro", name, 1, 32, True, Options(1 / 8, 1 / 8))
     row = model.run_model(run, CUDA, BF16)
     assert row["predicted_bytes"] > 0 and row["gate"]["subnet gradient"]["error"] >= 0
-    assert layer.run_layer("losia-pro-off", name, "block", 1, 32, CUDA, BF16, Options())["total"]["ms"] > 0
+    assert (
+        layer.run_layer("losia-pro-off", name, "block", 1, 32, CUDA, BF16, Options())["total"]["ms"]
+        > 0
+    )
 
 
 def test_the_longest_context_is_the_last_that_fits(pretended, monkeypatch):
@@ -169,7 +197,11 @@ def test_the_longest_context_is_the_last_that_fits(pretended, monkeypatch):
     monkeypatch.setattr(model, "tokens_of", tokens_of)
     monkeypatch.setattr(model, "largest", lambda *a: 4500)
     row = model.longest_context("losia-pro", "llama-2-7b", 80 * 10**9, CUDA, BF16)
-    assert row["longest"] == 2048 and row["predicted"] == 4096 and pretended.allocator.resets == len(ran) - 1
+    assert (
+        row["longest"] == 2048
+        and row["predicted"] == 4096
+        and pretended.allocator.resets == len(ran) - 1
+    )
 
 
 def test_a_context_that_runs_out_of_memory_is_too_long(pretended, monkeypatch):
@@ -185,7 +217,9 @@ def test_a_context_that_runs_out_of_memory_is_too_long(pretended, monkeypatch):
     monkeypatch.setattr(model, "step_phases", step_phases)
     monkeypatch.setattr(model, "largest", lambda *a: 1024)
     monkeypatch.setattr(model, "free_memory", lambda: freed.append(1))
-    assert model.longest_context("lora-fused", "llama-2-7b", 80 * 10**9, CUDA, BF16)["longest"] == 3072
+    assert (
+        model.longest_context("lora-fused", "llama-2-7b", 80 * 10**9, CUDA, BF16)["longest"] == 3072
+    )
     assert len(freed) > 1
 
 
@@ -194,7 +228,10 @@ def test_a_context_that_runs_out_of_memory_is_too_long(pretended, monkeypatch):
 def test_the_search_finds_the_boundary_from_any_guess(guess, longest):
     tried = []
     found = model.last_that_fits(lambda n: tried.append(n) or n <= longest, guess)
-    assert found == longest and len(tried) == len(set(tried)) <= 2 + 2 * max(guess, longest).bit_length()
+    assert (
+        found == longest
+        and len(tried) == len(set(tried)) <= 2 + 2 * max(guess, longest).bit_length()
+    )
 
 
 def test_configurations_far_over_every_card_are_not_tried(monkeypatch):
@@ -207,8 +244,12 @@ def test_configurations_far_over_every_card_are_not_tried(monkeypatch):
 
 def test_kernels_are_timed_behind_a_spin_longer_than_their_launch(pretended):
     harness.measure({"slow": lambda i: time.sleep(0.01)}, CUDA, repeats=2, hide_launch=True)
-    assert len(pretended.spins) == 4 and pretended.spins[0] > 0.02 * harness.MOST_CYCLES  # as many untimed before
-    timing = harness.measure({"a": lambda i: time.sleep(0.002), "b": lambda i: None}, CUDA, repeats=3)
+    assert (
+        len(pretended.spins) == 4 and pretended.spins[0] > 0.02 * harness.MOST_CYCLES
+    )  # as many untimed before
+    timing = harness.measure(
+        {"a": lambda i: time.sleep(0.002), "b": lambda i: None}, CUDA, repeats=3
+    )
     assert timing["a"].ms >= 2 > timing["b"].ms and len(pretended.spins) == 4
 
 
@@ -239,7 +280,11 @@ def test_provenance_of_a_gpu(pretended, monkeypatch):
     monkeypatch.setattr(subprocess, "run", answer)
     monkeypatch.setattr(torch, "mm", lambda a, b: a)
     found = provenance.provenance(CUDA, "0123456789ab")
-    assert found["kind"] == "GPU" and found["device"] == "NVIDIA Pretended" and found["driver"] == "580.1"
+    assert (
+        found["kind"] == "GPU"
+        and found["device"] == "NVIDIA Pretended"
+        and found["driver"] == "580.1"
+    )
     assert found["clocks"] == "SM 1980 of 1980 MHz, memory 2619 MHz, 700.00 W, 45 C"
     assert found["commit"] == "0123456789ab" and all("--id=GPU-1-2" in words for words in asked)
 
@@ -247,9 +292,23 @@ def test_provenance_of_a_gpu(pretended, monkeypatch):
 def test_the_command_runs_on_a_gpu_and_writes_clocks(pretended, monkeypatch, tmp_path, quick):
     monkeypatch.setattr(provenance, "_clocks_at_work", lambda device: "some")
     monkeypatch.setattr(provenance, "_nvidia_smi", lambda query, device: SMI.strip())
-    arguments = ["model", "--device", "cuda", "--methods", "frozen", "--minutes", "0.001", "--results", str(tmp_path)]
+    arguments = [
+        "model",
+        "--device",
+        "cuda",
+        "--methods",
+        "frozen",
+        "--minutes",
+        "0.001",
+        "--results",
+        str(tmp_path),
+    ]
     assert command.main(arguments) == 0
     [path] = tmp_path.iterdir()
     [row] = json.loads(path.read_text())["rows"]
-    assert row["id"]["dtype"] == "bfloat16" and row["clocks"].startswith("SM 1980") and row["status"] == "ok"
+    assert (
+        row["id"]["dtype"] == "bfloat16"
+        and row["clocks"].startswith("SM 1980")
+        and row["status"] == "ok"
+    )
     assert path.name.startswith("nvidia-pretended-")

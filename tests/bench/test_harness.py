@@ -21,9 +21,17 @@ def job(run, name: str = "x", suite: str = "ops", priority: float = 0.0, **setti
 
 
 def test_a_known_duration_is_measured_phase_by_phase():
-    timings = measure({"short": lambda i: time.sleep(0.002), "long": lambda i: time.sleep(0.01)}, CPU, repeats=7)
-    assert 2 <= timings["short"].ms < timings["long"].ms and 10 <= timings["long"].ms < timings["total"].ms
-    assert timings["long"].low <= timings["long"].ms <= timings["long"].high and timings["long"].repeats == 7
+    timings = measure(
+        {"short": lambda i: time.sleep(0.002), "long": lambda i: time.sleep(0.01)}, CPU, repeats=7
+    )
+    assert (
+        2 <= timings["short"].ms < timings["long"].ms
+        and 10 <= timings["long"].ms < timings["total"].ms
+    )
+    assert (
+        timings["long"].low <= timings["long"].ms <= timings["long"].high
+        and timings["long"].repeats == 7
+    )
 
 
 def test_a_known_kernel_is_timed_on_rotated_inputs(monkeypatch):
@@ -34,7 +42,9 @@ def test_a_known_kernel_is_timed_on_rotated_inputs(monkeypatch):
     case.forms["ours"] = lambda x, idx: seen.add(x.data_ptr()) or ours(x, idx)
     row = ops.run_case(case, CPU, torch.float32)
     assert row["forms"]["ours"]["ms"] > 0 and row["forms"]["ours"]["gate"]["error"] == 0
-    assert row["forms"]["ours"]["gbs"] == pytest.approx(case.moved_bytes / row["forms"]["ours"]["ms"] / 1e6)
+    assert row["forms"]["ours"]["gbs"] == pytest.approx(
+        case.moved_bytes / row["forms"]["ours"]["ms"] / 1e6
+    )
     assert len(seen) > 2
 
 
@@ -57,7 +67,9 @@ def test_a_wrong_variant_has_no_figure_and_the_form_in_use_has(monkeypatch):
     case = ops.importance_marginals((32, 64), 1, 1, torch.float32)
     case.forms["ours, another way"] = lambda w, g: (w.sum(1), g.sum(0))
     forms = ops.run_case(case, CPU, torch.float32)["forms"]
-    assert "RedGate" in forms["ours, another way"]["status"] and "ms" not in forms["ours, another way"]
+    assert (
+        "RedGate" in forms["ours, another way"]["status"] and "ms" not in forms["ours, another way"]
+    )
     assert forms["ours"]["status"] == "ok"
 
 
@@ -89,16 +101,25 @@ def test_gates_refuse_what_is_not_a_number():
 
 def test_out_of_memory_is_a_row_and_the_run_goes_on():
     def fail():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of")
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of"
+        )
 
     rows = []
-    run_all([job(fail, "first"), job(lambda: {"total": {"ms": 1.0}}, "next")], rows.append, None, say=lambda line: None)
+    run_all(
+        [job(fail, "first"), job(lambda: {"total": {"ms": 1.0}}, "next")],
+        rows.append,
+        None,
+        say=lambda line: None,
+    )
     assert [row["status"] for row in rows] == ["oom", "ok"]
     assert rows[0]["bytes_asked_for"] == int(1.5 * 2**30)
 
 
 def test_the_cpu_allocator_runs_out_of_memory_too():
-    error = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes.")
+    error = RuntimeError(
+        "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes."
+    )
     assert bytes_asked_for(error) == 4096
     assert bytes_asked_for(RuntimeError("shapes do not match")) is None
 
@@ -124,22 +145,27 @@ def test_the_most_telling_come_first_and_the_run_stops_in_time():
 
 
 def test_an_unknown_method_is_named_with_the_known_ones(capsys):
-    with pytest.raises(UnknownMethod, match="unknown method 'lorra'; the methods are frozen, losia-pro, lora"):
+    with pytest.raises(
+        UnknownMethod, match="unknown method 'lorra'; the methods are frozen, losia-pro, lora"
+    ):
         get_method("lorra")
     assert command.main(["layer", "--methods", "lora,lorra"]) == 2
     assert "'lorra'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("arguments", "problem"), [
-    (["all", "--minutes", "-1"], "expected a positive number of minutes, got -1"),
-    (["all", "--minutes", "soon"], "expected a positive number of minutes, got soon"),
-    (["all", "--device", "tpu"], "expected cuda, cuda:1 or cpu"),
-    (["all", "--device", "cuda:99"], "torch sees"),
-    (["all", "--commit", "../x"], "expected a commit's hash"),
-    (["ops", "--methods", "lora", "--device", "cpu"], "it has subnet_grad, importance_update_"),
-    (["context", "--device", "cpu"], "nothing on cpu"),
-    (["layers"], "invalid choice: 'layers'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["all", "--minutes", "-1"], "expected a positive number of minutes, got -1"),
+        (["all", "--minutes", "soon"], "expected a positive number of minutes, got soon"),
+        (["all", "--device", "tpu"], "expected cuda, cuda:1 or cpu"),
+        (["all", "--device", "cuda:99"], "torch sees"),
+        (["all", "--commit", "../x"], "expected a commit's hash"),
+        (["ops", "--methods", "lora", "--device", "cpu"], "it has subnet_grad, importance_update_"),
+        (["context", "--device", "cpu"], "nothing on cpu"),
+        (["layers"], "invalid choice: 'layers'"),
+    ],
+)
 def test_bad_arguments_say_what_was_expected(arguments, problem, capsys):
     try:
         code = command.main(arguments)
@@ -160,6 +186,15 @@ def test_provenance_says_what_was_measured_and_not_where(tmp_path):
     from bench.provenance import provenance
 
     found = provenance(CPU)
-    assert {"device", "kind", "torch", "triton", "peers", "commit", "sources", "started"} <= found.keys()
+    assert {
+        "device",
+        "kind",
+        "torch",
+        "triton",
+        "peers",
+        "commit",
+        "sources",
+        "started",
+    } <= found.keys()
     assert found["kind"] == "CPU" and found["torch"] == torch.__version__
     assert platform.node() not in json.dumps(found)

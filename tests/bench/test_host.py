@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench import host
-from losia_kernels.linear import losia_layers
+from losia_kernels.layers.linear import losia_layers
 
 pytest.importorskip("triton")
 
@@ -13,7 +13,11 @@ pytest.importorskip("triton")
 def test_with_launches_stubbed_nothing_is_computed_and_steps_count(kind, monkeypatch):
     monkeypatch.setattr(host, "LAYERS", 14)
     launched = []
-    monkeypatch.setattr(host.NoKernel, "__getitem__", lambda self, grid: lambda *args, **constants: launched.append(1))
+    monkeypatch.setattr(
+        host.NoKernel,
+        "__getitem__",
+        lambda self, grid: lambda *args, **constants: launched.append(1),
+    )
     chain, optimizer = host.make(kind)
     before = [layer.weight.clone() for _, layer in losia_layers(chain)]
     x = torch.randn(host.TOKENS, host.FEATURES, requires_grad=True)
@@ -25,5 +29,7 @@ def test_with_launches_stubbed_nothing_is_computed_and_steps_count(kind, monkeyp
         layers = [layer for _, layer in losia_layers(chain)]
         kept = [torch.equal(layer.weight, old) for layer, old in zip(layers, before, strict=True)]
         assert all(kept) if stubbed else not any(kept)
-    assert len(launched) == 14 + 14 + (1 if kind == "losia" else 14)  # what is gathered, gradients, updates
+    assert len(launched) == 14 + 14 + (
+        1 if kind == "losia" else 14
+    )  # what is gathered, gradients, updates
     assert all(optimizer.state[layer.subnet]["step"] == 2 for layer in layers)

@@ -1,4 +1,5 @@
-"""The memory model against exact counts on real tensors, and against peaks: real ones, and simulated at full size."""
+"""The memory model against exact counts on real tensors, and against peaks: real ones, and
+simulated at full size."""
 
 import dataclasses
 import importlib.util
@@ -13,9 +14,16 @@ from bench.memory import compare
 from bench.methods import Options, get_method
 from bench.models import CONFIGS, Block, build_model, shape_of
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, cli
-from losia_kernels import memory as memory_model
-from losia_kernels.linear import losia_layers
-from losia_kernels.memory import GIB, ModelShape, Setting, estimate, largest, subnet_values
+from losia_kernels.finetune import estimate as memory_model
+from losia_kernels.finetune.estimate import (
+    GIB,
+    ModelShape,
+    Setting,
+    estimate,
+    largest,
+    subnet_values,
+)
+from losia_kernels.layers.linear import losia_layers
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
@@ -28,9 +36,15 @@ def peft_or_skip(method: str) -> None:
         pytest.skip("peft is not installed")
 
 
-@pytest.mark.parametrize(("p", "p_o", "millions"), [
-    (1 / 16, 1 / 8, 41.7), (1 / 8, 1 / 8, 117.6), (1 / 4, 1 / 8, 421.1), (1 / 2, 1 / 8, 1635.4),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("p", "p_o", "millions"),
+    [
+        (1 / 16, 1 / 8, 41.7),
+        (1 / 8, 1 / 8, 117.6),
+        (1 / 4, 1 / 8, 421.1),
+        (1 / 2, 1 / 8, 1635.4),
+    ],
+)
 def test_trained_values_of_table_14(p, p_o, millions):
     assert round(subnet_values(LLAMA_7B, p, p_o) / 1e6, 1) == millions
 
@@ -46,7 +60,9 @@ def test_saved_activations_of_a_block_are_exact(tiny, method):
     peft_or_skip(method)
     shape = shape_of(tiny)
     block = Block(build_model(tiny, CPU, BF16, num_hidden_layers=1))
-    prepared = get_method(f"{method}-off" if method.startswith("losia") else method).prepare(block, Options(rank=4))
+    prepared = get_method(f"{method}-off" if method.startswith("losia") else method).prepare(
+        block, Options(rank=4)
+    )
     x = torch.randn(2, 64, 64, dtype=BF16, requires_grad=True)
     with SavedBytes([*block.parameters(), *block.buffers(), x]) as saved:
         prepared.module(x)
@@ -62,19 +78,31 @@ def test_state_is_exact(tiny, method):
     peft_or_skip(method)
     with LiveBytes():  # only that it does not disturb what it counts
         prepared = get_method(method).prepare(build_model(tiny, CPU, BF16), Options(rank=4))
-        for name, phase in model.step_phases(prepared, torch.zeros(2, 64, dtype=torch.long)).items():
+        for name, phase in model.step_phases(
+            prepared, torch.zeros(2, 64, dtype=torch.long)
+        ).items():
             if name == "other":
-                gradients = sum(p.grad.nbytes for p in prepared.module.parameters() if p.grad is not None)
+                gradients = sum(
+                    p.grad.nbytes for p in prepared.module.parameters() if p.grad is not None
+                )
             phase(0)
-    state = memory_model._training_state(shape_of(tiny), Setting(method=method.replace("-pro", ""), rank=4))
+    state = memory_model._training_state(
+        shape_of(tiny), Setting(method=method.replace("-pro", ""), rank=4)
+    )
     assert (state["values"], state["gradients"]) == (prepared.trained, gradients)
     optimizer = prepared.update.__closure__[0].cell_contents
-    moments = [v for entry in optimizer.state.values() for k, v in entry.items() if k.startswith("exp_avg")]
+    moments = [
+        v for entry in optimizer.state.values() for k, v in entry.items() if k.startswith("exp_avg")
+    ]
     assert state["optimizer"] == sum(value.nbytes for value in moments)
     if method == "losia-pro":
         observed = [t for o in optimizer.timeline.observers.values() for t in o.tensors.values()]
         assert state["importance"] == sum(value.nbytes for value in observed) > 0
-        kept = [t for layer in prepared.subnets.values() for t in (layer.subnet, layer.out_idx, layer.in_idx)]
+        kept = [
+            t
+            for layer in prepared.subnets.values()
+            for t in (layer.subnet, layer.out_idx, layer.in_idx)
+        ]
         assert state["trained"] == sum(value.nbytes for value in kept)
 
 
@@ -84,46 +112,80 @@ def test_state_is_exact(tiny, method):
 def test_state_in_fewer_bits_is_exact(tiny, moments, master, in_backward):
     form = {"moments": moments, "remainder": master == "remainder", "in_backward": in_backward}
     module = build_model(tiny, CPU, BF16)
-    apply_losia(module, LoSiAConfig(output_dim_factor=0.5, master_weights=master == "float32", fused_loss=False))
+    apply_losia(
+        module,
+        LoSiAConfig(output_dim_factor=0.5, master_weights=master == "float32", fused_loss=False),
+    )
     optimizer = LoSiAAdamW(module, **form)
     tokens = torch.zeros(2, 8, dtype=torch.long)
     module(input_ids=tokens, labels=tokens).loss.backward()
     subnets = [layer.subnet for _, layer in losia_layers(module)]
     kept = sum(subnet.grad.nbytes for subnet in subnets if subnet.grad is not None)
     if in_backward:  # the output layer observes; of the others one is on its way
-        kept += max(subnet.nbytes for subnet in subnets if subnet.shape != module.lm_head.subnet.shape)
+        kept += max(
+            subnet.nbytes for subnet in subnets if subnet.shape != module.lm_head.subnet.shape
+        )
     observed = [t for o in optimizer.timeline.observers.values() for t in o.tensors.values()]
     importance = sum(tensor.nbytes for tensor in observed)
     optimizer.step()
     setting = Setting(output_dim_factor=0.5, master_weights=master == "float32", **form)
     state = memory_model._training_state(shape_of(tiny), setting)
-    assert state["values"] == sum(subnet.numel() for subnet in subnets) and state["gradients"] == kept
+    assert (
+        state["values"] == sum(subnet.numel() for subnet in subnets) and state["gradients"] == kept
+    )
     vocabulary = importance // 8 // shape_of(tiny).hidden  # the output layer's turn is the first
     assert vocabulary == shape_of(tiny).vocabulary
     larger = dataclasses.replace(shape_of(tiny), vocabulary=100 * vocabulary)
-    assert memory_model._training_state(larger, setting)["importance"] == 100 * importance > state["importance"]
-    entries = [value for entry in optimizer.state.values() for key, value in entry.items() if key != "step"]
+    assert (
+        memory_model._training_state(larger, setting)["importance"]
+        == 100 * importance
+        > state["importance"]
+    )
+    entries = [
+        value for entry in optimizer.state.values() for key, value in entry.items() if key != "step"
+    ]
     assert state["optimizer"] == sum(value.nbytes for value in entries)
 
 
-@pytest.mark.parametrize("p, paper_gb", [(1 / 16, 21.84), (1 / 8, 21.87), (1 / 4, 22.73), (1 / 2, 28.73)])
+@pytest.mark.parametrize(
+    "p, paper_gb", [(1 / 16, 21.84), (1 / 8, 21.87), (1 / 4, 22.73), (1 / 2, 28.73)]
+)
 def test_with_the_smallest_state_table_14_is_met(p, paper_gb):
-    """Computed, not measured: 4 x 2048 tokens, gradient checkpointing, the loss without logits, p_o = 1/8."""
-    setting = Setting(rank_factor=p, output_dim_factor=1 / 8, checkpointing=True, fused_loss=True, moments="int8",
-                      master_weights=False, in_backward=True)  # fmt: skip
+    """Computed, not measured: 4 x 2048 tokens, gradient checkpointing, the loss without logits, p_o
+    = 1/8."""
+    setting = Setting(
+        rank_factor=p,
+        output_dim_factor=1 / 8,
+        checkpointing=True,
+        fused_loss=True,
+        moments="int8",
+        master_weights=False,
+        in_backward=True,
+    )
     assert estimate(LLAMA_7B, setting).total <= paper_gb * 1e9
-    exact = dataclasses.replace(setting, remainder=True, importance="sensitivity_bfloat16")  # losia-pro-lean's
-    assert estimate(LLAMA_7B, exact).total <= paper_gb * 1e9 < estimate(LLAMA_7B, Setting(rank_factor=p)).total
+    exact = dataclasses.replace(
+        setting, remainder=True, importance="sensitivity_bfloat16"
+    )  # losia-pro-lean's
+    assert (
+        estimate(LLAMA_7B, exact).total
+        <= paper_gb * 1e9
+        < estimate(LLAMA_7B, Setting(rank_factor=p)).total
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("method", ["losia-pro", "losia-pro-fused", "losia-pro-lean", "lora", "full"])
+@pytest.mark.parametrize(
+    "method", ["losia-pro", "losia-pro-fused", "losia-pro-lean", "lora", "full"]
+)
 def test_peak_of_real_steps(tiny, monkeypatch, method, checkpointing):
     """Within 5 % of the live tensors' peak over two steps, at a size where activations dominate."""
     peft_or_skip(method)
-    monkeypatch.setitem(CONFIGS, "tiny", {**CONFIGS["tiny"], "hidden_size": 128, "intermediate_size": 344,
-                                          "vocab_size": 512})  # fmt: skip
-    monkeypatch.setattr("losia_kernels.output_layer.CHUNK_BYTES", 2**16)
+    monkeypatch.setitem(
+        CONFIGS,
+        "tiny",
+        {**CONFIGS["tiny"], "hidden_size": 128, "intermediate_size": 344, "vocab_size": 512},
+    )
+    monkeypatch.setattr("losia_kernels.layers.cross_entropy.CHUNK_BYTES", 2**16)
     monkeypatch.setattr(memory_model, "CHUNK_BYTES", 2**16)
     run = model.Run(method, tiny, 4, 128, checkpointing, Options(rank=4))
     with LiveBytes() as live:
@@ -164,19 +226,47 @@ def test_largest_is_the_last_that_fits():
 
 def test_estimate_from_the_command_line(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama-2-7b"]))
-    assert cli.main(["estimate", "--model", str(tmp_path), "--memory", "24", "--output-dim-factor", "1/8"]) == 0
+    assert (
+        cli.main(
+            ["estimate", "--model", str(tmp_path), "--memory", "24", "--output-dim-factor", "1/8"]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "6.74e9 values" in out and "117.6M" in out and "batch at 2048" in out
     less = ["--moments", "int8", "--master", "remainder", "--in-backward"]
-    assert cli.main(["estimate", "--model", str(tmp_path), "--memory", "24", "--output-dim-factor", "1/8", *less]) == 0
-    sizes, smaller = ([float(line.split()[-1]) for line in text.splitlines()[4:]] for text in
-                      (out, capsys.readouterr().out))
+    assert (
+        cli.main(
+            [
+                "estimate",
+                "--model",
+                str(tmp_path),
+                "--memory",
+                "24",
+                "--output-dim-factor",
+                "1/8",
+                *less,
+            ]
+        )
+        == 0
+    )
+    sizes, smaller = (
+        [float(line.split()[-1]) for line in text.splitlines()[4:]]
+        for text in (out, capsys.readouterr().out)
+    )
     assert len(sizes) == 8 and all(b < a for a, b in zip(sizes, smaller, strict=True))
 
 
-@pytest.mark.parametrize(("option", "value"), [
-    ("--output-dim-factor", "2"), ("--reserve", "-5"), ("--reserve", "24"), ("--memory", "nan"), ("--memory", "inf"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--output-dim-factor", "2"),
+        ("--reserve", "-5"),
+        ("--reserve", "24"),
+        ("--memory", "nan"),
+        ("--memory", "inf"),
+    ],
+)
 def test_values_that_cannot_be_are_refused(tmp_path, capsys, option, value):
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama-2-7b"]))
     given = {"--model": str(tmp_path), "--memory": "24"} | {option: value}
@@ -184,10 +274,15 @@ def test_values_that_cannot_be_are_refused(tmp_path, capsys, option, value):
     assert option in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("content", "problem"), [
-    (None, "does not exist"), ("{,", "config.json:1: not JSON"), ('{"model_type": "mamba"}', "not model_type 'mamba'"),
-    ('{"model_type": "llama", "num_attention_heads": 2}', "has no 'hidden_size'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "does not exist"),
+        ("{,", "config.json:1: not JSON"),
+        ('{"model_type": "mamba"}', "not model_type 'mamba'"),
+        ('{"model_type": "llama", "num_attention_heads": 2}', "has no 'hidden_size'"),
+    ],
+)
 def test_configs_that_cannot_be_estimated(tmp_path, capsys, content, problem):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
@@ -200,7 +295,9 @@ def test_settings_out_of_range(tmp_path, capsys):
         Setting(method="lorra")
     with pytest.raises(ValueError, match="batch must be at least 1"):
         Setting(batch=0)
-    with pytest.raises(ValueError, match="moments must be one of float32, bfloat16, int8, got 'int4'"):
+    with pytest.raises(
+        ValueError, match="moments must be one of float32, bfloat16, int8, got 'int4'"
+    ):
         Setting(moments="int4")
     with pytest.raises(ValueError, match="a remainder completes 16-bit subnets"):
         Setting(remainder=True)

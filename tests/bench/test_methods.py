@@ -24,7 +24,9 @@ RUNNABLE = [name for name in METHODS if name not in NOT_HERE]
 def quick(monkeypatch):
     real = model.measure
     for module in (layer, model):
-        monkeypatch.setattr(module, "measure", lambda phases, device, **_: real(phases, device, repeats=1, warmup=1))
+        monkeypatch.setattr(
+            module, "measure", lambda phases, device, **_: real(phases, device, repeats=1, warmup=1)
+        )
     monkeypatch.setattr(layer, "rotation", lambda size, device: 1)
 
 
@@ -56,24 +58,39 @@ def test_a_model_row(tiny, method):
     assert row["us_per_token"]["total"] == pytest.approx(1e3 * row["total"]["ms"] / 32)
 
 
-@pytest.mark.parametrize("method", ["lora", "lora-fp32", "dora", "pissa", "lora-fused", "galore", "losia-pro"])
+@pytest.mark.parametrize(
+    "method", ["lora", "lora-fp32", "dora", "pissa", "lora-fused", "galore", "losia-pro"]
+)
 def test_sixteen_bits(tiny, method):
     needs(method)
     row = layer.run_layer(method, tiny, "block", 1, 32, CPU, torch.bfloat16, Options(rank=4))
     assert row["gate"]["dx"]["error"] <= row["gate"]["dx"]["allowed"]
 
 
-@pytest.mark.parametrize(("method", "dtype", "autocast"), [
-    ("lora", torch.bfloat16, False), ("dora", torch.bfloat16, False), ("pissa", torch.bfloat16, False),
-    ("lora-fused", torch.bfloat16, False), ("lora-fp32", torch.float32, True), ("lora-defaults", torch.float32, True),
-    ("losia-pro", torch.float32, False), ("galore", torch.bfloat16, False), ("full", torch.bfloat16, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("method", "dtype", "autocast"),
+    [
+        ("lora", torch.bfloat16, False),
+        ("dora", torch.bfloat16, False),
+        ("pissa", torch.bfloat16, False),
+        ("lora-fused", torch.bfloat16, False),
+        ("lora-fp32", torch.float32, True),
+        ("lora-defaults", torch.float32, True),
+        ("losia-pro", torch.float32, False),
+        ("galore", torch.bfloat16, False),
+        ("full", torch.bfloat16, False),
+    ],
+)
 def test_what_is_trained_has_the_dtype_that_the_readme_says(tiny, method, dtype, autocast):
     needs(method)
-    prepared = get_method(method).prepare(model.build_model(tiny, CPU, torch.bfloat16), Options(rank=4))
+    prepared = get_method(method).prepare(
+        model.build_model(tiny, CPU, torch.bfloat16), Options(rank=4)
+    )
     assert {p.dtype for p in prepared.module.parameters() if p.requires_grad} == {dtype}
     assert prepared.autocast == autocast
-    assert not any(part.p for part in prepared.module.modules() if isinstance(part, torch.nn.Dropout))
+    assert not any(
+        part.p for part in prepared.module.modules() if isinstance(part, torch.nn.Dropout)
+    )
 
 
 @pytest.mark.parametrize("method", [name for name in RUNNABLE if name != "frozen"])
@@ -85,7 +102,9 @@ def test_a_step_changes_what_is_trained_and_leaves_no_gradients(tiny, method):
     before = {name: value.clone() for name, value in prepared.module.state_dict().items()}
     for phase in model.step_phases(prepared, torch.zeros(1, 16, dtype=torch.long)).values():
         phase(0)
-    assert any(not torch.equal(value, before[name]) for name, value in prepared.module.state_dict().items())
+    assert any(
+        not torch.equal(value, before[name]) for name, value in prepared.module.state_dict().items()
+    )
     assert all(parameter.grad is None for parameter in prepared.module.parameters())
 
 
@@ -106,8 +125,11 @@ def test_the_hand_fused_lora_has_the_gradients_of_the_plain_one():
     expected = linear(x) + 2 * (x @ fused.down.T @ fused.up.T)
     dy = torch.randn_like(expected)
     torch.testing.assert_close(fused(x), expected)
-    for found, true in zip(torch.autograd.grad(fused(x), inputs, dy), torch.autograd.grad(expected, inputs, dy),
-                           strict=True):  # fmt: skip
+    for found, true in zip(
+        torch.autograd.grad(fused(x), inputs, dy),
+        torch.autograd.grad(expected, inputs, dy),
+        strict=True,
+    ):
         torch.testing.assert_close(found, true)
 
 
@@ -147,14 +169,18 @@ def test_a_wrong_subnet_gradient_is_a_red_gate(tiny, monkeypatch):
 
 
 def test_a_wrong_dx_is_a_red_gate(tiny, monkeypatch):
-    monkeypatch.setattr(DenseGradientLinear, "forward", lambda self, x: F.linear(x * 1.001, self.weight))
+    monkeypatch.setattr(
+        DenseGradientLinear, "forward", lambda self, x: F.linear(x * 1.001, self.weight)
+    )
     with pytest.raises(RedGate, match="dx"):
         layer.run_layer("losia-dense-off", tiny, "block", 1, 32, CPU, torch.float32, Options())
 
 
 def test_the_reference_leaves_the_model_as_it_was(tiny):
     block = layer.build_stack(tiny, "block", CPU, torch.bfloat16)
-    before = {name: value.clone() for name, value in (*block.named_parameters(), *block.named_buffers())}
+    before = {
+        name: value.clone() for name, value in (*block.named_parameters(), *block.named_buffers())
+    }
     layer.Reference(block, layer.backward_dx(layer.Inputs(block, 1, 16)))
     for name, value in (*block.named_parameters(), *block.named_buffers()):
         assert value.dtype == before[name].dtype and torch.equal(value, before[name]), name
@@ -162,7 +188,10 @@ def test_the_reference_leaves_the_model_as_it_was(tiny):
 
 def test_peers_that_cannot_run_say_so(tiny):
     jobs = {job.name: job for job in model.jobs(CPU, torch.float32, ("losia-reference", "unsloth"))}
-    for name, reason in (("losia-reference", "no CUDA device"), ("unsloth", "patches transformers")):
+    for name, reason in (
+        ("losia-reference", "no CUDA device"),
+        ("unsloth", "patches transformers"),
+    ):
         if name == "losia-reference" and torch.cuda.is_available():
             continue
         with pytest.raises(Exception, match=reason):
@@ -174,5 +203,13 @@ def test_a_row_names_what_was_run(tiny, monkeypatch):
     monkeypatch.setattr(model, "run_model", lambda run, device, dtype: {"ran": run.method})
     row = run_job(next(iter(model.jobs(CPU, torch.float32, ("lora",)))))
     assert row["status"] == "ok" and row["ran"] == "lora"
-    assert row["id"] == {"suite": "model", "name": "lora", "model": "smollm2-135m", "batch": 1, "context": 128,
-                         "checkpointing": False, "rank": 64, "dtype": "float32"}  # fmt: skip
+    assert row["id"] == {
+        "suite": "model",
+        "name": "lora",
+        "model": "smollm2-135m",
+        "batch": 1,
+        "context": 128,
+        "checkpointing": False,
+        "rank": 64,
+        "dtype": "float32",
+    }

@@ -1,22 +1,25 @@
-"""Rank factors by importance: within the budget, and never capturing less than one factor for all."""
+"""Rank factors by importance: within the budget, and never capturing less than one factor for
+all."""
 
 import itertools
 
 import pytest
 import torch
-from quality_tiny import tiny_base, tiny_tasks
 
 from bench.quality.budget import LEVELS, by_importance, captured_by_level, rank_pattern
 from bench.quality.importance import observe
 from losia_kernels import LoSiAConfig, apply_losia
-from losia_kernels.linear import losia_layers
-from losia_kernels.subnet import subnet_size
+from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.subnet import subnet_size
+from tests.bench.quality_tiny import tiny_base, tiny_tasks
 
 P = 1 / 8
 
 
 def values(shapes, pattern) -> int:
-    sizes = [[subnet_size(pattern[name], size, name) for size in shape] for name, shape in shapes.items()]
+    sizes = [
+        [subnet_size(pattern[name], size, name) for size in shape] for name, shape in shapes.items()
+    ]
     return sum(k_out * k_in for k_out, k_in in sizes)
 
 
@@ -25,9 +28,18 @@ def made_up(seed: int):
     generator = torch.Generator().manual_seed(seed)
     shapes = {"a": (128, 64), "b": (64, 192), "c": (128, 128)}
     scale = {"a": 1.0, "b": 5.0, "c": 0.0}
-    scores = {name: scale[name] * torch.rand(shape, generator=generator) ** 4 for name, shape in shapes.items()}
-    return shapes, {name: captured_by_level(score) if scale[name] else [0.0] * len(LEVELS)
-                    for name, score in scores.items()}, scores  # fmt: skip
+    scores = {
+        name: scale[name] * torch.rand(shape, generator=generator) ** 4
+        for name, shape in shapes.items()
+    }
+    return (
+        shapes,
+        {
+            name: captured_by_level(score) if scale[name] else [0.0] * len(LEVELS)
+            for name, score in scores.items()
+        },
+        scores,
+    )
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -40,7 +52,10 @@ def test_within_the_budget_and_as_good_as_any_choice_of_levels_nearly(seed):
     def total(choice) -> float:
         return sum(captured[name][LEVELS.index(level)] for name, level in choice.items())
 
-    choices = [dict(zip(shapes, levels, strict=True)) for levels in itertools.product(LEVELS, repeat=len(shapes))]
+    choices = [
+        dict(zip(shapes, levels, strict=True))
+        for levels in itertools.product(LEVELS, repeat=len(shapes))
+    ]
     best = max(total(choice) for choice in choices if values(shapes, choice) <= budget)
     assert total(pattern) >= 0.9 * best and total(pattern) > total(dict.fromkeys(shapes, P))
     assert pattern["c"] < P < pattern["b"]
@@ -77,6 +92,8 @@ def test_importance_is_that_of_equation_3_and_the_pattern_is_applied():
     apply_losia(model, LoSiAConfig(rank_factor=P, rank_pattern=pattern))
     sizes = {name: layer.subnet.shape[0] for name, layer in losia_layers(model)}
     expected_sizes = {name.replace("\\.", "."): factor for name, factor in pattern.items()}
-    assert sizes == {name: int(factor * model.get_submodule(name).out_features)
-                     for name, factor in expected_sizes.items()}  # fmt: skip
+    assert sizes == {
+        name: int(factor * model.get_submodule(name).out_features)
+        for name, factor in expected_sizes.items()
+    }
     assert len(set(pattern.values())) > 1

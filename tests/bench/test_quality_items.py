@@ -5,12 +5,11 @@ import torch
 
 pytest.importorskip("transformers")
 
-from quality_tiny import ALPHABET, CharTokenizer, tiny_base, tiny_splits
-
 from bench.methods import MissingPeer
 from bench.quality.evaluate import score_items, summary
 from bench.quality.items import IGNORE, Item, batches, collate, encode, fingerprint, split_by_key
 from bench.quality.tasks import LONGEST, TASKS, english
+from tests.bench.quality_tiny import ALPHABET, CharTokenizer, tiny_base, tiny_splits
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -29,7 +28,9 @@ def test_no_item_is_in_two_splits(name):
     assert len(splits.search) >= 30 and len(splits.held_out) >= 90 and len(splits.train) > 5000
     assert len(splits.held_out) >= TASKS[name].few
     for item in splits.held_out[:50] + splits.search:
-        assert item.completion.endswith("\n") and all(text.endswith("\n") for text in item.also_right)
+        assert item.completion.endswith("\n") and all(
+            text.endswith("\n") for text in item.also_right
+        )
     assert len(keys[1]) == len(splits.search) and len(keys[2]) == len(splits.held_out)
 
 
@@ -41,7 +42,9 @@ def test_irregular_verbs_are_held_out_and_apart():
 
 def test_other_text_and_code_fit_into_what_is_scored():
     assert len(english()) == 40 and all(400 < len(item.completion) <= 600 for item in english())
-    assert all(len(item.prompt + item.completion) < LONGEST for item in TASKS["code"].splits.held_out)
+    assert all(
+        len(item.prompt + item.completion) < LONGEST for item in TASKS["code"].splits.held_out
+    )
 
 
 def test_items_of_one_key_stay_together():
@@ -67,7 +70,10 @@ def test_only_the_completion_is_learned_line_by_line():
 
 def test_a_seed_gives_the_batches_and_an_epoch_repeats_no_item():
     def draw(seed):
-        return [b["input_ids"].tolist() for b in batches(tiny_splits().train, CharTokenizer(), 6, 4, seed, 32, "cpu")]
+        return [
+            b["input_ids"].tolist()
+            for b in batches(tiny_splits().train, CharTokenizer(), 6, 4, seed, 32, "cpu")
+        ]
 
     assert draw(0) == draw(0) != draw(1)
     seen = [tuple(row) for batch in draw(0)[:3] for row in batch]
@@ -84,7 +90,11 @@ def test_a_line_is_right_when_greedy_decoding_would_say_it():
     said = "".join(ALPHABET[i] for i in ids)[len(prompt) :]
     other = "z" if said[-1] != "z" else "y"
     said_otherwise = said[:-1] + other
-    items = [Item("1", prompt, said), Item("2", prompt, said_otherwise), Item("3", prompt, said_otherwise, "", (said,))]
+    items = [
+        Item("1", prompt, said),
+        Item("2", prompt, said_otherwise),
+        Item("3", prompt, said_otherwise, "", (said,)),
+    ]
     scores = score_items(base.model, base.tokenizer, items, 32)
     lines = len([line for line in said.split("\n") if line.strip()])
     assert [score.right for score in scores] == [lines, lines - 1, lines]

@@ -16,26 +16,46 @@ from bench.quality.study import SCALES, Run, ablations, data_scales, finals, sea
 from bench.quality.tables import compared, show, show_p, usable
 
 SMALL = SCALES["small"]
-ORIGIN = {"device": "a CPU", "torch": "2", "peers": {"peft": "1"}, "python": "3.11", "commit": "abc",
-          "started": "2026-01-01T", "quiet": False}  # fmt: skip
+ORIGIN = {
+    "device": "a CPU",
+    "torch": "2",
+    "peers": {"peft": "1"},
+    "python": "3.11",
+    "commit": "abc",
+    "started": "2026-01-01T",
+    "quiet": False,
+}
 ITEMS = 30
 
 
 def result(run: Run, nll: float, right: float = 0.5, english: float = 3.0, **more) -> dict:
     """Each item costs ``nll`` and a little that depends on the item."""
-    each = [[nll + 0.1 * math.sin(i + run.seed), 1, 1, int(i < right * ITEMS), 1] for i in range(ITEMS)]
-    scores = {name: {"": {"right": 100 * right, "tokens": 70.0, "nll": nll, "items": ITEMS}}
-              for name in (("search",) if run.kind == "search" else ("held_out", "english", "code"))}  # fmt: skip
+    each = [
+        [nll + 0.1 * math.sin(i + run.seed), 1, 1, int(i < right * ITEMS), 1] for i in range(ITEMS)
+    ]
+    scores = {
+        name: {"": {"right": 100 * right, "tokens": 70.0, "nll": nll, "items": ITEMS}}
+        for name in (("search",) if run.kind == "search" else ("held_out", "english", "code"))
+    }
     if run.kind != "search":
         scores["english"][""]["nll"] = english
-    return {"run": asdict(run), "status": "ok", "items": run.kind == "search" and "s" or "h", "each": each,
-            "scores": scores, "curve": [[0, 2.0], [1, 1.0]], "provenance": ORIGIN, "made": {"period": 2},
-            "memory": {"trained_values": 10**6, "gradient_bytes": 4, "optimizer_bytes": 8}} | more  # fmt: skip
+    return {
+        "run": asdict(run),
+        "status": "ok",
+        "items": run.kind == "search" and "s" or "h",
+        "each": each,
+        "scores": scores,
+        "curve": [[0, 2.0], [1, 1.0]],
+        "provenance": ORIGIN,
+        "made": {"period": 2},
+        "memory": {"trained_values": 10**6, "gradient_bytes": 4, "optimizer_bytes": 8},
+    } | more
 
 
 @pytest.fixture
 def filled(tmp_path):
-    """Full fine-tuning is better, LoRA r 8 worse and LoRA r 64 alike; the search's best rate is the second."""
+    """Full fine-tuning is better, LoRA r 8 worse and LoRA r 64 alike; the search's best rate is the
+    second."""
     kept = Store(tmp_path / "results")
     costs = {"fft": 0.5, "lora-r8": 1.5, "losia-p8": 1.0, "lora-r64": 1.0}
     for method, nll in costs.items():
@@ -51,7 +71,9 @@ def filled(tmp_path):
 def test_mean_and_spread():
     assert mean_and_spread([1.0, 2.0, 3.0]) == (2.0, 1.0)
     assert mean_and_spread([5.0]) == (5.0, None)
-    assert show([1.0, 2.0, 3.0], 1) == "2.0 ± 1.0" and show([4.0], 1) == "4.0 (n=1)" and show([]) == ""
+    assert (
+        show([1.0, 2.0, 3.0], 1) == "2.0 ± 1.0" and show([4.0], 1) == "4.0 (n=1)" and show([]) == ""
+    )
 
 
 def test_sign_flips_by_hand():
@@ -71,7 +93,9 @@ def test_many_sign_flips_are_drawn():
     assert sign_flip_test(mixed) == sign_flip_test(mixed)
     # of 20 equal ones the exact p is that of all heads or all tails
     assert sign_flip_test([1.0] * 16) == pytest.approx(2 / 2**16, abs=3e-4)
-    binomial = sum(math.comb(20, k) for k in (*range(6), *range(15, 21))) / 2**20  # 15 of 20 or more extreme
+    binomial = (
+        sum(math.comb(20, k) for k in (*range(6), *range(15, 21))) / 2**20
+    )  # 15 of 20 or more extreme
     assert sign_flip_test([1.0] * 15 + [-1.0] * 5) == pytest.approx(binomial, abs=0.006)
 
 
@@ -92,7 +116,9 @@ def test_pairs_are_items_over_shared_seeds():
         paired(first, [result(run, 1.5, items="other")], "nll")
 
 
-@pytest.mark.parametrize("groups", [None, [["", 20], ["irregular", 10]], [["", 5], ["irregular", 10], ["", 15]]])
+@pytest.mark.parametrize(
+    "groups", [None, [["", 20], ["irregular", 10]], [["", 5], ["irregular", 10], ["", 15]]]
+)
 def test_groups_of_items_are_compared_apart(groups):
     run = Run("main", "small", "past-tense", "fft", 0, 1e-4, 60)
     mine, other = (result(run, nll) for nll in (2.0, 1.0))
@@ -147,7 +173,9 @@ def test_all_methods_and_tasks_stand_in_one_table(filled, no_plots):
         run = filled.resolve(run)
         filled.write(run, result(run, 2.0, english=4.0))
     table = report.render(filled).split("### At a glance")[1].split("\n\n")[2]
-    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+    head, _, *rows = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()
+    )
     assert head[2:] == ["spelling to sounds", "plural of nouns", "english after, mean over tasks"]
     assert rows[0] == ["full fine-tuning", "1.00", "0.500 ± 0.000", "2.000 ± 0.000 †", "3.500"]
     assert rows[2] == ["LoSiA p 1/8", "1.00", "1.000 ± 0.000", "", ""]
@@ -156,7 +184,11 @@ def test_all_methods_and_tasks_stand_in_one_table(filled, no_plots):
 def test_the_report_names_trials_and_what_is_missing(filled, no_plots):
     text = report.render(filled)
     assert "28 of " in re.search(r"\*\*(.*) runs are done", text)[0]
-    assert "pronunciation search 28 of 44" in text and "analysis 3 of 3" in text and "equal-time" in text
+    assert (
+        "pronunciation search 28 of 44" in text
+        and "analysis 3 of 3" in text
+        and "equal-time" in text
+    )
     assert "| LoSiA p 1/8 | 4 |  |  |  | 2.000 | **1.000** | 2.000 | 3.000 |" in text
     assert "Nothing." in text.split("### Dropped")[1]
     assert '`period="auto"`' in text and "not measured" in text
@@ -165,12 +197,19 @@ def test_the_report_names_trials_and_what_is_missing(filled, no_plots):
 def test_what_cannot_be_compared_is_dropped_and_named(filled, no_plots):
     runs = [filled.resolve(run) for run in finals(SMALL, "pronunciation", "lora-r8")]
     filled.write(runs[0], result(runs[0], 1.0, items="other"))
-    filled.write(runs[1], {"run": asdict(runs[1]), "status": "diverged", "reason": "loss nan", "provenance": ORIGIN})
+    filled.write(
+        runs[1],
+        {"run": asdict(runs[1]), "status": "diverged", "reason": "loss nan", "provenance": ORIGIN},
+    )
     filled.write(runs[2], result(Run(**asdict(runs[2]) | {"lr": 0.5}), 1.0))
     kept, dropped = usable(filled.all())
     assert len(dropped) == 3 and len(kept) == 25
     text = report.render(filled)
-    for reason in ("scored on other items", "diverged, loss nan", "at lr 0.5, but the search's best is"):
+    for reason in (
+        "scored on other items",
+        "diverged, loss nan",
+        "at lr 0.5, but the search's best is",
+    ):
         assert reason in text.split("### Dropped")[1]
     assert [row.method for row in compared(kept, "pronunciation")] == ["fft", "lora-r64"]
 
@@ -179,7 +218,11 @@ def test_ablations_are_paired_with_the_default(filled, no_plots):
     for run in ablations(SMALL, "pronunciation", ("random",)):
         run = filled.resolve(run)
         filled.write(run, result(run, 1.25))
-    line = next(line for line in report.render(filled).splitlines() if line.startswith("| random first subnets"))
+    line = next(
+        line
+        for line in report.render(filled).splitlines()
+        if line.startswith("| random first subnets")
+    )
     assert "+0.250" in line and "< 0.001" in line
 
 
@@ -189,7 +232,10 @@ def test_rules_for_period_and_rank_factor_are_judged_by_the_paired_test(filled, 
             run = filled.resolve(run)
             filled.write(run, result(run, nll))
     text = report.render(filled).split("### Defaults on trial")[1]
-    assert "- two cycles: worse (+0.250" in text and "- rank factors by importance: better (-0.250" in text
+    assert (
+        "- two cycles: worse (+0.250" in text
+        and "- rank factors by importance: better (-0.250" in text
+    )
     assert "- the paper's period of 100: no clear difference (+0.000" in text
     assert "half a cycle" not in text.split("##")[0]
     assert "- two cycles, against the period of 100: worse (+0.250" in text
@@ -201,14 +247,57 @@ def test_forms_of_importance_are_paired_at_every_length(filled, no_plots):
         run = filled.resolve(run)
         nll = costs.get(run.variant, 1.0) if run.kind != "ablation" else 0.9
         if run.method == "losia-p8" and run.steps != 30:
-            filled.write(run, result(run, nll, made={"period": 100 if "together" in run.variant else run.steps // 30}))
+            filled.write(
+                run,
+                result(
+                    run, nll, made={"period": 100 if "together" in run.variant else run.steps // 30}
+                ),
+            )
     table = report.render(filled).split("### Importance by sums only")[1].split("\n\n")[1]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]
+    ]
     assert sorted(map(tuple, rows)) == [
-        ("spelling to sounds", "120", "4", "0.500 (n=1)", "0.750 (n=1)", "+0.250 ± 0.000", "< 0.001", "0 of 1"),
-        ("spelling to sounds", "240", "100", "0.600 ± 0.000", "0.600 ± 0.000", "+0.000 ± 0.000", "1.000", "0 of 3"),
-        ("spelling to sounds", "240", "8", "0.500 ± 0.000", "0.750 ± 0.000", "+0.250 ± 0.000", "< 0.001", "0 of 3"),
-        ("spelling to sounds", "60", "2", "1.000 ± 0.000", "0.900 ± 0.000", "-0.100 ± 0.000", "< 0.001", "3 of 3"),
+        (
+            "spelling to sounds",
+            "120",
+            "4",
+            "0.500 (n=1)",
+            "0.750 (n=1)",
+            "+0.250 ± 0.000",
+            "< 0.001",
+            "0 of 1",
+        ),
+        (
+            "spelling to sounds",
+            "240",
+            "100",
+            "0.600 ± 0.000",
+            "0.600 ± 0.000",
+            "+0.000 ± 0.000",
+            "1.000",
+            "0 of 3",
+        ),
+        (
+            "spelling to sounds",
+            "240",
+            "8",
+            "0.500 ± 0.000",
+            "0.750 ± 0.000",
+            "+0.250 ± 0.000",
+            "< 0.001",
+            "0 of 3",
+        ),
+        (
+            "spelling to sounds",
+            "60",
+            "2",
+            "1.000 ± 0.000",
+            "0.900 ± 0.000",
+            "-0.100 ± 0.000",
+            "< 0.001",
+            "3 of 3",
+        ),
     ]
 
 
@@ -217,13 +306,27 @@ def test_longer_runs_stand_beside_those_of_the_other_methods(filled, no_plots):
         run = filled.resolve(run)
         if run.steps == 120 and run.method != "lora-r64":
             nll = {"fft": 0.25, "lora-r8": 0.75}.get(run.method, 0.5 + len(run.variant) / 100)
-            filled.write(run, result(run, nll, made={"period": 2 if run.variant == "cycles-2" else 4}))
-    head, _, *rows = report.render(filled).split("### Number of steps and cycles")[1].strip().splitlines()[2:6]
+            filled.write(
+                run, result(run, nll, made={"period": 2 if run.variant == "cycles-2" else 4})
+            )
+    head, _, *rows = (
+        report.render(filled).split("### Number of steps and cycles")[1].strip().splitlines()[2:6]
+    )
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, *rows)]
-    assert cells[0] == ["steps", "LoSiA p 1/8, 1/2 cycle", "LoSiA p 1/8, 1 cycle", "LoSiA p 1/8, 2 cycles",
-                        "LoSiA p 1/8, period 100", "full fine-tuning", "LoRA r 8"]  # fmt: skip
+    assert cells[0] == [
+        "steps",
+        "LoSiA p 1/8, 1/2 cycle",
+        "LoSiA p 1/8, 1 cycle",
+        "LoSiA p 1/8, 2 cycles",
+        "LoSiA p 1/8, period 100",
+        "full fine-tuning",
+        "LoRA r 8",
+    ]
     assert cells[1] == ["60", "", "1.000 ± 0.000", "", "", "0.500 ± 0.000", "1.500 ± 0.000"]
-    assert cells[2] == ["120", *(f"{nll} (n=1)" for nll in ("0.610", "0.500", "0.580", "0.600", "0.250", "0.750"))]
+    assert cells[2] == [
+        "120",
+        *(f"{nll} (n=1)" for nll in ("0.610", "0.500", "0.580", "0.600", "0.250", "0.750")),
+    ]
 
 
 def test_a_run_too_short_for_two_cycles_has_no_cell_for_them(filled, no_plots):
@@ -232,7 +335,9 @@ def test_a_run_too_short_for_two_cycles_has_no_cell_for_them(filled, no_plots):
             run = filled.resolve(run)
             filled.write(run, result(run, 0.5, made={"period": 1}))
     table = report.render(filled).split("### Number of steps and cycles")[1]
-    assert next(line for line in table.splitlines() if line.startswith("| 30")).split(" | ")[2:4] == ["0.500 (n=1)", ""]
+    assert next(line for line in table.splitlines() if line.startswith("| 30")).split(" | ")[
+        2:4
+    ] == ["0.500 (n=1)", ""]
 
 
 def test_the_report_is_that_of_the_results(no_plots):
@@ -251,4 +356,7 @@ def test_the_same_files_give_the_same_report(filled, capsys):
     assert all((path.parent / picture).exists() for picture in pictures)
     first = path.read_text(), {p.name: p.read_bytes() for p in (filled.folder / "plots").iterdir()}
     assert report.main(["--results", str(filled.folder)]) == 0
-    assert first == (path.read_text(), {p.name: p.read_bytes() for p in (filled.folder / "plots").iterdir()})
+    assert first == (
+        path.read_text(),
+        {p.name: p.read_bytes() for p in (filled.folder / "plots").iterdir()},
+    )

@@ -34,8 +34,13 @@ ORIGIN = {"quiet": True, "commit": "abc", "device": "test"}
 def fake_result(run: Run, nll: float = 1.0, status: str = "ok", step: float = 1.0) -> dict:
     split = "search" if run.kind == "search" else "held_out"
     seconds = {"step": step, "prepare": 5.0, "train": 12 * step + 3}
-    return {"run": asdict(run), "status": status, "items": split, "seconds": seconds,
-            "scores": {split: {"": {"right": 50.0, "tokens": 60.0, "nll": nll, "items": 1}}}}  # fmt: skip
+    return {
+        "run": asdict(run),
+        "status": status,
+        "items": split,
+        "seconds": seconds,
+        "scores": {split: {"": {"right": 50.0, "tokens": 60.0, "nll": nll, "items": 1}}},
+    }
 
 
 @pytest.fixture
@@ -55,7 +60,9 @@ def run_all(runs, folder, minutes=None, pool=None, jobs=1):
     lines = []
     kept = Store(folder)
     todo = [run for run in runs if not kept.is_done(run)]
-    failed = runner.run_all(todo, kept, pool or runner.InThisProcess(), jobs, ORIGIN, minutes, lines.append)
+    failed = runner.run_all(
+        todo, kept, pool or runner.InThisProcess(), jobs, ORIGIN, minutes, lines.append
+    )
     return failed, lines
 
 
@@ -161,7 +168,9 @@ def test_one_that_fails_does_not_stop_the_others(tmp_path, ran, monkeypatch):
 
 
 def test_nothing_begins_that_would_not_end_in_time(tmp_path, ran, monkeypatch):
-    monkeypatch.setattr(runner.time, "perf_counter", lambda: 60.0 * len(ran))  # as each says that it took
+    monkeypatch.setattr(
+        runner.time, "perf_counter", lambda: 60.0 * len(ran)
+    )  # as each says that it took
     runs = list(searches(SMALL, "past-tense", "fft"))
     _, lines = run_all(runs, tmp_path, minutes=2.5)
     assert ran == [run.id for run in runs[:2]]
@@ -180,7 +189,8 @@ def test_a_run_made_again_is_told_beside_the_studys(tmp_path, ran):
 
 
 def test_several_at_a_time_wait_for_what_they_need(tmp_path, monkeypatch):
-    """The finals come after the whole search though there is a worker that has nothing else to do."""
+    """The finals come after the whole search though there is a worker that has nothing else to
+    do."""
     together, running, order = threading.Barrier(2), [], []
 
     def carry_out(run, store):
@@ -219,15 +229,32 @@ def model_folder(tmp_path):
     letters = {chr(code): code for code in range(128)}
     tokenizer = Tokenizer(models.WordLevel(letters, unk_token="\0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="\0").save_pretrained(tmp_path / "model")
-    config = LlamaConfig(vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                         num_attention_heads=2, num_key_value_heads=2)  # fmt: skip
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="\0").save_pretrained(
+        tmp_path / "model"
+    )
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
 def test_two_processes_share_the_work(tmp_path, model_folder, capfd):
-    words = ["--jobs", "2", "--only", "small_arithmetic_search_fft", "--model", str(model_folder), "--device", "cpu"]
+    words = [
+        "--jobs",
+        "2",
+        "--only",
+        "small_arithmetic_search_fft",
+        "--model",
+        str(model_folder),
+        "--device",
+        "cpu",
+    ]
     assert runner.main([*words, "--results", str(tmp_path / "results")]) == 0
     found = Store(tmp_path / "results").all()
     assert len(found) == 4 and all(result["status"] == "ok" for result in found)
@@ -240,7 +267,14 @@ def test_a_worker_that_dies_leaves_what_was_done(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(runner, "_carry_out", _die_in_the_second)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").touch()
-    words = ["--only", "small_past-tense_search_fft", "--results", str(tmp_path), "--model", str(tmp_path / "model")]
+    words = [
+        "--only",
+        "small_past-tense_search_fft",
+        "--results",
+        str(tmp_path),
+        "--model",
+        str(tmp_path / "model"),
+    ]
     assert runner.main(words) == 1
     assert "a worker died" in capsys.readouterr().err and len(list(tmp_path.glob("*.json"))) == 1
 
@@ -251,9 +285,16 @@ def _die_in_the_second(run, store):
     return fake_result(run), 1.0
 
 
-@pytest.mark.parametrize("words", [
-    ["--jobs", "0"], ["--jobs", "2", "--quiet-machine"], ["--only", "["], ["--model", "nowhere", "--jobs", "2"],
-], ids=" ".join)  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--jobs", "0"],
+        ["--jobs", "2", "--quiet-machine"],
+        ["--only", "["],
+        ["--model", "nowhere", "--jobs", "2"],
+    ],
+    ids=" ".join,
+)
 def test_what_cannot_be_is_refused_before_anything_runs(words, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         runner.main([*words, "--results", str(tmp_path)])
@@ -264,10 +305,14 @@ def test_equal_time_takes_the_steps_of_a_quiet_machine(tmp_path):
     kept = Store(tmp_path)
     for timing, step in (("fft", 3.0), ("lora-r8", 2.0)):
         run = next(run for run in timings(SMALL) if run.kind == "timing" and run.method == timing)
-        kept.write(run, fake_result(run, step=step) | {"provenance": ORIGIN | {"quiet": timing == "fft"}})
+        kept.write(
+            run, fake_result(run, step=step) | {"provenance": ORIGIN | {"quiet": timing == "fft"}}
+        )
     for trial in searches(SMALL, "pronunciation", "lora-r8"):
         kept.write(trial, fake_result(trial))
-    wanted = next(run for run in timings(SMALL) if run.kind == "equal-time" and run.method == "lora-r8")
+    wanted = next(
+        run for run in timings(SMALL) if run.kind == "equal-time" and run.method == "lora-r8"
+    )
     with pytest.raises(NotReady, match="quiet"):
         kept.resolve(wanted)
     kept.write(run, fake_result(run, step=2.0) | {"provenance": ORIGIN})
@@ -280,6 +325,9 @@ def test_equal_time_takes_the_steps_of_a_quiet_machine(tmp_path):
 def test_command_line_lists_without_a_model(tmp_path, capsys):
     from bench.__main__ import main
 
-    assert main(["quality", "--list", "--only", "past-tense_search_fft", "--results", str(tmp_path)]) == 0
+    assert (
+        main(["quality", "--list", "--only", "past-tense_search_fft", "--results", str(tmp_path)])
+        == 0
+    )
     said = capsys.readouterr().out
     assert said.count("small_past-tense_search_fft") == 4 and "4 runs, 0 done" in said

@@ -1,4 +1,5 @@
-"""Every method and every variant trains and gives a plain model back; the reference agrees; sequences are scored."""
+"""Every method and every variant trains and gives a plain model back; the reference agrees;
+sequences are scored."""
 
 import pytest
 import torch
@@ -7,13 +8,12 @@ from torch import nn
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from quality_tiny import tiny_base, tiny_tasks
-
 from bench.methods import MissingPeer
 from bench.quality import analyses, oracle, sections, sequence, training
 from bench.quality.methods import METHODS, VARIANTS
 from bench.quality.study import Run
 from bench.quality.tasks import TASKS
+from tests.bench.quality_tiny import tiny_base, tiny_tasks
 
 
 @pytest.fixture(autouse=True)
@@ -35,13 +35,17 @@ def plain_runs(base):
 
     def result(kind):
         if kind not in made:
-            made[kind] = training.carry_out(run_of("losia-p8" if kind == "main" else "fft", kind=kind), base)
+            made[kind] = training.carry_out(
+                run_of("losia-p8" if kind == "main" else "fft", kind=kind), base
+            )
         return made[kind]
 
     return result
 
 
-def run_of(method: str, variant: str = "", kind: str = "main", steps: int = 8, lr: float | None = None) -> Run:
+def run_of(
+    method: str, variant: str = "", kind: str = "main", steps: int = 8, lr: float | None = None
+) -> Run:
     lr = lr or METHODS[method].lrs[2]
     return Run(kind, "small", "pronunciation", method, 0, lr, steps, variant)
 
@@ -54,19 +58,25 @@ def test_every_method_learns(method, base, plain_runs):
     except MissingPeer as missing:
         pytest.skip(str(missing))
     losses = [loss for _, loss in result["curve"]]
-    assert result["status"] == "ok" and len(losses) == 8 and sum(losses[-3:]) < 0.9 * sum(losses[:3])
+    assert (
+        result["status"] == "ok" and len(losses) == 8 and sum(losses[-3:]) < 0.9 * sum(losses[:3])
+    )
     assert set(result["scores"]) == {"held_out", "english", "code"} and len(result["each"]) == 3
     untrained = plain_runs("untrained")
     assert result["scores"]["held_out"][""]["nll"] < untrained["scores"]["held_out"][""]["nll"]
     assert result["memory"]["trained_values"] > 0 and result["memory"]["optimizer_bytes"] > 0
-    assert all(torch.equal(value, before[key]) for key, value in base.model.state_dict().items()), "base has changed"
+    assert all(torch.equal(value, before[key]) for key, value in base.model.state_dict().items()), (
+        "base has changed"
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_left_is_the_plain_model_with_the_trained_function(method, base):
     model = base.fresh()
     try:
-        trained, setting = training.prepare(run_of(method, steps=4, lr=3e-3), TASKS["pronunciation"], model, base)
+        trained, setting = training.prepare(
+            run_of(method, steps=4, lr=3e-3), TASKS["pronunciation"], model, base
+        )
     except MissingPeer as missing:
         pytest.skip(str(missing))
     training.train(trained, setting)
@@ -75,7 +85,9 @@ def test_what_is_left_is_the_plain_model_with_the_trained_function(method, base)
     with torch.no_grad():
         logits = trained.model(input_ids=batch["input_ids"]).logits
         plain = trained.finish()
-        torch.testing.assert_close(plain(input_ids=batch["input_ids"]).logits, logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            plain(input_ids=batch["input_ids"]).logits, logits, rtol=1e-4, atol=1e-4
+        )
     assert plain.state_dict().keys() == base.model.state_dict().keys()
     assert all(type(m) is nn.Linear for name, m in plain.named_modules() if name.endswith("proj"))
 
@@ -92,9 +104,12 @@ def test_every_variant_differs_from_the_default(variant, base, plain_runs):
 
 
 def test_ways_of_rounding_differ(base):
-    """Weights after a few small updates, most of which a 16-bit value cannot hold: only a master keeps them all."""
-    curves = [training.carry_out(run_of("losia-p8", name, steps=6, lr=1e-4), base)["curve"]
-              for name in ("bf16", "bf16-stochastic", "bf16-nearest")]  # fmt: skip
+    """Weights after a few small updates, most of which a 16-bit value cannot hold: only a master
+    keeps them all."""
+    curves = [
+        training.carry_out(run_of("losia-p8", name, steps=6, lr=1e-4), base)["curve"]
+        for name in ("bf16", "bf16-stochastic", "bf16-nearest")
+    ]
     assert len({str(curve) for curve in curves}) == 3
 
 
@@ -129,13 +144,24 @@ def test_bytes_are_counted(base):
     assert found["optimizer_bytes"] == pytest.approx(8 * found["trained_values"], rel=0.01)
     losia = training.carry_out(run_of("losia-p8", steps=2), base)["memory"]
     assert losia["observing_bytes"] == 8 * (4 * 128 * 128 + 3 * 128 * 256)
-    assert training.carry_out(run_of("losia-p8", "marginal", steps=2), base)["memory"]["observing_bytes"] == 0
+    assert (
+        training.carry_out(run_of("losia-p8", "marginal", steps=2), base)["memory"][
+            "observing_bytes"
+        ]
+        == 0
+    )
     try:
         galore = training.carry_out(run_of("galore", steps=2), base)["memory"]
     except MissingPeer as missing:
         pytest.skip(str(missing))
-    linears = [(128, 128)] * 8 + [(256, 128), (256, 128), (128, 256)] * 2  # [out, in]; rank 16 of the shorter side
-    projected = sum(2 * 16 * max(shape) + 16 * min(shape) for shape in linears)  # two moments and the projection
+    linears = [(128, 128)] * 8 + [
+        (256, 128),
+        (256, 128),
+        (128, 256),
+    ] * 2  # [out, in]; rank 16 of the shorter side
+    projected = sum(
+        2 * 16 * max(shape) + 16 * min(shape) for shape in linears
+    )  # two moments and the projection
     plain = 2 * (galore["trained_values"] - sum(out * in_ for out, in_ in linears))
     assert galore["optimizer_bytes"] == pytest.approx(4 * (projected + plain), rel=0.01)
 
@@ -150,7 +176,9 @@ def test_the_reference_agrees(base):
 
 
 def test_the_reference_would_notice(base, monkeypatch):
-    monkeypatch.setattr(oracle, "schedule", lambda *arguments: 0.5)  # another learning rate than the package's
+    monkeypatch.setattr(
+        oracle, "schedule", lambda *arguments: 0.5
+    )  # another learning rate than the package's
     result = oracle.carry_out_oracle(run_of("losia-p8", kind="oracle"), base)
     assert result["largest_loss_difference"] > 1e-3
 
@@ -167,13 +195,21 @@ def test_a_sequence_is_scored_after_each_task(base):
 
     run = Run("sequence", "small", "past-tense+plural", "lora-r8", 0, None, 4)
     result = sequence.carry_out_sequence(run, base, Searched())
-    assert len(result["after"]) == 2 and all(len(row) == 2 for row in result["after"]) and result["lrs"] == [3e-3, 3e-3]
+    assert (
+        len(result["after"]) == 2
+        and all(len(row) == 2 for row in result["after"])
+        and result["lrs"] == [3e-3, 3e-3]
+    )
     assert all(0 < nats < 20 for row in result["after_nats"] for nats in row)
 
 
 def test_a_sequence_is_scored_on_the_items_of_a_single_task(base, plain_runs, monkeypatch):
     """Both are of a small run's few items, though the task holds more."""
-    assert len(TASKS["plural"].splits.held_out) > TASKS["plural"].few == len(sequence.scored_items("plural", "small"))
+    assert (
+        len(TASKS["plural"].splits.held_out)
+        > TASKS["plural"].few
+        == len(sequence.scored_items("plural", "small"))
+    )
     monkeypatch.setattr(sequence, "SCORED", 2)
     assert len(sequence.scored_items("plural", "small")) == 2
     single = plain_runs("main")
@@ -186,7 +222,10 @@ def test_measures_of_a_sequence():
     after = [[80.0, 10.0, 5.0], [70.0, 60.0, 10.0], [50.0, 55.0, 90.0]]
     found = sequence.measures(after, single=[80.0, 65.0, 85.0])
     assert found == pytest.approx({"AP": 65.0, "FWT": 0.0, "BWT": (-30.0 - 5.0) / 2})
-    assert sequence.single_task({"each": [[1.0, 3, 3, 1, 1], [2.0, 3, 1, 0, 1]]}) == {"right": 50.0, "nll": 0.5}
+    assert sequence.single_task({"each": [[1.0, 3, 3, 1, 1], [2.0, 3, 1, 0, 1]]}) == {
+        "right": 50.0,
+        "nll": 0.5,
+    }
 
 
 def test_analysis(base):
@@ -196,16 +235,22 @@ def test_analysis(base):
         assert values["restarts"] <= values["entries"]
     assert 0.8 < result["small_matrices"]["worst"] <= result["small_matrices"]["mean"] <= 1
     assert result["moves"] > 0
-    assert "Greedy over the optimum" in sections.captured([result]) and "LoSiA" in sections.singular([result])
+    assert "Greedy over the optimum" in sections.captured(
+        [result]
+    ) and "LoSiA" in sections.singular([result])
     assert all(0 < values["mean"] <= 1 for values in result["singular"].values())
     for name, counts in result["selected"].items():
         assert sum(counts) == base.model.get_submodule(name).in_features
 
 
 def test_analysis_of_another_method(base):
-    result = analyses.carry_out_analysis(run_of("lora-r64", kind="analysis", steps=4, lr=3e-3), base)
+    result = analyses.carry_out_analysis(
+        run_of("lora-r64", kind="analysis", steps=4, lr=3e-3), base
+    )
     assert result["selected"] == {} and result["moves"] == 0
-    assert all(values["least"] < 0.99999 for values in result["singular"].values()), "these weights were trained"
+    assert all(values["least"] < 0.99999 for values in result["singular"].values()), (
+        "these weights were trained"
+    )
     assert sections.captured([result]) == "" and "LoRA r 64" in sections.singular([result])
 
 

@@ -1,4 +1,5 @@
-"""Forms of one kernel side by side: all give the same result, and the counts are those of the shapes."""
+"""Forms of one kernel side by side: all give the same result, and the counts are those of the
+shapes."""
 
 import re
 
@@ -7,7 +8,7 @@ import torch
 
 from bench import counts, variants
 from bench.ops import gate
-from losia_kernels.kernels._launch import choose_config
+from losia_kernels.kernels.launch import choose_config
 
 SHAPE, TOKENS = (64, 48), 40
 
@@ -33,14 +34,23 @@ def test_without_a_gpu_there_is_nothing_to_time():
 def test_touched_sectors_of_random_runs(alignment):
     """Against a draw: 2-byte entries, 32-byte sectors."""
     size, p = 2**16, 1 / 8
-    runs = torch.randperm(size // alignment, generator=torch.Generator().manual_seed(0))[: int(p * size) // alignment]
-    sectors = (runs[:, None] * alignment + torch.arange(alignment)).flatten().div(16, rounding_mode="floor").unique()
+    runs = torch.randperm(size // alignment, generator=torch.Generator().manual_seed(0))[
+        : int(p * size) // alignment
+    ]
+    sectors = (
+        (runs[:, None] * alignment + torch.arange(alignment))
+        .flatten()
+        .div(16, rounding_mode="floor")
+        .unique()
+    )
     assert counts.touched(p, alignment) == pytest.approx(len(sectors) / (size / 16), rel=0.02)
 
 
 def test_what_the_forms_move():
     def of(variant: str, alignment: int = 1) -> counts.Counts:
-        config = choose_config("subnet_grad", "sm_90", torch.bfloat16, 8192, 1376, 512, alignment, variant=variant)
+        config = choose_config(
+            "subnet_grad", "sm_90", torch.bfloat16, 8192, 1376, 512, alignment, variant=variant
+        )
         return counts.subnet_grad(config, 8192, 11008, 1376, 512, alignment)
 
     assert of("fused_wide").to_cores < of("fused").to_cores  # dy once, and not for every 128 inputs

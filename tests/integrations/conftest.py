@@ -17,14 +17,14 @@ def without_a_gpu():
 
 @pytest.fixture
 def tokenizer():
-    from tiny_llama import make_tokenizer
+    from tests.integrations.tiny_llama import make_tokenizer
 
     return make_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
-    from tiny_llama import make_model, make_tokenizer
+    from tests.integrations.tiny_llama import make_model, make_tokenizer
 
     folder = tmp_path_factory.mktemp("tiny-llama")
     make_model().save_pretrained(folder)

@@ -1,8 +1,9 @@
-"""PEFT's own tests of custom modules, on LoSiA: ``python tests/integrations/peft_suite.py PEFT_TESTS [pytest options]``
+"""PEFT's own tests of custom modules, on LoSiA: ``python tests/integrations/peft_suite.py
+PEFT_TESTS [pytest options]``
 
-PEFT_TESTS is the folder ``tests`` of a PEFT checkout, or of its sdist, at the installed version (docs/peft.md). This
-file is a pytest plugin, too: it adds LoSiA to the lists that PEFT's tests are parametrized with, wherever they have
-SHiRA, and leaves only the tests of LoSiA.
+PEFT_TESTS is the folder ``tests`` of a PEFT checkout, or of its sdist, at the installed version
+(docs/peft.md). This file is a pytest plugin, too: it adds LoSiA to the lists that PEFT's tests are
+parametrized with, wherever they have SHiRA, and leaves only the tests of LoSiA.
 """
 
 import os
@@ -15,9 +16,16 @@ from pathlib import Path
 LINEARS = [["lin0"], ["lin1"], ["lin0", "lin1"]]
 CASES = [
     ("LoSiA 1", "MLP", {"target_modules": "lin0"}),
-    *((f"LoSiA {number}", "MLP", {"target_modules": names}) for number, names in enumerate(LINEARS, start=2)),
+    *(
+        (f"LoSiA {number}", "MLP", {"target_modules": names})
+        for number, names in enumerate(LINEARS, start=2)
+    ),
     ("LoSiA 5", "MLP", {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
-    ("LoSiA 6", "MLP", {"target_modules": "all-linear", "rank_pattern": {"lin1": 1.0}, "rank_factor": 0.25}),
+    (
+        "LoSiA 6",
+        "MLP",
+        {"target_modules": "all-linear", "rank_pattern": {"lin1": 1.0}, "rank_factor": 0.25},
+    ),
     ("LoSiA 7", "EmbConv1D", {"target_modules": ["lin0"]}),
     ("LoSiA 8", "Conv2d", {"target_modules": ["lin0"]}),
 ]
@@ -49,7 +57,9 @@ def pytest_generate_tests(metafunc):
         return
     cases = getattr(module, "TEST_CASES", None)
     if cases is not None and not any(case[2] is LoSiAPeftConfig for case in cases):
-        cases += [(name, model, LoSiAPeftConfig, {**SMALL, **kwargs}) for name, model, kwargs in CASES]
+        cases += [
+            (name, model, LoSiAPeftConfig, {**SMALL, **kwargs}) for name, model, kwargs in CASES
+        ]
         name, method, first, second = ACTIVE
         init = {**SMALL, "init_weights": False}
         module.MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES.append(
@@ -73,17 +83,34 @@ def pytest_collection_modifyitems(config, items):
 def main(folder: Path, *arguments: str) -> int:
     here = Path(__file__).resolve().parent
     with tempfile.TemporaryDirectory() as scratch:
-        package = Path(scratch) / "peft_tests"  # an sdist lacks the __init__.py that their relative imports need
+        package = (
+            Path(scratch) / "peft_tests"
+        )  # an sdist lacks the __init__.py that their relative imports need
         package.mkdir()
         (package / "__init__.py").touch()
         for file in folder.glob("test*.py"):
             shutil.copy(file, package)
-        path = os.pathsep.join([str(here), str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
+        path = os.pathsep.join([str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
         command = [
-            sys.executable, "-m", "pytest", "-p", "peft_suite", "-p", "no:cacheprovider", "-c", os.devnull,
-            "--rootdir", scratch, "-q", "--disable-warnings", str(package / "test_custom_models.py"), *arguments,
-        ]  # fmt: skip
-        return subprocess.call(command, cwd=scratch, env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"})
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "tests.integrations.peft_suite",
+            "-p",
+            "no:cacheprovider",
+            "-c",
+            os.devnull,
+            "--rootdir",
+            scratch,
+            "-q",
+            "--disable-warnings",
+            str(package / "test_custom_models.py"),
+            *arguments,
+        ]
+        return subprocess.call(
+            command, cwd=scratch, env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+        )
 
 
 if __name__ == "__main__":

@@ -1,22 +1,32 @@
-"""transformers' causal LMs with the fused loss against their own: one training step, whatever their forward does."""
+"""transformers' causal LMs with the fused loss against their own: one training step, whatever their
+forward does."""
 
 import warnings
 
 import pytest
 import torch
 import transformers
-from tolerance import assert_within
 from transformers import AutoModelForCausalLM
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, fused_loss
-from losia_kernels.linear import losia_layers
+from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia
+from losia_kernels.layers import fused_loss
+from losia_kernels.layers.linear import losia_layers
+from tests.tolerance import assert_within
 
 VOCABULARY = 97
 SIZES = {
-    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 MODELS = {  # and what is particular about the way to the loss
     "Llama": {},
     "Qwen2": {"tie_word_embeddings": True},
@@ -36,7 +46,9 @@ def make_model(name: str, output_dim_factor: float, fused: bool, dtype=torch.flo
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.2)
     model.to(dtype)
-    losia = LoSiAConfig(rank_factor=0.25, output_dim_factor=output_dim_factor, period=1, fused_loss=fused)
+    losia = LoSiAConfig(
+        rank_factor=0.25, output_dim_factor=output_dim_factor, period=1, fused_loss=fused
+    )
     return apply_losia(model, losia)
 
 
@@ -52,15 +64,22 @@ def calls(monkeypatch) -> list:
     """One entry for each loss that was computed without logits."""
     seen = []
     original = fused_loss.losia_linear_cross_entropy
-    monkeypatch.setattr(fused_loss, "losia_linear_cross_entropy", lambda *a, **k: seen.append(k) or original(*a, **k))
+    monkeypatch.setattr(
+        fused_loss,
+        "losia_linear_cross_entropy",
+        lambda *a, **k: seen.append(k) or original(*a, **k),
+    )
     return seen
 
 
 def truth_of(name: str, num_items: int | None, output_dim_factor: float):
-    """Loss and gradients in float64, from whole logits: transformers' own loss is float32 whatever the model is."""
+    """Loss and gradients in float64, from whole logits: transformers' own loss is float32 whatever
+    the model is."""
     model, batch = make_model(name, output_dim_factor, False, torch.float64), make_batch()
     logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits[:, :-1]
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
+    loss = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum"
+    )
     loss = loss / (num_items or (batch["labels"][:, 1:] != -100).sum())
     loss.backward()
     return loss, {layer: module.subnet.grad for layer, module in losia_layers(model)}
@@ -70,7 +89,8 @@ def truth_of(name: str, num_items: int | None, output_dim_factor: float):
 @pytest.mark.parametrize("num_items", [None, 40], ids=["mean", "num_items"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_training_step_is_the_ordinary_one(calls, name, num_items, output_dim_factor):
-    """Loss and every gradient as near to float64's as the ordinary step's, nothing told, evaluation alike."""
+    """Loss and every gradient as near to float64's as the ordinary step's, nothing told, evaluation
+    alike."""
     losses, grads, evaluated = [], [], []
     batch = make_batch()
     extra = {} if num_items is None else {"num_items_in_batch": torch.tensor(num_items)}
@@ -104,7 +124,9 @@ def test_training_moves_the_same_subnets(name):
             model(**make_batch()).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        moves.append({layer: (m.out_idx.tolist(), m.in_idx.tolist()) for layer, m in losia_layers(model)})
+        moves.append(
+            {layer: (m.out_idx.tolist(), m.in_idx.tolist()) for layer, m in losia_layers(model)}
+        )
     assert moves[0] == moves[1]
     assert moves[0]["lm_head"][0] != make_model(name, 0.25, True).lm_head.out_idx.tolist()
 
@@ -112,7 +134,9 @@ def test_training_moves_the_same_subnets(name):
 def test_generation_and_gradient_checkpointing(calls):
     fused, plain = (make_model("Llama", 0.25, fused) for fused in (True, False))
     ids = make_batch()["input_ids"][:, :5]
-    tokens = [model.eval().generate(ids, max_new_tokens=4, do_sample=False) for model in (fused, plain)]
+    tokens = [
+        model.eval().generate(ids, max_new_tokens=4, do_sample=False) for model in (fused, plain)
+    ]
     assert torch.equal(*tokens) and not calls
     grads = []
     for model in (fused, plain):

@@ -1,20 +1,25 @@
-"""transformers' architectures, each as a tiny random model: what is trained, what training touches, the way back."""
+"""transformers' architectures, each as a tiny random model: what is trained, what training touches,
+the way back."""
 
 import warnings
 
 import pytest
 import torch
 import transformers
-from tiny_models import FAMILIES, Family
 from torch import nn
 
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, export_state_dict, remove_losia
-from losia_kernels.linear import LoSiAConv1D, losia_layers
-from losia_kernels.sharded import uses_fully_shard
+from losia_kernels.layers.linear import LoSiAConv1D, losia_layers
+from losia_kernels.parallel.placement import uses_fully_shard
+from tests.integrations.tiny_models import FAMILIES, Family
 
 
 def convert(family: Family, model: nn.Module, **options) -> nn.Module:
-    values = {"rank_factor": 0.25, "period": 1, "output_dim_factor": family.output_dim_factor} | options
+    values = {
+        "rank_factor": 0.25,
+        "period": 1,
+        "output_dim_factor": family.output_dim_factor,
+    } | options
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* weights stay frozen")
         return apply_losia(model, LoSiAConfig(**values))
@@ -47,23 +52,31 @@ def test_what_is_trained_and_how_it_is_grouped(name):
         block = layer.losia.group_name
         groups.setdefault(block, set()).add(path.removeprefix(f"{block}."))
     assert groups == {
-        block: (family.decoder_linears if block.startswith("decoder.") else family.linears) for block in family.blocks
+        block: (family.decoder_linears if block.startswith("decoder.") else family.linears)
+        for block in family.blocks
     }
     frozen = [str(warning.message) for warning in told if "stay frozen" in str(warning.message)]
     assert len(frozen) == bool(family.frozen)
     assert all(named in frozen[0] for named in family.frozen)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [(name, torch.float32) for name in FAMILIES] + [
-    (name, torch.bfloat16) for name in ("gemma2", "gpt2", "phi3", "qwen3_moe")
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.float32) for name in FAMILIES]
+    + [(name, torch.bfloat16) for name in ("gemma2", "gpt2", "phi3", "qwen3_moe")],
+)
 def test_the_model_computes_what_it_did_bit_for_bit(name, dtype):
     family = FAMILIES[name]
     model = family.make().to(dtype)
     for module in model.modules():
-        if isinstance(module, nn.Embedding):  # to an attention bias that is trained (T5) torch gives another kernel
+        if isinstance(
+            module, nn.Embedding
+        ):  # to an attention bias that is trained (T5) torch gives another kernel
             module.requires_grad_(False)
-    batch = {key: value.to(dtype) if value.is_floating_point() else value for key, value in family.batch().items()}
+    batch = {
+        key: value.to(dtype) if value.is_floating_point() else value
+        for key, value in family.batch().items()
+    }
     before = logits(model, batch)
     with torch.no_grad():
         before_alone = logits(model, batch)
@@ -76,14 +89,22 @@ def test_the_model_computes_what_it_did_bit_for_bit(name, dtype):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_training_moves_only_subnets_and_the_result_loads_in_plain_transformers(name, tmp_path):
-    """A cycle and a step, so that every group relocalizes: what no subnet has held stays as it was, bit for bit."""
+    """A cycle and a step, so that every group relocalizes: what no subnet has held stays as it was,
+    bit for bit."""
     family = FAMILIES[name]
     model = family.make()
-    before, keys = {key: value.clone() for key, value in model.state_dict().items()}, list(model.state_dict())
+    before, keys = (
+        {key: value.clone() for key, value in model.state_dict().items()},
+        list(model.state_dict()),
+    )
     convert(family, model)
     layers = dict(losia_layers(model))
-    held = {path: torch.zeros_like(layer.matrix, dtype=torch.bool) for path, layer in layers.items()}
-    first = {path: (layer.out_idx.tolist(), layer.in_idx.tolist()) for path, layer in layers.items()}
+    held = {
+        path: torch.zeros_like(layer.matrix, dtype=torch.bool) for path, layer in layers.items()
+    }
+    first = {
+        path: (layer.out_idx.tolist(), layer.in_idx.tolist()) for path, layer in layers.items()
+    }
 
     def note():
         for path, layer in layers.items():
@@ -92,15 +113,20 @@ def test_training_moves_only_subnets_and_the_result_loads_in_plain_transformers(
     note()
     optimizer = LoSiAAdamW(model, lr=0.01)
     train(model, optimizer, family, optimizer.timeline.schedule.cycle + 1, note)
-    moved = {layer.losia.group for path, layer in layers.items()
-             if first[path] != (layer.out_idx.tolist(), layer.in_idx.tolist())}
+    moved = {
+        layer.losia.group
+        for path, layer in layers.items()
+        if first[path] != (layer.out_idx.tolist(), layer.in_idx.tolist())
+    }
     assert moved == set(range(len(optimizer.timeline.groups)))
 
     exported = export_state_dict(model)
     assert list(exported) == keys
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    may_change = {id(layer.weight): held[path].T if isinstance(layer, LoSiAConv1D) else held[path]
-                  for path, layer in layers.items()}
+    may_change = {
+        id(layer.weight): held[path].T if isinstance(layer, LoSiAConv1D) else held[path]
+        for path, layer in layers.items()
+    }
     for key, value in exported.items():
         inside = may_change.get(id(parameters.get(key)))
         if inside is None:
@@ -126,6 +152,8 @@ def test_conv1d_cut_by_fully_shard_is_refused(monkeypatch):
     model = convert(FAMILIES["gpt2"], FAMILIES["gpt2"].make())
     assert not uses_fully_shard(model)
     monkeypatch.setattr("torch.distributed.fsdp.FSDPModule", nn.Module)
-    with pytest.raises(ValueError, match=r"transformer.h.0.attn.c_attn: fully_shard would cut .* Conv1D.*use DDP"):
+    with pytest.raises(
+        ValueError, match=r"transformer.h.0.attn.c_attn: fully_shard would cut .* Conv1D.*use DDP"
+    ):
         uses_fully_shard(model)
     assert uses_fully_shard(convert(FAMILIES["llama"], FAMILIES["llama"].make()))

@@ -1,11 +1,13 @@
-"""LoSiA as a PEFT method: adapters that go into the weights and out of them, bit for bit; what is saved; what fails."""
+"""LoSiA as a PEFT method: adapters that go into the weights and out of them, bit for bit; what is
+saved; what fails."""
 
 import dataclasses
 
 import pytest
 import torch
-from tiny_llama import make_model
 from torch import nn
+
+from tests.integrations.tiny_llama import make_model
 
 pytest.importorskip("peft")
 
@@ -14,8 +16,8 @@ from peft.utils.save_and_load import get_base_model_state_dict, set_base_model_s
 from safetensors.torch import load_file  # noqa: E402
 from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia  # noqa: E402
-from losia_kernels.integrations.peft import LoSiAPeftConfig  # noqa: E402
+from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia
+from losia_kernels.integrations.peft import LoSiAPeftConfig
 
 CHOICES = dict(rank_factor=1 / 4, period=2, output_dim_factor=0.125)
 IDS = torch.arange(24).reshape(2, 12) * 7 % 256
@@ -31,7 +33,15 @@ def untied():
 
 def gpt2(dtype=torch.float32):
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=256, n_positions=16, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        vocab_size=256,
+        n_positions=16,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     return GPT2LMHeadModel(config).to(dtype).eval()
 
 
@@ -46,7 +56,9 @@ def train(model, steps=7, lr=1e-2):
 
 
 def trained(make=llama, seed=0, adapter="default", **changes):
-    return train(get_peft_model(make(), LoSiAPeftConfig(**{**CHOICES, "seed": seed, **changes}), adapter))
+    return train(
+        get_peft_model(make(), LoSiAPeftConfig(**{**CHOICES, "seed": seed, **changes}), adapter)
+    )
 
 
 @torch.no_grad()
@@ -63,8 +75,9 @@ def weights(model):
     plain = model.base_model.model if isinstance(model, PeftModel) else model
     return {
         name.replace(".base_layer", ""): value.detach().clone()
-        for name, value in plain.named_parameters() if "losia_" not in name
-    }  # fmt: skip
+        for name, value in plain.named_parameters()
+        if "losia_" not in name
+    }
 
 
 def assert_equal(one, two):
@@ -78,7 +91,7 @@ def test_the_method_is_registered_beside_pefts_own():
     assert LoSiAPeftConfig().peft_type == "LOSIA"
 
 
-# in and out of the weights --------------------------------------------------------------------------------------------
+# in and out of the weights ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -105,7 +118,8 @@ def test_training_goes_on_after_a_look_at_the_base():
 
 
 def test_a_reference_forward_may_come_between_forward_and_backward():
-    """As in preference training. A backward with the other weights than its forward's is an error, never wrong."""
+    """As in preference training. A backward with the other weights than its forward's is an error,
+    never wrong."""
     model = get_peft_model(llama(), LoSiAPeftConfig(**CHOICES, init_weights=False))
     subnet = layer_of(model).losia_adapter["default"].subnet
 
@@ -138,7 +152,9 @@ def test_merged_it_is_a_plain_model_with_the_trained_values():
     model.unmerge_adapter()
     assert_equal(weights(model), values)
     merged = model.merge_and_unload(safe_merge=True)
-    assert type(merged) is type(llama()) and merged.state_dict().keys() == llama().state_dict().keys()
+    assert (
+        type(merged) is type(llama()) and merged.state_dict().keys() == llama().state_dict().keys()
+    )
     assert_equal(weights(merged), values)
 
 
@@ -152,11 +168,13 @@ def test_safe_merge_finds_values_that_are_not_finite():
     model = trained()
     with torch.no_grad():
         layer_of(model).losia_adapter["default"].subnet[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter default"):
+    with pytest.raises(
+        ValueError, match="NaNs detected in the merged weights. The adapter default"
+    ):
         model.merge_and_unload(safe_merge=True)
 
 
-# what is kept ---------------------------------------------------------------------------------------------------------
+# what is kept -------------------------------------------------------------------------------------
 
 
 def test_no_more_is_kept_than_the_weight():
@@ -190,7 +208,7 @@ def test_16_bit_models_keep_16_bit_values_and_float32_masters():
     assert layer_of(model.to(torch.float16)).losia_adapter["default"].subnet.dtype == torch.float32
 
 
-# what is saved --------------------------------------------------------------------------------------------------------
+# what is saved ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
@@ -199,13 +217,20 @@ def test_saved_and_loaded_it_is_the_same_bit_for_bit(tmp_path, make, low_cpu_mem
     model = trained(lambda: make(torch.bfloat16))
     model.save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "README.md", "adapter_config.json", "adapter_model.safetensors",
-    ]  # fmt: skip
-    loaded = PeftModel.from_pretrained(make(torch.bfloat16), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    loaded = PeftModel.from_pretrained(
+        make(torch.bfloat16), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage
+    )
     assert_equal(weights(loaded), weights(model))
     assert torch.equal(logits(loaded), logits(model))
     one, two = model.state_dict(), loaded.state_dict()
-    assert_equal({k: v for k, v in one.items() if "losia_" in k}, {k: v for k, v in two.items() if "losia_" in k})
+    assert_equal(
+        {k: v for k, v in one.items() if "losia_" in k},
+        {k: v for k, v in two.items() if "losia_" in k},
+    )
     with loaded.disable_adapter():
         assert_equal(weights(loaded), weights(make(torch.bfloat16)))
     assert_equal(weights(loaded.merge_and_unload()), weights(model))
@@ -223,9 +248,16 @@ def test_it_is_saved_alike_whether_it_is_in_the_weights_or_not(tmp_path):
 
 def test_the_config_comes_back(tmp_path):
     config = LoSiAPeftConfig(
-        **CHOICES, target_modules=["q_proj", "up_proj"], rank_pattern={"q_proj": 0.5}, modules_to_save=["norm"],
-        exclude_modules=["gate_proj"], update_type="sync", importance="marginal", rewarm=False, warmup_steps=5,
-    )  # fmt: skip
+        **CHOICES,
+        target_modules=["q_proj", "up_proj"],
+        rank_pattern={"q_proj": 0.5},
+        modules_to_save=["norm"],
+        exclude_modules=["gate_proj"],
+        update_type="sync",
+        importance="marginal",
+        rewarm=False,
+        warmup_steps=5,
+    )
     get_peft_model(llama(), config).save_pretrained(tmp_path)
     loaded = LoSiAPeftConfig.from_pretrained(tmp_path)
     assert loaded.losia_config() == config.losia_config()
@@ -249,7 +281,9 @@ def test_the_base_is_given_and_taken_while_the_adapter_is_disabled():
     other = {name: value + 1 for name, value in base.items()}
     set_base_model_state_dict(model, other)
     weight = weights(model)["model.layers.0.mlp.up_proj.weight"]
-    assert torch.equal(layer_of(model).losia_adapter["default"].trained_values(), _values(layer_of(trained())))
+    assert torch.equal(
+        layer_of(model).losia_adapter["default"].trained_values(), _values(layer_of(trained()))
+    )
     assert not torch.equal(weight, other["model.layers.0.mlp.up_proj.weight"])
     with model.disable_adapter():
         assert_equal(get_base_model_state_dict(model), other)
@@ -260,10 +294,14 @@ def _values(layer: nn.Module) -> torch.Tensor:
 
 
 def test_the_config_has_losias_fields_and_defaults():
-    """PEFT saves what its own dataclass lists, so the fields stand twice; these two are PEFT's to decide."""
+    """PEFT saves what its own dataclass lists, so the fields stand twice; these two are PEFT's to
+    decide."""
     assert LoSiAPeftConfig().losia_config() == dataclasses.replace(LoSiAConfig(), fused_loss=False)
     listed = {field.name for field in dataclasses.fields(LoSiAPeftConfig)}
-    assert {field.name for field in dataclasses.fields(LoSiAConfig)} - listed == {"master_weights", "fused_loss"}
+    assert {field.name for field in dataclasses.fields(LoSiAConfig)} - listed == {
+        "master_weights",
+        "fused_loss",
+    }
 
 
 def test_apply_losia_to_a_model_with_adapters_is_refused():

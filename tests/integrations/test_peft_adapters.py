@@ -5,34 +5,55 @@ import re
 
 import pytest
 import torch
-from test_peft import CHOICES, IDS, assert_equal, layer_of, llama, logits, train, trained, untied, weights
-from tiny_llama import make_model
 from torch import nn
+
+from tests.integrations.test_peft import (
+    CHOICES,
+    IDS,
+    assert_equal,
+    layer_of,
+    llama,
+    logits,
+    train,
+    trained,
+    untied,
+    weights,
+)
+from tests.integrations.tiny_llama import make_model
 
 pytest.importorskip("peft")
 
 from peft import PeftModel, get_peft_model  # noqa: E402
 
-from losia_kernels import LoSiAAdamW, LoSiALinear  # noqa: E402
-from losia_kernels.integrations.peft import LoSiAPeftConfig  # noqa: E402
-from losia_kernels.linear import losia_layers  # noqa: E402
+from losia_kernels import LoSiAAdamW, LoSiALinear
+from losia_kernels.integrations.peft import LoSiAPeftConfig
+from losia_kernels.layers.linear import losia_layers
 
 
 def adapted(model):
     """Names of the adapted linears in the plain model, with the shapes of their subnets."""
     found = {name: tuple(layer.subnet.shape) for name, layer in losia_layers(model)}
-    return {re.sub(r"base_model\.model\.(.*)\.losia_adapter\.\w+", r"\1", name): k for name, k in found.items()}
+    return {
+        re.sub(r"base_model\.model\.(.*)\.losia_adapter\.\w+", r"\1", name): k
+        for name, k in found.items()
+    }
 
 
-# which layers ---------------------------------------------------------------------------------------------------------
+# which layers -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("targets", "expected"), [
-    ("all-linear", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
-    (None, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
-    (["q_proj", "mlp.up_proj"], ["q_proj", "up_proj"]),
-    (r".*\.(k|gate)_proj", ["k_proj", "gate_proj"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (
+            "all-linear",
+            ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        ),
+        (None, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
+        (["q_proj", "mlp.up_proj"], ["q_proj", "up_proj"]),
+        (r".*\.(k|gate)_proj", ["k_proj", "gate_proj"]),
+    ],
+)
 @pytest.mark.parametrize("output_dim_factor", [0.0, 0.125])
 def test_targets(targets, expected, output_dim_factor):
     config = LoSiAPeftConfig(target_modules=targets, output_dim_factor=output_dim_factor)
@@ -44,7 +65,9 @@ def test_targets(targets, expected, output_dim_factor):
 
 
 def test_excluded_modules_and_rank_pattern():
-    config = LoSiAPeftConfig(exclude_modules=["o_proj"], rank_factor=0.25, rank_pattern={r"layers\.1\..*up_proj": 0.5})
+    config = LoSiAPeftConfig(
+        exclude_modules=["o_proj"], rank_factor=0.25, rank_pattern={r"layers\.1\..*up_proj": 0.5}
+    )
     found = adapted(get_peft_model(llama(), config))
     assert not any("o_proj" in name for name in found)
     assert found["model.layers.0.mlp.up_proj"] == (12, 8)
@@ -66,7 +89,9 @@ def test_modules_to_save_are_trained_saved_and_loaded(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(untied(), tmp_path)
     saved = model.base_model.model.model.embed_tokens.modules_to_save["default"].weight
-    assert torch.equal(loaded.base_model.model.model.embed_tokens.modules_to_save["default"].weight, saved)
+    assert torch.equal(
+        loaded.base_model.model.model.embed_tokens.modules_to_save["default"].weight, saved
+    )
     assert not torch.equal(saved, untied().model.embed_tokens.weight)
     assert torch.equal(logits(loaded), logits(model))
 
@@ -77,10 +102,13 @@ def test_it_counts_the_subnets_as_trainable(capsys):
     base = sum(parameter.numel() for parameter in llama().parameters())
     assert model.get_nb_trainable_parameters() == (subnets, base + subnets)
     model.print_trainable_parameters()
-    assert f"trainable params: {subnets:,} || all params: {base + subnets:,}" in capsys.readouterr().out
+    assert (
+        f"trainable params: {subnets:,} || all params: {base + subnets:,}"
+        in capsys.readouterr().out
+    )
 
 
-# several adapters -----------------------------------------------------------------------------------------------------
+# several adapters ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -91,7 +119,9 @@ def two(tmp_path):
         model = trained(seed=seed)
         expected[name] = weights(model)
         model.save_pretrained(tmp_path / name)
-    assert not torch.equal(*(each["model.layers.0.mlp.up_proj.weight"] for each in expected.values()))
+    assert not torch.equal(
+        *(each["model.layers.0.mlp.up_proj.weight"] for each in expected.values())
+    )
     both = PeftModel.from_pretrained(llama(), tmp_path / "first", adapter_name="first")
     both.load_adapter(tmp_path / "second", adapter_name="second")
     return both, expected
@@ -133,14 +163,21 @@ def test_two_adapters_of_one_layer_cannot_act_at_once(two):
         model.merge_adapter(["first", "second"])
     assert model.active_adapters == ["first"] and not layer_of(model).merged
     model.merge_adapter(["first"])
-    with pytest.raises(ValueError, match=message), pytest.warns(UserWarning, match="additionally merging second"):
+    with (
+        pytest.raises(ValueError, match=message),
+        pytest.warns(UserWarning, match="additionally merging second"),
+    ):
         model.merge_adapter(["second"])
     assert_equal(weights(model), expected["first"])
 
 
 def test_a_refused_choice_of_adapters_changes_nothing():
-    model = get_peft_model(llama(), LoSiAPeftConfig(target_modules=["up_proj"], init_weights=False), "first")
-    model.add_adapter("second", LoSiAPeftConfig(target_modules=["q_proj", "up_proj"], init_weights=False))
+    model = get_peft_model(
+        llama(), LoSiAPeftConfig(target_modules=["up_proj"], init_weights=False), "first"
+    )
+    model.add_adapter(
+        "second", LoSiAPeftConfig(target_modules=["q_proj", "up_proj"], init_weights=False)
+    )
     before = weights(model)
     with pytest.raises(ValueError, match="up_proj: .* first and second cannot be active"):
         model.base_model.set_adapter(["first", "second"])  # q_proj alone, which comes first, could
@@ -148,7 +185,9 @@ def test_a_refused_choice_of_adapters_changes_nothing():
 
 
 def test_adapters_of_different_layers_act_together():
-    model = get_peft_model(llama(), LoSiAPeftConfig(target_modules=["up_proj"], init_weights=False), "first")
+    model = get_peft_model(
+        llama(), LoSiAPeftConfig(target_modules=["up_proj"], init_weights=False), "first"
+    )
     model.add_adapter("second", LoSiAPeftConfig(target_modules=["q_proj"], init_weights=False))
     model.base_model.set_adapter(["first", "second"])
     values, base = weights(model), weights(llama())
@@ -163,7 +202,7 @@ def test_one_batch_cannot_mix_adapters(two):
         model(input_ids=IDS, adapter_names=["first", "second"])
 
 
-# what is refused ------------------------------------------------------------------------------------------------------
+# what is refused ----------------------------------------------------------------------------------
 
 
 class Shared(nn.Module):
@@ -173,14 +212,33 @@ class Shared(nn.Module):
         self.two.weight = self.one.weight
 
 
-@pytest.mark.parametrize(("make", "choices", "message"), [
-    (llama, {"target_modules": ["embed_tokens"]}, "matches 'model.embed_tokens', a Embedding"),
-    (llama, {"target_modules": ["up_proj", "lm_head"]}, "'lm_head', the output layer, .*output_dim_factor"),
-    (llama, {"rank_pattern": {"down_proj": 0.01}}, "down_proj: a rank factor of 0.01 selects none of 32 neurons"),
-    (Shared, {"target_modules": ["one", "two"]}, "'one' and 'two' share one weight"),
-    (lambda: nn.Sequential(nn.Linear(8, 8)), {"output_dim_factor": 0.5}, "needs an nn.Linear output layer"),
-    (lambda: make_model().to(torch.float8_e4m3fn), {}, "is quantized: a Linear with a torch.float8_e4m3fn weight"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "choices", "message"),
+    [
+        (llama, {"target_modules": ["embed_tokens"]}, "matches 'model.embed_tokens', a Embedding"),
+        (
+            llama,
+            {"target_modules": ["up_proj", "lm_head"]},
+            "'lm_head', the output layer, .*output_dim_factor",
+        ),
+        (
+            llama,
+            {"rank_pattern": {"down_proj": 0.01}},
+            "down_proj: a rank factor of 0.01 selects none of 32 neurons",
+        ),
+        (Shared, {"target_modules": ["one", "two"]}, "'one' and 'two' share one weight"),
+        (
+            lambda: nn.Sequential(nn.Linear(8, 8)),
+            {"output_dim_factor": 0.5},
+            "needs an nn.Linear output layer",
+        ),
+        (
+            lambda: make_model().to(torch.float8_e4m3fn),
+            {},
+            "is quantized: a Linear with a torch.float8_e4m3fn weight",
+        ),
+    ],
+)
 def test_a_target_that_cannot_be_trained_is_refused_and_nothing_has_changed(make, choices, message):
     model = make()
     kinds = [type(module) for module in model.modules()]
@@ -199,7 +257,10 @@ def test_a_config_out_of_range_is_refused(choices):
 def test_a_disabled_adapter_cannot_move():
     model = get_peft_model(llama(), LoSiAPeftConfig(**CHOICES))
     adapter = layer_of(model).losia_adapter["default"]
-    with model.disable_adapter(), pytest.raises(RuntimeError, match="up_proj: a subnet can only move while"):
+    with (
+        model.disable_adapter(),
+        pytest.raises(RuntimeError, match="up_proj: a subnet can only move while"),
+    ):
         adapter.set_subnet_(adapter.out_idx.clone(), adapter.in_idx.clone())
 
 
@@ -212,12 +273,14 @@ def test_blocks_that_do_not_fit_are_refused():
         ("block_values", lambda values: values[:, 1:], "blocks do not agree"),
     ]:
         with pytest.raises(ValueError, match=message):
-            model.load_state_dict({**state, f"{name}.{key}": change(state[f"{name}.{key}"])}, strict=False)
+            model.load_state_dict(
+                {**state, f"{name}.{key}": change(state[f"{name}.{key}"])}, strict=False
+            )
         model.set_adapter("default")
         assert_equal(weights(model), before)
 
 
-# what else writes or switches while it trains -------------------------------------------------------------------------
+# what else writes or switches while it trains -----------------------------------------------------
 
 
 def test_an_edit_of_the_weight_is_trained_on_and_evaluation_writes_nothing():
@@ -248,7 +311,9 @@ def test_a_step_while_the_adapter_is_out_is_refused_and_the_base_stays(switch):
             stack.enter_context(model.disable_adapter())
         else:
             model.set_adapter("other")
-        with pytest.raises(RuntimeError, match="has a gradient, but its adapter is not in the weight"):
+        with pytest.raises(
+            RuntimeError, match="has a gradient, but its adapter is not in the weight"
+        ):
             optimizer.step()
     assert_equal(weights(model.unload()), base)
 
@@ -259,7 +324,9 @@ def test_a_reference_forward_makes_no_comparisons(monkeypatch):
     optimizer = LoSiAAdamW(model, lr=1e-3)
     for step in range(3):
         if step == 1:
-            monkeypatch.setattr(LoSiALinear, "_agree", lambda *args: pytest.fail("values were compared"))
+            monkeypatch.setattr(
+                LoSiALinear, "_agree", lambda *args: pytest.fail("values were compared")
+            )
         with torch.no_grad(), model.disable_adapter():
             model(input_ids=IDS)
         model(input_ids=IDS, labels=IDS).loss.backward()

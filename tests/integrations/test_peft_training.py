@@ -1,18 +1,21 @@
-"""Training through PEFT is LoSiA's own: the same steps as on a model from apply_losia, in a loop, a Trainer, TRL."""
+"""Training through PEFT is LoSiA's own: the same steps as on a model from apply_losia, in a loop, a
+Trainer, TRL."""
 
 import pytest
 import torch
-from tiny_llama import make_model, make_tokenizer
+
+from tests.integrations.tiny_llama import make_model, make_tokenizer
 
 pytest.importorskip("peft")
 
 from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach, calibrate
-from losia_kernels.checkpoint import load_checkpoint, save_checkpoint
+from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach
+from losia_kernels.checkpoint.resumable import load_checkpoint, save_checkpoint
 from losia_kernels.integrations.peft import LoSiAPeftConfig
 from losia_kernels.integrations.transformers import LoSiACallback, LoSiAOptimizerFactory
+from losia_kernels.training import calibrate
 
 CHOICES = dict(rank_factor=1 / 4, period=2, rank_pattern={"v_proj": 0.5}, seed=3)
 LR = 1e-2
@@ -37,7 +40,11 @@ def train(model, optimizer, data):
 
 def base_names(model):
     """The weights' names and values as the plain model has them."""
-    return {name.replace(".base_layer", ""): value for name, value in model.named_parameters() if "losia_" not in name}
+    return {
+        name.replace(".base_layer", ""): value
+        for name, value in model.named_parameters()
+        if "losia_" not in name
+    }
 
 
 def assert_same(model, other):
@@ -53,24 +60,34 @@ def test_the_steps_are_those_of_apply_losia(dtype):
     ours = get_peft_model(make_model().to(dtype), LoSiAPeftConfig(**CHOICES))
     theirs = apply_losia(base, LoSiAConfig(**CHOICES, fused_loss=False))
     one, two = LoSiAAdamW(ours, lr=LR), LoSiAAdamW(theirs, lr=LR)
-    assert one.timeline.group_names == two.timeline.group_names == ["model.layers.0", "model.layers.1"]
+    assert (
+        one.timeline.group_names == two.timeline.group_names == ["model.layers.0", "model.layers.1"]
+    )
     for model in (ours, theirs):
         calibrate(model, batches(2, seed=1), 2)
     data = batches(9)  # four relocalizations
     assert train(ours, one, data) == train(theirs, two, data)
     subnets = {name: value for name, value in theirs.named_parameters() if name.endswith(".subnet")}
     for name, value in subnets.items():
-        assert torch.equal(value, ours.get_parameter(f"base_model.model.{name[:-7]}.losia_adapter.default.subnet"))
+        assert torch.equal(
+            value, ours.get_parameter(f"base_model.model.{name[:-7]}.losia_adapter.default.subnet")
+        )
     for name in subnets:
         weight = f"{name[:-7]}.weight"
-        assert torch.equal(base_names(ours)[f"base_model.model.{weight}"], theirs.get_parameter(weight)), weight
+        assert torch.equal(
+            base_names(ours)[f"base_model.model.{weight}"], theirs.get_parameter(weight)
+        ), weight
 
 
 def test_a_16_bit_subnet_is_rounded_stochastically():
-    model = get_peft_model(make_model().bfloat16(), LoSiAPeftConfig(**CHOICES), autocast_adapter_dtype=False)
+    model = get_peft_model(
+        make_model().bfloat16(), LoSiAPeftConfig(**CHOICES), autocast_adapter_dtype=False
+    )
     optimizer = LoSiAAdamW(model, lr=LR)
     assert not optimizer.timeline.config.master_weights
-    other = apply_losia(make_model().bfloat16(), LoSiAConfig(**CHOICES, fused_loss=False, master_weights=False))
+    other = apply_losia(
+        make_model().bfloat16(), LoSiAConfig(**CHOICES, fused_loss=False, master_weights=False)
+    )
     assert train(model, optimizer, batches(5)) == train(other, LoSiAAdamW(other, lr=LR), batches(5))
 
 
@@ -111,7 +128,8 @@ def test_an_optimizer_that_knows_nothing_of_losia_trains_the_first_subnets():
     losses = train(model, optimizer, batches(1) * 5)
     assert losses[-1] < losses[0]
     assert torch.equal(
-        model.state_dict()["base_model.model.model.layers.0.mlp.up_proj.base_layer.weight"], _written(model)
+        model.state_dict()["base_model.model.model.layers.0.mlp.up_proj.base_layer.weight"],
+        _written(model),
     )  # the last step, too, which no forward has seen
 
 
@@ -144,14 +162,22 @@ def test_a_frozen_adapter_is_refused_by_the_optimizer(tmp_path):
     LoSiAAdamW(PeftModel.from_pretrained(make_model(), tmp_path, is_trainable=True))
 
 
-# the Trainers ---------------------------------------------------------------------------------------------------------
+# the Trainers -------------------------------------------------------------------------------------
 
 
 def arguments(folder, cls=TrainingArguments, **changes):
     values = dict(
-        output_dir=str(folder), max_steps=7, per_device_train_batch_size=2, save_steps=3, logging_steps=1,
-        report_to=[], learning_rate=LR, use_cpu=True, lr_scheduler_type="linear", max_grad_norm=1.0,
-    )  # fmt: skip
+        output_dir=str(folder),
+        max_steps=7,
+        per_device_train_batch_size=2,
+        save_steps=3,
+        logging_steps=1,
+        report_to=[],
+        learning_rate=LR,
+        use_cpu=True,
+        lr_scheduler_type="linear",
+        max_grad_norm=1.0,
+    )
     return cls(**{**values, **changes})
 
 
@@ -159,9 +185,11 @@ def make_trainer(folder, **changes):
     data = [{key: value[0] for key, value in batch.items()} for batch in batches(20)]
     model = get_peft_model(make_model(), LoSiAPeftConfig(**CHOICES))
     trainer = Trainer(
-        model, arguments(folder, **changes), train_dataset=data,
+        model,
+        arguments(folder, **changes),
+        train_dataset=data,
         optimizer_cls_and_kwargs=(LoSiAOptimizerFactory, {"lr": LR}),
-    )  # fmt: skip
+    )
     trainer.add_callback(LoSiACallback(trainer))
     return trainer
 
@@ -170,9 +198,18 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path):
     """Saved after step 3, within a slot and after a relocalization at step 2; more follow."""
     whole = make_trainer(tmp_path / "whole")
     whole.train()
-    assert len(whole.model.base_model.model.model.layers[0].mlp.up_proj.losia_adapter["default"].block_values) > 1
+    assert (
+        len(
+            whole.model.base_model.model.model.layers[0]
+            .mlp.up_proj.losia_adapter["default"]
+            .block_values
+        )
+        > 1
+    )
     checkpoint = tmp_path / "whole" / "checkpoint-3"
-    assert (checkpoint / "adapter_model.safetensors").exists() and not (checkpoint / "model.safetensors").exists()
+    assert (checkpoint / "adapter_model.safetensors").exists() and not (
+        checkpoint / "model.safetensors"
+    ).exists()
     resumed = make_trainer(tmp_path / "resumed")
     resumed.train(resume_from_checkpoint=str(checkpoint))
     one, two = whole.model.state_dict(), resumed.model.state_dict()
@@ -194,11 +231,15 @@ def test_sft_trainer_takes_it_as_peft_config(tmp_path):
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
     trainer = trl.SFTTrainer(
-        make_model(), arguments(tmp_path, trl.SFTConfig, max_length=32, max_steps=5),
-        train_dataset=datasets.Dataset.from_dict({"text": ["abc def ghi", "jkl mno", "pqr stu vw", "xyz"] * 3}),
-        processing_class=make_tokenizer(), peft_config=LoSiAPeftConfig(**CHOICES),
+        make_model(),
+        arguments(tmp_path, trl.SFTConfig, max_length=32, max_steps=5),
+        train_dataset=datasets.Dataset.from_dict(
+            {"text": ["abc def ghi", "jkl mno", "pqr stu vw", "xyz"] * 3}
+        ),
+        processing_class=make_tokenizer(),
+        peft_config=LoSiAPeftConfig(**CHOICES),
         optimizer_cls_and_kwargs=(LoSiAOptimizerFactory, {"lr": LR}),
-    )  # fmt: skip
+    )
     trainer.add_callback(LoSiACallback(trainer))
     trainer.train()
     assert trainer.optimizer.optimizer.timeline.step == 5
@@ -209,21 +250,27 @@ def test_sft_trainer_takes_it_as_peft_config(tmp_path):
 
 
 def test_an_8_bit_optimizer_reaches_the_weights_without_attach():
-    """Its kernels write past torch's count of writes, by which an adapter knows that it was stepped."""
+    """Its kernels write past torch's count of writes, by which an adapter knows that it was
+    stepped."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     model = get_peft_model(make_model(), LoSiAPeftConfig(**CHOICES))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    losses = train(model, bitsandbytes.optim.AdamW8bit(trained, lr=LR, min_8bit_size=1), batches(1) * 5)
+    losses = train(
+        model, bitsandbytes.optim.AdamW8bit(trained, lr=LR, min_8bit_size=1), batches(1) * 5
+    )
     assert losses[-1] < losses[0] - 0.01
 
 
 def test_a_checkpoint_in_parts_is_refused_before_it_is_written(tmp_path):
-    """It could not be read: an adapter makes its blocks anew for each state dict, and has one more after each move."""
+    """It could not be read: an adapter makes its blocks anew for each state dict, and has one more
+    after each move."""
     model = get_peft_model(make_model(), LoSiAPeftConfig(**CHOICES))
     optimizer = LoSiAAdamW(model, lr=LR)
     with pytest.raises(ValueError, match="block_out_idx is no parameter or buffer"):
         save_checkpoint(tmp_path / "a", model, optimizer)
     assert not list(tmp_path.iterdir())
-    save_checkpoint(tmp_path / "b", plain := apply_losia(make_model(), LoSiAConfig()), LoSiAAdamW(plain))
+    save_checkpoint(
+        tmp_path / "b", plain := apply_losia(make_model(), LoSiAConfig()), LoSiAAdamW(plain)
+    )
     with pytest.raises(ValueError, match="block_out_idx is no parameter or buffer"):
         load_checkpoint(tmp_path / "b", model, optimizer)

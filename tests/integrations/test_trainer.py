@@ -1,19 +1,21 @@
-"""The Trainer adapter against a loop written out by hand; calibration, length groups and packing in the Trainer."""
+"""The Trainer adapter against a loop written out by hand; calibration, length groups and packing in
+the Trainer."""
 
 import dataclasses
 
 import numpy as np
 import pytest
 import torch
-from tiny import same_tensors
-from tiny_llama import make_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach, calibrate
-from losia_kernels.integrations.data import IGNORE, Collator
-from losia_kernels.integrations.finetune import FinetuneTrainer, check_packing, training_arguments
-from losia_kernels.integrations.options import FinetuneOptions, InputError
+from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach
+from losia_kernels.finetune.data import IGNORE, Collator
+from losia_kernels.finetune.options import FinetuneOptions, InputError
+from losia_kernels.finetune.run import FinetuneTrainer, check_packing, training_arguments
 from losia_kernels.integrations.transformers import LoSiACallback, LoSiAOptimizerFactory
+from losia_kernels.training import calibrate
+from tests.integrations.tiny_llama import make_model
+from tests.tiny import same_tensors
 
 CONFIG = LoSiAConfig(rank_factor=1 / 4, output_dim_factor=1 / 8, period=2)
 STEPS, BATCH, ACCUMULATION = 9, 2, 2
@@ -21,7 +23,8 @@ LR = 3e-3
 
 
 def samples(count=64):
-    """Random tokens; sample i learns all but its first i % 5 + 1, so that micro-batches differ in learned tokens."""
+    """Random tokens; sample i learns all but its first i % 5 + 1, so that micro-batches differ in
+    learned tokens."""
     generator = np.random.default_rng(0)
     made = []
     for i in range(count):
@@ -33,17 +36,28 @@ def samples(count=64):
 
 def options(tmp_path, **changes):
     values = dict(
-        model="", data="", output=str(tmp_path), lr=LR, lr_scheduler="constant", warmup_ratio=0.0, save_steps=0,
-        batch_size=BATCH, gradient_accumulation=ACCUMULATION, max_grad_norm=0.0,
-    )  # fmt: skip
+        model="",
+        data="",
+        output=str(tmp_path),
+        lr=LR,
+        lr_scheduler="constant",
+        warmup_ratio=0.0,
+        save_steps=0,
+        batch_size=BATCH,
+        gradient_accumulation=ACCUMULATION,
+        max_grad_norm=0.0,
+    )
     return FinetuneOptions(**{**values, **changes})
 
 
 def make_trainer(model, tmp_path, kind=FinetuneTrainer, callbacks=(), **changes):
     trainer = kind(
-        model, training_arguments(options(tmp_path, **changes), STEPS), data_collator=Collator(256),
-        train_dataset=samples(), optimizer_cls_and_kwargs=(LoSiAOptimizerFactory, {"lr": LR}),
-    )  # fmt: skip
+        model,
+        training_arguments(options(tmp_path, **changes), STEPS),
+        data_collator=Collator(256),
+        train_dataset=samples(),
+        optimizer_cls_and_kwargs=(LoSiAOptimizerFactory, {"lr": LR}),
+    )
     trainer.add_callback(LoSiACallback(trainer))
     for callback in callbacks:
         trainer.add_callback(callback)
@@ -51,7 +65,8 @@ def make_trainer(model, tmp_path, kind=FinetuneTrainer, callbacks=(), **changes)
 
 
 def by_hand(model, batches):
-    """The same run: mean losses weighted by learned tokens, and the timeline told what each was divided by."""
+    """The same run: mean losses weighted by learned tokens, and the timeline told what each was
+    divided by."""
     model.train()
     calibrate(model, batches[:4], 4)
     optimizer = LoSiAAdamW(model, lr=LR)
@@ -67,20 +82,28 @@ def by_hand(model, batches):
 
 
 def test_an_attached_optimizer_takes_the_same_steps(tmp_path):
-    """torch's AdamW, given to the Trainer after ``attach``: the same subnets, and weights to rounding."""
+    """torch's AdamW, given to the Trainer after ``attach``: the same subnets, and weights to
+    rounding."""
     ours = apply_losia(make_model(), CONFIG)
     make_trainer(ours, tmp_path).train()
     model = apply_losia(make_model(), CONFIG)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0
+    )
     attach(optimizer, model)
     trainer = FinetuneTrainer(
-        model, training_arguments(options(tmp_path), STEPS), data_collator=Collator(256), train_dataset=samples(),
+        model,
+        training_arguments(options(tmp_path), STEPS),
+        data_collator=Collator(256),
+        train_dataset=samples(),
         optimizers=(optimizer, None),
-    )  # fmt: skip
+    )
     callback = LoSiACallback(trainer)
     trainer.add_callback(callback)
     trainer.train()
-    for (name, expected), seen in zip(ours.state_dict().items(), model.state_dict().values(), strict=True):
+    for (name, expected), seen in zip(
+        ours.state_dict().items(), model.state_dict().values(), strict=True
+    ):
         torch.testing.assert_close(seen, expected, rtol=0, atol=1e-6, msg=name)
     assert list(callback._rates) == [f"losia/lr/{name}" for name in optimizer.timeline.group_names]
 
@@ -93,18 +116,25 @@ def test_the_trainer_takes_the_steps_of_a_loop_written_out_by_hand(tmp_path):
     model = apply_losia(make_model(), CONFIG)
     optimizer = by_hand(model, batches)
     assert trainer.optimizer.optimizer.timeline.step == optimizer.timeline.step == STEPS
-    for (name, ours), theirs in zip(model.state_dict().items(), seen.state_dict().values(), strict=True):
+    for (name, ours), theirs in zip(
+        model.state_dict().items(), seen.state_dict().values(), strict=True
+    ):
         assert torch.equal(ours, theirs), name
 
 
 def test_the_importance_is_told_what_the_loss_was_divided_by(tmp_path, monkeypatch):
     divisors = []
     original = LoSiAAdamW.step
-    monkeypatch.setattr(LoSiAAdamW, "step", lambda self, *a: (divisors.append(self.timeline.loss_divisor),
-                                                              original(self, *a))[1])  # fmt: skip
+    monkeypatch.setattr(
+        LoSiAAdamW,
+        "step",
+        lambda self, *a: (divisors.append(self.timeline.loss_divisor), original(self, *a))[1],
+    )
     make_trainer(apply_losia(make_model(), CONFIG), tmp_path).train()
     assert len(divisors) == STEPS
-    assert len(set(divisors)) > 1 and all(1 < divisor < 6 for divisor in divisors)  # about 2, by learned tokens
+    assert len(set(divisors)) > 1 and all(
+        1 < divisor < 6 for divisor in divisors
+    )  # about 2, by learned tokens
 
 
 class Snapshot(TrainerCallback):
@@ -119,7 +149,9 @@ def places(model):
 
 
 @pytest.mark.parametrize("init_subnet", ["calibrated", "random"])
-def test_the_first_subnets_are_calibrated_before_the_first_step_unless_told_not_to(tmp_path, init_subnet):
+def test_the_first_subnets_are_calibrated_before_the_first_step_unless_told_not_to(
+    tmp_path, init_subnet
+):
     model = apply_losia(make_model(), LoSiAConfig(rank_factor=1 / 4, init_subnet=init_subnet))
     drawn, snapshot = places(model), Snapshot()
     make_trainer(model, tmp_path, callbacks=[snapshot]).train()
@@ -157,14 +189,25 @@ def test_a_resumed_run_draws_what_the_first_would_have(tmp_path):
         torch.manual_seed(len(models))
         models.append(apply_losia(make_model(), CONFIG))
         arguments = TrainingArguments(
-            str(tmp_path / ("whole" if not models[1:] else "parts")), max_steps=STEPS, learning_rate=LR,
-            per_device_train_batch_size=BATCH, train_sampling_strategy="group_by_length", save_strategy="no",
-            report_to="none", use_cpu=True, disable_tqdm=True, remove_unused_columns=False,
-        )  # fmt: skip
+            str(tmp_path / ("whole" if not models[1:] else "parts")),
+            max_steps=STEPS,
+            learning_rate=LR,
+            per_device_train_batch_size=BATCH,
+            train_sampling_strategy="group_by_length",
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+        )
         trainer = Trainer(
-            models[-1], arguments, data_collator=Collator(256), train_dataset=samples(), callbacks=callbacks,
+            models[-1],
+            arguments,
+            data_collator=Collator(256),
+            train_dataset=samples(),
+            callbacks=callbacks,
             optimizer_cls_and_kwargs=(LoSiAOptimizerFactory, {"lr": LR}),
-        )  # fmt: skip
+        )
         trainer.add_callback(LoSiACallback(trainer))
         trainer.train(resume_from_checkpoint=checkpoint)
     whole, _, resumed = models
@@ -183,8 +226,12 @@ def test_a_second_train_goes_on_where_the_first_ended(tmp_path):
 
 def test_a_run_too_short_for_its_groups_is_warned_about(tmp_path):
     """The Trainer knows its steps, which the optimizer is not told."""
-    with pytest.warns(UserWarning, match="1 of 3 groups never leave.*period that gives every group a turn is 3"):
-        make_trainer(apply_losia(make_model(), dataclasses.replace(CONFIG, period=4)), tmp_path).train()
+    with pytest.warns(
+        UserWarning, match="1 of 3 groups never leave.*period that gives every group a turn is 3"
+    ):
+        make_trainer(
+            apply_losia(make_model(), dataclasses.replace(CONFIG, period=4)), tmp_path
+        ).train()
 
 
 def test_the_trainer_tells_the_steps_and_a_longer_resumed_run_keeps_its_period(tmp_path):
@@ -211,12 +258,18 @@ def test_a_checkpoint_without_the_optimizer_leaves_the_period_to_be_told(tmp_pat
 
 
 def test_the_output_layer_starts_at_the_tokens_of_the_data(tmp_path):
-    config = LoSiAConfig(rank_factor=0.25, output_dim_factor=0.1, init_subnet="random", output_init="frequency")
+    config = LoSiAConfig(
+        rank_factor=0.25, output_dim_factor=0.1, init_subnet="random", output_init="frequency"
+    )
     model, snapshot = apply_losia(make_model(), config), Snapshot()
-    count = np.bincount(np.concatenate([sample["labels"][sample["labels"] != IGNORE] for sample in samples()]))
+    count = np.bincount(
+        np.concatenate([sample["labels"][sample["labels"] != IGNORE] for sample in samples()])
+    )
     make_trainer(model, tmp_path, callbacks=[snapshot]).train()
     chosen = snapshot.places["lm_head.out_idx"].numpy()
-    assert count[chosen].min() >= np.delete(count, chosen).max() and count[chosen].sum() > len(chosen)
+    assert count[chosen].min() >= np.delete(count, chosen).max() and count[chosen].sum() > len(
+        chosen
+    )
 
 
 def test_an_iterable_dataset_cannot_be_calibrated_from(tmp_path):
@@ -240,20 +293,25 @@ def test_length_groups_reach_the_dataloader(tmp_path):
     loader.set_epoch(2)
     later = [batch["input_ids"] for batch in loader]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(first, later, strict=True))
+    assert not all(
+        a.shape == b.shape and torch.equal(a, b) for a, b in zip(first, later, strict=True)
+    )
 
 
 def test_packing_is_refused_where_packed_samples_see_each_other():
     check_packing(make_model())
     blind = make_model()
     forward = blind.forward
-    blind.forward = lambda position_ids=None, **kwargs: forward(**kwargs)  # a model that has no use for positions
+    blind.forward = lambda position_ids=None, **kwargs: forward(
+        **kwargs
+    )  # a model that has no use for positions
     with pytest.raises(InputError, match="packed row see each other"):
         check_packing(blind)
 
 
 def test_packed_samples_are_kept_apart_in_training(tmp_path):
-    """A cache, which models make by default, would keep transformers from looking for packed samples."""
+    """A cache, which models make by default, would keep transformers from looking for packed
+    samples."""
     model = apply_losia(make_model(), CONFIG)
     assert model.config.use_cache
     make_trainer(model, tmp_path)

@@ -1,19 +1,26 @@
-"""What the Trainer promises any model, kept for one with subnets: schedules, precision, clipping, resuming, the best
-checkpoint, early stopping, a folder to push."""
+"""What the Trainer promises any model, kept for one with subnets: schedules, precision, clipping,
+resuming, the best checkpoint, early stopping, a folder to push."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from test_trainer import LR, samples
-from tiny_llama import make_model, make_tokenizer
-from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, calibrate, remove_losia
-from losia_kernels.integrations.data import IGNORE, Collator
+from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, remove_losia
+from losia_kernels.finetune.data import IGNORE, Collator
 from losia_kernels.integrations.transformers import LoSiACallback, LoSiAOptimizerFactory
-from losia_kernels.linear import losia_layers
+from losia_kernels.layers.linear import losia_layers
+from losia_kernels.training import calibrate
+from tests.integrations.test_trainer import LR, samples
+from tests.integrations.tiny_llama import make_model, make_tokenizer
 
 CONFIG = LoSiAConfig(rank_factor=1 / 4, output_dim_factor=1 / 8, period=2)
 STEPS, BATCH = 9, 2
@@ -22,20 +29,35 @@ ACCUMULATED = {"gradient_accumulation_steps": 2}
 
 def arguments(folder, **changes):
     values = dict(
-        output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=BATCH, learning_rate=LR,
-        lr_scheduler_type="constant", max_grad_norm=0.0, logging_steps=1, save_strategy="no", report_to="none",
-        remove_unused_columns=False, disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
-    )  # fmt: skip
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=BATCH,
+        learning_rate=LR,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+    )
     return TrainingArguments(**{**values, **changes})
 
 
 def make_trainer(folder, model=None, callbacks=(), config=CONFIG, train=None, **changes):
     model = apply_losia(make_model() if model is None else model, config)
     trainer = Trainer(
-        model, arguments(folder, **changes), data_collator=Collator(256), train_dataset=train or samples(),
-        eval_dataset=samples(6), optimizer_cls_and_kwargs=(LoSiAOptimizerFactory, {"lr": LR}),
-        callbacks=list(callbacks), processing_class=make_tokenizer(),
-    )  # fmt: skip
+        model,
+        arguments(folder, **changes),
+        data_collator=Collator(256),
+        train_dataset=train or samples(),
+        eval_dataset=samples(6),
+        optimizer_cls_and_kwargs=(LoSiAOptimizerFactory, {"lr": LR}),
+        callbacks=list(callbacks),
+        processing_class=make_tokenizer(),
+    )
     trainer.add_callback(LoSiACallback(trainer))
     return trainer
 
@@ -72,15 +94,24 @@ def places_of(model):
 
 
 def norm_of(gradients):
-    return float(torch.stack([gradient.double().square().sum() for gradient in gradients]).sum().sqrt())
+    return float(
+        torch.stack([gradient.double().square().sum() for gradient in gradients]).sum().sqrt()
+    )
 
 
 def test_the_logged_grad_norm_is_that_of_the_subnets_before_they_are_clipped(tmp_path):
-    """By hand: the dense gradients of the model as it was, of both micro-batches together, at the subnets' places."""
-    watch = Watch(lambda optimizer, model: norm_of([p.grad for p in model.parameters() if p.grad is not None]))
-    trainer = make_trainer(tmp_path, callbacks=[watch], max_grad_norm=0.1, max_steps=1, **ACCUMULATED)
+    """By hand: the dense gradients of the model as it was, of both micro-batches together, at the
+    subnets' places."""
+    watch = Watch(
+        lambda optimizer, model: norm_of([p.grad for p in model.parameters() if p.grad is not None])
+    )
+    trainer = make_trainer(
+        tmp_path, callbacks=[watch], max_grad_norm=0.1, max_steps=1, **ACCUMULATED
+    )
     places, dense = Places(), make_model(tie_word_embeddings=False)
-    dense.load_state_dict(make_model().state_dict())  # untied, so that the output layer has a gradient of its own
+    dense.load_state_dict(
+        make_model().state_dict()
+    )  # untied, so that the output layer has a gradient of its own
     trainer.add_callback(places)  # behind the callback that calibrates
     batches = list(trainer.get_train_dataloader())[:2]
     trainer.train()
@@ -89,14 +120,17 @@ def test_the_logged_grad_norm_is_that_of_the_subnets_before_they_are_clipped(tmp
         dense(**batch, num_items_in_batch=items).loss.backward()
     at_subnets = [
         dense.get_submodule(name).weight.grad[out_idx][:, in_idx]
-        for (name, _), (out_idx, in_idx) in zip(losia_layers(trainer.model), places.found, strict=True)
+        for (name, _), (out_idx, in_idx) in zip(
+            losia_layers(trainer.model), places.found, strict=True
+        )
     ]
     assert logged(trainer, "grad_norm")[0] == pytest.approx(norm_of(at_subnets), rel=1e-4)
     assert watch.seen == [pytest.approx(0.1, rel=1e-4)]
 
 
 def train_by_hand(batches, autocast, config, scaler=None):
-    """One micro-batch a step, in ``autocast``; a step that overflows is lost, as the Trainer loses it."""
+    """One micro-batch a step, in ``autocast``; a step that overflows is lost, as the Trainer loses
+    it."""
     model = apply_losia(make_model(), config).train()
 
     def loss_of(model, batch, **items):
@@ -156,7 +190,12 @@ def test_float16_with_a_step_that_overflows(tmp_path):
 
 
 def test_float16_accumulates_with_the_scale_of_the_step(tmp_path):
-    watch = Watch(lambda optimizer, model: (optimizer.scaler.get_scale(), optimizer.optimizer.timeline.loss_divisor))
+    watch = Watch(
+        lambda optimizer, model: (
+            optimizer.scaler.get_scale(),
+            optimizer.optimizer.timeline.loss_divisor,
+        )
+    )
     float16_trainer(tmp_path, 2.0**10, callbacks=[watch], **ACCUMULATED).train()
     divisors = [divisor * scale for scale, divisor in watch.seen]
     assert len(divisors) == STEPS and all(1 < divisor < 6 for divisor in divisors)
@@ -176,7 +215,11 @@ def test_float16_calibration_finds_a_scale_that_does_not_overflow(tmp_path):
 
 def test_gradient_checkpointing(tmp_path):
     whole, recomputed = (
-        make_trainer(tmp_path, gradient_checkpointing=on, gradient_checkpointing_kwargs={"use_reentrant": False})
+        make_trainer(
+            tmp_path,
+            gradient_checkpointing=on,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        )
         for on in (False, True)
     )
     whole.train()
@@ -185,17 +228,28 @@ def test_gradient_checkpointing(tmp_path):
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize(("name", "options"), [
-    ("linear", {}), ("cosine_with_min_lr", {"min_lr": 1e-4}), ("constant_with_warmup", {}), ("inverse_sqrt", {}),
-    ("warmup_stable_decay", {"num_decay_steps": 3}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("linear", {}),
+        ("cosine_with_min_lr", {"min_lr": 1e-4}),
+        ("constant_with_warmup", {}),
+        ("inverse_sqrt", {}),
+        ("warmup_stable_decay", {"num_decay_steps": 3}),
+    ],
+)
 def test_a_schedule_is_that_of_any_optimizer_times_the_rewarming(tmp_path, name, options):
     changes = dict(lr_scheduler_type=name, lr_scheduler_kwargs=options, warmup_steps=3)
     config = LoSiAConfig(rank_factor=1 / 4, period=2, warmup_steps=3, init_subnet="random")
     rates = Watch(lambda optimizer, model: [group["lr"] for group in optimizer.param_groups])
     trainer = make_trainer(tmp_path, config=config, callbacks=[rates], **changes)
     trainer.train()
-    plain = Trainer(make_model(), arguments(tmp_path, **changes), data_collator=Collator(256), train_dataset=samples())
+    plain = Trainer(
+        make_model(),
+        arguments(tmp_path, **changes),
+        data_collator=Collator(256),
+        train_dataset=samples(),
+    )
     plain.train()
     expected = logged(plain, "learning_rate")
     assert len(expected) == STEPS
@@ -206,17 +260,34 @@ def test_a_schedule_is_that_of_any_optimizer_times_the_rewarming(tmp_path, name,
 def test_the_rate_falls_on_a_plateau(tmp_path):
     rates = Watch(lambda optimizer, model: [group["lr"] for group in optimizer.param_groups])
     make_trainer(
-        tmp_path, callbacks=[rates], lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps", eval_steps=1,
-        lr_scheduler_kwargs={"patience": 0, "threshold": 100.0, "threshold_mode": "abs", "factor": 0.5},
+        tmp_path,
+        callbacks=[rates],
+        lr_scheduler_type="reduce_lr_on_plateau",
+        eval_strategy="steps",
+        eval_steps=1,
+        lr_scheduler_kwargs={
+            "patience": 0,
+            "threshold": 100.0,
+            "threshold_mode": "abs",
+            "factor": 0.5,
+        },
         prediction_loss_only=True,
-    ).train()  # fmt: skip
+    ).train()
     assert [rate for rate, *_ in rates.seen][:4] == [LR, LR, LR / 2, LR / 4]
     assert all(len(set(groups)) == 1 and len(groups) == 3 for groups in rates.seen)
 
 
-@pytest.mark.parametrize("stop", [3, 4])  # in the middle of a slot, with importance to save; at a relocalization
+@pytest.mark.parametrize(
+    "stop", [3, 4]
+)  # in the middle of a slot, with importance to save; at a relocalization
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path, stop):
-    changes = dict(save_strategy="steps", save_steps=stop, max_grad_norm=1.0, lr_scheduler_type="cosine", **ACCUMULATED)
+    changes = dict(
+        save_strategy="steps",
+        save_steps=stop,
+        max_grad_norm=1.0,
+        lr_scheduler_type="cosine",
+        **ACCUMULATED,
+    )
     whole = make_trainer(tmp_path, **changes)
     whole.train()
     resumed = make_trainer(tmp_path, make_model(seed=1), **changes)
@@ -226,18 +297,31 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, stop):
     assert first.seen == list(range(stop, STEPS))
     assert same_state(whole.model, resumed.model)
     ours, theirs = (trainer.optimizer.state_dict() for trainer in (whole, resumed))
-    assert ours["param_groups"] == theirs["param_groups"] and ours["state"].keys() == theirs["state"].keys()
+    assert (
+        ours["param_groups"] == theirs["param_groups"]
+        and ours["state"].keys() == theirs["state"].keys()
+    )
     for i, state in ours["state"].items():
-        assert all(torch.equal(state[key], theirs["state"][i][key]) for key in state | theirs["state"][i])
+        assert all(
+            torch.equal(state[key], theirs["state"][i][key]) for key in state | theirs["state"][i]
+        )
     assert logged(whole, "loss") == logged(resumed, "loss")
 
 
 def test_early_stopping_and_the_best_model(tmp_path):
     trainer = make_trainer(
-        tmp_path, callbacks=[EarlyStoppingCallback(early_stopping_patience=2)], max_steps=60, learning_rate=0.0,
-        eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, save_total_limit=3,
-        load_best_model_at_end=True, prediction_loss_only=True,
-    )  # fmt: skip
+        tmp_path,
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+        max_steps=60,
+        learning_rate=0.0,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=3,
+        load_best_model_at_end=True,
+        prediction_loss_only=True,
+    )
     trainer.optimizer_cls_and_kwargs[1]["lr"] = 0.03
     trainer.train()
     state = trainer.state
@@ -253,7 +337,13 @@ def test_what_is_pushed_is_the_plain_model_with_a_card(tmp_path, monkeypatch):
 
     class Hub:
         def upload_folder(self, repo_id, folder_path, **kwargs):
-            pushed.update({path.name: path.read_bytes() for path in Path(folder_path).iterdir() if path.is_file()})
+            pushed.update(
+                {
+                    path.name: path.read_bytes()
+                    for path in Path(folder_path).iterdir()
+                    if path.is_file()
+                }
+            )
 
     monkeypatch.setattr("transformers.trainer.hf_api", Hub)
     trainer = make_trainer(tmp_path / "run", max_steps=2)
@@ -261,7 +351,13 @@ def test_what_is_pushed_is_the_plain_model_with_a_card(tmp_path, monkeypatch):
     remove_losia(trainer.model)
     trainer.hub_model_id = "somebody/tuned"
     trainer.push_to_hub()
-    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= set(pushed)
+    assert {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    } <= set(pushed)
     assert b"generated_from_trainer" in pushed["README.md"]
     assert json.loads(pushed["config.json"])["architectures"] == ["LlamaForCausalLM"]
     _, report = AutoModelForCausalLM.from_pretrained(tmp_path / "run", output_loading_info=True)
@@ -270,9 +366,13 @@ def test_what_is_pushed_is_the_plain_model_with_a_card(tmp_path, monkeypatch):
 
 def test_another_optimizer_is_refused(tmp_path):
     model = apply_losia(make_model(), CONFIG)
-    trainer = Trainer(model, arguments(tmp_path), data_collator=Collator(256), train_dataset=samples())
+    trainer = Trainer(
+        model, arguments(tmp_path), data_collator=Collator(256), train_dataset=samples()
+    )
     trainer.add_callback(LoSiACallback(trainer))
-    with pytest.raises(ValueError, match="the Trainer's optimizer is AdamW.*optimizer_cls_and_kwargs"):
+    with pytest.raises(
+        ValueError, match="the Trainer's optimizer is AdamW.*optimizer_cls_and_kwargs"
+    ):
         trainer.train()
 
 
@@ -283,17 +383,24 @@ def test_a_loss_that_goes_round_the_output_layer_is_found_in_the_first_step(tmp_
     def fused(model, inputs, **kwargs):
         hidden = model.model(inputs["input_ids"]).last_hidden_state
         logits = hidden @ model.lm_head.weight.T
-        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())
+        return torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten()
+        )
 
     trainer.compute_loss = fused
-    with pytest.raises(RuntimeError, match="lm_head: the loss gave .* no gradient.*output_dim_factor=0"):
+    with pytest.raises(
+        RuntimeError, match="lm_head: the loss gave .* no gradient.*output_dim_factor=0"
+    ):
         trainer.train()
 
 
 def test_the_last_step_of_an_epoch_has_fewer_micro_batches(tmp_path):
-    """For a model that takes no count of tokens, the Trainer divides by the micro-batches that there are."""
+    """For a model that takes no count of tokens, the Trainer divides by the micro-batches that
+    there are."""
     divisors = Watch(lambda optimizer, model: optimizer.optimizer.timeline.loss_divisor)
-    trainer = make_trainer(tmp_path, callbacks=[divisors], train=samples(10), max_steps=6, **ACCUMULATED)
+    trainer = make_trainer(
+        tmp_path, callbacks=[divisors], train=samples(10), max_steps=6, **ACCUMULATED
+    )
     trainer.model_accepts_loss_kwargs = False
     trainer.train()
     assert divisors.seen == [2, 2, 1] * 2

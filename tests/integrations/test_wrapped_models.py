@@ -1,16 +1,17 @@
-"""Models that something else has changed already: Liger-Kernel's losses and modules, torch.compile block by block."""
+"""Models that something else has changed already: Liger-Kernel's losses and modules, torch.compile
+block by block."""
 
 import pytest
 import torch
 import torch._dynamo
 import torch.nn.functional as F
-from tiny_models import FAMILIES
 from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, export_state_dict, remove_losia
-from losia_kernels.checkpoint import full_state_dict
-from losia_kernels.linear import losia_layers
+from losia_kernels.checkpoint.resumable import full_state_dict
+from losia_kernels.layers.linear import losia_layers
+from tests.integrations.tiny_models import FAMILIES
 
 LLAMA = FAMILIES["llama"]
 
@@ -28,23 +29,31 @@ def places(model: nn.Module) -> list[tuple[list[int], list[int]]]:
     return [(layer.out_idx.tolist(), layer.in_idx.tolist()) for _, layer in losia_layers(model)]
 
 
-# Liger-Kernel: its kernels need a GPU; what is patched, and from where the head is read, does not ---------------------
+# Liger-Kernel: its kernels need a GPU; what is patched, and from where the head is read, does not -
 
 
 @pytest.fixture
 def liger_llama(monkeypatch):
-    """A LLaMA with Liger's fused linear cross-entropy, whose kernel is replaced by what it computes."""
+    """A LLaMA with Liger's fused linear cross-entropy, whose kernel is replaced by what it
+    computes."""
     liger = pytest.importorskip("liger_kernel.transformers")
     from liger_kernel.transformers.model import loss_utils
 
     def fused(hidden_states, lm_head_weight, labels, hidden_size, shift_labels=None, **options):
         logits = F.linear(hidden_states, lm_head_weight)
-        return ForCausalLMLoss(logits, labels, vocab_size=lm_head_weight.shape[0], shift_labels=shift_labels)
+        return ForCausalLMLoss(
+            logits, labels, vocab_size=lm_head_weight.shape[0], shift_labels=shift_labels
+        )
 
     monkeypatch.setattr(loss_utils, "LigerForCausalLMLoss", fused)
     model = LLAMA.make()
     liger.apply_liger_kernel_to_llama(
-        rope=False, rms_norm=False, swiglu=False, cross_entropy=False, fused_linear_cross_entropy=True, model=model
+        rope=False,
+        rms_norm=False,
+        swiglu=False,
+        cross_entropy=False,
+        fused_linear_cross_entropy=True,
+        model=model,
     )
     return model
 
@@ -60,13 +69,18 @@ def test_ligers_fused_loss_trains_all_but_the_output_layer(liger_llama):
 
 
 @pytest.mark.parametrize("factor", [0.25, 1.0])
-def test_ligers_fused_loss_with_a_trained_output_layer_is_an_error_in_the_first_step(liger_llama, factor):
+def test_ligers_fused_loss_with_a_trained_output_layer_is_an_error_in_the_first_step(
+    liger_llama, factor
+):
     apply_losia(liger_llama, LoSiAConfig(rank_factor=0.25, period=1, output_dim_factor=factor))
-    with pytest.raises(RuntimeError, match="lm_head: the loss gave .* no gradient.*fused_linear_cross_entropy=False"):
+    with pytest.raises(
+        RuntimeError,
+        match="lm_head: the loss gave .* no gradient.*fused_linear_cross_entropy=False",
+    ):
         train(liger_llama, 1)
 
 
-# torch.compile --------------------------------------------------------------------------------------------------------
+# torch.compile ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -95,10 +109,12 @@ def compile_around(layers: nn.ModuleList, backend) -> None:
 @pytest.mark.parametrize("compiled_first", [False, True], ids=["apply, compile", "compile, apply"])
 @pytest.mark.parametrize("compile_blocks", [compile_in_place, compile_around])
 def test_compiled_block_by_block(compiled_graphs, compile_blocks, compiled_first):
-    """A cycle and more: two variants of a block (the first one's input needs no gradient, so the others share two of
-    their own), the same subnets as without, and plain names throughout."""
+    """A cycle and more: two variants of a block (the first one's input needs no gradient, so the
+    others share two of their own), the same subnets as without, and plain names throughout."""
     backend, graphs = compiled_graphs
-    config = LoSiAConfig(rank_factor=0.25, period=1, target_modules=r".*layers\.\d\.(self_attn|mlp)\..*_proj")
+    config = LoSiAConfig(
+        rank_factor=0.25, period=1, target_modules=r".*layers\.\d\.(self_attn|mlp)\..*_proj"
+    )
     plain, model = (LLAMA.make(num_hidden_layers=3, use_cache=False) for _ in range(2))
     apply_losia(plain, config)
     keys = list(model.state_dict())
@@ -113,10 +129,14 @@ def test_compiled_block_by_block(compiled_graphs, compile_blocks, compiled_first
     optimizer = train(model, 4)
     assert len(graphs) == 4
     assert places(model) == places(plain) != before
-    assert optimizer.timeline.group_names == reference.timeline.group_names == [
-        "model.layers.0", "model.layers.1", "model.layers.2"
+    assert (
+        optimizer.timeline.group_names
+        == reference.timeline.group_names
+        == ["model.layers.0", "model.layers.1", "model.layers.2"]
+    )
+    assert [layer.name for _, layer in losia_layers(model)] == [
+        name for name, _ in losia_layers(plain)
     ]
-    assert [layer.name for _, layer in losia_layers(model)] == [name for name, _ in losia_layers(plain)]
     expected = export_state_dict(plain)
     for exported in (export_state_dict(model), full_state_dict(model)):
         assert list(exported) == keys
@@ -124,13 +144,21 @@ def test_compiled_block_by_block(compiled_graphs, compile_blocks, compiled_first
     assert next(losia_layers(remove_losia(model)), None) is None
 
 
-def test_modules_to_save_and_rank_pattern_find_their_modules_inside_compiled_blocks(compiled_graphs):
+def test_modules_to_save_and_rank_pattern_find_their_modules_inside_compiled_blocks(
+    compiled_graphs,
+):
     backend, _ = compiled_graphs
     model = LLAMA.make()
     compile_around(model.model.layers, backend)
-    config = LoSiAConfig(rank_factor=0.25, modules_to_save=["layers.0.input_layernorm"],
-                         exclude_modules=["layers.1.mlp.up_proj"], rank_pattern={r"layers\.0\.mlp\.up_proj": 0.5})
+    config = LoSiAConfig(
+        rank_factor=0.25,
+        modules_to_save=["layers.0.input_layernorm"],
+        exclude_modules=["layers.1.mlp.up_proj"],
+        rank_pattern={r"layers\.0\.mlp\.up_proj": 0.5},
+    )
     apply_losia(model, config)
     names = {layer.name: tuple(layer.subnet.shape) for _, layer in losia_layers(model)}
-    assert names["model.layers.0.mlp.up_proj"] == (12, 8) and "model.layers.1.mlp.up_proj" not in names
+    assert (
+        names["model.layers.0.mlp.up_proj"] == (12, 8) and "model.layers.1.mlp.up_proj" not in names
+    )
     assert model.model.layers[0].input_layernorm.weight.requires_grad

@@ -12,7 +12,9 @@ SPECIAL = ["<eos>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
 
 
 def make_tokenizer(merges=()) -> PreTrainedTokenizerFast:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet()) + [left + right for left, right in merges]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet()) + [
+        left + right for left, right in merges
+    ]
     vocabulary = {token: number for number, token in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -20,15 +22,26 @@ def make_tokenizer(merges=()) -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens(SPECIAL)
     # padding is the end of the sequence, as in many models: the trap that labels must not fall into
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>", chat_template=CHAT_TEMPLATE
+        tokenizer_object=tokenizer,
+        eos_token="<eos>",
+        pad_token="<eos>",
+        chat_template=CHAT_TEMPLATE,
     )
 
 
 def make_model(layers: int = 2, seed: int = 0, **config) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     values = dict(
-        vocab_size=256 + len(SPECIAL), hidden_size=32, intermediate_size=48, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
-        eos_token_id=256, pad_token_id=256, bos_token_id=None,
-    )  # fmt: skip
+        vocab_size=256 + len(SPECIAL),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        eos_token_id=256,
+        pad_token_id=256,
+        bos_token_id=None,
+    )
     return LlamaForCausalLM(LlamaConfig(**{**values, **config}))

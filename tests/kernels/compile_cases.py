@@ -1,7 +1,8 @@
-"""The launches that are compiled for every target: meta tensors of production shapes through the real launchers.
+"""The launches that are compiled for every target: meta tensors of production shapes through the
+real launchers.
 
-A kernel file adds its launches here; ``test_compile.py`` fails for a kernel that no launch reaches. Shapes are those
-of LLaMA-2 7B at p = 1/8 with 8,192 tokens.
+A kernel file adds its launches here; ``test_compile.py`` fails for a kernel that no launch reaches.
+Shapes are those of LLaMA-2 7B at p = 1/8 with 8,192 tokens.
 """
 
 from collections.abc import Callable
@@ -36,7 +37,7 @@ def subnet_grad(
     variant: str | None = None,
     shape: tuple[int, int] = (INTERMEDIATE, HIDDEN),
 ) -> None:
-    from losia_kernels.kernels._launch import override_config
+    from losia_kernels.kernels.launch import override_config
     from losia_kernels.kernels.subnet_grad import launch_subnet_grad
 
     out, inner = shape
@@ -50,7 +51,9 @@ def subnet_grad(
         )
 
 
-def subnet_adamw(dtype: torch.dtype, master: bool = True, lr=1e-4, step=1, seed: int | None = None) -> None:
+def subnet_adamw(
+    dtype: torch.dtype, master: bool = True, lr=1e-4, step=1, seed: int | None = None
+) -> None:
     from losia_kernels.kernels.subnet_adamw import launch_subnet_adamw_
 
     moments = [meta(K_INTERMEDIATE, K_HIDDEN, dtype=torch.float32) for _ in range(2)]
@@ -58,30 +61,57 @@ def subnet_adamw(dtype: torch.dtype, master: bool = True, lr=1e-4, step=1, seed:
         meta(INTERMEDIATE, HIDDEN, dtype=dtype),
         meta(K_INTERMEDIATE, K_HIDDEN, dtype=torch.float32 if master else dtype),
         meta(4, K_INTERMEDIATE, K_HIDDEN, dtype=torch.float32),
-        *moments, index(K_INTERMEDIATE), index(K_HIDDEN), lr, 0.9, 0.999, 1e-8, 0.0, step, seed,
-    )  # fmt: skip
+        *moments,
+        index(K_INTERMEDIATE),
+        index(K_HIDDEN),
+        lr,
+        0.9,
+        0.999,
+        1e-8,
+        0.0,
+        step,
+        seed,
+    )
 
 
 def subnets_adamw(
-    dtype: torch.dtype, moments: torch.dtype = torch.float32, master: str = "float32", k_in: int = K_HIDDEN
+    dtype: torch.dtype,
+    moments: torch.dtype = torch.float32,
+    master: str = "float32",
+    k_in: int = K_HIDDEN,
 ) -> None:
-    from losia_kernels.kernels.subnets_adamw import launch_subnets_adamw_
+    from losia_kernels.kernels.adamw import launch_subnets_adamw_
 
     subnet_dtype = torch.float32 if master == "float32" else dtype
     sizes = [((INTERMEDIATE, HIDDEN), (K_INTERMEDIATE, k_in)), ((HIDDEN, HIDDEN), (K_HIDDEN, k_in))]
-    scales = [meta(k[0], -(-k[1] // 256), dtype=torch.float32) for _, k in sizes] if moments == torch.uint8 else []
+    scales = (
+        [meta(k[0], -(-k[1] // 256), dtype=torch.float32) for _, k in sizes]
+        if moments == torch.uint8
+        else []
+    )
     launch_subnets_adamw_(
         [meta(*size, dtype=dtype) for size, _ in sizes],
         [meta(*k, dtype=subnet_dtype) for _, k in sizes],
         [meta(4, *k, dtype=subnet_dtype) for _, k in sizes],
         *([meta(*k, dtype=moments) for _, k in sizes] for _ in range(2)),
-        [index(k[0]) for _, k in sizes], [index(k[1]) for _, k in sizes], [1e-4] * 2, [1] * 2, [3] * 2,
-        0.9, 0.999, 1e-8, 0.0, scales, scales,
+        [index(k[0]) for _, k in sizes],
+        [index(k[1]) for _, k in sizes],
+        [1e-4] * 2,
+        [1] * 2,
+        [3] * 2,
+        0.9,
+        0.999,
+        1e-8,
+        0.0,
+        scales,
+        scales,
         [meta(*k, dtype=torch.int16) for _, k in sizes] if master == "remainder" else [],
-    )  # fmt: skip
+    )
 
 
-def importance_update(dtype: torch.dtype, state_dtype: torch.dtype, kind: str = "sensitivity") -> None:
+def importance_update(
+    dtype: torch.dtype, state_dtype: torch.dtype, kind: str = "sensitivity"
+) -> None:
     from losia_kernels.kernels.importance import launch_importance_update_
 
     state = [meta(INTERMEDIATE, HIDDEN, dtype=state_dtype) for _ in range(2)]
@@ -92,7 +122,9 @@ def importance_update(dtype: torch.dtype, state_dtype: torch.dtype, kind: str = 
 def importance_marginals(dtype: torch.dtype, kind: str = "sensitivity") -> None:
     from losia_kernels.kernels.importance import launch_importance_marginals
 
-    launch_importance_marginals(*(meta(INTERMEDIATE, HIDDEN, dtype=dtype) for _ in range(2)), kind, 1.0)
+    launch_importance_marginals(
+        *(meta(INTERMEDIATE, HIDDEN, dtype=dtype) for _ in range(2)), kind, 1.0
+    )
 
 
 def score_marginals(dtype: torch.dtype, restricted: bool) -> None:
@@ -106,7 +138,13 @@ def score_marginals(dtype: torch.dtype, restricted: bool) -> None:
 def cross_entropy_grad(dtype: torch.dtype, vocabulary: int = VOCAB, **options) -> None:
     from losia_kernels.kernels.cross_entropy import launch_cross_entropy_grad_
 
-    settings = {"ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0, "softcap": None, "logit_scale": 1.0}
+    settings = {
+        "ignore_index": -100,
+        "label_smoothing": 0.0,
+        "z_loss": 0.0,
+        "softcap": None,
+        "logit_scale": 1.0,
+    }
     logits = meta(CHUNK, vocabulary, dtype=dtype)
     launch_cross_entropy_grad_(logits, index(CHUNK), **{**settings, "write_grad": True, **options})
 
@@ -115,22 +153,34 @@ def cross_entropy_block_grad(dtype: torch.dtype, softcap: float | None = None) -
     from losia_kernels.kernels.cross_entropy import launch_cross_entropy_block_grad_
 
     logits, lse = meta(TOKENS, CHUNK, dtype=dtype), meta(TOKENS, dtype=torch.float32)
-    launch_cross_entropy_block_grad_(logits, index(TOKENS), lse, CHUNK, VOCAB, -100, 0.0, 0.0, softcap, 1.0)
+    launch_cross_entropy_block_grad_(
+        logits, index(TOKENS), lse, CHUNK, VOCAB, -100, 0.0, 0.0, softcap, 1.0
+    )
 
 
 CASES: dict[str, Callable[[], None]] = {}
 for name, dtype in DTYPES.items():
     CASES[f"gather_features-{name}"] = lambda dtype=dtype: gather_features(dtype)
     CASES[f"subnet_grad-{name}"] = lambda dtype=dtype: subnet_grad(dtype)
-    CASES[f"subnet_grad-gather_both-{name}"] = lambda dtype=dtype: subnet_grad(dtype, gather_in=True)
-    CASES[f"subnet_grad-gather_none-{name}"] = lambda dtype=dtype: subnet_grad(dtype, gather_out=False)
-    CASES[f"gather_features-aligned-{name}"] = lambda dtype=dtype: gather_features(dtype, alignment=16)
+    CASES[f"subnet_grad-gather_both-{name}"] = lambda dtype=dtype: subnet_grad(
+        dtype, gather_in=True
+    )
+    CASES[f"subnet_grad-gather_none-{name}"] = lambda dtype=dtype: subnet_grad(
+        dtype, gather_out=False
+    )
+    CASES[f"gather_features-aligned-{name}"] = lambda dtype=dtype: gather_features(
+        dtype, alignment=16
+    )
     for variant in ("fused", "fused_wide", "gathered"):
         CASES[f"subnet_grad-{variant}-{name}"] = lambda dtype=dtype, variant=variant: subnet_grad(
-            dtype, variant=variant)
+            dtype, variant=variant
+        )
     CASES[f"subnet_grad-fused-gather_both-{name}"] = lambda dtype=dtype: subnet_grad(
-        dtype, gather_in=True, variant="fused")
-    CASES[f"subnet_grad-aligned-{name}"] = lambda dtype=dtype: subnet_grad(dtype, gather_in=True, alignment=16)
+        dtype, gather_in=True, variant="fused"
+    )
+    CASES[f"subnet_grad-aligned-{name}"] = lambda dtype=dtype: subnet_grad(
+        dtype, gather_in=True, alignment=16
+    )
     CASES[f"subnet_adamw-{name}"] = lambda dtype=dtype: subnet_adamw(dtype)
     CASES[f"subnets_adamw-{name}"] = lambda dtype=dtype: subnets_adamw(dtype)
     CASES[f"importance_update-{name}"] = lambda dtype=dtype: importance_update(dtype, torch.float32)
@@ -138,28 +188,48 @@ for name, dtype in DTYPES.items():
     CASES[f"cross_entropy_grad-{name}"] = lambda dtype=dtype: cross_entropy_grad(dtype)
     CASES[f"cross_entropy_block_grad-{name}"] = lambda dtype=dtype: cross_entropy_block_grad(dtype)
     if dtype != torch.float32:
-        CASES[f"subnet_adamw-nearest-{name}"] = lambda dtype=dtype: subnet_adamw(dtype, master=False)
-        CASES[f"subnet_adamw-stochastic-{name}"] = lambda dtype=dtype: subnet_adamw(dtype, master=False, seed=0)
+        CASES[f"subnet_adamw-nearest-{name}"] = lambda dtype=dtype: subnet_adamw(
+            dtype, master=False
+        )
+        CASES[f"subnet_adamw-stochastic-{name}"] = lambda dtype=dtype: subnet_adamw(
+            dtype, master=False, seed=0
+        )
 for model, shape in {"13b": (13824, 5120), "70b": (28672, 8192), "70b-down": (8192, 28672)}.items():
     CASES[f"subnet_grad-{model}"] = lambda shape=shape: subnet_grad(torch.bfloat16, shape=shape)
     CASES[f"subnet_grad-aligned-{model}"] = lambda shape=shape: subnet_grad(
-        torch.bfloat16, alignment=16, shape=shape)
+        torch.bfloat16, alignment=16, shape=shape
+    )
 for moments in (torch.float32, torch.bfloat16, torch.uint8):
     for master in ("float32", "remainder", "none"):
-        CASES[f"subnets_adamw-{master}-{moments}"] = (
-            lambda moments=moments, master=master: subnets_adamw(torch.bfloat16, moments, master)
+        CASES[f"subnets_adamw-{master}-{moments}"] = lambda moments=moments, master=master: (
+            subnets_adamw(torch.bfloat16, moments, master)
         )
         CASES[f"subnets_adamw-unaligned-{master}-{moments}"] = (
-            lambda moments=moments, master=master: subnets_adamw(torch.bfloat16, moments, master, K_HIDDEN + 1)
+            lambda moments=moments, master=master: subnets_adamw(
+                torch.bfloat16, moments, master, K_HIDDEN + 1
+            )
         )
 CASES["importance_update-bf16-state"] = lambda: importance_update(torch.bfloat16, torch.bfloat16)
 for kind in ("first_order", "second_order", "gradient"):
-    CASES[f"importance_update-{kind}"] = lambda kind=kind: importance_update(torch.bfloat16, torch.float32, kind)
+    CASES[f"importance_update-{kind}"] = lambda kind=kind: importance_update(
+        torch.bfloat16, torch.float32, kind
+    )
 for name in ("bf16", "fp32"):
-    CASES[f"score_marginals-{name}"] = lambda dtype=DTYPES[name]: score_marginals(dtype, restricted=False)
-    CASES[f"score_marginals-restricted-{name}"] = lambda dtype=DTYPES[name]: score_marginals(dtype, restricted=True)
+    CASES[f"score_marginals-{name}"] = lambda dtype=DTYPES[name]: score_marginals(
+        dtype, restricted=False
+    )
+    CASES[f"score_marginals-restricted-{name}"] = lambda dtype=DTYPES[name]: score_marginals(
+        dtype, restricted=True
+    )
 CASES["cross_entropy_grad-loss_only"] = lambda: cross_entropy_grad(torch.bfloat16, write_grad=False)
 CASES["cross_entropy_grad-all_options"] = lambda: cross_entropy_grad(
-    torch.bfloat16, vocabulary=256000, label_smoothing=0.1, z_loss=1e-4, softcap=30.0, logit_scale=0.5
+    torch.bfloat16,
+    vocabulary=256000,
+    label_smoothing=0.1,
+    z_loss=1e-4,
+    softcap=30.0,
+    logit_scale=0.5,
 )
-CASES["cross_entropy_block_grad-softcap"] = lambda: cross_entropy_block_grad(torch.bfloat16, softcap=30.0)
+CASES["cross_entropy_block_grad-softcap"] = lambda: cross_entropy_block_grad(
+    torch.bfloat16, softcap=30.0
+)

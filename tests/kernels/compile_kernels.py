@@ -1,20 +1,27 @@
-"""Compile, without a GPU, every kernel that the launches in ``compile_cases`` make, and print what came out as JSON.
+"""Compile, without a GPU, every kernel that the launches in ``compile_cases`` make, and print what
+came out as JSON.
 
-Run by ``test_compile.py`` in a process of its own, where triton is not interpreted:
-``python compile_kernels.py sm_80 [sm_90 ...]`` prints a list of ``{case, target, kernel, registers, spills, ...}``.
+Run by ``test_compile.py`` in a process of its own, where triton is not interpreted: ``python
+compile_kernels.py sm_80 [sm_90 ...]`` prints a list of ``{case, target, kernel, registers, spills,
+...}``.
 """
 
 import json
 import sys
 
-import compile_cases
-
 from bench.machine_code import facts, launches
+from tests.kernels import compile_cases
 
 
 def main(archs: list[str]) -> None:
     results = [
-        {"case": name, "target": arch, "kernel": kernel.name, "shared": kernel.metadata.shared, **facts(kernel)}
+        {
+            "case": name,
+            "target": arch,
+            "kernel": kernel.name,
+            "shared": kernel.metadata.shared,
+            **facts(kernel),
+        }
         for arch in archs
         for name, case in compile_cases.CASES.items()
         for kernel in launches(arch, case)

@@ -15,7 +15,8 @@ def seeded():
 
 @pytest.fixture
 def sparse_zeros(device):
-    """``sparse_zeros(numel)``: float16 zeros; on the CPU they take memory only where they are touched."""
+    """``sparse_zeros(numel)``: float16 zeros; on the CPU they take memory only where they are
+    touched."""
 
     def make(numel: int) -> torch.Tensor:
         if device == "cpu":

@@ -3,11 +3,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerance import assert_within
 
 from csrc_ref.cross_entropy import cross_entropy_ref
-from losia_kernels import eager, ops
-from losia_kernels.kernels._launch import override_config
+from losia_kernels import ops
+from losia_kernels.kernels.launch import override_config
+from losia_kernels.ops import eager
+from tests.tolerance import assert_within
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = [(1, 1), (1, 37), (5, 1), (7, 53), (3, 300), (2, 1031)]
@@ -18,9 +19,21 @@ OPTIONS = {
     "tight_cap": {"softcap": 3.0},
     "wide_cap": {"softcap": 30.0},
     "scale": {"logit_scale": 0.25},
-    "all": {"label_smoothing": 0.2, "z_loss": 1e-2, "softcap": 5.0, "logit_scale": 2.0, "ignore_index": 0},
+    "all": {
+        "label_smoothing": 0.2,
+        "z_loss": 1e-2,
+        "softcap": 5.0,
+        "logit_scale": 2.0,
+        "ignore_index": 0,
+    },
 }
-DEFAULTS = {"ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0, "softcap": None, "logit_scale": 1.0}
+DEFAULTS = {
+    "ignore_index": -100,
+    "label_smoothing": 0.0,
+    "z_loss": 0.0,
+    "softcap": None,
+    "logit_scale": 1.0,
+}
 
 
 def launch(*args, **options):
@@ -47,9 +60,13 @@ def make(shape, dtype, device, ignore_index=-100):
 def check(logits, labels, **options):
     truth = cross_entropy_ref(logits.cpu(), labels.cpu(), **options)
     plain_grad, kernel_grad = logits.clone(), logits  # the kernel's keeps the strides of the test
-    plain = eager.cross_entropy_grad_(plain_grad, labels, **{**DEFAULTS, "write_grad": True, **options})
+    plain = eager.cross_entropy_grad_(
+        plain_grad, labels, **{**DEFAULTS, "write_grad": True, **options}
+    )
     kernel = launch(kernel_grad, labels, **options)
-    for got, expected, exact in zip((*kernel, kernel_grad), (*plain, plain_grad), truth, strict=True):
+    for got, expected, exact in zip(
+        (*kernel, kernel_grad), (*plain, plain_grad), truth, strict=True
+    ):
         assert_within(got, expected, exact)
 
 
@@ -62,9 +79,16 @@ def test_oracle_is_autograd_of_the_formula(options):
     if settings["softcap"] is not None:
         z = settings["softcap"] * torch.tanh(z / settings["softcap"])
     kept = labels != settings["ignore_index"]
-    losses = F.cross_entropy(
-        z, labels, ignore_index=settings["ignore_index"], label_smoothing=settings["label_smoothing"], reduction="none"
-    ) + kept * settings["z_loss"] * z.logsumexp(-1) ** 2
+    losses = (
+        F.cross_entropy(
+            z,
+            labels,
+            ignore_index=settings["ignore_index"],
+            label_smoothing=settings["label_smoothing"],
+            reduction="none",
+        )
+        + kept * settings["z_loss"] * z.logsumexp(-1) ** 2
+    )
     losses.sum().backward()
     found = cross_entropy_ref(logits.detach(), labels, **options)
     torch.testing.assert_close(found, (losses.detach(), z.logsumexp(-1).detach(), logits.grad))
@@ -101,7 +125,9 @@ def test_large_logits_do_not_overflow(device, value):
     logits += value
     expected = F.cross_entropy(logits.double(), labels, reduction="none")
     losses, _ = launch(logits, labels)
-    torch.testing.assert_close(losses.double(), expected, rtol=0, atol=1e-5 * max(1, abs(value) / 100))
+    torch.testing.assert_close(
+        losses.double(), expected, rtol=0, atol=1e-5 * max(1, abs(value) / 100)
+    )
     assert logits.isfinite().all()
 
 
@@ -113,7 +139,9 @@ def test_a_class_that_is_ruled_out(device):
     with override_config("cross_entropy_grad_", block_out=16):
         losses, _ = launch(logits, labels)
     torch.testing.assert_close(losses, expected)
-    assert torch.equal(logits[:, :70], torch.zeros(3, 70, device=device)) and logits.isfinite().all()
+    assert (
+        torch.equal(logits[:, :70], torch.zeros(3, 70, device=device)) and logits.isfinite().all()
+    )
 
 
 def test_logits_are_left_alone_without_a_gradient(device):
@@ -134,7 +162,9 @@ def test_a_label_out_of_range_is_nan_in_its_token_only(device, label):
 
 
 def test_no_tokens(device):
-    losses, lse = launch(torch.empty(0, 5, device=device), torch.empty(0, dtype=torch.int64, device=device))
+    losses, lse = launch(
+        torch.empty(0, 5, device=device), torch.empty(0, dtype=torch.int64, device=device)
+    )
     assert losses.shape == lse.shape == (0,)
 
 
@@ -152,12 +182,15 @@ def test_a_block_of_the_vocabulary(device, dtype, options, first, last):
     assert_within(kernel, plain, grad[:, first:last])
 
 
-@pytest.mark.parametrize("problem, change", [
-    ("logits must be", lambda a: a.update(logits=a["logits"][0])),
-    ("labels must be int64", lambda a: a.update(labels=a["labels"][1:])),
-    ("labels must be int64", lambda a: a.update(labels=a["labels"].int())),
-    ("softcap must be positive", lambda a: a.update(softcap=0.0)),
-])
+@pytest.mark.parametrize(
+    "problem, change",
+    [
+        ("logits must be", lambda a: a.update(logits=a["logits"][0])),
+        ("labels must be int64", lambda a: a.update(labels=a["labels"][1:])),
+        ("labels must be int64", lambda a: a.update(labels=a["labels"].int())),
+        ("softcap must be positive", lambda a: a.update(softcap=0.0)),
+    ],
+)
 def test_bad_input(problem, change):
     logits, labels = make((3, 7), torch.float32, "cpu")
     arguments = {"logits": logits, "labels": labels}
@@ -169,6 +202,8 @@ def test_bad_input(problem, change):
 def test_opcheck():
     logits, labels = make((3, 7), torch.float32, "cpu")
     losia = torch.ops.losia
-    torch.library.opcheck(losia.cross_entropy_grad_.default, (logits, labels, -100, 0.1, 0.01, 5.0, 0.5))
+    torch.library.opcheck(
+        losia.cross_entropy_grad_.default, (logits, labels, -100, 0.1, 0.01, 5.0, 0.5)
+    )
     block = (logits[:, 2:5], labels, logits.logsumexp(-1), 2, 7)
     torch.library.opcheck(losia.cross_entropy_block_grad_.default, block)

@@ -2,14 +2,18 @@ import pytest
 import torch
 
 from csrc_ref.kernels import gather_features_ref
-from losia_kernels.kernels._launch import override_config
 from losia_kernels.kernels.gather import launch_gather_features
+from losia_kernels.kernels.launch import override_config
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def random_index(n: int, k: int, device: str) -> torch.Tensor:
-    return torch.randperm(n, generator=torch.Generator().manual_seed(n * k))[:k].sort().values.to(device)
+    return (
+        torch.randperm(n, generator=torch.Generator().manual_seed(n * k))[:k]
+        .sort()
+        .values.to(device)
+    )
 
 
 def check(x: torch.Tensor, idx: torch.Tensor, alignment: int = 1) -> None:
@@ -22,8 +26,16 @@ def check(x: torch.Tensor, idx: torch.Tensor, alignment: int = 1) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "shape, k",
-    [((1, 1), 1), ((7, 13), 1), ((7, 13), 13), ((37, 101), 17), ((17, 300), 257), ((2, 5, 31), 8), ((2, 3, 2, 11), 5),
-     ((19,), 4)],
+    [
+        ((1, 1), 1),
+        ((7, 13), 1),
+        ((7, 13), 13),
+        ((37, 101), 17),
+        ((17, 300), 257),
+        ((2, 5, 31), 8),
+        ((2, 3, 2, 11), 5),
+        ((19,), 4),
+    ],
 )
 def test_matches_oracle(device, dtype, shape, k):
     x = torch.randn(shape, device=device).to(dtype)
@@ -39,8 +51,12 @@ def test_any_strides(device):
     check(torch.randn(12, n, device=device)[::2], idx)  # every second token
     check(torch.randn(n, device=device).expand(4, 5, n), idx)  # one row for all tokens
     check(torch.randn(5, 1, device=device).expand(5, n), idx)  # one value for all features
-    check(torch.randn(3, 4, n, device=device).transpose(0, 1), idx)  # leading dimensions without a common stride
-    check(torch.randn(6, 7, device=device)[:, 1:], random_index(6, 3, device))  # start that is not aligned
+    check(
+        torch.randn(3, 4, n, device=device).transpose(0, 1), idx
+    )  # leading dimensions without a common stride
+    check(
+        torch.randn(6, 7, device=device)[:, 1:], random_index(6, 3, device)
+    )  # start that is not aligned
 
 
 def test_index_may_be_strided_repeated_and_unsorted(device):
@@ -52,11 +68,17 @@ def test_index_may_be_strided_repeated_and_unsorted(device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("alignment", [2, 4, 16])
 def test_runs_of_neighbours(device, dtype, alignment):
-    idx = (random_index(96 // alignment, 48 // alignment, device)[:, None] * alignment
-           + torch.arange(alignment, device=device)).flatten()
+    idx = (
+        random_index(96 // alignment, 48 // alignment, device)[:, None] * alignment
+        + torch.arange(alignment, device=device)
+    ).flatten()
     check(torch.randn(2, 9, 96, device=device).to(dtype), idx, alignment)
-    check(torch.randn(7, 101, device=device).to(dtype)[:, 5:], idx, alignment)  # start that is not aligned
-    check(torch.randn(96, 6, device=device).to(dtype).T, idx, alignment)  # neighbours are not next to each other
+    check(
+        torch.randn(7, 101, device=device).to(dtype)[:, 5:], idx, alignment
+    )  # start that is not aligned
+    check(
+        torch.randn(96, 6, device=device).to(dtype).T, idx, alignment
+    )  # neighbours are not next to each other
 
 
 def test_empty(device):

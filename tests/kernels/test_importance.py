@@ -1,11 +1,11 @@
 import pytest
 import torch
-from offline import run_offline
-from tolerance import assert_within
 
 from csrc_ref.kernels import importance_marginals_ref, importance_update_ref
-from losia_kernels import eager
-from losia_kernels.kernels._launch import override_config
+from losia_kernels.kernels.launch import override_config
+from losia_kernels.ops import eager
+from tests.kernels.offline import run_offline
+from tests.tolerance import assert_within
 
 SHAPES = [(1, 1), (1, 7), (13, 1), (37, 53), (5, 300), (67, 131)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -47,7 +47,8 @@ def check_update(args, kind="sensitivity", grad_scale=0.5, beta1=0.85, beta2=0.7
 def check_marginals(weight, grad, kind="sensitivity", grad_scale=0.5):
     truth = importance_marginals_ref(weight.cpu(), grad.cpu(), kind, grad_scale)
     expected = eager.importance_marginals(weight, grad, kind, grad_scale)
-    # numpy adds the outputs of a tile one after the other, a GPU in a tree: short tiles keep the two alike.
+    # numpy adds the outputs of a tile one after the other, a GPU in a tree: short tiles keep the
+    # two alike.
     tile = {"block_out": 16} if weight.device.type == "cpu" else {}
     with override_config("importance_marginals", **tile):
         sums = launch_marginals(weight, grad, kind, grad_scale)
@@ -56,7 +57,8 @@ def check_marginals(weight, grad, kind="sensitivity", grad_scale=0.5):
 
 
 def framed(tensor):
-    """``tensor`` as a view, transposed and of stride 2, into a larger tensor of sevens -> (view, frame)."""
+    """``tensor`` as a view, transposed and of stride 2, into a larger tensor of sevens -> (view,
+    frame)."""
     size_out, size_in = tensor.shape
     frame = torch.full((size_in, 2 * size_out + 1), 7.0, dtype=tensor.dtype, device=tensor.device)
     view = frame[:, 1::2].T
@@ -84,7 +86,9 @@ def test_kinds(device, kind, grad_scale):
     check_update(args, kind, grad_scale)
 
 
-@pytest.mark.parametrize("dtype, grad_dtype", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)])
+@pytest.mark.parametrize(
+    "dtype, grad_dtype", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)]
+)
 def test_gradient_of_another_dtype(device, dtype, grad_dtype):
     args = make_args((37, 53), device, dtype, grad_dtype=grad_dtype)
     check_marginals(*args[2:])
@@ -145,7 +149,9 @@ def test_non_finite_gradient_shows(device, bad):
     args = make_args((37, 53), device, torch.bfloat16, torch.bfloat16)
     args[3][4, 50] = bad
     out_sums, in_sums = launch_marginals(*args[2:], "sensitivity", 1.0)
-    assert (~out_sums.isfinite()).nonzero().tolist() == [[4]] and (~in_sums.isfinite()).nonzero().tolist() == [[50]]
+    assert (~out_sums.isfinite()).nonzero().tolist() == [[4]] and (
+        ~in_sums.isfinite()
+    ).nonzero().tolist() == [[50]]
     launch_update(*args, 0.85, 0.85, "sensitivity", 1.0)
     assert all((~state.isfinite()).nonzero().tolist() == [[4, 50]] for state in args[:2])
 
@@ -153,10 +159,11 @@ def test_non_finite_gradient_shows(device, bad):
 @pytest.mark.slow
 @pytest.mark.parametrize("state", ["float32", "bfloat16"])
 def test_contiguous_tensors_move_in_vectors(state):
-    """Every access of the update to memory is 8 or 16 bytes wide when all four tensors are contiguous."""
+    """Every access of the update to memory is 8 or 16 bytes wide when all four tensors are
+    contiguous."""
     script = f"""
 import re
-from compile_cases import importance_update, torch
+from tests.kernels.compile_cases import importance_update, torch
 from bench.machine_code import launches
 
 (kernel,) = launches("sm_90", lambda: importance_update(torch.bfloat16, torch.{state}))

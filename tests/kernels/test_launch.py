@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 
-from losia_kernels.kernels._launch import (
+from losia_kernels.kernels.launch import (
     SUBNET_GRAD_VARIANTS,
     choose_config,
     choose_subnet_grad,
@@ -13,8 +13,14 @@ from losia_kernels.kernels._launch import (
     override_config,
 )
 
-KERNELS = ("gather_features", "subnet_grad", "subnet_adamw_", "importance_update_", "importance_marginals",
-           "score_marginals")
+KERNELS = (
+    "gather_features",
+    "subnet_grad",
+    "subnet_adamw_",
+    "importance_update_",
+    "importance_marginals",
+    "score_marginals",
+)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -53,7 +59,8 @@ def test_arch_can_be_pretended():
         pretended = launch_config("subnet_adamw_", torch.zeros(1), **sizes)
     assert pretended == choose_config("subnet_adamw_", "gfx942", torch.float32, **sizes)
     assert launch_config("subnet_adamw_", torch.zeros(1), **sizes) == choose_config(
-        "subnet_adamw_", "cpu", torch.float32, **sizes)
+        "subnet_adamw_", "cpu", torch.float32, **sizes
+    )
 
 
 SHAPES = [(0, 5, 5), (1, 1, 1), (255, 64, 64), (700, 3, 5), (8192, 512, 512), (8192, 4000, 4096)]
@@ -63,13 +70,16 @@ SHAPES = [(0, 5, 5), (1, 1, 1), (255, 64, 64), (700, 3, 5), (8192, 512, 512), (8
 @pytest.mark.parametrize("tokens, k_out, k_in", SHAPES)
 def test_splits_keep_enough_tokens(tokens, k_out, k_in, variant):
     for arch in ("sm_80", "sm_90", "gfx942", "cpu"):
-        config = choose_config("subnet_grad", arch, torch.bfloat16, tokens, k_out, k_in, variant=variant)
+        config = choose_config(
+            "subnet_grad", arch, torch.bfloat16, tokens, k_out, k_in, variant=variant
+        )
         assert config.variant == variant
         assert config.splits == 1 or tokens // config.splits >= 256
 
 
 def test_the_form_of_the_subnets_gradient():
-    """What the table says for LLaMA-2 7B at p = 1/8, and that an override wins with the tiles of its own form."""
+    """What the table says for LLaMA-2 7B at p = 1/8, and that an override wins with the tiles of
+    its own form."""
     bf16 = torch.bfloat16
     assert choose_subnet_grad("sm_90", bf16, 512, alignment=1) == "fused_wide"
     assert choose_subnet_grad("sm_90", bf16, 1376, alignment=1) == "gathered"
@@ -81,18 +91,24 @@ def test_the_form_of_the_subnets_gradient():
         assert launch_config("subnet_grad", like, **sizes).block_in == 512
         with override_config("subnet_grad", variant="gathered"):
             assert launch_config("subnet_grad", like, **sizes).block_in == 128
-        with override_config("subnet_grad", variant="fast"), pytest.raises(ValueError, match="not 'fast'"):
+        with (
+            override_config("subnet_grad", variant="fast"),
+            pytest.raises(ValueError, match="not 'fast'"),
+        ):
             launch_config("subnet_grad", like, **sizes)
 
 
 def test_a_gather_of_single_entries_shares_no_layout_with_the_vector_loads():
-    """Triton gives tiles of one shape one layout, eight entries a thread: a gather's threads would share no line."""
+    """Triton gives tiles of one shape one layout, eight entries a thread: a gather's threads would
+    share no line."""
     for variant in ("fused", "fused_wide"):
         for k_in in (16, 64, 128, 512, 1376):
-            config = choose_config("subnet_grad", "sm_90", torch.bfloat16, 8192, 512, k_in, variant=variant)
+            config = choose_config(
+                "subnet_grad", "sm_90", torch.bfloat16, 8192, 512, k_in, variant=variant
+            )
             assert config.prefetch and config.block_out != config.block_in
 
 
 def test_imports_no_triton():
-    program = "import losia_kernels.kernels._launch, sys; sys.exit('triton' in sys.modules)"
+    program = "import losia_kernels.kernels.launch, sys; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0

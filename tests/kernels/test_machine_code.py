@@ -1,17 +1,19 @@
-"""What the compiler makes of the gathers, without a GPU: how wide the accesses are, and what is asynchronous."""
+"""What the compiler makes of the gathers, without a GPU: how wide the accesses are, and what is
+asynchronous."""
 
 import json
 from importlib.metadata import version
 
 import pytest
-from offline import run_offline
+
+from tests.kernels.offline import run_offline
 
 pytestmark = pytest.mark.slow
 
 SCRIPT = """
 import json
 from bench.machine_code import accesses, launches
-from compile_cases import gather_features, subnet_grad, torch
+from tests.kernels.compile_cases import gather_features, subnet_grad, torch
 
 bf16 = torch.bfloat16
 CASES = {{
@@ -33,7 +35,13 @@ def found(request) -> dict[str, list[dict[str, dict[str, int]]]]:
 
 
 def test_all_is_written_16_bytes_at_a_time(found):
-    assert {width for name in found if name != "arch" for kernel in found[name] for width in kernel["store"]} == {"16"}
+    assert {
+        width
+        for name in found
+        if name != "arch"
+        for kernel in found[name]
+        for width in kernel["store"]
+    } == {"16"}
 
 
 def test_runs_of_neighbours_are_read_16_bytes_at_a_time(found):
@@ -41,14 +49,22 @@ def test_runs_of_neighbours_are_read_16_bytes_at_a_time(found):
         pytest.skip("Triton 3.6 reads 2 bytes at a time on gfx942")
     for name in ("gather aligned", "aligned"):
         (kernel,) = found[name]
-        assert "16" in kernel["copy" if found["arch"] in ("sm_90", "sm_100") and name == "aligned" else "load"]
+        assert (
+            "16"
+            in kernel[
+                "copy" if found["arch"] in ("sm_90", "sm_100") and name == "aligned" else "load"
+            ]
+        )
         assert kernel["load"].keys() <= INDEX and kernel["copy"].keys() <= {"16"}
 
 
 def test_single_entries_are_read_2_bytes_at_a_time_and_one_tile_ahead(found):
-    """A tile's loads are there twice: before the loop, and in it for the next tile. x beside it comes in vectors."""
+    """A tile's loads are there twice: before the loop, and in it for the next tile. x beside it
+    comes in vectors."""
     nvidia = found["arch"] != "gfx942"
-    once = 32 * 64 // (8 * (32 if nvidia else 64))  # tokens * outputs of a tile, over the threads of 8 warps
+    once = (
+        32 * 64 // (8 * (32 if nvidia else 64))
+    )  # tokens * outputs of a tile, over the threads of 8 warps
     for name in ("fused", "fused_wide"):
         (kernel,) = found[name]
         assert kernel["load"]["2"] >= 2 * once

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from tolerance import assert_within
 
 from csrc_ref.kernels import score_marginals_ref
-from losia_kernels import eager
+from losia_kernels.ops import eager
+from tests.tolerance import assert_within
 
 SHAPES = [(1, 1), (1, 7), (13, 1), (37, 53), (5, 300), (67, 131)]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -43,19 +43,29 @@ def test_whole_matrix(device, shape, dtype, with_uncertainty):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_restricted(device, dtype, k_out, k_in):
     state = make_state((67, 131), dtype, device)
-    check(*state, *(None if k is None else choose(size, k, device) for size, k in ((67, k_out), (131, k_in))))
+    check(
+        *state,
+        *(None if k is None else choose(size, k, device) for size, k in ((67, k_out), (131, k_in))),
+    )
 
 
 def test_any_strides(device):
     importance, uncertainty = make_state((37, 53), torch.bfloat16, device)
     importance = importance.T.contiguous().T
     uncertainty = torch.stack([uncertainty, -uncertainty], dim=-1)[..., 0]
-    out_idx, in_idx = (torch.stack([choose(37, 8, device)] * 2, dim=-1)[:, 0], choose(53, 20, device)[::2])
+    out_idx, in_idx = (
+        torch.stack([choose(37, 8, device)] * 2, dim=-1)[:, 0],
+        choose(53, 20, device)[::2],
+    )
     check(importance, uncertainty, out_idx, in_idx)
 
 
 def test_inputs_are_left_alone(device):
-    args = [*make_state((37, 53), torch.float32, device), choose(37, 5, device), choose(53, 6, device)]
+    args = [
+        *make_state((37, 53), torch.float32, device),
+        choose(37, 5, device),
+        choose(53, 6, device),
+    ]
     before = [arg.clone() for arg in args]
     launch(*args)
     assert all(torch.equal(arg, old) for arg, old in zip(args, before, strict=True))
@@ -63,7 +73,10 @@ def test_inputs_are_left_alone(device):
 
 def test_deterministic(device):
     args = [*make_state((67, 131), torch.float32, device), None, choose(131, 60, device)]
-    assert all(torch.equal(first, second) for first, second in zip(launch(*args), launch(*args), strict=True))
+    assert all(
+        torch.equal(first, second)
+        for first, second in zip(launch(*args), launch(*args), strict=True)
+    )
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0)])

@@ -1,11 +1,11 @@
 import pytest
 import torch
-from tolerance import assert_within
 
 from csrc_ref.kernels import subnet_grad_ref
-from losia_kernels import eager
-from losia_kernels.kernels._launch import SUBNET_GRAD_VARIANTS, override_config, subnet_grad_config
+from losia_kernels.kernels.launch import SUBNET_GRAD_VARIANTS, override_config, subnet_grad_config
 from losia_kernels.kernels.subnet_grad import launch_subnet_grad
+from losia_kernels.ops import eager
+from tests.tolerance import assert_within
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -18,7 +18,11 @@ def variant(request):
 
 
 def random_index(n: int, k: int, device: str) -> torch.Tensor:
-    return torch.randperm(n, generator=torch.Generator().manual_seed(n * k))[:k].sort().values.to(device)
+    return (
+        torch.randperm(n, generator=torch.Generator().manual_seed(n * k))[:k]
+        .sort()
+        .values.to(device)
+    )
 
 
 def aligned_index(n: int, k: int, alignment: int, device: str) -> torch.Tensor:
@@ -28,7 +32,11 @@ def aligned_index(n: int, k: int, alignment: int, device: str) -> torch.Tensor:
 
 
 def check(
-    dy: torch.Tensor, x: torch.Tensor, out_idx: torch.Tensor | None, in_idx: torch.Tensor | None, alignment: int = 1
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    out_idx: torch.Tensor | None,
+    in_idx: torch.Tensor | None,
+    alignment: int = 1,
 ) -> None:
     result = launch_subnet_grad(dy, x, out_idx, in_idx, alignment).sum(0)
     plain = eager.subnet_grad_partials(dy, x, out_idx, in_idx).sum(0)
@@ -38,8 +46,14 @@ def check(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "tokens, n_out, k_out, n_in, k_in",
-    [(1, 1, 1, 1, 1), (7, 13, 1, 11, 1), (7, 13, 13, 11, 11), (67, 31, 7, 29, 19), (5, 139, 131, 151, 137),
-     (131, 40, 16, 40, 16)],
+    [
+        (1, 1, 1, 1, 1),
+        (7, 13, 1, 11, 1),
+        (7, 13, 13, 11, 11),
+        (67, 31, 7, 29, 19),
+        (5, 139, 131, 151, 137),
+        (131, 40, 16, 40, 16),
+    ],
 )
 def test_matches_oracle(device, dtype, tokens, n_out, k_out, n_in, k_in):
     dy = torch.randn(tokens, n_out, device=device).to(dtype)
@@ -54,12 +68,20 @@ def test_matches_oracle(device, dtype, tokens, n_out, k_out, n_in, k_in):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("alignment", [2, 16])
 def test_runs_of_neighbours(device, dtype, alignment):
-    dy, x = torch.randn(37, 90, device=device).to(dtype), torch.randn(37, 64, device=device).to(dtype)
-    out_idx, in_idx = aligned_index(90, 32, alignment, device), aligned_index(64, 48, alignment, device)
+    dy, x = (
+        torch.randn(37, 90, device=device).to(dtype),
+        torch.randn(37, 64, device=device).to(dtype),
+    )
+    out_idx, in_idx = (
+        aligned_index(90, 32, alignment, device),
+        aligned_index(64, 48, alignment, device),
+    )
     check(dy, x, out_idx, in_idx, alignment)
     check(dy, x[:, in_idx], out_idx, None, alignment)
     check(dy, x, None, in_idx, alignment)
-    check(dy.T.contiguous().T, x, out_idx, in_idx, alignment)  # neurons that lie next to each other, but not in memory
+    check(
+        dy.T.contiguous().T, x, out_idx, in_idx, alignment
+    )  # neurons that lie next to each other, but not in memory
 
 
 def test_the_index_of_a_run_is_that_of_its_start(device):
@@ -67,7 +89,9 @@ def test_the_index_of_a_run_is_that_of_its_start(device):
     dy, x = torch.randn(5, 8, device=device), torch.randn(5, 3, device=device)
     starts_only = torch.tensor([4, 0, 0, 0], device=device)
     full = torch.tensor([4, 5, 6, 7], device=device)
-    assert torch.equal(launch_subnet_grad(dy, x, starts_only, None, 4), launch_subnet_grad(dy, x, full, None, 4))
+    assert torch.equal(
+        launch_subnet_grad(dy, x, starts_only, None, 4), launch_subnet_grad(dy, x, full, None, 4)
+    )
 
 
 def test_any_strides(device):
@@ -75,8 +99,12 @@ def test_any_strides(device):
     out_idx, in_idx = random_index(n_out, 5, device), random_index(n_in, 7, device)
     dy, x = torch.randn(tokens, n_out, device=device), torch.randn(tokens, n_in, device=device)
     check(torch.randn(n_out, tokens, device=device).T, x, out_idx, in_idx)  # transposed dy
-    check(dy, torch.randn(n_in, 2 * tokens, device=device)[:, ::2].T, out_idx, in_idx)  # transposed x with gaps
-    check(torch.randn(tokens, 3 * n_out, device=device)[:, 1::3], x, out_idx, in_idx)  # dy with gaps, not aligned
+    check(
+        dy, torch.randn(n_in, 2 * tokens, device=device)[:, ::2].T, out_idx, in_idx
+    )  # transposed x with gaps
+    check(
+        torch.randn(tokens, 3 * n_out, device=device)[:, 1::3], x, out_idx, in_idx
+    )  # dy with gaps, not aligned
     check(torch.randn((), device=device).expand(tokens, n_out), x, out_idx, in_idx)  # dy of y.sum()
     check(dy.view(3, 4, n_out), x.view(3, 4, n_in), out_idx, in_idx)  # leading dimensions
     across = torch.randn(4, 3, n_out, device=device).transpose(0, 1)  # ... without a common stride
@@ -90,12 +118,18 @@ def test_offsets_past_two_to_the_31(device, sparse_zeros):
     beside = torch.randn(3, 7, device=device).half()
     check(tokens_apart, beside, torch.tensor([0, 3, 4], device=device), None)
     check(beside, tokens_apart, None, torch.tensor([1, 4], device=device))
-    check(tokens_apart.T, torch.randn(5, 7, device=device).half(), torch.tensor([0, 2], device=device), None)
+    check(
+        tokens_apart.T,
+        torch.randn(5, 7, device=device).half(),
+        torch.tensor([0, 2], device=device),
+        None,
+    )
 
 
 @pytest.mark.parametrize("variant", ["fused"], indirect=True)
 def test_128k_tokens(device):
-    """One long context, with a last tile that is not full; in large tiles where they are interpreted one by one.
+    """One long context, with a last tile that is not full; in large tiles where they are
+    interpreted one by one.
 
     Of whole numbers float32 holds every sum exactly, whatever the order and the unit.
     """
@@ -118,17 +152,23 @@ def test_what_lies_beyond_the_tokens_is_not_read(device):
     dy = torch.full((16, 5), torch.nan, device=device)
     x = torch.full((16, 6), torch.nan, device=device)
     dy[:3], x[:3] = 1.0, 2.0
-    assert torch.equal(launch_subnet_grad(dy[:3], x[:3], None, None).sum(0), torch.full((5, 6), 6.0, device=device))
+    assert torch.equal(
+        launch_subnet_grad(dy[:3], x[:3], None, None).sum(0), torch.full((5, 6), 6.0, device=device)
+    )
 
 
-@pytest.mark.parametrize("variant", [v for v in SUBNET_GRAD_VARIANTS if v != "gathered_library"], indirect=True)
+@pytest.mark.parametrize(
+    "variant", [v for v in SUBNET_GRAD_VARIANTS if v != "gathered_library"], indirect=True
+)
 @pytest.mark.parametrize("splits", [1, 2, 3, 7])
 @pytest.mark.parametrize("prefetch", [False, True])
 def test_splits_are_sums_over_ranges_of_tokens(device, splits, prefetch):
     """Also when the tokens do not divide evenly, and when a split gets none."""
     dy, x = torch.randn(53, 19, device=device), torch.randn(53, 21, device=device)
     out_idx, in_idx = random_index(19, 6, device), random_index(21, 8, device)
-    with override_config("subnet_grad", splits=splits, prefetch=prefetch, block_t=16, block_out=16, block_in=16):
+    with override_config(
+        "subnet_grad", splits=splits, prefetch=prefetch, block_t=16, block_out=16, block_in=16
+    ):
         partials = launch_subnet_grad(dy, x, out_idx, in_idx)
         check(dy, x, out_idx, in_idx)
     assert partials.shape[0] == splits
@@ -136,11 +176,18 @@ def test_splits_are_sums_over_ranges_of_tokens(device, splits, prefetch):
     for split in range(splits):
         part = slice(split * per_split, (split + 1) * per_split)
         truth = subnet_grad_ref(dy[part], x[part], out_idx, in_idx)
-        assert_within(partials[split], eager.subnet_grad_partials(dy[part], x[part], out_idx, in_idx)[0], truth)
+        assert_within(
+            partials[split],
+            eager.subnet_grad_partials(dy[part], x[part], out_idx, in_idx)[0],
+            truth,
+        )
 
 
 def test_same_bits_twice(device, variant):
-    dy, x = torch.randn(200, 33, device=device).bfloat16(), torch.randn(200, 35, device=device).bfloat16()
+    dy, x = (
+        torch.randn(200, 33, device=device).bfloat16(),
+        torch.randn(200, 35, device=device).bfloat16(),
+    )
     out_idx = random_index(33, 17, device)
     with override_config("subnet_grad", splits=1 if variant == "gathered_library" else 4):
         first, second = (launch_subnet_grad(dy, x, out_idx, None).sum(0) for _ in range(2))
@@ -159,4 +206,7 @@ def test_float32_keeps_all_its_bits(device):
     """TF32 would lose the difference between 1 and 1 + 2^-12."""
     dy = torch.full((4, 16), 1 + 2**-12, device=device)
     x = torch.ones(4, 16, device=device)
-    assert torch.equal(launch_subnet_grad(dy, x, None, None).sum(0), torch.full((16, 16), 4 + 2**-10, device=device))
+    assert torch.equal(
+        launch_subnet_grad(dy, x, None, None).sum(0),
+        torch.full((16, 16), 4 + 2**-10, device=device),
+    )

@@ -1,11 +1,15 @@
 """LoSiA as a PEFT method, registered from outside by importing this module.
 
-    from losia_kernels.integrations.peft import LoSiAPeftConfig  # also before PeftModel.from_pretrained
-    model = get_peft_model(model, LoSiAPeftConfig(rank_factor=1 / 8, period=100))
-    optimizer = LoSiAAdamW(model, lr=1e-4)
+from losia_kernels.integrations.peft import LoSiAPeftConfig  # also before PeftModel.from_pretrained
+model = get_peft_model(model, LoSiAPeftConfig(rank_factor=1 / 8, period=100))
+optimizer = LoSiAAdamW(model, lr=1e-4)
 """
 
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
 
 from .config import LoSiAPeftConfig, LoSiAPeftType
 from .model import LoSiAModel

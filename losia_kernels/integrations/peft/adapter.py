@@ -6,45 +6,58 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...convert import Membership
-from ...distributed import is_sharded
-from ...linear import LoSiALinear
-from ...subnet import Subnet
+from ...layers.convert import Membership
+from ...layers.linear import LoSiALinear
+from ...layers.subnet import Subnet
+from ...parallel.ranks import is_sharded
 
 BLOCKS = ("block_out_idx", "block_in_idx", "block_values")
 
 
 class LoSiAAdapter(LoSiALinear):
-    """Trains a subnet of ``base_layer.weight`` in place, and can take all that it ever trained out again, bit for bit.
+    """Trains a subnet of ``base_layer.weight`` in place, and can take all that it ever trained out
+    again, bit for bit.
 
-    It keeps a block for each place its subnet has been: ``block_out_idx [n, k_out]``, ``block_in_idx [n, k_in]`` and
-    ``block_values [n, k_out, k_in]`` in the weight's dtype. While the adapter is in the weight (``in_weight``) these
-    are the values that each block replaced, in order, so that writing them back last to first restores the base.
-    While it is out they are the trained ones, as in a state dict. Once the blocks would be as large as the weight, one
-    block of the whole weight replaces them.
+    It keeps a block for each place its subnet has been: ``block_out_idx [n, k_out]``,
+    ``block_in_idx [n, k_in]`` and ``block_values [n, k_out, k_in]`` in the weight's dtype. While
+    the adapter is in the weight (``in_weight``) these are the values that each block replaced, in
+    order, so that writing them back last to first restores the base. While it is out they are the
+    trained ones, as in a state dict. Once the blocks would be as large as the weight, one block of
+    the whole weight replaces them.
 
     ``generator`` draws the first subnet. The subnet is float32; see ``set_master_``.
     """
 
     def __init__(
-        self, base_layer: nn.Module, rank_factor: tuple[float, float], generator: torch.Generator, name: str,
+        self,
+        base_layer: nn.Module,
+        rank_factor: tuple[float, float],
+        generator: torch.Generator,
+        name: str,
         alignment: int,
-    ):  # fmt: skip
+    ):
         nn.Module.__init__(self)
-        self._base = (base_layer,)  # in a tuple, so that it is no submodule: it belongs to the tuner layer
+        self._base = (
+            base_layer,
+        )  # in a tuple, so that it is no submodule: it belongs to the tuner layer
         self.out_features, self.in_features = self.matrix.shape
         self._add_subnet(rank_factor, True, generator, name, alignment)
         self.in_weight = False
         self.membership: Membership | None = None
         # no buffers: DistributedDataParallel would send them round at every forward
-        self.block_out_idx, self.block_in_idx = self.out_idx[None].clone(), self.in_idx[None].clone()
+        self.block_out_idx, self.block_in_idx = (
+            self.out_idx[None].clone(),
+            self.in_idx[None].clone(),
+        )
         self.block_values = self.current_subnet.gather(self.matrix.detach())[None]
 
     @property
     def weight(self) -> Tensor:
         weight = self._base[0].weight
         if is_sharded(weight):
-            raise ValueError(f"{self.name}: LoSiA does not train under fully_shard through PEFT; use apply_losia")
+            raise ValueError(
+                f"{self.name}: LoSiA does not train under fully_shard through PEFT; use apply_losia"
+            )
         return weight
 
     @property
@@ -57,15 +70,17 @@ class LoSiAAdapter(LoSiALinear):
 
     @property
     def losia(self) -> Membership:
-        """The place in the timeline, which only an adapter has that is in the weight and trained."""
+        """The place in the timeline, which only an adapter has that is in the weight and
+        trained."""
         if self.in_weight and self.subnet.requires_grad and self.membership is not None:
             return self.membership
         raise AttributeError(f"{self.name}: this adapter is not being trained")
 
-    # the subnet and the weight ----------------------------------------------------------------------------------------
+    # the subnet and the weight --------------------------------------------------------------------
 
     def sync_(self) -> None:
-        """Write the subnet into the weight if an optimizer that knows nothing of the weight has changed it.
+        """Write the subnet into the weight if an optimizer that knows nothing of the weight has
+        changed it.
 
         Not in compiled code, which needs an optimizer that does.
         """
@@ -84,21 +99,27 @@ class LoSiAAdapter(LoSiALinear):
         """Keep the subnet in float32 (True) or in the weight's dtype."""
         self.master = master
         if self.subnet.dtype != self._subnet_dtype:
-            self.subnet = nn.Parameter(self.subnet.detach().to(self._subnet_dtype), self.subnet.requires_grad)
+            self.subnet = nn.Parameter(
+                self.subnet.detach().to(self._subnet_dtype), self.subnet.requires_grad
+            )
             self._agreement.carry(None, self.weight, self.subnet)
 
     @torch.no_grad()
     def move_subnet_(self, subnet: Subnet) -> None:
         if not self.in_weight:
-            raise RuntimeError(f"{self.name}: a subnet can only move while its adapter is active and enabled")
+            raise RuntimeError(
+                f"{self.name}: a subnet can only move while its adapter is active and enabled"
+            )
         super().move_subnet_(subnet)
         self._keep_block()
 
-    # what has been trained, and what was there before -----------------------------------------------------------------
+    # what has been trained, and what was there before ---------------------------------------------
 
     def blocks(self) -> Iterator[tuple[int, Subnet]]:
         """The blocks in the order in which the subnet came to them, numbered."""
-        for number, (out_idx, in_idx) in enumerate(zip(self.block_out_idx, self.block_in_idx, strict=True)):
+        for number, (out_idx, in_idx) in enumerate(
+            zip(self.block_out_idx, self.block_in_idx, strict=True)
+        ):
             yield number, Subnet(out_idx, in_idx)
 
     def _keep_block(self) -> None:
@@ -107,12 +128,16 @@ class LoSiAAdapter(LoSiALinear):
             return
         *_, (last, block) = self.blocks()
         untrained = _same_bits(block.gather(self.matrix), self.block_values[last])
-        kept = last if untrained else last + 1  # calibration moves subnets that have not been trained
+        kept = (
+            last if untrained else last + 1
+        )  # calibration moves subnets that have not been trained
         if (kept + 1) * self.subnet.numel() >= self.matrix.numel():
             base = self.matrix.clone(memory_format=torch.contiguous_format)
             self._restore(base)
             everything = [torch.arange(size, device=base.device) for size in base.shape]
-            self.block_out_idx, self.block_in_idx, self.block_values = (t[None] for t in (*everything, base))
+            self.block_out_idx, self.block_in_idx, self.block_values = (
+                t[None] for t in (*everything, base)
+            )
             return
         here = self.out_idx, self.in_idx, self.current_subnet.gather(self.matrix)
         for name, new in zip(BLOCKS, here, strict=True):
@@ -144,14 +169,15 @@ class LoSiAAdapter(LoSiALinear):
 
     @torch.no_grad()
     def trained_values(self) -> Tensor:
-        """The adapter's final values, ``[n, k_out, k_in]`` in the weight's dtype; those of overlapping blocks agree."""
+        """The adapter's final values, ``[n, k_out, k_in]`` in the weight's dtype; those of
+        overlapping blocks agree."""
         if not self.in_weight:
             return self.block_values
         self.sync_()
         matrix = self.matrix
         return torch.stack([block.gather(matrix) for _, block in self.blocks()])
 
-    # state ------------------------------------------------------------------------------------------------------------
+    # state ----------------------------------------------------------------------------------------
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
@@ -162,27 +188,36 @@ class LoSiAAdapter(LoSiALinear):
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         tensors = self.block_out_idx, self.block_in_idx, self.trained_values()
-        destination.update({prefix + name: tensor for name, tensor in zip(BLOCKS, tensors, strict=True)})
+        destination.update(
+            {prefix + name: tensor for name, tensor in zip(BLOCKS, tensors, strict=True)}
+        )
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
-        """The tuner layer has taken the adapter out of the weight. The number of blocks is the checkpoint's."""
+        """The tuner layer has taken the adapter out of the weight. The number of blocks is the
+        checkpoint's."""
         loaded = [state_dict.pop(prefix + name, None) for name in BLOCKS]
         if all(tensor is not None for tensor in loaded):
             self._check_blocks(*loaded)
             for name, tensor in zip(BLOCKS, loaded, strict=True):
                 setattr(self, name, tensor.detach().to(self.out_idx.device, copy=True))
         else:
-            missing_keys += [prefix + name for name, tensor in zip(BLOCKS, loaded, strict=True) if tensor is None]
+            missing_keys += [
+                prefix + name for name, tensor in zip(BLOCKS, loaded, strict=True) if tensor is None
+            ]
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
     def _check_blocks(self, out_idx: Tensor, in_idx: Tensor, values: Tensor) -> None:
-        if values.shape != (len(out_idx), *out_idx.shape[1:], *in_idx.shape[1:]) or len(in_idx) != len(out_idx):
-            raise ValueError(f"{self.name}: the checkpoint's blocks do not agree: {tuple(out_idx.shape)} outputs, "
-                             f"{tuple(in_idx.shape)} inputs, {tuple(values.shape)} values")
+        if values.shape != (len(out_idx), *out_idx.shape[1:], *in_idx.shape[1:]) or len(
+            in_idx
+        ) != len(out_idx):
+            raise ValueError(
+                f"{self.name}: the checkpoint's blocks do not agree: {tuple(out_idx.shape)} outputs, "
+                f"{tuple(in_idx.shape)} inputs, {tuple(values.shape)} values"
+            )
         for block in map(Subnet, out_idx, in_idx):
             block.check((self.out_features, self.in_features), self.name)
 

@@ -10,19 +10,22 @@ from ...config import LoSiAConfig
 
 
 class LoSiAPeftType(str, Enum):
-    """Stands beside PEFT's own enum of methods, which is closed; equal to its value, as theirs are."""
+    """Stands beside PEFT's own enum of methods, which is closed; equal to its value, as theirs
+    are."""
 
     LOSIA = "LOSIA"
 
 
 @dataclass
 class LoSiAPeftConfig(PeftConfig):
-    """A LoSiA adapter for ``peft.get_peft_model``; every field that ``LoSiAConfig`` has means what it means there.
+    """A LoSiA adapter for ``peft.get_peft_model``; every field that ``LoSiAConfig`` has means what
+    it means there.
 
-    What differs is PEFT's: ``target_modules`` ("all-linear" is every linear but the output layer, wherever it is),
-    ``exclude_modules`` and ``modules_to_save`` follow PEFT's rules; float32 masters of 16-bit weights are chosen by
-    ``get_peft_model(..., autocast_adapter_dtype=)`` (True by default; False: 16-bit subnets, rounded stochastically);
-    losses are computed as the model does.
+    What differs is PEFT's: ``target_modules`` ("all-linear" is every linear but the output layer,
+    wherever it is), ``exclude_modules`` and ``modules_to_save`` follow PEFT's rules; float32
+    masters of 16-bit weights are chosen by ``get_peft_model(..., autocast_adapter_dtype=)`` (True
+    by default; False: 16-bit subnets, rounded stochastically); losses are computed as the model
+    does.
 
     ``init_weights``: False starts from a random change instead of from the base model. For tests.
 
@@ -61,7 +64,9 @@ class LoSiAPeftConfig(PeftConfig):
 
     def losia_config(self) -> LoSiAConfig:
         """The same choices as a LoSiAConfig. Raises ValueError for a value out of range."""
-        values = {f.name: getattr(self, f.name) for f in fields(LoSiAConfig) if hasattr(self, f.name)}
+        values = {
+            f.name: getattr(self, f.name) for f in fields(LoSiAConfig) if hasattr(self, f.name)
+        }
         for name, value in values.items():
             if isinstance(value, set):
                 values[name] = sorted(value)

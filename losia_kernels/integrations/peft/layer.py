@@ -1,4 +1,5 @@
-"""LoSiATunerLinear: what PEFT puts in the place of a linear; its adapters take turns in the linear's own weight."""
+"""LoSiATunerLinear: what PEFT puts in the place of a linear; its adapters take turns in the
+linear's own weight."""
 
 from typing import Any
 
@@ -11,9 +12,11 @@ from .adapter import LoSiAAdapter
 
 
 class LoSiATunerLinear(nn.Module, BaseTunerLayer):
-    """A linear with adapters, of which at most one is in its weight: the merged one, else the active one if enabled.
+    """A linear with adapters, of which at most one is in its weight: the merged one, else the
+    active one if enabled.
 
-    ``base_layer.weight`` is always what the forward uses: the base itself, bit for bit, where adapters are disabled.
+    ``base_layer.weight`` is always what the forward uses: the base itself, bit for bit, where
+    adapters are disabled.
     """
 
     adapter_layer_names = ("losia_adapter",)
@@ -42,10 +45,12 @@ class LoSiATunerLinear(nn.Module, BaseTunerLayer):
         adapter.sync_()
         return adapter(x)
 
-    # which adapter is in the weight -----------------------------------------------------------------------------------
+    # which adapter is in the weight ---------------------------------------------------------------
 
     def _in_weight(self) -> str | None:
-        return next((name for name, adapter in self.losia_adapter.items() if adapter.in_weight), None)
+        return next(
+            (name for name, adapter in self.losia_adapter.items() if adapter.in_weight), None
+        )
 
     def _wanted(self) -> str | None:
         if self.merged:
@@ -53,12 +58,15 @@ class LoSiATunerLinear(nn.Module, BaseTunerLayer):
         return None if self.disable_adapters else self.only_one(self.active_adapters)
 
     def only_one(self, names: list[str]) -> str | None:
-        """Which of ``names`` this layer has. Raises ValueError if it has several: they share one weight."""
+        """Which of ``names`` this layer has. Raises ValueError if it has several: they share one
+        weight."""
         here = [name for name in names if name in self.losia_adapter]
         if len(here) > 1:
             where = self.losia_adapter[here[0]].name
-            raise ValueError(f"{where}: LoSiA adapters hold values of one weight and do not add up: "
-                             f"{' and '.join(here)} cannot be active or merged at once; choose one")
+            raise ValueError(
+                f"{where}: LoSiA adapters hold values of one weight and do not add up: "
+                f"{' and '.join(here)} cannot be active or merged at once; choose one"
+            )
         return here[0] if here else None
 
     def _settle(self) -> None:
@@ -74,8 +82,9 @@ class LoSiATunerLinear(nn.Module, BaseTunerLayer):
             self.losia_adapter[name].leave_()
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Enabled again, the weight is what it was, and autograd is told so: a backward through a graph from before
-        still works, while one through a graph of the other state fails, as it should."""
+        """Enabled again, the weight is what it was, and autograd is told so: a backward through a
+        graph from before still works, while one through a graph of the other state fails, as it
+        should."""
         weight, before = self.base_layer.weight, self._in_weight()
         version = _unsafe_preserve_version_counter(weight)
         super().enable_adapters(enabled)
@@ -107,19 +116,23 @@ class LoSiATunerLinear(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
         self._settle()
 
-    # merging ----------------------------------------------------------------------------------------------------------
+    # merging --------------------------------------------------------------------------------------
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """The active adapter (or the one named) stays in the weight as if it were the base, until ``unmerge``.
+        """The active adapter (or the one named) stays in the weight as if it were the base, until
+        ``unmerge``.
 
-        Raises ValueError for two adapters, and with ``safe_merge`` for values that are not finite; nothing has changed.
+        Raises ValueError for two adapters, and with ``safe_merge`` for values that are not finite;
+        nothing has changed.
         """
         names = check_adapters_to_merge(self, adapter_names)
         name = self.only_one([*self.merged_adapters, *names])
         if name is None or name in self.merged_adapters:
             return
         if safe_merge and not bool(torch.isfinite(self.losia_adapter[name].trained_values()).all()):
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
+            )
         self.losia_adapter[name].sync_()
         self.merged_adapters.append(name)
         self._settle()
@@ -138,23 +151,29 @@ class LoSiATunerLinear(nn.Module, BaseTunerLayer):
             self._take_out(self._in_weight())
         return self.base_layer
 
-    # state ------------------------------------------------------------------------------------------------------------
+    # state ----------------------------------------------------------------------------------------
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        """Adapters load while they are out of the weight. Of a state dict that has both, the base is left as it is:
-        what it holds is a weight with the adapter in it."""
+        """Adapters load while they are out of the weight. Of a state dict that has both, the base
+        is left as it is: what it holds is a weight with the adapter in it."""
         base = prefix + "base_layer.weight"
         adapters = any(key.startswith(prefix + "losia_adapter.") for key in state_dict)
         if adapters or base in state_dict:
             self._take_out(self._in_weight())
         if adapters and base in state_dict:
-            state_dict[base] = self.base_layer.weight  # the parameter itself: it may be tied, and loading may assign
+            state_dict[base] = (
+                self.base_layer.weight
+            )  # the parameter itself: it may be tied, and loading may assign
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
         adapter = self.losia_adapter[adapter_name] if adapter_name in self.losia_adapter else None
         if adapter is not None and not adapter.subnet.is_meta:
-            adapter.to(device or self.base_layer.weight.device)  # no dtype: a float32 master stays one
+            adapter.to(
+                device or self.base_layer.weight.device
+            )  # no dtype: a float32 master stays one
 
 
 def _settle(layer: LoSiATunerLinear, incompatible_keys: Any) -> None:

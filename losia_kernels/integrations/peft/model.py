@@ -15,33 +15,46 @@ from peft.tuners.tuners_utils import (
 )
 from torch import nn
 
-from ...convert import Membership, find_rank_factor, group_by_block, layer_class, matches, refuse_shared_weights
-from ...distributed import is_sharded
-from ...quantized import refuse_quantized
-from ...subnet import subnet_size
+from ...layers.convert import (
+    Membership,
+    find_rank_factor,
+    group_by_block,
+    layer_class,
+    matches,
+    refuse_shared_weights,
+)
+from ...layers.subnet import subnet_size
+from ...layers.targets import refuse_quantized
+from ...parallel.ranks import is_sharded
 from .adapter import LoSiAAdapter
 from .config import LoSiAPeftConfig
 from .layer import LoSiATunerLinear
 
 
 class LoSiAModel(BaseTuner):
-    """The base model with LoSiA adapters, made by ``peft.get_peft_model(model, LoSiAPeftConfig(...))``.
+    """The base model with LoSiA adapters, made by ``peft.get_peft_model(model,
+    LoSiAPeftConfig(...))``.
 
-    The layers of the active adapter are LoSiALinears, so that ``LoSiAAdamW(peft_model)``, ``attach``, ``calibrate``
-    and the Trainer's factory and callback train it as they train a model from ``apply_losia``.
+    The layers of the active adapter are LoSiALinears, so that ``LoSiAAdamW(peft_model)``,
+    ``attach``, ``calibrate`` and the Trainer's factory and callback train it as they train a model
+    from ``apply_losia``.
 
-    Raises ValueError, before anything has changed, if a target is no plain linear, shares its weight with another, or
-    is too small for the rank factor.
+    Raises ValueError, before anything has changed, if a target is no plain linear, shares its
+    weight with another, or is too small for the rank factor.
     """
 
     prefix = "losia_"
     tuner_layer_cls = LoSiATunerLinear
     target_module_mapping: dict[str, list[str]] = {}
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
         peft_config = self.peft_config[adapter_name]
         self._output_name = _output_layer(model, peft_config)
-        if isinstance(peft_config.target_modules, set):  # of targets named so PEFT would save the whole weight
+        if isinstance(
+            peft_config.target_modules, set
+        ):  # of targets named so PEFT would save the whole weight
             peft_config.target_modules.discard(self._output_name)
         self._generator = torch.Generator().manual_seed(peft_config.seed)
         peft_config = _maybe_include_all_linear_layers(peft_config, model)
@@ -67,7 +80,9 @@ class LoSiAModel(BaseTuner):
         refuse_shared_weights(model, [name for name, _ in targets], [])
         for name, module in targets:
             linear = module.get_base_layer() if isinstance(module, LoSiATunerLinear) else module
-            for factor, features in zip(self._factors(name, config), _get_in_out_features(linear)[::-1], strict=True):
+            for factor, features in zip(
+                self._factors(name, config), _get_in_out_features(linear)[::-1], strict=True
+            ):
                 subnet_size(factor, features, name, config.alignment)
 
     def _check_target(self, name: str, module: nn.Module) -> None:
@@ -75,27 +90,42 @@ class LoSiAModel(BaseTuner):
             return
         refuse_quantized(name, module)
         if layer_class(module) is None:
-            raise ValueError(f"LoSiA: target_modules matches {name!r}, a {type(module).__name__}, but only a plain "
-                             f"nn.Linear or Conv1D can hold a subnet; exclude it with exclude_modules")
+            raise ValueError(
+                f"LoSiA: target_modules matches {name!r}, a {type(module).__name__}, but only a plain "
+                f"nn.Linear or Conv1D can hold a subnet; exclude it with exclude_modules"
+            )
         if is_sharded(module.weight):
-            raise ValueError(f"LoSiA: the weight of {name!r} is sharded already, but through PEFT it is trained whole: "
-                             f"use apply_losia, then fully_shard")
+            raise ValueError(
+                f"LoSiA: the weight of {name!r} is sharded already, but through PEFT it is trained whole: "
+                f"use apply_losia, then fully_shard"
+            )
 
     def _create_and_replace(
-        self, peft_config: LoSiAPeftConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
-        current_key: str, parameter_name: str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        peft_config: LoSiAPeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
         self._check_target(current_key, target)
         factors = self._factors(current_key, peft_config)
         layer = target if isinstance(target, LoSiATunerLinear) else LoSiATunerLinear(target)
-        adapter = LoSiAAdapter(layer.base_layer, factors, self._generator, current_key, peft_config.alignment)
+        adapter = LoSiAAdapter(
+            layer.base_layer, factors, self._generator, current_key, peft_config.alignment
+        )
         if not peft_config.init_weights:
             with torch.no_grad():
                 adapter.subnet.add_(torch.randn_like(adapter.subnet))
         if adapter_name == "ref" and layer.losia_adapter:
-            warnings.warn("LoSiA: an adapter named 'ref' beside another: TRL's trainers copy a PeftModel's adapter "
-                          "into one of that name, parameter by parameter, which gives a wrong reference. Give them the "
-                          "plain model and peft_config=", stacklevel=2)
+            warnings.warn(
+                "LoSiA: an adapter named 'ref' beside another: TRL's trainers copy a PeftModel's adapter "
+                "into one of that name, parameter by parameter, which gives a wrong reference. Give them the "
+                "plain model and peft_config=",
+                stacklevel=2,
+            )
         layer.add_adapter(adapter_name, adapter)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
@@ -107,7 +137,8 @@ class LoSiAModel(BaseTuner):
         return factor, factor
 
     def _group(self, model: nn.Module, adapter_name: str, peft_config: LoSiAPeftConfig) -> None:
-        """Note each layer's place in the timeline, as apply_losia does: the output layer, then block by block."""
+        """Note each layer's place in the timeline, as apply_losia does: the output layer, then
+        block by block."""
         config = peft_config.losia_config()
         adapters = {
             name: layer.losia_adapter[adapter_name]
@@ -138,7 +169,8 @@ class LoSiAModel(BaseTuner):
                 yield layer.losia_adapter[name]
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make the adapter (several, if no layer has two of them) the active one: its values are in the weights."""
+        """Make the adapter (several, if no layer has two of them) the active one: its values are in
+        the weights."""
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         for layer in self.model.modules():
             if isinstance(layer, LoSiATunerLinear):
@@ -148,8 +180,10 @@ class LoSiAModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
-            raise ValueError("LoSiA: one batch cannot mix adapters (adapter_names=), which share one weight; call the "
-                             "model once for each adapter, after set_adapter")
+            raise ValueError(
+                "LoSiA: one batch cannot mix adapters (adapter_names=), which share one weight; call the "
+                "model once for each adapter, after set_adapter"
+            )
         yield
 
 
@@ -159,11 +193,19 @@ def _output_layer(model: nn.Module, config: LoSiAPeftConfig) -> str | None:
     head = get() if get is not None else None
     name = next((name for name, module in model.named_modules() if module is head), None)
     if config.output_dim_factor == 0:
-        if name is not None and isinstance(config.target_modules, set) and matches(name, list(config.target_modules)):
-            raise ValueError(f"LoSiA: target_modules names {name!r}, the output layer, but it is trained by "
-                             f"output_dim_factor, the share of its outputs, which is 0")
+        if (
+            name is not None
+            and isinstance(config.target_modules, set)
+            and matches(name, list(config.target_modules))
+        ):
+            raise ValueError(
+                f"LoSiA: target_modules names {name!r}, the output layer, but it is trained by "
+                f"output_dim_factor, the share of its outputs, which is 0"
+            )
         return None
     if not isinstance(head, (nn.Linear, LoSiATunerLinear)):
-        raise ValueError(f"LoSiA: output_dim_factor={config.output_dim_factor} needs an nn.Linear output layer, found "
-                         f"{type(head).__name__}; leave it at 0")
+        raise ValueError(
+            f"LoSiA: output_dim_factor={config.output_dim_factor} needs an nn.Linear output layer, found "
+            f"{type(head).__name__}; leave it at 0"
+        )
     return name

@@ -1,0 +1,357 @@
+"""Deltas: what a training changed of its base, exactly, in a folder of the size of what it touched.
+
+    delta.json            SHA-256 of every tensor of base and trained model, and what is stored of it
+    blocks.safetensors    where they differ: per tensor, blocks of outputs x inputs
+    trained/              values.safetensors: the final values of these blocks; files beside the weights that differ
+    base/                 the same of the base; only ``subtract_delta`` needs it, so it may be deleted
+
+Blocks are found by comparing bits, so nothing has to be recorded while training. The union of all
+subnets that a layer ever had is cut into blocks that share no output: outputs that changed in the
+same inputs form one. So every entry is stored once, and for every tensor
+    out_idx [outputs]    the outputs that changed, block after block
+    out_counts [blocks]  outputs of each block
+    in_idx [inputs]      the inputs that changed in any block
+    in_mask [blocks, inputs / 8]  the inputs of each block, a bit for each of in_idx
+    (numpy.packbits)
+    values               each block row by row, one after another
+Any tensor is taken as a matrix [all but the last dimension, last dimension].
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .folder import (
+    ModelFolder,
+    Spec,
+    Tensors,
+    Track,
+    check_pair,
+    new_folder,
+    refuse_existing,
+    said,
+    sha256,
+    silent,
+    size_of,
+    write_model,
+    write_tensors,
+)
+
+RECORD, BLOCKS, VALUES = "delta.json", "blocks.safetensors", "values.safetensors"
+VERSION = 1
+INTEGERS = {
+    1: torch.int8,
+    2: torch.int16,
+    4: torch.int32,
+    8: torch.int64,
+}  # by bytes: values are compared as bits
+
+
+def make_delta(
+    base: str | Path, trained: str | Path, output: str | Path, track: Track = silent
+) -> None:
+    """Write to the new folder ``output`` what turns the model in ``base`` into the one in
+    ``trained``, bit for bit.
+
+    Both are ``save_pretrained`` folders with safetensors. They are read tensor by tensor; in memory
+    are one tensor of each and the delta. Their dtypes may differ: the delta is then to the base
+    converted to the trained dtype. Raises ValueError if they are not base and result of one
+    training, or ``output`` exists.
+    """
+    refuse_existing(output)
+    folders = {"base": ModelFolder(base), "trained": ModelFolder(trained)}
+    check_pair(*folders.values())
+    record: dict[str, Any] = {"format": "losia_kernels delta", "version": VERSION}
+    record |= {"sha256": {}, "files": {}, "tensors": {}}
+    blocks: dict[str, Tensor] = {}
+    values: dict[str, dict[str, Tensor]] = {side: {} for side in folders}
+    for name in track(list(folders["base"].specs), "comparing"):
+        record["tensors"][name], where, changed = _compare(name, folders)
+        blocks |= {f"{name}.{part}": indices for part, indices in where.items()}
+        for side, flat in changed.items():
+            values[side][name] = flat
+    for side, folder in folders.items():
+        record["sha256"][side] = _combined(record, side)
+        record["files"][side] = folder.side_files()
+    with new_folder(output) as beside:
+        _write_all(beside / BLOCKS, blocks)
+        for side, folder in folders.items():
+            (beside / side).mkdir()
+            _write_all(beside / side / VALUES, values[side])
+            other = folders["base" if side == "trained" else "trained"].path
+            for file in record["files"][side]:
+                if (
+                    not (other / file).is_file()
+                    or (other / file).read_bytes() != (folder.path / file).read_bytes()
+                ):
+                    shutil.copyfile(folder.path / file, beside / side / file)
+        (beside / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def verify_delta(base: str | Path, delta: str | Path, track: Track = silent) -> str:
+    """Raises ValueError, naming the first tensor that differs, unless ``base`` is what ``delta``
+    was made from.
+
+    Returns the SHA-256 of the base's tensors.
+    """
+    opened = _Delta(delta)
+    opened.check(ModelFolder(base), "base", track)
+    return opened.record["sha256"]["base"]
+
+
+def apply_delta(
+    base: str | Path, delta: str | Path, output: str | Path, track: Track = silent
+) -> None:
+    """Write base + delta, which is the trained model bit for bit, to the new folder ``output``.
+
+    ``base`` is verified before anything is written, and every changed tensor when it is. Raises
+    ValueError for another base, a damaged delta, or if ``output`` exists.
+    """
+    _convert(base, delta, output, "base", "trained", track)
+
+
+def subtract_delta(
+    trained: str | Path, delta: str | Path, output: str | Path, track: Track = silent
+) -> None:
+    """Write trained - delta, which is the base bit for bit, to the new folder ``output``.
+
+    Raises ValueError as ``apply_delta`` does, if the delta's ``base/`` was deleted, and if the
+    base's dtype held more than the trained one does: what rounding lost is not in the delta.
+    """
+    _convert(trained, delta, output, "trained", "base", track)
+
+
+def describe_delta(delta: str | Path) -> str:
+    """What a delta holds, as text: its base, its size beside the full model's, and every kind of
+    tensor."""
+    opened = _Delta(delta)
+    tensors = opened.record["tensors"]
+    changed = {name: entry for name, entry in tensors.items() if "blocks" in entry}
+    full = size_of(opened.specs("trained").values())
+    base = _folder_size(opened.path / "base") if (opened.path / "base").exists() else None
+    size = _folder_size(opened.path) - (base or 0)
+    lines = [
+        f"base     sha256 {opened.record['sha256']['base']}",
+        f"trained  sha256 {opened.record['sha256']['trained']}",
+        f"size     {_mb(size)}, {100 * size / full:.2f} % of the model's {_mb(full)}; "
+        + (
+            f"and {_mb(base)} in base/, which only subtract needs"
+            if base is not None
+            else "without base/"
+        ),
+        f"changed  {len(changed)} of {len(tensors)} tensors, {sum(e['values'] for e in changed.values()):,} of "
+        f"{sum(int(np.prod(e['shape'])) for e in tensors.values()):,} values",
+        "",
+    ]
+    kinds: dict[tuple, list[dict]] = {}
+    for name, entry in changed.items():
+        kinds.setdefault((re.sub(r"\.\d+\.", ".*.", name), *entry["shape"]), []).append(entry)
+    for (name, *shape), entries in kinds.items():
+        share = sum(entry["values"] for entry in entries) / (len(entries) * np.prod(shape))
+        blocks = sorted({entry["blocks"] for entry in entries})
+        counts = f"{blocks[0]} to {blocks[-1]}" if len(blocks) > 1 else blocks[0]
+        lines.append(
+            f"{len(entries):4} x {name}  {' x '.join(map(str, shape))}  {counts} blocks, {100 * share:.2f} %"
+        )
+    return "\n".join(lines)
+
+
+def _compare(
+    name: str, folders: dict[str, ModelFolder]
+) -> tuple[dict, dict[str, Tensor], dict[str, Tensor]]:
+    """What delta.json says of one tensor, and, if it has changed, where, and its values there on
+    both sides."""
+    tensors = {side: folder.get(name) for side, folder in folders.items()}
+    entry = {
+        "shape": list(tensors["base"].shape),
+        "dtype": {
+            side: str(tensor.dtype).removeprefix("torch.") for side, tensor in tensors.items()
+        },
+        "sha256": {side: sha256(name, tensor) for side, tensor in tensors.items()},
+    }
+    changed = _bits(tensors["base"].to(tensors["trained"].dtype)) != _bits(tensors["trained"])
+    if not changed.any():
+        return entry, {}, {}
+    where = _find_blocks(changed)
+    values = {side: _take(tensor, where) for side, tensor in tensors.items()}
+    return (
+        entry | {"blocks": len(where["out_counts"]), "values": len(values["base"])},
+        where,
+        values,
+    )
+
+
+def _convert(
+    source: str | Path, delta: str | Path, output: str | Path, here: str, there: str, track: Track
+) -> None:
+    refuse_existing(output)
+    opened, folder = _Delta(delta), ModelFolder(source)
+    if not (opened.path / there / VALUES).exists():
+        raise ValueError(
+            f"{delta} has no {there}/{VALUES}, from which the {there} model's values would come"
+        )
+    if there == "base":
+        opened.check_reversible()
+    opened.check(folder, here, track)
+    values = Tensors(opened.path / there / VALUES)
+    with new_folder(output) as beside:
+        write_model(
+            beside,
+            folder,
+            opened.specs(there),
+            lambda name: opened.result(name, folder, values, there),
+            track,
+        )
+        for file in opened.record["files"][there]:
+            kept = opened.path / there / file
+            origin = kept if kept.exists() else folder.path / file
+            if not origin.exists():
+                raise ValueError(f"{file} is neither in {kept.parent} nor in {folder.path}")
+            shutil.copyfile(origin, beside / file)
+
+
+class _Delta:
+    """An open delta folder."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            self.record = json.loads((self.path / RECORD).read_text())
+        except (OSError, ValueError):
+            raise ValueError(f"{path} is no delta: it has no readable {RECORD}") from None
+        if self.record.get("version") != VERSION:
+            raise ValueError(
+                f"{path} is a delta of version {self.record.get('version')}, this is for {VERSION}"
+            )
+        self.blocks = Tensors(self.path / BLOCKS)
+
+    def specs(self, side: str) -> dict[str, Spec]:
+        entries = self.record["tensors"].items()
+        return {
+            name: (getattr(torch, entry["dtype"][side]), tuple(entry["shape"]))
+            for name, entry in entries
+        }
+
+    def check(self, folder: ModelFolder, side: str, track: Track) -> None:
+        expected, found = self.specs(side), folder.specs
+        refused = f"{folder.path} is not the {side} model of {self.path}:"
+        for name in sorted(expected.keys() | found.keys()):
+            if name not in found or name not in expected:
+                raise ValueError(
+                    f"{refused} it {'lacks' if name in expected else 'has besides'} {name}"
+                )
+            if found[name] != expected[name]:
+                raise ValueError(
+                    f"{refused} {name} is {said(*found[name])}, not {said(*expected[name])}"
+                )
+        for name in track(list(expected), "verifying"):
+            if sha256(name, folder.get(name)) != self.record["tensors"][name]["sha256"][side]:
+                raise ValueError(f"{refused} the values of {name} differ")
+
+    def check_reversible(self) -> None:
+        for name, entry in self.record["tensors"].items():
+            base, trained = (getattr(torch, entry["dtype"][side]) for side in ("base", "trained"))
+            if torch.promote_types(base, trained) != trained:
+                raise ValueError(
+                    f"the base cannot be given back: {name} was {entry['dtype']['base']} and was rounded to "
+                    f"{entry['dtype']['trained']} before training"
+                )
+
+    def result(self, name: str, folder: ModelFolder, values: Tensors, there: str) -> Tensor:
+        """The tensor on the side ``there``, made from the one in ``folder`` and held to its
+        hash."""
+        entry = self.record["tensors"][name]
+        tensor = folder.get(name).to(getattr(torch, entry["dtype"][there]))
+        damaged = f"{self.path} is damaged: {name} does not come out as recorded"
+        if "blocks" in entry:
+            try:
+                parts = ("out_idx", "out_counts", "in_idx", "in_mask")
+                _put_(
+                    tensor,
+                    {part: self.blocks.get(f"{name}.{part}") for part in parts},
+                    values.get(name),
+                )
+            except Exception as error:
+                raise ValueError(damaged) from error
+        if (
+            len(set(entry["sha256"].values())) > 1
+            and sha256(name, tensor) != entry["sha256"][there]
+        ):
+            raise ValueError(damaged)
+        return tensor
+
+
+# blocks -------------------------------------------------------------------------------------------
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """A view of the tensor as a matrix [all but the last dimension, last dimension] of integers:
+    NaN equals itself."""
+    matrix = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor.reshape(1, 1)
+    return matrix.view(INTEGERS[tensor.element_size()])
+
+
+def _find_blocks(changed: Tensor) -> dict[str, Tensor]:
+    """Blocks that share no output and together are exactly where ``changed`` [out, in] is true."""
+    out_idx, in_idx = changed.any(1).nonzero().flatten(), changed.any(0).nonzero().flatten()
+    patterns = np.packbits(changed[out_idx][:, in_idx].numpy(), axis=1)
+    masks, block, counts = np.unique(patterns, axis=0, return_inverse=True, return_counts=True)
+    order = torch.from_numpy(np.argsort(block.reshape(-1), kind="stable"))
+    return {
+        "out_idx": out_idx[order].int(),
+        "out_counts": torch.from_numpy(counts).int(),
+        "in_idx": in_idx.int(),
+        "in_mask": torch.from_numpy(masks),
+    }
+
+
+def _mask(where: dict[str, Tensor]) -> Tensor:
+    """Which entries of ``out_idx`` x ``in_idx`` are in a block, [outputs, inputs]."""
+    masks = np.unpackbits(where["in_mask"].numpy(), axis=1, count=len(where["in_idx"]))
+    return torch.from_numpy(masks.repeat(where["out_counts"].numpy(), axis=0)).bool()
+
+
+def _take(tensor: Tensor, where: dict[str, Tensor]) -> Tensor:
+    """The values of the blocks, [values]."""
+    touched = _bits(tensor)[where["out_idx"].long()[:, None], where["in_idx"].long()]
+    return touched[_mask(where)].view(tensor.dtype)
+
+
+def _put_(tensor: Tensor, where: dict[str, Tensor], values: Tensor) -> None:
+    """Write the values of the blocks into the contiguous ``tensor``."""
+    matrix, place = _bits(tensor), (where["out_idx"].long()[:, None], where["in_idx"].long())
+    touched = matrix[place]
+    touched[_mask(where)] = values.view(matrix.dtype)
+    matrix[place] = touched
+
+
+# files --------------------------------------------------------------------------------------------
+
+
+def _write_all(path: Path, tensors: dict[str, Tensor]) -> None:
+    write_tensors(
+        path, {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}, tensors.__getitem__
+    )
+
+
+def _combined(record: dict, side: str) -> str:
+    lines = [
+        f"{name} {entry['sha256'][side]}\n" for name, entry in sorted(record["tensors"].items())
+    ]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _folder_size(folder: Path) -> int:
+    return sum(os.path.getsize(path) for path in folder.rglob("*") if path.is_file())
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.2f} MB"

@@ -1,0 +1,179 @@
+"""Checkpoints through torch.distributed.checkpoint: every rank writes and reads what it holds.
+
+A checkpoint is a folder that is whole or not there. One process, DDP and FSDP2 read each other's,
+on any number of ranks, bit for bit.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+
+from ..layers.convert import export_state_dict
+from ..parallel.placement import as_shard, own
+from ..parallel.ranks import Rows, is_sharded
+from ..training.timeline import Timeline
+from .folder import UNFINISHED, begin_beside, finish_beside
+
+RUN = (
+    "losia.pt"  # parameter groups, clock, and what else is no tensor of the model's or optimizer's
+)
+REPLICATED = ("step", "losia_in_importance")  # of an optimizer's state, what every rank holds whole
+
+
+def save_checkpoint(
+    folder: str | Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    extra: Any = None,
+    timeline: Timeline | None = None,
+) -> None:
+    """Save model, optimizer and clock to the new ``folder``; call it on all ranks, which share the
+    file system.
+
+    ``extra``: tensors and plain Python that ``load_checkpoint`` gives back (a scheduler's state,
+    the place in the data), rank 0's. ``timeline``: what ``attach`` returned; a LoSiAAdamW has its
+    own. Raises FileExistsError, and ValueError for a PEFT model.
+    """
+    folder = Path(folder)
+    beside = folder.with_name(folder.name + ".tmp")
+    ranks = (timeline or optimizer.timeline).ranks  # type: ignore[attr-defined]
+    first = ranks.rank == 0
+    theirs = beside.exists() and not (beside / UNFINISHED).exists()
+    if ranks.any([first and (folder.exists() or theirs)]) == [True]:
+        raise FileExistsError(
+            f"{folder}, or {beside}, where it would be prepared, exists: name a new folder"
+        )
+    tensors = {f"model.{name}": tensor for name, tensor in _model_tensors(model).items()}
+    names = _names(model, optimizer)
+    state_dict = optimizer.state_dict()
+    for i, state in state_dict["state"].items():
+        tensors |= {
+            f"optimizer.{names[i]}:{kind}": value
+            for kind, value in state.items()
+            if isinstance(value, Tensor)
+        }
+    if first:
+        begin_beside(folder)
+        torch.save(
+            {"param_groups": state_dict["param_groups"], "names": names, "extra": extra},
+            beside / RUN,
+        )
+    ranks.wait()
+    dcp.save(tensors, checkpoint_id=beside, process_group=ranks.group, no_dist=ranks.group is None)
+    if first:
+        finish_beside(beside, folder)
+    ranks.wait()
+
+
+def load_checkpoint(
+    folder: str | Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    timeline: Timeline | None = None,
+) -> Any:
+    """Restore what ``save_checkpoint`` saved and return its ``extra``; call it on all ranks.
+
+    The model has been converted and wrapped; the optimizer is new. Raises FileNotFoundError if
+    there is no such checkpoint, ValueError if it is of another model, config or parameter groups.
+    """
+    folder = Path(folder)
+    timeline = timeline or optimizer.timeline  # type: ignore[attr-defined]
+    run = torch.load(folder / RUN, weights_only=True)
+    names = _names(model, optimizer)
+    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    targets = {f"model.{name}": tensor for name, tensor in _model_tensors(model).items()}
+    others = sorted(targets.keys() ^ {key for key in saved if key.startswith("model.")})
+    if others or names != run["names"]:
+        raise ValueError(
+            f"{folder} is of another model or of other parameter groups; one side lacks {others[:4]}"
+        )
+    parameters = dict(zip(names, _parameters(optimizer), strict=True))
+    for key, entry in saved.items():
+        if key.startswith("optimizer."):
+            name, _, kind = key.removeprefix("optimizer.").rpartition(":")
+            targets[key] = _empty(entry, kind, parameters[name], timeline)
+    dcp.load(
+        targets,
+        checkpoint_id=folder,
+        process_group=timeline.ranks.group,
+        no_dist=timeline.ranks.group is None,
+    )
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in targets.items():
+        if key.startswith("optimizer."):
+            name, _, kind = key.removeprefix("optimizer.").rpartition(":")
+            state.setdefault(names.index(name), {})[kind] = value
+    groups = [{**group, "losia_whole": True} for group in run["param_groups"]]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    return run["extra"]
+
+
+def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """``export_state_dict`` with every tensor whole, on rank 0's CPU, and empty elsewhere; call it
+    on all ranks.
+
+    Shards are gathered one tensor at a time: a GPU never holds more of the model than its shards
+    and one weight.
+    """
+    first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    tied = {
+        _plain(name): id(value) for name, value in model.named_parameters(remove_duplicate=False)
+    }
+    gathered: dict[int | str, Any] = {}  # once for all names of a tied weight
+    whole = {}
+    for name, tensor in export_state_dict(model).items():
+        key = tied.get(name, name)
+        if key not in gathered:
+            tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+            gathered[key] = tensor.detach().to("cpu", copy=True) if first else None
+        if first:
+            whole[name] = gathered[key]
+    return whole
+
+
+def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict's tensors, which loading writes to. Raises ValueError for one that is made for
+    the state dict."""
+    tensors = {
+        name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)
+    }
+    kept = {
+        *dict(model.named_parameters(remove_duplicate=False)),
+        *dict(model.named_buffers(remove_duplicate=False)),
+    }
+    for name in tensors:
+        if name not in kept:
+            raise ValueError(
+                f"{name} is no parameter or buffer, so nothing could be loaded into it; of a PEFT model "
+                f"save the adapter (save_pretrained) and optimizer.state_dict()"
+            )
+    return {_plain(name): value for name, value in tensors.items()}
+
+
+def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Names of the optimizer's parameters, in its order."""
+    named = {id(parameter): _plain(name) for name, parameter in model.named_parameters()}
+    return [named[id(parameter)] for parameter in _parameters(optimizer)]
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _plain(name: str) -> str:
+    """A name without what DDP and torch.compile add to it."""
+    return name.removeprefix("module.").replace("_orig_mod.", "")
+
+
+def _empty(entry: Any, kind: str, parameter: Tensor, timeline: Timeline) -> Tensor:
+    """Where to load a tensor of ``parameter``'s state to: laid out as the parameter is now."""
+    size, dtype = entry.size, entry.properties.dtype
+    if not is_sharded(parameter) or kind in REPLICATED:
+        return torch.empty(size, dtype=dtype, device=parameter.device if len(size) else "cpu")
+    rows = Rows(timeline.ranks, size[0])
+    here = torch.empty(rows.stop - rows.start, *size[1:], dtype=dtype, device=own(parameter).device)
+    return as_shard(here, size[0], parameter)

@@ -1,0 +1,158 @@
+"""What a run shows while it trains: a line on the terminal, a log file of JSON lines, the loss
+curve as a picture."""
+
+import math
+import time
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import TrainerCallback
+
+from ..integrations.history import append_log, read_log, rewind_log
+from ..integrations.transformers import losia_timeline
+
+WINDOW = 0.1  # of the run so far: how much the loss curve's moving average looks back over
+
+
+class ProgressCallback(TrainerCallback):
+    """Writes every step to ``log.jsonl`` and every ``print_every`` steps to the terminal; needs
+    ``logging_steps=1``.
+
+    The log has ``{"step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_gib",
+    "seconds", "observing"}`` for each step, ``{"step", "relocalized"}`` after one that moved
+    subnets, ``{"step", "eval_loss"}``. Times are of this process; memory is the GPU's peak, without
+    a GPU the process's resident size.
+    """
+
+    def __init__(self, log_path: Path, picture_path: Path, print_every: int):
+        self.log_path, self.picture_path, self.print_every = log_path, picture_path, print_every
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        self.timeline = losia_timeline(optimizer)
+        rewind_log(self.log_path, state.global_step)
+        self.first_step, self.started = state.global_step, time.perf_counter()
+        self.step_started, self.tokens_seen = self.started, state.num_input_tokens_seen
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        timeline = self.timeline
+        self.observing = [timeline.group_names[group] for group in timeline.observing]
+        self.moving = [
+            timeline.group_names[group] for group in timeline.schedule.moving(timeline.step)
+        ]
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "eval_loss" in logs:
+            self._write({"step": state.global_step, "eval_loss": logs["eval_loss"]})
+            print(
+                f"step {state.global_step}/{state.max_steps}  eval loss {logs['eval_loss']:.4f}",
+                flush=True,
+            )
+        if "loss" not in logs:
+            return
+        now = time.perf_counter()
+        entry = {
+            "step": state.global_step,
+            "loss": logs["loss"],
+            "learning_rate": logs["learning_rate"],
+            "grad_norm": logs.get("grad_norm"),
+            "tokens_per_second": (state.num_input_tokens_seen - self.tokens_seen)
+            / (now - self.step_started),
+            "memory_gib": memory_gib(),
+            "seconds": now - self.started,
+            "observing": self.observing,
+        }
+        self.step_started, self.tokens_seen = now, state.num_input_tokens_seen
+        self._write(entry)
+        if self.moving:
+            self._write({"step": state.global_step, "relocalized": self.moving})
+        if state.global_step % self.print_every == 0 or state.global_step == state.max_steps:
+            print(self._line(entry, state), flush=True)
+        if not math.isfinite(logs["loss"]):
+            raise FloatingPointError(
+                f"the loss is {logs['loss']} at step {state.global_step}: try a lower lr"
+            )
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.step_started = time.perf_counter()  # the next step's speed is without the evaluation
+
+    def on_save(self, args, state, control, **kwargs):
+        draw_loss_curve(self.log_path, self.picture_path)
+        self.step_started = time.perf_counter()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        draw_loss_curve(self.log_path, self.picture_path)
+
+    def _line(self, entry: dict, state) -> str:
+        done = state.global_step - self.first_step
+        left = entry["seconds"] / done * (state.max_steps - state.global_step)
+        return (
+            f"step {entry['step']}/{state.max_steps}  loss {entry['loss']:.4f}  lr {entry['learning_rate']:.2e}  "
+            f"{entry['tokens_per_second']:,.0f} tokens/s  {entry['memory_gib']:.2f} GiB  left {_clock(left)}  "
+            f"observing {', '.join(entry['observing']) or 'none'}"
+        )
+
+    def _write(self, entry: dict) -> None:
+        append_log(self.log_path, [entry])
+
+
+def memory_gib() -> float:
+    """Peak memory of the GPU's tensors in GiB; without a GPU, the resident size of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return psutil.Process().memory_info().rss / 2**30
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def draw_loss_curve(log_path: Path, picture_path: Path) -> None:
+    """Loss by step with its moving average, evaluation losses, and a mark where subnets moved."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    entries = read_log(log_path)
+    losses = [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
+    if not losses:
+        return
+    steps, values = zip(*losses, strict=True)
+    window = max(1, round(WINDOW * len(values)))
+    smooth = moving_average(values, window)
+    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    axes.plot(steps, values, color="C0", alpha=0.35, linewidth=1, label="loss of the step")
+    axes.plot(steps, smooth, color="C0", label="moving average")
+    evaluated = [(entry["step"], entry["eval_loss"]) for entry in entries if "eval_loss" in entry]
+    if evaluated:
+        axes.plot(*zip(*evaluated, strict=True), "o-", color="C1", label="evaluation loss")
+    moves = [entry["step"] for entry in entries if "relocalized" in entry]
+    if moves:
+        axes.plot(
+            moves,
+            [0.01] * len(moves),
+            "|",
+            color="0.4",
+            markersize=9,
+            transform=axes.get_xaxis_transform(),
+            label="subnets moved",
+        )
+    axes.set(
+        xlabel="optimizer step", ylabel="loss, nats per learned token", title="LoSiA fine-tuning"
+    )
+    axes.legend()
+    figure.savefig(picture_path, dpi=120)
+    pyplot.close(figure)
+
+
+def moving_average(values: Sequence[float], window: int) -> list[float]:
+    """Of each value and the ``window - 1`` before it, or as many as there are."""
+    sums = [0.0, *accumulate(values)]
+    starts = [max(0, last - window) for last in range(1, len(sums))]
+    return [
+        (sums[last] - sums[start]) / (last - start) for last, start in enumerate(starts, start=1)
+    ]

@@ -1,0 +1,311 @@
+"""AdamW on all subnets of a model in one launch: each program looks up which matrix its tile
+belongs to."""
+
+import functools
+import operator
+import struct
+from collections.abc import Sequence
+from itertools import chain
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ops.rounding import CODE_BLOCK, FIRST_MOMENT, SECOND_MOMENT, dynamic_map
+from .device import stochastic_round, store_as
+from .formats import adamw, join_float, load_moment, split_float, store_moment
+from .launch import LaunchConfig, launch_config
+from .subnet_adamw import signed_32_bits
+from .tiles import tile_offsets, tile_ptrs
+
+DTYPES = {
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.uint8: tl.uint8,
+}
+FIRST, SECOND = tl.constexpr(FIRST_MOMENT), tl.constexpr(SECOND_MOMENT)
+
+# A row of the table, one a matrix: addresses, sizes, and what changes with the step (floats in the
+# low 32 bits).
+(
+    WEIGHT,
+    SUBNET,
+    GRAD,
+    EXP_AVG,
+    EXP_AVG_SQ,
+    EXP_AVG_SCALE,
+    EXP_AVG_SQ_SCALE,
+    REMAINDER,
+    OUT_IDX,
+    IN_IDX,
+    K_OUT,
+    K_IN,
+    STRIDE_WEIGHT_OUT,
+    STRIDE_WEIGHT_IN,
+    SPLITS,
+    FIRST_TILE,
+    SEED,
+    DECAY,
+    STEP_SIZE,
+    ROOT_CORRECTION,
+) = (tl.constexpr(field) for field in range(20))
+FIELDS = tl.constexpr(20)
+ROW = struct.Struct("<17q f4x f4x f4x")
+
+
+@triton.jit
+def load_pointer(row_ptr, FIELD: tl.constexpr, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = tl.load(row_ptr + FIELD).to(tl.pointer_type(dtype))
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
+
+
+@triton.jit
+def load_float(row_ptr, FIELD: tl.constexpr):
+    return tl.load(row_ptr + FIELD).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def subnets_adamw_kernel(
+    table_ptr,  # [matrices, FIELDS] int64
+    matrix_ptr,  # [tiles] int32: the tile's matrix
+    signed_map_ptr,  # [256], for uint8 moments
+    unsigned_map_ptr,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    eps,
+    WEIGHT_DTYPE: tl.constexpr,
+    SUBNET_DTYPE: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr,
+    MOMENT_DTYPE: tl.constexpr,
+    STOCHASTIC: tl.constexpr,  # a 16-bit subnet
+    HAS_REMAINDER: tl.constexpr,
+    ALIGNED: tl.constexpr,  # all addresses and rows start at multiples of 16
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,  # for uint8 moments the block that shares a scale
+):
+    row = table_ptr + tl.load(matrix_ptr + tl.program_id(0)) * FIELDS
+    tile = tl.program_id(0) - tl.load(row + FIRST_TILE).to(tl.int32)
+    k_out, k_in = tl.load(row + K_OUT).to(tl.int32), tl.load(row + K_IN).to(tl.int32)
+    if ALIGNED:
+        k_in = tl.multiple_of(k_in, 16)
+    seed = tl.load(row + SEED).to(tl.int32)
+    tiles_in = tl.cdiv(k_in, BLOCK_IN)
+    tile_out, tile_in = tile // tiles_in, tile % tiles_in
+    offs_out, offs_in, mask = tile_offsets(tile_out, tile_in, k_out, k_in, BLOCK_OUT, BLOCK_IN)
+    mask_out = offs_out < k_out
+
+    grad_ptrs = tile_ptrs(load_pointer(row, GRAD, GRAD_DTYPE, ALIGNED), offs_out, offs_in, k_in, 1)
+    grad = tl.zeros((BLOCK_OUT, BLOCK_IN), dtype=tl.float32)
+    for _ in range(tl.load(row + SPLITS).to(tl.int32)):
+        grad += tl.load(grad_ptrs, mask=mask, other=0.0).to(tl.float32)
+        grad_ptrs += tl.cast(k_out, tl.int64) * k_in
+
+    avg_ptrs = tile_ptrs(
+        load_pointer(row, EXP_AVG, MOMENT_DTYPE, ALIGNED), offs_out, offs_in, k_in, 1
+    )
+    sq_ptrs = tile_ptrs(
+        load_pointer(row, EXP_AVG_SQ, MOMENT_DTYPE, ALIGNED), offs_out, offs_in, k_in, 1
+    )
+    offs_scale = offs_out * tiles_in + tile_in
+    avg_scale_ptrs = load_pointer(row, EXP_AVG_SCALE, tl.float32, False) + offs_scale
+    sq_scale_ptrs = load_pointer(row, EXP_AVG_SQ_SCALE, tl.float32, False) + offs_scale
+    exp_avg = load_moment(avg_ptrs, avg_scale_ptrs, signed_map_ptr, mask, mask_out)
+    exp_avg_sq = load_moment(sq_ptrs, sq_scale_ptrs, unsigned_map_ptr, mask, mask_out)
+
+    subnet_ptrs = tile_ptrs(
+        load_pointer(row, SUBNET, SUBNET_DTYPE, ALIGNED), offs_out, offs_in, k_in, 1
+    )
+    rest_ptrs = tile_ptrs(
+        load_pointer(row, REMAINDER, tl.int16, ALIGNED), offs_out, offs_in, k_in, 1
+    )
+    value = tl.load(subnet_ptrs, mask=mask, other=0.0)
+    if HAS_REMAINDER:
+        value = join_float(value, tl.load(rest_ptrs, mask=mask, other=0))
+    value, exp_avg, exp_avg_sq = adamw(
+        value.to(tl.float32),
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        one_minus_beta1,
+        beta2,
+        one_minus_beta2,
+        eps,
+        load_float(row, DECAY),
+        load_float(row, STEP_SIZE),
+        load_float(row, ROOT_CORRECTION),
+    )
+    counter = (
+        offs_out[:, None] * k_in + offs_in[None, :]
+    )  # flat position in the subnet, modulo 2^32
+    store_moment(
+        avg_ptrs,
+        avg_scale_ptrs,
+        signed_map_ptr,
+        exp_avg,
+        mask,
+        mask_out,
+        counter,
+        seed ^ FIRST,
+        True,
+    )
+    store_moment(
+        sq_ptrs,
+        sq_scale_ptrs,
+        unsigned_map_ptr,
+        exp_avg_sq,
+        mask,
+        mask_out,
+        counter,
+        seed ^ SECOND,
+        False,
+    )
+    if HAS_REMAINDER:
+        value, rest = split_float(value)
+        tl.store(rest_ptrs, rest, mask=mask)
+    elif STOCHASTIC:
+        value = stochastic_round(value, counter, seed, SUBNET_DTYPE).to(tl.float32)
+    store_as(subnet_ptrs, value, mask)
+
+    weight_out = tl.load(
+        load_pointer(row, OUT_IDX, tl.int64, ALIGNED) + offs_out, mask=mask_out, other=0
+    )
+    weight_in = tl.load(
+        load_pointer(row, IN_IDX, tl.int64, ALIGNED) + offs_in, mask=offs_in < k_in, other=0
+    )
+    weight_ptr = load_pointer(row, WEIGHT, WEIGHT_DTYPE, ALIGNED)
+    stride_out, stride_in = tl.load(row + STRIDE_WEIGHT_OUT), tl.load(row + STRIDE_WEIGHT_IN)
+    store_as(tile_ptrs(weight_ptr, weight_out, weight_in, stride_out, stride_in), value, mask)
+
+
+def launch_subnets_adamw_(
+    weights,
+    subnets,
+    grads,
+    exp_avgs,
+    exp_avg_sqs,
+    out_idx,
+    in_idx,
+    lr,
+    step,
+    seeds,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    exp_avg_scales,
+    exp_avg_sq_scales,
+    remainders,
+) -> None:
+    """``ops.subnets_adamw_`` on the device: one launch for each device and combination of
+    dtypes."""
+    columns = (
+        weights,
+        subnets,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        exp_avg_scales,
+        exp_avg_sq_scales,
+        remainders,
+        out_idx,
+        in_idx,
+        lr,
+        step,
+        seeds,
+    )
+    kinds: dict[tuple, list[int]] = {}
+    for number, (weight, subnet, grad, exp_avg) in enumerate(
+        zip(weights, subnets, grads, exp_avgs, strict=True)
+    ):
+        kind = weight.device, weight.dtype, subnet.dtype, grad.dtype, exp_avg.dtype
+        kinds.setdefault(kind, []).append(number)
+    for (device, *dtypes), numbers in kinds.items():
+        *tensors, lrs, steps, these_seeds = (
+            [each[n] for n in numbers] if each else [] for each in columns
+        )
+        has_codes = dtypes[3] == torch.uint8
+        config = launch_config("subnet_adamw_", subnets[numbers[0]], n_in=CODE_BLOCK)
+        shapes = tuple(subnets[n].shape for n in numbers)
+        first_tiles, matrix_of_tile = tile_map(shapes, config, device)
+        table, aligned = make_table(
+            tensors,
+            shapes,
+            first_tiles,
+            [signed_32_bits(seed) for seed in these_seeds] or [0] * len(numbers),
+            [1 - rate * weight_decay for rate in lrs],
+            [rate / (1 - beta1**count) for rate, count in zip(lrs, steps, strict=True)],
+            [(1 - beta2**count) ** 0.5 for count in steps],
+        )
+        compiler = config.compiler | (
+            {"num_warps": 8} if has_codes and not aligned else {}
+        )  # four spill
+        with torch.cuda.device_of(weights[numbers[0]]):
+            subnets_adamw_kernel[(len(matrix_of_tile),)](
+                _to_device(table, device),
+                matrix_of_tile,
+                *(dynamic_map(signed, device) if has_codes else None for signed in (True, False)),
+                1 - beta1,
+                beta2,
+                1 - beta2,
+                eps,
+                *(DTYPES[dtype] for dtype in dtypes),
+                STOCHASTIC=bool(seeds) and dtypes[1].itemsize == 2 and not remainders,
+                HAS_REMAINDER=bool(remainders),
+                ALIGNED=aligned,
+                BLOCK_OUT=config.block_out,
+                BLOCK_IN=config.block_in,
+                **compiler,
+            )
+
+
+def make_table(
+    tensors: list[list[Tensor]], shapes: Sequence[tuple[int, int]], *changing: Sequence[float]
+) -> tuple[Tensor, bool]:
+    """What the kernel reads about each matrix, on the host, and whether everything is aligned to 16
+    bytes.
+
+    ``tensors``: a column for each address (an empty one is of zeros); ``changing``: the columns
+    from FIRST_TILE on.
+    """
+    addresses = [[tensor.data_ptr() for tensor in each] or [0] * len(shapes) for each in tensors]
+    strides = [weight.stride() for weight in tensors[0]]
+    splits = [grad.shape[0] if grad.dim() == 3 else 1 for grad in tensors[2]]
+    k_out, k_in = zip(*shapes, strict=True)
+    rows = map(ROW.pack, *addresses, k_out, k_in, *zip(*strides, strict=True), splits, *changing)
+    aligned = functools.reduce(operator.or_, chain(k_in, *addresses)) % 16 == 0
+    return torch.frombuffer(bytearray().join(rows), dtype=torch.int64).view(
+        -1, FIELDS.value
+    ), aligned
+
+
+@functools.lru_cache(maxsize=256)
+def tile_map(
+    shapes: tuple[tuple[int, int], ...], config: LaunchConfig, device: torch.device
+) -> tuple[tuple[int, ...], Tensor]:
+    """The number of each matrix's first tile, and the matrix of each tile ``[tiles]`` on the
+    device."""
+    tiles = [
+        triton.cdiv(k_out, config.block_out) * triton.cdiv(k_in, config.block_in)
+        for k_out, k_in in shapes
+    ]
+    firsts = [sum(tiles[:number]) for number in range(len(tiles))]
+    matrix_of_tile = torch.arange(len(shapes), dtype=torch.int32).repeat_interleave(
+        torch.tensor(tiles)
+    )
+    return tuple(firsts), _to_device(matrix_of_tile, device)
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Without waiting: torch's allocator of pinned memory keeps it until the copy is done."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a captured update would repeat the learning rates and steps of this one, which the host "
+            "writes into a table each time: capture forward and backward, and call step() after replay; "
+            "it is one copy and one launch"
+        )
+    return tensor.pin_memory().to(device, non_blocking=True)

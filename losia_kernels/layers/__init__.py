@@ -1,0 +1,1 @@
+"""What stands in the model in the place of its linears."""

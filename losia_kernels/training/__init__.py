@@ -1,0 +1,1 @@
+"""What step() does: AdamW, the timeline, and where subnets move."""

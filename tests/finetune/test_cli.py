@@ -1,0 +1,243 @@
+"""Mistakes are told in one line with exit code 2; what help and subcommands say."""
+
+import subprocess
+import sys
+
+import pytest
+
+from losia_kernels import NonFiniteScoreError, cli
+from losia_kernels.finetune import run as finetune
+from losia_kernels.finetune.folder import MARKER
+
+
+@pytest.fixture
+def run(capsys):
+    def run(*arguments):
+        try:
+            code = cli.main([str(argument) for argument in arguments])
+        except SystemExit as exit:  # argparse's way
+            code = exit.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n' * 8)
+    return path
+
+
+def refused(result, problem):
+    code, out, err = result
+    assert code == 2, err
+    assert err.count("\n") == 1 and err.startswith("losia-kernels") and problem in err, err
+    return True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ([], "COMMAND"),
+        (["finetune"], "--model, --data, --output"),
+        (["tune"], "invalid choice: 'tune'"),
+        (
+            ["finetune", "--rank-factor", "1/0"],
+            "expected a number or a fraction such as 1/8, got '1/0'",
+        ),
+        (
+            ["finetune", "--period", "often"],
+            "--period: expected a number of steps or 'auto', got 'often'",
+        ),
+        (["finetune", "--steps", "many"], "--steps: invalid int value: 'many'"),
+        (["finetune", "--packing", "--group-by-length"], "not allowed with argument --packing"),
+        (["finetune", "--dtype", "int8"], "invalid choice: 'int8'"),
+    ],
+)
+def test_bad_arguments(run, arguments, problem):
+    assert refused(run(*arguments), problem)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--rank-factor", "2"], "rank_factor must be a number in (0, 1], got 2.0"),
+        (["--rank-factor", "0.01"], "0.01"),
+        (["--output-dim-factor", "1.5"], "output_dim_factor must be a number in [0, 1]"),
+        (["--period", "0"], "period must be a whole number of steps, at least 1, or 'auto', got 0"),
+        (["--steps", "0"], "steps must be at least 1"),
+        (["--lr", "-1"], "lr must be positive"),
+        (["--lr", "nan"], "lr must be positive"),
+        (["--weight-decay", "-0.1"], "weight_decay must be at least 0, got -0.1"),
+        (["--warmup-ratio", "1"], "warmup_ratio must be in [0, 1)"),
+        (["--epochs", "0"], "epochs must be positive"),
+        (["--alignment", "0"], "alignment must be at least 1"),
+        (
+            ["--in-backward"],
+            "in_backward keeps no gradients: it needs gradient_accumulation 1 and max_grad_norm 0",
+        ),
+        (
+            ["--master", "remainder", "--dtype", "float32"],
+            "master remainder completes bfloat16 weights",
+        ),
+        (["--save-steps", "-1"], "save_steps must be at least 0"),
+        (["--max-length", "1"], "no sample has anything left to learn"),
+        (["--eval-data", "absent.jsonl"], "cannot read absent.jsonl"),
+    ],
+)
+def test_bad_values(run, data, model_folder, tmp_path, options, problem):
+    result = run(
+        "finetune", "--model", model_folder, "--data", data, "--output", tmp_path / "out", *options
+    )
+    assert refused(result, problem)
+
+
+def test_a_missing_and_a_wrong_model_folder(run, data, tmp_path):
+    absent, empty, finished, checkpoint = (
+        tmp_path / name for name in ("absent", "empty", "finished", "checkpoint")
+    )
+    for folder in (empty, finished / "model", checkpoint):
+        folder.mkdir(parents=True)
+    for file in (
+        finished / "model" / "config.json",
+        checkpoint / "config.json",
+        checkpoint / MARKER,
+    ):
+        file.write_text("{}")
+    for folder, problem in (
+        (absent, f"no model folder {absent}"),
+        (data, f"no model folder {data}"),
+        (empty, f"{empty} is no model folder: it has no config.json"),
+        (finished, f"it has no config.json; there is one in {finished / 'model'}"),
+        (
+            checkpoint,
+            "is a checkpoint of a LoSiA run: --resume goes on with the run, losia-kernels export makes a",
+        ),
+        ("", "no model folder"),
+    ):
+        result = run("finetune", "--model", folder, "--data", data, "--output", tmp_path / "out")
+        assert refused(result, problem)
+
+
+def test_a_name_that_is_neither_here_nor_on_the_hub(run, data, tmp_path, monkeypatch):
+    def no_hub(name):
+        raise OSError("no connection\nand more")
+
+    monkeypatch.setattr(finetune.AutoTokenizer, "from_pretrained", no_hub)
+    result = run(
+        "finetune", "--model", "someone/model", "--data", data, "--output", tmp_path / "out"
+    )
+    assert refused(
+        result,
+        "cannot load the model someone/model from the hub (there is no such folder): no connection",
+    )
+
+
+def test_values_are_looked_at_before_the_imports_that_take_seconds(
+    run, data, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "losia_kernels.finetune.run", None)
+    for option, problem in (
+        (("--rank-factor", "2"), "rank_factor must be"),
+        (("--lr", "0"), "lr must be positive"),
+    ):
+        assert refused(
+            run("finetune", "--model", "m", "--data", data, "--output", tmp_path / "out", *option),
+            problem,
+        )
+
+
+@pytest.mark.parametrize("option", ["--data", "--eval-data"])
+def test_a_malformed_line_is_named_with_its_file_before_the_model_is_loaded(
+    run, data, tmp_path, option
+):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "a"}\n{"text": \n')
+    absent = tmp_path / "absent"
+    result = run(
+        "finetune", "--model", absent, "--data", data, "--output", tmp_path / "out", option, bad
+    )
+    assert refused(result, f"{bad}:2: not valid JSON")
+
+
+def test_an_output_that_is_not_empty_is_left_alone(run, data, model_folder, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "precious").write_text("mine")
+    result = run("finetune", "--model", model_folder, "--data", data, "--output", output)
+    assert refused(result, "exists and is not empty")
+    assert [path.name for path in output.iterdir()] == ["precious"]
+
+
+def test_a_mistake_leaves_no_output_behind(run, data, tmp_path):
+    run("finetune", "--model", tmp_path / "absent", "--data", data, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_to_resume(run, data, model_folder, tmp_path):
+    result = run(
+        "finetune",
+        "--model",
+        model_folder,
+        "--data",
+        data,
+        "--output",
+        tmp_path / "out",
+        "--resume",
+    )
+    assert refused(result, "nothing to resume")
+
+
+def test_a_folder_that_is_no_losia_checkpoint(run, model_folder, tmp_path):
+    for folder, problem in (
+        (tmp_path, "is no model folder"),
+        (tmp_path / "absent", "is no folder"),
+    ):
+        assert refused(run("inspect", folder), problem)
+        assert refused(run("export", folder, tmp_path / "out"), problem)
+    assert refused(run("export", model_folder, tmp_path / "out"), "holds no LoSiA subnets")
+    assert [path.name for path in tmp_path.iterdir()] == []
+    code, out, err = run("inspect", model_folder)
+    assert (code, err) == (0, "") and "no subnets; 20 tensors, float32, 0.10 MB" in out
+
+
+@pytest.mark.parametrize("error", [FloatingPointError, NonFiniteScoreError])
+def test_training_that_breaks_off_exits_with_1_and_one_line(run, monkeypatch, error):
+    def break_off(**options):
+        raise error("the loss is nan at step 3")
+
+    monkeypatch.setitem(cli.COMMANDS, "inspect", break_off)
+    assert run("inspect", "x") == (1, "", "losia-kernels: the loss is nan at step 3\n")
+
+
+def test_help_says_defaults_and_units_and_needs_no_transformers():
+    blocked = (
+        "import sys; sys.modules['transformers'] = None\n"
+        "from losia_kernels.cli import main; main(['finetune', '--help'])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", blocked], capture_output=True, text=True, env={"COLUMNS": "200"}
+    )
+    assert result.returncode == 0, result.stderr
+    for text in (
+        "--rank-factor P",
+        "(default: 0.125)",
+        "--period STEPS",
+        "--max-length TOKENS",
+        "(default: 2048)",
+    ):
+        assert text in result.stdout
+
+
+def test_without_transformers_it_says_what_to_install():
+    blocked = (
+        "import sys; sys.modules['transformers'] = None\nfrom losia_kernels.cli import main\n"
+        "sys.exit(main(['finetune', '--model', 'm', '--data', 'd', '--output', 'o']))"
+    )
+    result = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert (
+        result.stderr
+        == "losia-kernels: finetune needs transformers: pip install 'losia-kernels[hf]'\n"
+    )

@@ -1,0 +1,1 @@
+from tests.kernels.conftest import poisoned_outputs, seeded  # noqa: F401
