@@ -35,7 +35,9 @@ MODULES: dict[str, tuple[str, ...]] = {
         "losia_timeline",
     ),
     "losia_kernels.integrations.peft": (),
-    "losia_kernels.finetune.run": ("finetune", "FinetuneOptions"),
+    "losia_kernels.checkpoint.export": ("export_checkpoint",),
+    "losia_kernels.finetune.run": ("finetune",),
+    "losia_kernels.finetune.options": ("FinetuneOptions",),
     "losia_kernels.ops": (),
 }
 

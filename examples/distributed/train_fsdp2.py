@@ -8,15 +8,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from losia_kernels.checkpoint.resumable.resumable import (
-    full_state_dict,
-    load_checkpoint,
-    save_checkpoint,
-)
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia
+from losia_kernels.checkpoint import full_state_dict, load_checkpoint, save_checkpoint
 
 STEPS, SAVE_EVERY, WIDTH = 40, 10, 64
 

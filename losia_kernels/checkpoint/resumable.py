@@ -31,12 +31,19 @@ def save_checkpoint(
     extra: Any = None,
     timeline: Timeline | None = None,
 ) -> None:
-    """Save model, optimizer and clock to the new ``folder``; call it on all ranks, which share the
-    file system.
+    """Save model, optimizer and clock; call it on all ranks, which share the file system.
 
-    ``extra``: tensors and plain Python that ``load_checkpoint`` gives back (a scheduler's state,
-    the place in the data), rank 0's. ``timeline``: what ``attach`` returned; a LoSiAAdamW has its
-    own. Raises FileExistsError, and ValueError for a PEFT model.
+    Args:
+        folder: the new folder.
+        model: converted, and wrapped or not.
+        optimizer: a LoSiAAdamW, or one that ``attach`` was given.
+        extra: tensors and plain Python that ``load_checkpoint`` gives back (a scheduler's state,
+            the place in the data), rank 0's.
+        timeline: what ``attach`` returned; a LoSiAAdamW has its own.
+
+    Raises:
+        FileExistsError: if ``folder`` exists, or what lies where it would be prepared is not ours.
+        ValueError: for a PEFT model.
     """
     folder = Path(folder)
     beside = folder.with_name(folder.name + ".tmp")
@@ -75,10 +82,20 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     timeline: Timeline | None = None,
 ) -> Any:
-    """Restore what ``save_checkpoint`` saved and return its ``extra``; call it on all ranks.
+    """Restore what ``save_checkpoint`` saved, on any number of ranks; call it on all of them.
 
-    The model has been converted and wrapped; the optimizer is new. Raises FileNotFoundError if
-    there is no such checkpoint, ValueError if it is of another model, config or parameter groups.
+    Args:
+        folder: the checkpoint.
+        model: converted, and wrapped or not.
+        optimizer: new, of the kind that was saved.
+        timeline: what ``attach`` returned; a LoSiAAdamW has its own.
+
+    Returns:
+        The ``extra`` that was saved.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint.
+        ValueError: if it is of another model, config or parameter groups.
     """
     folder = Path(folder)
     timeline = timeline or optimizer.timeline  # type: ignore[attr-defined]
@@ -113,11 +130,14 @@ def load_checkpoint(
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """``export_state_dict`` with every tensor whole, on rank 0's CPU, and empty elsewhere; call it
-    on all ranks.
+    """The plain model's state dict with every tensor whole, on rank 0's CPU; call it on all ranks.
 
-    Shards are gathered one tensor at a time: a GPU never holds more of the model than its shards
-    and one weight.
+    Args:
+        model: converted, and wrapped or not. Its shards are gathered one tensor at a time: a GPU
+            never holds more of the model than its shards and one weight.
+
+    Returns:
+        What ``export_state_dict`` names on rank 0, nothing on the others.
     """
     first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
     tied = {

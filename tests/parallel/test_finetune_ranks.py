@@ -187,7 +187,7 @@ def test_the_accelerate_config_of_fsdp2_and_a_resume_on_four(inputs, whole, tmp_
         "checkpoint-5",
         "checkpoint-8",
     }
-    from losia_kernels.finetune.folder import export_checkpoint
+    from losia_kernels.checkpoint.export import export_checkpoint
 
     with pytest.raises(
         ValueError, match="several processes' shards: finetune --resume makes a model of the run"
