@@ -6,8 +6,20 @@ import sys
 import pytest
 
 from losia_kernels import NonFiniteScoreError, cli
-from losia_kernels.finetune import run as finetune
-from losia_kernels.finetune.folder import MARKER
+from losia_kernels.checkpoint.folder import MARKER
+
+for library in ("transformers", "accelerate", "matplotlib", "psutil"):
+    pytest.importorskip(library)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    from tests.integrations.tiny_llama import make_model, make_tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    make_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
@@ -124,7 +136,7 @@ def test_a_name_that_is_neither_here_nor_on_the_hub(run, data, tmp_path, monkeyp
     def no_hub(name):
         raise OSError("no connection\nand more")
 
-    monkeypatch.setattr(finetune.AutoTokenizer, "from_pretrained", no_hub)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", no_hub)
     result = run(
         "finetune", "--model", "someone/model", "--data", data, "--output", tmp_path / "out"
     )
@@ -228,6 +240,23 @@ def test_help_says_defaults_and_units_and_needs_no_transformers():
         "(default: 2048)",
     ):
         assert text in result.stdout
+
+
+def test_beyond_the_package_it_imports_the_standard_library_alone():
+    """What a command needs it imports when it runs."""
+    code = (
+        "import sys, losia_kernels; before = set(sys.modules); import losia_kernels.cli\n"
+        "print(*sorted(set(sys.modules) - before))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    added = {name for name in result.stdout.split() if "losia" in name}
+    assert added == {
+        "losia_kernels.cli",
+        "losia_kernels.finetune",
+        "losia_kernels.finetune.options",
+    }
+    others = {name.partition(".")[0] for name in result.stdout.split()} - {"losia_kernels"}
+    assert others <= sys.stdlib_module_names, result.stderr
 
 
 def test_without_transformers_it_says_what_to_install():
