@@ -1,4 +1,4 @@
-"""Mistakes are told in one line with exit code 2; what help and subcommands say."""
+"""Mistakes are said in one line with exit code 2; what help and subcommands say."""
 
 import subprocess
 import sys
@@ -41,11 +41,10 @@ def data(tmp_path):
     return path
 
 
-def refused(result, problem):
+def check_mistake(result, problem):
     code, out, err = result
     assert code == 2, err
     assert err.count("\n") == 1 and err.startswith("losia-kernels") and problem in err, err
-    return True
 
 
 @pytest.mark.parametrize(
@@ -68,7 +67,7 @@ def refused(result, problem):
     ],
 )
 def test_bad_arguments(run, arguments, problem):
-    assert refused(run(*arguments), problem)
+    check_mistake(run(*arguments), problem)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +101,7 @@ def test_bad_values(run, data, model_folder, tmp_path, options, problem):
     result = run(
         "finetune", "--model", model_folder, "--data", data, "--output", tmp_path / "out", *options
     )
-    assert refused(result, problem)
+    check_mistake(result, problem)
 
 
 def test_a_missing_and_a_wrong_model_folder(run, data, tmp_path):
@@ -129,7 +128,7 @@ def test_a_missing_and_a_wrong_model_folder(run, data, tmp_path):
         ("", "no model folder"),
     ):
         result = run("finetune", "--model", folder, "--data", data, "--output", tmp_path / "out")
-        assert refused(result, problem)
+        check_mistake(result, problem)
 
 
 def test_a_name_that_is_neither_here_nor_on_the_hub(run, data, tmp_path, monkeypatch):
@@ -140,7 +139,7 @@ def test_a_name_that_is_neither_here_nor_on_the_hub(run, data, tmp_path, monkeyp
     result = run(
         "finetune", "--model", "someone/model", "--data", data, "--output", tmp_path / "out"
     )
-    assert refused(
+    check_mistake(
         result,
         "cannot load the model someone/model from the hub (there is no such folder): no connection",
     )
@@ -154,7 +153,7 @@ def test_values_are_looked_at_before_the_imports_that_take_seconds(
         (("--rank-factor", "2"), "rank_factor must be"),
         (("--lr", "0"), "lr must be positive"),
     ):
-        assert refused(
+        check_mistake(
             run("finetune", "--model", "m", "--data", data, "--output", tmp_path / "out", *option),
             problem,
         )
@@ -170,7 +169,7 @@ def test_a_malformed_line_is_named_with_its_file_before_the_model_is_loaded(
     result = run(
         "finetune", "--model", absent, "--data", data, "--output", tmp_path / "out", option, bad
     )
-    assert refused(result, f"{bad}:2: not valid JSON")
+    check_mistake(result, f"{bad}:2: not valid JSON")
 
 
 def test_an_output_that_is_not_empty_is_left_alone(run, data, model_folder, tmp_path):
@@ -178,7 +177,7 @@ def test_an_output_that_is_not_empty_is_left_alone(run, data, model_folder, tmp_
     output.mkdir()
     (output / "precious").write_text("mine")
     result = run("finetune", "--model", model_folder, "--data", data, "--output", output)
-    assert refused(result, "exists and is not empty")
+    check_mistake(result, "exists and is not empty")
     assert [path.name for path in output.iterdir()] == ["precious"]
 
 
@@ -198,7 +197,7 @@ def test_nothing_to_resume(run, data, model_folder, tmp_path):
         tmp_path / "out",
         "--resume",
     )
-    assert refused(result, "nothing to resume")
+    check_mistake(result, "nothing to resume")
 
 
 def test_a_folder_that_is_no_losia_checkpoint(run, model_folder, tmp_path):
@@ -206,9 +205,9 @@ def test_a_folder_that_is_no_losia_checkpoint(run, model_folder, tmp_path):
         (tmp_path, "is no model folder"),
         (tmp_path / "absent", "is no folder"),
     ):
-        assert refused(run("inspect", folder), problem)
-        assert refused(run("export", folder, tmp_path / "out"), problem)
-    assert refused(run("export", model_folder, tmp_path / "out"), "holds no LoSiA subnets")
+        check_mistake(run("inspect", folder), problem)
+        check_mistake(run("export", folder, tmp_path / "out"), problem)
+    check_mistake(run("export", model_folder, tmp_path / "out"), "holds no LoSiA subnets")
     assert [path.name for path in tmp_path.iterdir()] == []
     code, out, err = run("inspect", model_folder)
     assert (code, err) == (0, "") and "no subnets; 20 tensors, float32, 0.10 MB" in out

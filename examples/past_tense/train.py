@@ -123,7 +123,6 @@ def main(model_folder: str, method: str, work: Path) -> None:
 
 if __name__ == "__main__":
     logging.disable_progress_bar()
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, module="transformers"
-    )  # PEFT's use of older names
+    # PEFT uses older names
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))

@@ -48,12 +48,8 @@ from .folder import (
 
 RECORD, BLOCKS, VALUES = "delta.json", "blocks.safetensors", "values.safetensors"
 VERSION = 1
-INTEGERS = {
-    1: torch.int8,
-    2: torch.int16,
-    4: torch.int32,
-    8: torch.int64,
-}  # by bytes: values are compared as bits
+# By bytes: values are compared as bits.
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def make_delta(

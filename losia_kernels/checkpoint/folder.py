@@ -46,9 +46,8 @@ DTYPES = {
     "U8": torch.uint8,
 }
 Spec = tuple[torch.dtype, tuple[int, ...]]
-Track = Callable[
-    [Iterable[str], str], Iterable[str]
-]  # goes through names, and may show how far it is
+# Goes through names, and may show how far it is.
+Track = Callable[[Iterable[str], str], Iterable[str]]
 
 
 def untracked(names: Iterable[str], doing: str) -> Iterable[str]:
@@ -169,9 +168,8 @@ def write_tensors(
 ) -> None:
     """A .safetensors file of the tensors that ``get`` gives for each name of ``specs``, one at a
     time."""
-    names = sorted(
-        specs, key=lambda name: (-specs[name][0].itemsize, name)
-    )  # large dtypes first: all stay aligned
+    # large dtypes first: all stay aligned
+    names = sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))
     code = {dtype: code for code, dtype in DTYPES.items()}
     header: dict[str, dict] = {"__metadata__": metadata} if metadata else {}
     end = 0

@@ -137,9 +137,8 @@ def factor(difference: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor]
         return lora_b.T.contiguous(), lora_a.T.contiguous()
     selected = torch.eye(len(out_idx), dtype=torch.float64)
     if rank is not None and rank < len(out_idx):
-        selected = torch.linalg.eigh(block @ block.T).eigenvectors[
-            :, -rank:
-        ]  # the first left singular vectors
+        # the first left singular vectors
+        selected = torch.linalg.eigh(block @ block.T).eigenvectors[:, -rank:]
     lora_b = difference.new_zeros(len(difference), selected.shape[1])
     lora_a = difference.new_zeros(selected.shape[1], difference.shape[1])
     lora_b[out_idx] = selected

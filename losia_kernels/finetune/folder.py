@@ -24,13 +24,8 @@ from ..checkpoint.folder import MARKER, new_folder, write_json
 from ..integrations.transformers import losia_timeline
 from .options import FinetuneOptions, InputError
 
-FREE_ON_RESUME = (
-    "output",
-    "resume",
-    "save_steps",
-    "print_every",
-    "report_to",
-)  # options that do not change the result
+# Options that do not change the result.
+FREE_ON_RESUME = ("output", "resume", "save_steps", "print_every", "report_to")
 
 
 def open_run(options: FinetuneOptions, processes: int = 1) -> tuple[dict, Path | None]:
@@ -104,9 +99,8 @@ class CheckpointCallback(TrainerCallback):
         if not (folder / "config.json").exists():  # of shards the Trainer saves the tensors alone
             model.config.save_pretrained(folder)
         config = json.loads((folder / "config.json").read_text())
-        write_json(
-            folder / "config.json", config | {"use_cache": self.use_cache}
-        )  # the Trainer turns it off
+        config["use_cache"] = self.use_cache  # the Trainer turns it off
+        write_json(folder / "config.json", config)
         timeline = losia_timeline(optimizer)
         files = [path for path in folder.rglob("*") if path.is_file()]
         values = {

@@ -13,14 +13,8 @@ from typing import Any, Literal
 
 from ..config import IMPORTANCES, LoSiAConfig
 
-PICTURES = (
-    "loss",
-    "timeline",
-    "subnets",
-    "frequency",
-    "gradients",
-    "singular_vectors",
-)  # of ``losia-kernels plot``
+# Of ``losia-kernels plot``.
+PICTURES = ("loss", "timeline", "subnets", "frequency", "gradients", "singular_vectors")
 
 
 class InputError(ValueError):

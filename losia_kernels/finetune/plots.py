@@ -34,11 +34,8 @@ from .progress import draw_loss_curve
 from .spectra import gradient_sums, singular_vector_similarity
 
 BINS = 192  # of neighbouring neurons, across a panel
-SOURCES = {
-    "loss": "log.jsonl",
-    "gradients": "run.json",
-    "singular_vectors": "run.json",
-}  # what must be there
+# What must be there for a picture; for the others subnets.jsonl.
+SOURCES = {"loss": "log.jsonl", "gradients": "run.json", "singular_vectors": "run.json"}
 SLICES = 8  # of the run's time, within a layer's band
 GRADIENT_BATCHES = 4
 
@@ -111,9 +108,8 @@ def _similarity(run: Path, base: str | None, vectors: int) -> dict:
     before, after = (
         AutoModelForCausalLM.from_pretrained(folder, dtype="auto") for folder in folders
     )
-    names = [
-        name for name in _history(run).of_layers() if re.search(r"\.\d+\.", name)
-    ]  # not the vocabulary's
+    layers = _history(run).of_layers()
+    names = [name for name in layers if re.search(r"\.\d+\.", name)]  # not the vocabulary's
     return singular_vector_similarity(before, after, names, vectors)
 
 

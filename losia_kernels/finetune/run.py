@@ -33,18 +33,19 @@ class Run:
     """
 
     options: FinetuneOptions
+    processes: PartialState
     record: dict
     checkpoint: Path | None
     model: Any
+    use_cache: bool
     tokenizer: Any
     train_data: list
     eval_data: list | None
     steps: int
-    use_cache: bool
-    processes: PartialState
 
     @property
     def folder(self) -> Path:
+        """Where everything is left."""
         return Path(self.options.output)
 
     @property
@@ -76,8 +77,10 @@ def finetune(options: FinetuneOptions, callbacks: tuple[TrainerCallback, ...] = 
 
 
 def prepare(options: FinetuneOptions) -> Run | None:
-    """Everything that may be wrong is looked at, the cheap first, and the model loaded; None if the
-    run in the output folder is finished."""
+    """Look at everything that may be wrong, the cheap first, and load and convert the model.
+
+    None if the run in the output folder is finished. Raises InputError, having written nothing.
+    """
     options.check()
     _check_report_to(options.report_to)
     logging.disable_progress_bar()
@@ -108,16 +111,16 @@ def prepare(options: FinetuneOptions) -> Run | None:
     steps = options.total_steps(len(train_data), processes.num_processes)
     convert_model(model, options, steps)
     return Run(
-        options,
-        record,
-        checkpoint,
-        model,
-        tokenizer,
-        train_data,
-        eval_data,
-        steps,
-        model.config.use_cache,
-        processes,
+        options=options,
+        processes=processes,
+        record=record,
+        checkpoint=checkpoint,
+        model=model,
+        use_cache=model.config.use_cache,
+        tokenizer=tokenizer,
+        train_data=train_data,
+        eval_data=eval_data,
+        steps=steps,
     )
 
 

@@ -15,9 +15,8 @@ class FinetuneTrainer(Trainer):
     again."""
 
     def __init__(self, model, args: TrainingArguments, **kwargs):
-        args._n_gpu = min(
-            args.n_gpu, 1
-        )  # with more, the Trainer would wrap the model in DataParallel
+        # with more than one, the Trainer would wrap the model in DataParallel
+        args._n_gpu = min(args.n_gpu, 1)
         super().__init__(model, args, **kwargs)
         self.remove_callback(PrinterCallback)
 
@@ -56,10 +55,8 @@ class NoStepTooMany(TrainerCallback):
 def training_arguments(options: FinetuneOptions, steps: int) -> TrainingArguments:
     """The Trainer's arguments for a run of ``steps`` optimizer steps."""
     checkpointing = "activation_checkpointing"
-    if (
-        checkpointing not in TrainingArguments.__dataclass_fields__
-    ):  # its name before transformers 5.20
-        checkpointing = "gradient_checkpointing"
+    if checkpointing not in TrainingArguments.__dataclass_fields__:
+        checkpointing = "gradient_checkpointing"  # its name before transformers 5.20
     return TrainingArguments(
         output_dir=str(Path(options.output) / "checkpoints"),
         max_steps=steps,

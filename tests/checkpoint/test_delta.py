@@ -91,9 +91,8 @@ def test_base_and_delta_are_the_trained_model_and_back(tmp_path, options):
 
 def test_blocks_are_what_the_subnets_touched_each_entry_once(pair, made):
     base, trained, blocks = load(pair.base), load(pair.trained), read_blocks(made)
-    names = {
-        name.replace("lm_head", "model.embed_tokens"): mask for name, mask in pair.touched.items()
-    }  # tied
+    tied = {"lm_head": "model.embed_tokens"}
+    names = {tied.get(name, name): mask for name, mask in pair.touched.items()}
     assert blocks.keys() == {f"{name}.weight" for name in names}
     for name, mask in names.items():
         stored = torch.zeros(mask.shape, dtype=torch.int)
@@ -104,9 +103,8 @@ def test_blocks_are_what_the_subnets_touched_each_entry_once(pair, made):
         assert not stored[~mask].any()
         assert stored.sum() > 0.99 * mask.sum()  # an entry may come back to its first value
         count = len(blocks[f"{name}.weight"])
-        assert (
-            count == 1 if "embed" in name else 2 <= count <= 12
-        )  # of three that overlap: 7, and by such entries more
+        # of three that overlap: 7, and by such entries more
+        assert count == 1 if "embed" in name else 2 <= count <= 12
 
 
 def test_it_is_as_small_as_what_it_holds_and_says_so(pair, made, capsys):
@@ -117,16 +115,16 @@ def test_it_is_as_small_as_what_it_holds_and_says_so(pair, made, capsys):
         == changed
     )
     assert cli.main(["inspect", str(made)]) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     full = sum(tensor.numel() for tensor in base.values())
-    assert f"changed  15 of {len(base)} tensors, {changed:,} of {full:,} values" in said
+    assert f"changed  15 of {len(base)} tensors, {changed:,} of {full:,} values" in printed
     record = json.loads((made / "delta.json").read_text())
-    assert f"base     sha256 {record['sha256']['base']}" in said
+    assert f"base     sha256 {record['sha256']['base']}" in printed
     assert (
-        f"% of the model's {4 * full / 1e6:,.2f} MB" in said
-        and "in base/, which only subtract needs" in said
+        f"% of the model's {4 * full / 1e6:,.2f} MB" in printed
+        and "in base/, which only subtract needs" in printed
     )
-    assert "   2 x model.layers.*.mlp.down_proj.weight  32 x 48" in said
+    assert "   2 x model.layers.*.mlp.down_proj.weight  32 x 48" in printed
     shutil.rmtree(made / "base")
     assert "without base/" in delta.describe_delta(made)
 
@@ -321,8 +319,8 @@ def cut_a_file(made):
 def test_a_damaged_delta_leaves_nothing_behind(pair, made, tmp_path, capsys, damage, problem):
     damage(made)
     assert cli.main(["delta", "apply", str(pair.base), str(made), str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and problem in said
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and problem in printed
     assert [path.name for path in tmp_path.iterdir()] == ["delta"]
 
 

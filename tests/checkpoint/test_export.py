@@ -32,7 +32,7 @@ def test_export_is_the_model_at_that_step(whole_run, tmp_path):
 
 def test_inspect_says_what_a_checkpoint_holds(whole_run, capsys):
     assert cli.main(["inspect", str(whole_run / "checkpoints" / "checkpoint-12")]) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for line in (
         "step            12",
         "observing       model.layers.0",
@@ -41,4 +41,4 @@ def test_inspect_says_what_a_checkpoint_holds(whole_run, capsys):
         "   1 x lm_head  weight 261 x 32  subnet 32 x 32",
         "   2 x model.layers.*.mlp.down_proj  weight 32 x 48  subnet 8 x 12",
     ):
-        assert line in said.splitlines(), said
+        assert line in printed.splitlines(), printed

@@ -48,8 +48,8 @@ def test_folders_that_are_no_models(pair, tmp_path, capsys):
     for name, problem in problems.items():
         for folders in ((tmp_path / name, pair.trained), (pair.base, tmp_path / name)):
             assert cli.main(["delta", "make", *map(str, folders), str(tmp_path / "out")]) == 2
-            said = capsys.readouterr().err
-            assert said.count("\n") == 1 and problem in said, said
+            printed = capsys.readouterr().err
+            assert printed.count("\n") == 1 and problem in printed, printed
     assert not (tmp_path / "out").exists()
 
 

@@ -28,16 +28,17 @@ SAVE_STEPS, STEPS = 2, 6  # checkpoints 2, 4, 6; 2 goes when 6 is written
 
 def run(folder: str, model: str, moment: str = "", resume: bool = False) -> None:
     """A fine-tuning run in ``folder`` that dies at ``moment``, or never."""
-    with open(Path(folder) / "said.txt", "a") as said, mock.patch.object(sys, "stdout", said):
+    with (
+        open(Path(folder) / "printed.txt", "a") as printed,
+        mock.patch.object(sys, "stdout", printed),
+    ):
         if moment:
             DOOMS[moment]()
-        mock.patch.object(
-            progress, "draw_loss_curve"
-        ).start()  # slow, and not what is looked at here
+        # slow, and not what is looked at here
+        mock.patch.object(progress, "draw_loss_curve").start()
         changes = dict(steps=STEPS, save_steps=SAVE_STEPS, period=2, eval_data=None, resume=resume)
-        changes |= dict(
-            gradient_accumulation=1, lr_scheduler="constant"
-        )  # a step too many would show
+        # a step too many would show
+        changes |= dict(gradient_accumulation=1, lr_scheduler="constant")
         finetune(options(Path(folder), Path(model), **changes))
 
 

@@ -75,15 +75,14 @@ def test_a_killed_run_keeps_its_last_checkpoint_and_goes_on_from_it(
     assert runs.run(tmp_path, model_folder, moment) == KILLED
     run = tmp_path / "run"
     last = "checkpoint-6" if moment == "export" else "checkpoint-4"
-    assert get_last_checkpoint(run / "checkpoints").endswith(
-        "checkpoint-6"
-    )  # the Trainer would take the torn one
+    # the Trainer would take the torn one
+    assert get_last_checkpoint(run / "checkpoints").endswith("checkpoint-6")
     assert not (run / "model").exists()
     ours, theirs = contents(run / "checkpoints" / last), contents(whole / "checkpoints" / last)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert (run / "checkpoints" / last / MARKER).exists()
     assert runs.run(tmp_path, model_folder, "", True) == 0
-    assert f"resuming from {run / 'checkpoints' / last}\n" in (tmp_path / "said.txt").read_text()
+    assert f"resuming from {run / 'checkpoints' / last}\n" in (tmp_path / "printed.txt").read_text()
     assert_same_model(run / "model", whole / "model")
     assert {path.name for path in (run / "checkpoints").iterdir()} == {
         "checkpoint-4",
@@ -131,7 +130,7 @@ def test_what_nobody_completed_is_left_alone(tmp_path, marker):
     assert left == {"checkpoint-best", "checkpoint-6-good", "checkpoint-notes.txt"}
 
 
-def test_resume_with_other_options_or_data_is_refused(tmp_path, model_folder):
+def test_resume_with_other_options_or_data_is_mistake(tmp_path, model_folder):
     record, _ = open_run(options(tmp_path, model_folder))
     (tmp_path / "run").mkdir()
     write_json(tmp_path / "run" / "run.json", record)

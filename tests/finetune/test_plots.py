@@ -29,26 +29,28 @@ def run(tmp_path_factory, model_folder):
 @pytest.mark.slow
 def test_plot_draws_every_picture(run, capsys):
     assert cli.main(["plot", str(run), "--vectors", "8"]) == 0
-    said = capsys.readouterr()
-    assert said.out.split() == [str(run / "plots" / f"{name}.png") for name in PICTURES]
-    assert "gradients" in said.err and "singular vectors: 100%" in said.err  # progress
+    printed = capsys.readouterr()
+    assert printed.out.split() == [str(run / "plots" / f"{name}.png") for name in PICTURES]
+    assert "gradients" in printed.err and "singular vectors: 100%" in printed.err  # progress
     for name in PICTURES:
         image = np.asarray(Image.open(run / "plots" / f"{name}.png").convert("L"))
         assert min(image.shape) > 200 and len(np.unique(image)) > 50, name
 
 
 def test_plot_says_what_is_missing(run, tmp_path, capsys):
-    def refused(*arguments):
+    def mistake(*arguments):
         assert cli.main(["plot", *map(str, arguments)]) == 2
         return capsys.readouterr().err
 
-    assert "holds no run" in refused(tmp_path)
+    assert "holds no run" in mistake(tmp_path)
     shutil.copy(run / "log.jsonl", tmp_path)
-    assert "no " in (said := refused(tmp_path, "--only", "subnets")) and "subnets.jsonl" in said
-    assert "no run.json" in refused(tmp_path, "--only", "gradients")
+    assert (
+        "no " in (printed := mistake(tmp_path, "--only", "subnets")) and "subnets.jsonl" in printed
+    )
+    assert "no run.json" in mistake(tmp_path, "--only", "gradients")
     shutil.copy(run / "run.json", tmp_path)
-    assert "not finished" in refused(tmp_path, "--only", "singular_vectors")
-    assert "no model folder ./gone" in refused(tmp_path, "--only", "gradients", "--base", "./gone")
+    assert "not finished" in mistake(tmp_path, "--only", "singular_vectors")
+    assert "no model folder ./gone" in mistake(tmp_path, "--only", "gradients", "--base", "./gone")
     assert cli.main(["plot", str(tmp_path), "--only", "loss"]) == 0
 
 
@@ -75,9 +77,9 @@ def test_marginal_importance_captures_nothing_that_is_known(tmp_path):
     history = SubnetHistory.read(tmp_path / "subnets.jsonl")
     moved = [place for place in history.places if place.step]
     assert moved and all(place.captured is None and place.overlap is not None for place in moved)
-    told = replace(history, places=[replace(place, captured=0.5) for place in history.places])
+    claimed = replace(history, places=[replace(place, captured=0.5) for place in history.places])
     widths = []
-    for known in (history, told):
+    for known in (history, claimed):
         plots.draw_timeline(known, 3, tmp_path / "timeline.png")
         widths.append(Image.open(tmp_path / "timeline.png").width)
     assert widths[0] < 0.7 * widths[1], "a panel for what nobody knows"

@@ -21,13 +21,13 @@ def test_the_terminal_says_what_runs_and_how_far_it_is(tmp_path, model_folder, c
         "eval_data": None,
     }
     finetune(options(tmp_path, model_folder, **chosen))
-    said = capsys.readouterr().out
-    assert "14 layers in 2 groups" in said and "period 2 steps (auto), 2.0 cycles" in said
+    printed = capsys.readouterr().out
+    assert "14 layers in 2 groups" in printed and "period 2 steps (auto), 2.0 cycles" in printed
     assert (
-        "38 samples" in said
-        and "8 steps of 4 x 2 samples, lr 0.01 cosine, 1 steps of warm-up" in said
+        "38 samples" in printed
+        and "8 steps of 4 x 2 samples, lr 0.01 cosine, 1 steps of warm-up" in printed
     )
-    lines = [line for line in said.splitlines() if line.startswith("step ")]
+    lines = [line for line in printed.splitlines() if line.startswith("step ")]
     assert [line.split()[1] for line in lines] == ["4/8", "8/8"]
     for part in ("loss ", "lr ", " tokens/s ", " GiB ", "left 0:00:0", "observing model.layers.1"):
         assert part in lines[0], lines

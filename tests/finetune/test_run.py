@@ -48,9 +48,8 @@ def test_the_model_is_plain(whole_run, model_folder):
         k: (v.shape, v.dtype) for k, v in original.items()
     }
     changed = {key for key in trained if not torch.equal(trained[key], original[key])}
-    assert changed == {
-        key for key in trained if "_proj" in key or "embed" in key
-    }  # the output layer is tied
+    # the output layer is tied to the embedding
+    assert changed == {key for key in trained if "_proj" in key or "embed" in key}
     assert not list(whole_run.glob("*.tmp"))
     ours, theirs = (
         json.loads((folder / "config.json").read_text())

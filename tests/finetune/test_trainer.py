@@ -12,9 +12,9 @@ from tests.integrations.tiny_llama import make_model
 
 
 def test_packing_says_nothing_at_every_step(tmp_path, model_folder):
-    with CaptureLogger(logging.get_logger("transformers.trainer")) as said:
+    with CaptureLogger(logging.get_logger("transformers.trainer")) as printed:
         finetune(options(tmp_path, model_folder, packing=True, group_by_length=False, steps=2))
-    assert "Could not determine" not in said.out
+    assert "Could not determine" not in printed.out
 
 
 def test_a_constant_rate_has_no_warm_up_and_rewarms_from_the_first_move(tmp_path, model_folder):
