@@ -130,7 +130,7 @@ def test_what_nobody_completed_is_left_alone(tmp_path, marker):
     assert left == {"checkpoint-best", "checkpoint-6-good", "checkpoint-notes.txt"}
 
 
-def test_resume_with_other_options_or_data_is_mistake(tmp_path, model_folder):
+def test_resume_with_other_options_or_data_is_a_mistake(tmp_path, model_folder):
     record, _ = open_run(options(tmp_path, model_folder))
     (tmp_path / "run").mkdir()
     write_json(tmp_path / "run" / "run.json", record)
