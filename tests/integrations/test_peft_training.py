@@ -11,11 +11,10 @@ pytest.importorskip("peft")
 from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach
+from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach, calibrate
 from losia_kernels.checkpoint.resumable import load_checkpoint, save_checkpoint
 from losia_kernels.integrations.peft import LoSiAPeftConfig
 from losia_kernels.integrations.transformers import LoSiACallback, LoSiAOptimizerFactory
-from losia_kernels.training import calibrate
 
 CHOICES = dict(rank_factor=1 / 4, period=2, rank_pattern={"v_proj": 0.5}, seed=3)
 LR = 1e-2

@@ -9,10 +9,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, ops
+from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, calibrate, ops
 from losia_kernels.layers.linear import losia_layers
 from losia_kernels.ops.rounding import join_float
-from losia_kernels.training import calibrate
 from losia_kernels.training.adam_state import MOMENTS, SUBNET_STATE
 from tests.tiny import make_batches, same_tensors, snapshot, take_step, tiny_lm
 
