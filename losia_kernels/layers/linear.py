@@ -12,7 +12,8 @@ from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import ops
-from ..ops import eager
+from ..ops.adamw import write_subnet_
+from ..ops.rounding import accumulate_dtype
 from ..parallel.ranks import is_sharded
 from .agreement import Agreement
 from .subnet import Subnet, subnet_size
@@ -178,7 +179,7 @@ class LoSiALinear(nn.Linear):
 
     @property
     def _subnet_dtype(self) -> torch.dtype:
-        return eager.accumulate_dtype(self.weight.dtype) if self.master else self.weight.dtype
+        return accumulate_dtype(self.weight.dtype) if self.master else self.weight.dtype
 
     @property
     def current_subnet(self) -> Subnet:
@@ -278,7 +279,7 @@ class LoSiALinear(nn.Linear):
     def write_back_(self) -> None:
         """Round ``subnet`` into ``weight``: after the step of an optimizer that knows nothing of
         the weight."""
-        eager.write_subnet_(self.matrix, self.out_idx, self.in_idx, self.subnet)
+        write_subnet_(self.matrix, self.out_idx, self.in_idx, self.subnet)
         self.note_agreement_()
 
     @torch.no_grad()
