@@ -16,7 +16,11 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from losia_kernels import ops
-from losia_kernels.ops import eager
+from losia_kernels.ops.adamw import subnet_adamw_plain_
+from losia_kernels.ops.gather import gather_features_plain
+from losia_kernels.ops.importance import importance_marginals_plain, importance_update_plain_
+from losia_kernels.ops.scores import score_marginals_plain
+from losia_kernels.ops.subnet_grad import subnet_grad_plain
 
 from .harness import gate_relative, gate_rule, measure, rotation
 from .jobs import Job, first_line
@@ -56,7 +60,7 @@ def gather_features(shape, p, tokens, dtype) -> OpCase:
     k = _size(p, shape)[1]
     return OpCase(
         inputs=lambda g: (_randn(g, tokens, shape[1], dtype=dtype), _index(g, shape[1], k)),
-        forms={"ours": ops.gather_features, "eager": eager.gather_features},
+        forms={"ours": ops.gather_features, "eager": gather_features_plain},
         truth=lambda x, idx: x.double()[:, idx],
         moved_bytes=dtype.itemsize * tokens * (shape[1] + k),
     )
@@ -75,9 +79,7 @@ def subnet_grad(shape, p, tokens, dtype) -> OpCase:
         forms={
             "ours": lambda dy, x, x_sub, o, i: ops.subnet_grad(dy, x_sub, o, None),
             "ours, gathering x too": lambda dy, x, x_sub, o, i: ops.subnet_grad(dy, x, o, i),
-            "eager": lambda dy, x, x_sub, o, i: eager.subnet_grad_partials(dy, x_sub, o, None).sum(
-                0
-            ),
+            "eager": lambda dy, x, x_sub, o, i: subnet_grad_plain(dy, x_sub, o, None),
             "library: index_select, then matmul": lambda dy, x, x_sub, o, i: (
                 dy.index_select(1, o).T @ x_sub
             ),
@@ -148,7 +150,7 @@ def _adamw_truth(*matrices: tuple) -> list[Tensor]:
     doubled = [
         tuple(t.double() if t.is_floating_point() else t for t in matrix) for matrix in matrices
     ]
-    return _adamw_with(eager.subnet_adamw_, *doubled)
+    return _adamw_with(subnet_adamw_plain_, *doubled)
 
 
 def subnet_adamw(shape, p, tokens, dtype, matrices: int = 1) -> OpCase:
@@ -158,7 +160,7 @@ def subnet_adamw(shape, p, tokens, dtype, matrices: int = 1) -> OpCase:
         forms={
             "ours": _adamw_at_once,
             "ours, a launch each": functools.partial(_adamw_with, ops.subnet_adamw_),
-            "eager": functools.partial(_adamw_with, eager.subnet_adamw_),
+            "eager": functools.partial(_adamw_with, subnet_adamw_plain_),
             "library: fused AdamW, then index_put": _adamw_library,
         },
         truth=_adamw_truth,
@@ -184,9 +186,9 @@ def importance_update(shape, p, tokens, dtype) -> OpCase:
         inputs=lambda g: _importance_inputs(g, shape, dtype),
         forms={
             "ours": functools.partial(_updated, ops.importance_update_),
-            "eager": functools.partial(_updated, eager.importance_update_),
+            "eager": functools.partial(_updated, importance_update_plain_),
         },
-        truth=lambda *a: _updated(eager.importance_update_, *(t.double() for t in a)),
+        truth=lambda *a: _updated(importance_update_plain_, *(t.double() for t in a)),
         moved_bytes=shape[0] * shape[1] * (2 * dtype.itemsize + 16),
     )
 
@@ -196,9 +198,9 @@ def importance_marginals(shape, p, tokens, dtype) -> OpCase:
         inputs=lambda g: _importance_inputs(g, shape, dtype)[2:],
         forms={
             "ours": lambda w, g: ops.importance_marginals(w, g),
-            "eager": lambda w, g: eager.importance_marginals(w, g, "sensitivity", 1.0),
+            "eager": lambda w, g: importance_marginals_plain(w, g, "sensitivity", 1.0),
         },
-        truth=lambda w, g: eager.importance_marginals(w.double(), g.double(), "sensitivity", 1.0),
+        truth=lambda w, g: importance_marginals_plain(w.double(), g.double(), "sensitivity", 1.0),
         moved_bytes=shape[0] * shape[1] * 2 * dtype.itemsize,
     )
 
@@ -208,9 +210,9 @@ def score_marginals(shape, p, tokens, dtype) -> OpCase:
         inputs=lambda g: _importance_inputs(g, shape, dtype)[:2],
         forms={
             "ours": lambda i, u: ops.score_marginals(i, u),
-            "eager": lambda i, u: eager.score_marginals(i, u, None, None),
+            "eager": lambda i, u: score_marginals_plain(i, u, None, None),
         },
-        truth=lambda i, u: eager.score_marginals(i.double(), u.double(), None, None),
+        truth=lambda i, u: score_marginals_plain(i.double(), u.double(), None, None),
         moved_bytes=shape[0] * shape[1] * 8,
     )
 

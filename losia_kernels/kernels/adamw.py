@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.rounding import CODE_BLOCK, FIRST_MOMENT, SECOND_MOMENT, dynamic_map
+from .codes import CODE_BLOCK, FIRST_MOMENT, SECOND_MOMENT, dynamic_map
 from .device import stochastic_round, store_as
 from .formats import adamw, join_float, load_moment, split_float, store_moment
 from .launch import LaunchConfig, launch_config

@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops import eager
 from .device import dot, load_index, store_as
 from .gather import launch_gather_features
 from .launch import LaunchConfig, subnet_grad_config
@@ -95,8 +94,14 @@ def launch_subnet_grad(
     if out_idx is not None and config.variant.startswith("gathered"):
         dy, out_idx = launch_gather_features(dy, out_idx, alignment), None
     if config.variant == "gathered_library":
-        return eager.subnet_grad_partials(dy, x, None, None)
+        return _library_product(dy, x).unsqueeze(0)
     return _launch_product(dy, x, out_idx, in_idx, k_out, k_in, alignment, config)
+
+
+def _library_product(dy: Tensor, x: Tensor) -> Tensor:
+    if dy.is_cuda and dy.dtype.itemsize == 2:  # elsewhere torch has no product into a wider dtype
+        return torch.mm(dy.T, x, out_dtype=torch.float32)
+    return dy.float().T @ x.float()
 
 
 def _launch_product(

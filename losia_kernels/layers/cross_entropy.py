@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import ops
-from ..ops import eager
+from ..ops.rounding import accumulate_dtype
 
 CHUNK_BYTES = 128 * 2**20  # 1,024 tokens of a vocabulary of 32,000
 
@@ -140,7 +140,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         differentiable,
     ):
         wanted = [differentiable and needed for needed in ctx.needs_input_grad]
-        dtype = eager.accumulate_dtype(hidden.dtype)
+        dtype = accumulate_dtype(hidden.dtype)
         d_hidden = torch.empty_like(hidden) if wanted[0] else None  # [t, d]
         d_bias = torch.zeros_like(bias, dtype=dtype) if wanted[2] else None  # [V]
         d_subnet = torch.zeros_like(subnet, dtype=dtype) if wanted[3] else None  # [k_out, d]
@@ -198,7 +198,7 @@ def _weight_grad_blocks(hidden, weight, bias, labels, lse, formula, chunk_bytes)
     for rows in _slices(vocabulary, block):
         size = rows.stop - rows.start
         row_bias = None if bias is None else bias[rows]
-        grad = hidden.new_zeros(size, d, dtype=eager.accumulate_dtype(hidden.dtype))
+        grad = hidden.new_zeros(size, d, dtype=accumulate_dtype(hidden.dtype))
         for chunk in _slices(hidden.shape[0], tokens):
             logits = _logits(
                 hidden[chunk], weight[rows], row_bias, buffer[: tokens * size].view(tokens, size)

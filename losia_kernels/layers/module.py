@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..config import LoSiAConfig
-from ..ops.eager import accumulate_dtype, write_subnet_
+from ..ops.adamw import write_subnet_
+from ..ops.rounding import accumulate_dtype
 from ..parallel.placement import holds_values
 from .agreement import Agreement
 from .subnet import Subnet, subnet_size

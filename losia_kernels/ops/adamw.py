@@ -6,9 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import eager
+from ..kernels.codes import FIRST_MOMENT, SECOND_MOMENT
 from .registry import check, refuse, register
-from .rounding import code_blocks
+from .rounding import (
+    accumulate_dtype,
+    code_blocks,
+    decode,
+    encode,
+    join_float,
+    split_float,
+    stochastic_round,
+)
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
@@ -46,9 +54,9 @@ def subnet_adamw_(
     op = "subnet_adamw_"
     _check_matrix(op, weight, subnet, grad, exp_avg, exp_avg_sq, out_idx, in_idx)
     check(
-        exp_avg.dtype == exp_avg_sq.dtype == eager.accumulate_dtype(weight.dtype),
+        exp_avg.dtype == exp_avg_sq.dtype == accumulate_dtype(weight.dtype),
         op,
-        f"moments must be {eager.accumulate_dtype(weight.dtype)}, got {exp_avg.dtype}, {exp_avg_sq.dtype}",
+        f"moments must be {accumulate_dtype(weight.dtype)}, got {exp_avg.dtype}, {exp_avg_sq.dtype}",
     )
     check(
         seed is None or subnet.dtype in SIXTEEN_BITS,
@@ -59,7 +67,7 @@ def subnet_adamw_(
     if weight.is_cuda and weight.dtype != torch.float64 and weight.numel():
         from ..kernels.subnet_adamw import launch_subnet_adamw_ as run
     else:
-        run = eager.subnet_adamw_
+        run = subnet_adamw_plain_
     run(
         weight,
         subnet,
@@ -165,7 +173,7 @@ def subnets_adamw_(
     if weights[0].is_cuda and weights[0].dtype != torch.float64:
         from ..kernels.adamw import launch_subnets_adamw_ as run
     else:
-        run = eager.subnets_adamw_
+        run = subnets_adamw_plain_
     run(
         weights,
         subnets,
@@ -210,6 +218,122 @@ def _(
     return None
 
 
+def subnet_adamw_plain_(
+    weight: Tensor,
+    subnet: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    out_idx: Tensor,
+    in_idx: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    seed: int | None,
+    exp_avg_scale: Tensor | None = None,
+    exp_avg_sq_scale: Tensor | None = None,
+    remainder: Tensor | None = None,
+) -> None:
+    dtype = accumulate_dtype(weight.dtype)
+    grad = (grad.sum(0) if grad.dim() == 3 else grad).to(dtype)  # [k_out, k_in]
+    first = _load_moment(exp_avg, exp_avg_scale, signed=True).lerp_(grad, 1 - beta1)
+    second = _load_moment(exp_avg_sq, exp_avg_sq_scale, signed=False).mul_(beta2)
+    second.addcmul_(grad, grad, value=1 - beta2)
+    denom = second.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
+    value = (
+        subnet.to(dtype) if remainder is None else join_float(subnet, remainder)
+    )  # the master itself, or a copy
+    if weight_decay:
+        value *= 1 - lr * weight_decay
+    value.addcdiv_(first, denom, value=-lr / (1 - beta1**step))
+    if remainder is not None:
+        value, rest = split_float(value)
+        remainder.copy_(rest)
+    elif seed is not None and subnet.dtype in (torch.bfloat16, torch.float16):
+        value = stochastic_round(value, subnet.dtype, seed)
+    subnet.copy_(value)
+    write_subnet_(weight, out_idx, in_idx, subnet)
+    if first is not exp_avg and seed is not None:  # ops refuse such moments without a seed
+        _store_moment(exp_avg, exp_avg_scale, first, signed=True, seed=seed ^ FIRST_MOMENT)
+        _store_moment(exp_avg_sq, exp_avg_sq_scale, second, signed=False, seed=seed ^ SECOND_MOMENT)
+
+
+def subnets_adamw_plain_(
+    weights,
+    subnets,
+    grads,
+    exp_avgs,
+    exp_avg_sqs,
+    out_idx,
+    in_idx,
+    lr,
+    step,
+    seeds,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    exp_avg_scales,
+    exp_avg_sq_scales,
+    remainders,
+):
+    for number in range(len(weights)):
+        extra = (
+            each[number] if each else None
+            for each in (exp_avg_scales, exp_avg_sq_scales, remainders)
+        )
+        subnet_adamw_plain_(
+            weights[number],
+            subnets[number],
+            grads[number],
+            exp_avgs[number],
+            exp_avg_sqs[number],
+            out_idx[number],
+            in_idx[number],
+            lr[number],
+            beta1,
+            beta2,
+            eps,
+            weight_decay,
+            step[number],
+            seeds[number] if seeds else None,
+            *extra,
+        )
+
+
+def write_subnet_(weight: Tensor, out_idx: Tensor, in_idx: Tensor, values: Tensor) -> None:
+    """``weight[out_idx][:, in_idx] = values``; of a contiguous weight in half the time of two
+    indices."""
+    if not weight.is_contiguous():
+        weight[out_idx[:, None], in_idx] = values.to(weight.dtype)
+        return
+    positions = torch.add(in_idx, out_idx[:, None], alpha=weight.shape[1])  # [k_out, k_in]
+    weight.view(-1).scatter_(0, positions.view(-1), values.to(weight.dtype).reshape(-1))
+
+
+def _load_moment(moment: Tensor, scale: Tensor | None, signed: bool) -> Tensor:
+    """In float32: the tensor itself if it is that already."""
+    return (
+        moment.to(accumulate_dtype(moment.dtype))
+        if scale is None
+        else decode(moment, scale, signed)
+    )
+
+
+def _store_moment(
+    moment: Tensor, scale: Tensor | None, value: Tensor, signed: bool, seed: int
+) -> None:
+    if scale is None:
+        moment.copy_(stochastic_round(value, moment.dtype, seed))
+        return
+    codes, scales = encode(value, signed, seed)
+    moment.copy_(codes)
+    scale.copy_(scales)
+
+
 def _check_matrix(op, weight, subnet, grad, exp_avg, exp_avg_sq, out_idx, in_idx) -> None:
     """Comparisons alone, words only once one fails: this runs for every matrix in every step."""
     if not out_idx.dtype == in_idx.dtype == torch.int64:
@@ -244,7 +368,7 @@ def _check_matrix(op, weight, subnet, grad, exp_avg, exp_avg_sq, out_idx, in_idx
             op,
             f"weight, subnet, grad, exp_avg, exp_avg_sq, out_idx, in_idx are on {', '.join(devices)}",
         )
-    master = eager.accumulate_dtype(weight.dtype)
+    master = accumulate_dtype(weight.dtype)
     if subnet.dtype != master and subnet.dtype != weight.dtype:
         refuse(
             op,
@@ -265,7 +389,7 @@ def _check_state(
     exp_avg_sq_scale,
     remainder,
 ) -> None:
-    exact, dtype = eager.accumulate_dtype(subnet.dtype), exp_avg.dtype
+    exact, dtype = accumulate_dtype(subnet.dtype), exp_avg.dtype
     if dtype != exp_avg_sq.dtype or dtype not in (exact, torch.bfloat16, torch.uint8):
         refuse(
             op,

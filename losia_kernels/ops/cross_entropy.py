@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from . import eager
 from .registry import check, register
+from .rounding import accumulate_dtype
 
 
 def _check_logits(op: str, logits: Tensor, labels: Tensor, softcap: float | None) -> None:
@@ -46,7 +46,7 @@ def cross_entropy_grad_(
     if logits.is_cuda and logits.dtype != torch.float64:
         from ..kernels.cross_entropy import launch_cross_entropy_grad_ as run
     else:
-        run = eager.cross_entropy_grad_
+        run = cross_entropy_grad_plain_
     return run(
         logits, labels, ignore_index, label_smoothing, z_loss, softcap, logit_scale, write_grad
     )
@@ -63,7 +63,7 @@ def _(
     logit_scale=1.0,
     write_grad=True,
 ):
-    dtype = eager.accumulate_dtype(logits.dtype)
+    dtype = accumulate_dtype(logits.dtype)
     return logits.new_empty(logits.shape[0], dtype=dtype), logits.new_empty(
         logits.shape[0], dtype=dtype
     )
@@ -91,7 +91,7 @@ def cross_entropy_block_grad_(
     if logits.is_cuda and logits.dtype != torch.float64:
         from ..kernels.cross_entropy import launch_cross_entropy_block_grad_ as run
     else:
-        run = eager.cross_entropy_block_grad_
+        run = cross_entropy_block_grad_plain_
     run(
         logits,
         labels,
@@ -120,3 +120,119 @@ def _(
     logit_scale=1.0,
 ):
     return None
+
+
+def cross_entropy_grad_plain_(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float,
+    write_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    z = capped_logits(logits, softcap, logit_scale)  # [t, V]
+    ignored = labels == ignore_index
+    target = z.gather(1, labels.masked_fill(ignored, 0)[:, None])[:, 0]
+    mean = z.mean(-1) if label_smoothing else 0.0
+    if write_grad:
+        probability = z if softcap is None else z.clone()  # in place: a chunk is most of the memory
+        lse = softmax_(probability)
+        _write_cross_entropy_grad(
+            logits,
+            probability,
+            z,
+            labels,
+            lse,
+            0,
+            logits.shape[1],
+            ignore_index,
+            label_smoothing,
+            z_loss,
+            softcap,
+            logit_scale,
+        )
+    else:
+        lse = z.logsumexp(-1)
+    losses = lse - (1 - label_smoothing) * target - label_smoothing * mean + z_loss * lse.square()
+    return losses.masked_fill_(ignored, 0.0), lse
+
+
+def softmax_(z: Tensor) -> Tensor:
+    """``z [t, V]`` becomes its softmax; returns its logsumexp ``[t]``. One pass of exponentials for
+    both."""
+    largest = z.amax(-1)
+    torch.softmax(z, -1, out=z)
+    return largest - z.amax(-1).log_()  # the largest probability is exp(largest - logsumexp)
+
+
+def cross_entropy_block_grad_plain_(
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    first_out: int,
+    vocabulary: int,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float,
+) -> None:
+    z = capped_logits(logits, softcap, logit_scale)  # [t, block]
+    probability = (z.sub_(lse[:, None]) if softcap is None else z - lse[:, None]).exp_()
+    _write_cross_entropy_grad(
+        logits,
+        probability,
+        z,
+        labels,
+        lse,
+        first_out,
+        vocabulary,
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        softcap,
+        logit_scale,
+    )
+
+
+def _write_cross_entropy_grad(
+    logits,
+    probability,
+    z,
+    labels,
+    lse,
+    first_out,
+    vocabulary,
+    ignore_index,
+    label_smoothing,
+    z_loss,
+    softcap,
+    logit_scale,
+):
+    grad = probability
+    if z_loss:
+        grad *= (1 + 2 * z_loss * lse)[:, None]
+    if label_smoothing:
+        grad -= label_smoothing / vocabulary
+    position = labels - first_out
+    here = (position >= 0) & (position < logits.shape[1])
+    share = torch.where(here, label_smoothing - 1, 0.0).to(grad.dtype)
+    grad.scatter_add_(1, position.masked_fill(~here, 0)[:, None], share[:, None])
+    if softcap is not None:
+        grad *= 1 - (z / softcap).square_()
+    if logit_scale != 1:
+        grad *= logit_scale
+    if grad is not logits:
+        logits.copy_(grad)
+    logits.index_fill_(0, (labels == ignore_index).nonzero()[:, 0], 0.0)
+
+
+def capped_logits(logits: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
+    """``softcap * tanh(logit_scale * logits / softcap)`` in float32; ``logits`` itself where that
+    changes nothing."""
+    z = logits.to(accumulate_dtype(logits.dtype))
+    if logit_scale != 1:
+        z = z * logit_scale
+    return z if softcap is None else (z / softcap).tanh_().mul_(softcap)

@@ -1,35 +1,11 @@
-"""Ops of a linear layer: what the forward keeps of its input, and the gradient of its subnet (Eq.
-9)."""
+"""The gradient of a layer's subnet (Eq. 9)."""
 
 import torch
 from torch import Tensor
 
-from . import eager
-from .registry import check, check_index, refuse, register
-
-
-@register("losia::gather_features", mutates_args=())
-def gather_features(x: Tensor, idx: Tensor, alignment: int = 1) -> Tensor:
-    """Columns ``idx`` of an activation: ``x [..., n]``, ``idx [k]`` int64 -> contiguous ``[...,
-    k]`` of x's dtype.
-
-    Any leading dimensions, any strides. The X_S of Eq. 9. ``alignment``: the caller promises runs
-    of that many neighbours, each from a multiple of it, which are loaded together. Errors:
-    ValueError for an index that is not 1-D int64 on x's device; values are not checked here
-    (``Subnet`` does).
-    """
-    check(x.dim() >= 1, "gather_features", "x must have at least one dimension")
-    check_index("gather_features", "idx", idx, x)
-    if x.is_cuda:
-        from ..kernels.gather import launch_gather_features
-
-        return launch_gather_features(x, idx, alignment)
-    return eager.gather_features(x, idx)
-
-
-@gather_features.register_fake
-def _(x, idx, alignment=1):
-    return x.new_empty(*x.shape[:-1], idx.shape[0])
+from .gather import select_last
+from .registry import check_index, refuse, register
+from .rounding import accumulate_dtype
 
 
 @register("losia::subnet_grad_partials", mutates_args=())
@@ -61,7 +37,7 @@ def subnet_grad_partials(
         from ..kernels.subnet_grad import launch_subnet_grad
 
         return launch_subnet_grad(dy, x, out_idx, in_idx, alignment)
-    return eager.subnet_grad_partials(dy, x, out_idx, in_idx)
+    return subnet_grad_plain(dy, x, out_idx, in_idx).unsqueeze(0)
 
 
 @subnet_grad_partials.register_fake
@@ -72,7 +48,7 @@ def _(dy, x, out_idx=None, in_idx=None, alignment=1):
         from ..kernels.launch import subnet_grad_config
 
         splits = subnet_grad_config(dy, k_out, k_in, out_idx is not None, alignment).splits
-    return dy.new_empty(splits, k_out, k_in, dtype=eager.accumulate_dtype(dy.dtype))
+    return dy.new_empty(splits, k_out, k_in, dtype=accumulate_dtype(dy.dtype))
 
 
 def subnet_grad(
@@ -97,3 +73,16 @@ def subnet_grad(
 
 def _size(idx: Tensor | None, everything: int) -> int:
     return everything if idx is None else idx.shape[0]
+
+
+def subnet_grad_plain(
+    dy: Tensor, x: Tensor, out_idx: Tensor | None, in_idx: Tensor | None
+) -> Tensor:
+    dy_sub = select_last(dy.reshape(-1, dy.shape[-1]), out_idx)  # [t, k_out]
+    x_sub = select_last(x.reshape(-1, x.shape[-1]), in_idx)  # [t, k_in]
+    dtype = accumulate_dtype(dy.dtype)
+    if (
+        dy.is_cuda and dy.dtype.itemsize == 2
+    ):  # on the matrix units, which round as the kernel's product does
+        return torch.mm(dy_sub.T, x_sub, out_dtype=dtype)
+    return dy_sub.to(dtype).T @ x_sub.to(dtype)  # [k_out, k_in]

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from ..layers.linear import LoSiALinear
-from ..ops import eager
-from ..ops.rounding import code_blocks
+from ..ops.rounding import accumulate_dtype, code_blocks
 from ..parallel.placement import as_shard, own
 from ..parallel.ranks import is_sharded
 
@@ -101,9 +100,7 @@ class SubnetState:
 
     def _dtype(self, subnet: Tensor) -> torch.dtype:
         return (
-            MOMENTS[self.moments]
-            if self.moments != "float32"
-            else eager.accumulate_dtype(subnet.dtype)
+            MOMENTS[self.moments] if self.moments != "float32" else accumulate_dtype(subnet.dtype)
         )
 
 

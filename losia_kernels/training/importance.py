@@ -15,7 +15,7 @@ from .. import ops
 from ..config import LoSiAConfig
 from ..layers.linear import LoSiALinear
 from ..layers.subnet import Subnet
-from ..ops import eager
+from ..ops.rounding import accumulate_dtype
 from ..parallel.ranks import Rows
 from .selection import NonFiniteScoreError, select_from_importance, select_from_marginals
 
@@ -42,7 +42,7 @@ class SensitivityObserver:
         outputs: slice = ALL,
     ) -> None:
         if not self.tensors:
-            dtype = self.dtype or eager.accumulate_dtype(weight.dtype)
+            dtype = self.dtype or accumulate_dtype(weight.dtype)
             for name in ("importance", "uncertainty"):
                 self.tensors[name] = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
         ops.importance_update_(
@@ -77,7 +77,7 @@ class GradientObserver:
         outputs: slice = ALL,
     ) -> None:
         if not self.tensors:
-            dtype = eager.accumulate_dtype(weight.dtype)
+            dtype = accumulate_dtype(weight.dtype)
             self.tensors["gradient"] = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
         self.tensors["gradient"][outputs] += grad
 

@@ -6,10 +6,10 @@ import torch
 
 from csrc_ref.kernels import subnet_adamw_ref
 from losia_kernels import ops
+from losia_kernels.kernels.codes import FIRST_MOMENT, SECOND_MOMENT, dynamic_map
 from losia_kernels.ops import rounding
+from losia_kernels.ops.adamw import subnets_adamw_plain_
 from losia_kernels.ops.rounding import (
-    FIRST_MOMENT,
-    SECOND_MOMENT,
     decode,
     encode,
     join_float,
@@ -240,16 +240,10 @@ def test_codes_are_held_to_float64(device):
         for i in range(len(ODD))
     ]
     launch(ours)
-    call(ops.subnets_adamw_ if device == "cpu" else _eager, plain)
+    call(subnets_adamw_plain_, plain)
     for i in range(len(ODD)):
         assert_within(ours["subnets"][i], plain["subnets"][i], truth[i][1])
         assert_within(ours["weights"][i], plain["weights"][i], truth[i][0])
-
-
-def _eager(*args):
-    from losia_kernels.ops import eager
-
-    eager.subnets_adamw_(*args)
 
 
 @pytest.mark.parametrize("sizes", [ODD, ALIGNED], ids=["odd", "aligned"])
@@ -366,7 +360,7 @@ def test_the_same_call_gives_the_same_bits(device):
 
 def test_codes_are_those_of_bitsandbytes():
     """Seven decades, the top one in 64 cells (unsigned 128): spot values of its published map."""
-    signed, unsigned = (rounding.dynamic_map(sign, torch.device("cpu")) for sign in (True, False))
+    signed, unsigned = (dynamic_map(sign, torch.device("cpu")) for sign in (True, False))
     assert len(signed.unique()) == len(unsigned.unique()) == 256 and (signed.diff() > 0).all()
     assert signed[127] == 0 and signed[255] == 1 and unsigned[0] == 0 and unsigned[255] == 1
     torch.testing.assert_close(signed[128:].flip(0)[1:], -signed[:127], rtol=1e-6, atol=0)
@@ -379,7 +373,7 @@ def test_codes_are_unbiased_within_their_spacing_and_exact_on_the_map(signed):
     value = torch.rand(3, 300) ** 4 + 1e-3
     value = value * torch.randn(3, 300).sign() if signed else value
     decoded = torch.stack([decode(*encode(value, signed, seed), signed) for seed in range(100)])
-    map_ = rounding.dynamic_map(signed, value.device)
+    map_ = dynamic_map(signed, value.device)
     scale = encode(value, signed, 0)[1].repeat_interleave(256, 1)[:, :300]
     place = torch.searchsorted(map_, value / scale, right=True).clamp(1, 255)
     spacing = (map_[place] - map_[place - 1]) * scale

@@ -7,7 +7,10 @@ import torch.nn.functional as F
 from csrc_ref.cross_entropy import cross_entropy_ref
 from losia_kernels import ops
 from losia_kernels.kernels.launch import override_config
-from losia_kernels.ops import eager
+from losia_kernels.ops.cross_entropy import (
+    cross_entropy_block_grad_plain_,
+    cross_entropy_grad_plain_,
+)
 from tests.tolerance import assert_within
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -60,7 +63,7 @@ def make(shape, dtype, device, ignore_index=-100):
 def check(logits, labels, **options):
     truth = cross_entropy_ref(logits.cpu(), labels.cpu(), **options)
     plain_grad, kernel_grad = logits.clone(), logits  # the kernel's keeps the strides of the test
-    plain = eager.cross_entropy_grad_(
+    plain = cross_entropy_grad_plain_(
         plain_grad, labels, **{**DEFAULTS, "write_grad": True, **options}
     )
     kernel = launch(kernel_grad, labels, **options)
@@ -176,7 +179,7 @@ def test_a_block_of_the_vocabulary(device, dtype, options, first, last):
     _, lse, grad = cross_entropy_ref(logits.cpu(), labels.cpu(), **options)
     plain, lse = logits[:, first:last].clone(), lse.float().to(device)
     kernel = logits[:, first:last]
-    eager.cross_entropy_block_grad_(plain, labels, lse, first, 101, **{**DEFAULTS, **options})
+    cross_entropy_block_grad_plain_(plain, labels, lse, first, 101, **{**DEFAULTS, **options})
     with override_config("cross_entropy_grad_", block_out=16):
         launch_block(kernel, labels, lse, first, 101, **options)
     assert_within(kernel, plain, grad[:, first:last])
