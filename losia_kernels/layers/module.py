@@ -31,12 +31,14 @@ class Membership:
         group_name: what the group is called.
         config: what the layer was made with.
         is_output: whether it is the vocabulary projection.
+        by_hand: whether the layer was placed by hand, and an optimizer gave it the place.
     """
 
     group: int | None
     group_name: str
     config: LoSiAConfig
     is_output: bool = False
+    by_hand: bool = False
 
 
 class SubnetModule(nn.Module):
@@ -279,7 +281,11 @@ class SubnetModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         written = self._agreement.written(self.weight, self.subnet), self._agreement.loaded
-        own = {"_probe": None, "observe_callback": None, "_agreement": written}  # observes for nobody
+        own = {
+            "_probe": None,
+            "observe_callback": None,
+            "_agreement": written,
+        }  # observes for nobody
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

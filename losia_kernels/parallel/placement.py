@@ -39,6 +39,7 @@ class Layer(Protocol):
     @property
     def matrix(self) -> Tensor: ...
     def note_agreement_(self) -> None: ...
+    def write_back_(self) -> None: ...
     def move_subnet_(self, subnet: Any) -> None: ...
 
 
@@ -80,6 +81,11 @@ class Whole:
         them."""
         for layer in layers:
             layer.note_agreement_()
+
+    def write_back_(self, layers: Iterable[Layer]) -> None:
+        """Round the subnets into the weights."""
+        for layer in layers:
+            layer.write_back_()
 
     def move_(self, moves: Moves) -> None:
         """Put each layer's subnet where it is to be."""
@@ -141,8 +147,11 @@ class Sharded:
         values = local(layer.subnet).to(layer.weight.dtype, copy=True)
         return values, *(torch.arange(size, device=values.device) for size in values.shape)
 
-    @torch.no_grad()
     def finish_(self, layers: Iterable[Layer]) -> None:
+        self.write_back_(layers)
+
+    @torch.no_grad()
+    def write_back_(self, layers: Iterable[Layer]) -> None:
         """Round this rank's rows of the subnets into the rows of the weights, wherever those are;
         one collective."""
         travelling = []
@@ -154,9 +163,9 @@ class Sharded:
         values = [local(layer.subnet).to(layer.weight.dtype) for layer in travelling]
         shards = [RowShard(self.ranks, len(layer.out_idx)) for layer in travelling]
         for layer, block in zip(travelling, all_gather_rows(values, shards), strict=True):
-            first, last, out_idx = self._outputs_here(layer)
+            here, out_idx = self._outputs_here(layer)
             weight = local(layer.weight)
-            weight[out_idx[:, None], layer.in_idx.to(weight.device)] = block[first:last]
+            weight[out_idx[:, None], layer.in_idx.to(weight.device)] = block[here]
 
     @torch.no_grad()
     def move_(self, moves: Moves) -> None:
@@ -165,31 +174,28 @@ class Sharded:
         for layer, subnet in moves:
             layer.out_idx.copy_(subnet.out_idx)
             layer.in_idx.copy_(subnet.in_idx)
-            first, last, out_idx = self._outputs_here(layer)
+            here, out_idx = self._outputs_here(layer)
             weight = local(layer.weight)
-            block = torch.zeros(
-                layer.subnet.shape, dtype=layer.subnet.dtype, device=weight.device
-            )
-            here = weight[out_idx[:, None], layer.in_idx.to(weight.device)]
-            block[first:last] = here.to(block.dtype)
+            block = torch.zeros(layer.subnet.shape, dtype=layer.subnet.dtype, device=weight.device)
+            values = weight[out_idx[:, None], layer.in_idx.to(weight.device)]
+            block[here] = values.to(block.dtype)
             blocks.append(block)
         self.ranks.all_reduce_(blocks)
         for (layer, _), block in zip(moves, blocks, strict=True):
             local(layer.subnet).copy_(RowShard(self.ranks, len(block)).local(block))
 
-    def _outputs_here(self, layer: Layer) -> tuple[int, int, Tensor]:
-        """Which of ``out_idx`` (from, to) are rows that this rank holds of the weight, and their
-        places in its shard.
+    def _outputs_here(self, layer: Layer) -> tuple[slice, Tensor]:
+        """Which of ``out_idx`` are rows that this rank holds of the weight, and their places in its
+        shard.
 
         Waits for the GPU only where torch has counted a write to ``out_idx`` since the last call.
         """
         out_idx = layer.out_idx
         known = self._found.get(layer)
         if known is None or known[0] is not out_idx or known[1] != out_idx._version:
-            rows = self.rows(layer)
-            first, last = rows.span(out_idx)
-            places = (out_idx[first:last] - rows.start).to(layer.weight.device)
-            known = self._found[layer] = out_idx, out_idx._version, (first, last, places)
+            here, places = self.rows(layer).find(out_idx)
+            found = here, places.to(layer.weight.device)
+            known = self._found[layer] = out_idx, out_idx._version, found
         return known[2]
 
 

@@ -182,16 +182,16 @@ class RowShard:
         self.ranks.all_reduce_([total])
         return total
 
-    def span(self, sorted_idx: Tensor) -> tuple[int, int]:
-        """Where in ``sorted_idx`` this rank's rows begin and end.
+    def find(self, sorted_idx: Tensor) -> tuple[slice, Tensor]:
+        """Which of ``sorted_idx`` are rows that this rank holds, and their places among those.
 
         Of several ranks this waits for the GPU.
         """
         if self.ranks.size == 1:
-            return 0, len(sorted_idx)
+            return slice(None), sorted_idx
         bounds = torch.tensor([self.start, self.stop], device=sorted_idx.device)
-        first, last = torch.searchsorted(sorted_idx, bounds).tolist()
-        return first, last
+        here = slice(*torch.searchsorted(sorted_idx, bounds).tolist())
+        return here, sorted_idx[here] - self.start
 
 
 def all_gather_rows(local: Sequence[Tensor], shards: Sequence[RowShard]) -> list[Tensor]:
