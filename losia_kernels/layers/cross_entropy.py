@@ -23,9 +23,7 @@ def losia_linear_cross_entropy(
     bias: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
-    num_items: Tensor | float | None = None,
     label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_bytes: int = CHUNK_BYTES,
@@ -41,9 +39,8 @@ def losia_linear_cross_entropy(
     of it is computed. A trained ``bias [V]`` gets its gradient.
 
     The logits are ``z = softcap * tanh(logit_scale * raw / softcap)``, only scaled if ``softcap``
-    is None; ``z_loss * logsumexp(z)^2`` is added to each token's loss; ``label_smoothing`` and
-    ``ignore_index`` are torch's. ``reduction="mean"`` divides by ``num_items`` (of the accumulated
-    batch) or else by the labels not ignored, "sum" by nothing. Returns the loss, a float32 scalar
+    is None; ``label_smoothing`` and ``ignore_index`` are torch's. ``reduction="mean"`` divides by the
+    number of labels not ignored, "sum" by nothing. Returns the loss, a float32 scalar
     (float64 for float64).
 
     Memory: beyond the gradients themselves one chunk of logits, at most ``chunk_bytes`` in float32
@@ -65,10 +62,6 @@ def losia_linear_cross_entropy(
         raise ValueError(
             f"linear_cross_entropy: reduction must be 'mean' or 'sum', got {reduction!r}"
         )
-    if num_items is not None and reduction == "sum":
-        raise ValueError(
-            "linear_cross_entropy: num_items divides a mean; with reduction='sum' nothing is divided"
-        )
     if chunk_bytes < 1:
         raise ValueError(f"linear_cross_entropy: chunk_bytes must be at least 1, got {chunk_bytes}")
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
@@ -85,7 +78,6 @@ def losia_linear_cross_entropy(
     formula = {
         "ignore_index": ignore_index,
         "label_smoothing": label_smoothing,
-        "z_loss": z_loss,
         "softcap": softcap,
         "logit_scale": logit_scale,
     }
@@ -101,9 +93,7 @@ def losia_linear_cross_entropy(
         on_gradient,
         torch.is_grad_enabled(),
     )
-    if reduction == "sum":
-        return total
-    return total / ((labels != ignore_index).sum() if num_items is None else num_items)
+    return total if reduction == "sum" else total / (labels != ignore_index).sum()
 
 
 def autocast_dtype(hidden: Tensor) -> torch.dtype:

@@ -11,7 +11,7 @@ from .cross_entropy import cross_entropy_block_grad_, cross_entropy_grad_
 from .gather import gather_features
 from .importance import importance_marginals, importance_update_
 from .scores import score_marginals
-from .subnet_grad import subnet_grad, subnet_grad_partials
+from .subnet_grad import subnet_grad
 
 __all__ = [
     "cross_entropy_block_grad_",
@@ -22,6 +22,5 @@ __all__ = [
     "score_marginals",
     "subnet_adamw_",
     "subnet_grad",
-    "subnet_grad_partials",
     "subnets_adamw_",
 ]

@@ -28,7 +28,6 @@ def cross_entropy_grad_(
     labels: Tensor,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     write_grad: bool = True,
@@ -37,7 +36,7 @@ def cross_entropy_grad_(
 
     With ``z = softcap * tanh(logit_scale * logits / softcap)`` (scaled only, if ``softcap`` is
     None) and ``lse = logsumexp(z)``: ``loss = lse - (1 - label_smoothing) z[label] -
-    label_smoothing mean(z) + z_loss lse^2``. ``labels [t]`` int64; ``ignore_index`` gives no loss
+    label_smoothing mean(z)``. ``labels [t]`` int64; ``ignore_index`` gives no loss
     and no gradient. Returns ``(losses [t], lse [t])`` in float32. ``write_grad=False`` leaves the
     logits as they are. A label out of range raises on the CPU; on a GPU, which nobody waits for
     here, its loss and gradient are NaN.
@@ -47,9 +46,7 @@ def cross_entropy_grad_(
         from ..kernels.cross_entropy import launch_cross_entropy_grad_ as run
     else:
         run = cross_entropy_grad_plain_
-    return run(
-        logits, labels, ignore_index, label_smoothing, z_loss, softcap, logit_scale, write_grad
-    )
+    return run(logits, labels, ignore_index, label_smoothing, softcap, logit_scale, write_grad)
 
 
 @cross_entropy_grad_.register_fake
@@ -58,7 +55,6 @@ def _(
     labels,
     ignore_index=-100,
     label_smoothing=0.0,
-    z_loss=0.0,
     softcap=None,
     logit_scale=1.0,
     write_grad=True,
@@ -78,7 +74,6 @@ def cross_entropy_block_grad_(
     vocabulary: int,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> None:
@@ -100,7 +95,6 @@ def cross_entropy_block_grad_(
         vocabulary,
         ignore_index,
         label_smoothing,
-        z_loss,
         softcap,
         logit_scale,
     )
@@ -115,7 +109,6 @@ def _(
     vocabulary,
     ignore_index=-100,
     label_smoothing=0.0,
-    z_loss=0.0,
     softcap=None,
     logit_scale=1.0,
 ):
@@ -127,7 +120,6 @@ def cross_entropy_grad_plain_(
     labels: Tensor,
     ignore_index: int,
     label_smoothing: float,
-    z_loss: float,
     softcap: float | None,
     logit_scale: float,
     write_grad: bool,
@@ -149,13 +141,12 @@ def cross_entropy_grad_plain_(
             logits.shape[1],
             ignore_index,
             label_smoothing,
-            z_loss,
             softcap,
             logit_scale,
         )
     else:
         lse = z.logsumexp(-1)
-    losses = lse - (1 - label_smoothing) * target - label_smoothing * mean + z_loss * lse.square()
+    losses = lse - (1 - label_smoothing) * target - label_smoothing * mean
     return losses.masked_fill_(ignored, 0.0), lse
 
 
@@ -175,7 +166,6 @@ def cross_entropy_block_grad_plain_(
     vocabulary: int,
     ignore_index: int,
     label_smoothing: float,
-    z_loss: float,
     softcap: float | None,
     logit_scale: float,
 ) -> None:
@@ -191,7 +181,6 @@ def cross_entropy_block_grad_plain_(
         vocabulary,
         ignore_index,
         label_smoothing,
-        z_loss,
         softcap,
         logit_scale,
     )
@@ -207,13 +196,10 @@ def _write_cross_entropy_grad(
     vocabulary,
     ignore_index,
     label_smoothing,
-    z_loss,
     softcap,
     logit_scale,
 ):
     grad = probability
-    if z_loss:
-        grad *= (1 + 2 * z_loss * lse)[:, None]
     if label_smoothing:
         grad -= label_smoothing / vocabulary
     position = labels - first_out

@@ -141,7 +141,6 @@ def cross_entropy_grad(dtype: torch.dtype, vocabulary: int = VOCAB, **options) -
     settings = {
         "ignore_index": -100,
         "label_smoothing": 0.0,
-        "z_loss": 0.0,
         "softcap": None,
         "logit_scale": 1.0,
     }
@@ -154,7 +153,7 @@ def cross_entropy_block_grad(dtype: torch.dtype, softcap: float | None = None) -
 
     logits, lse = meta(TOKENS, CHUNK, dtype=dtype), meta(TOKENS, dtype=torch.float32)
     launch_cross_entropy_block_grad_(
-        logits, index(TOKENS), lse, CHUNK, VOCAB, -100, 0.0, 0.0, softcap, 1.0
+        logits, index(TOKENS), lse, CHUNK, VOCAB, -100, 0.0, softcap, 1.0
     )
 
 
@@ -226,7 +225,6 @@ CASES["cross_entropy_grad-all_options"] = lambda: cross_entropy_grad(
     torch.bfloat16,
     vocabulary=256000,
     label_smoothing=0.1,
-    z_loss=1e-4,
     softcap=30.0,
     logit_scale=0.5,
 )
