@@ -60,7 +60,7 @@ def one_layer(linear: nn.Linear, x: Tensor, labels: Tensor) -> Tensor:
     subnet: Subnet = layer.current_subnet
     layer.set_subnet_(subnet.out_idx, subnet.in_idx)
     layer.write_back_()
-    layer.to_linear()
+    layer.to_plain()
     y: Tensor = layer(x)
     return y + losia_linear_cross_entropy(x, layer.weight, labels, layer.subnet, layer.out_idx)
 

@@ -366,7 +366,7 @@ def convert_model(model, options: FinetuneOptions, steps: int) -> LoSiAConfig:
 
 def count_groups(model) -> int:
     """Groups that take turns observing."""
-    return len({layer.losia.group for _, layer in losia_layers(model)} - {None})
+    return len({layer.membership.group for _, layer in losia_layers(model)} - {None})
 
 
 def _summary(

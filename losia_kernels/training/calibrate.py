@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..layers.convert import trained_parameters
 from ..config import LoSiAConfig
+from ..layers.convert import trained_parameters
 from ..layers.module import SubnetModule, losia_layers
 from ..layers.subnet import Subnet
 from ..parallel.placement import Placement, find_placement

@@ -79,9 +79,7 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def check_gradients(
-    layers: Iterable[SubnetModule], updated: Collection[SubnetModule] = ()
-) -> None:
+def check_gradients(layers: Iterable[SubnetModule], updated: Collection[SubnetModule] = ()) -> None:
     """Warn of subnets that the first backward has left without a gradient.
 
     Costs nothing but a look at each ``grad``. A layer that a batch does not use (an expert that got

@@ -199,8 +199,6 @@ def new_subnet(layer: SubnetModule, observer: Observer, rows: RowShard) -> Subne
     try:
         subnet = observer.select(k_out, k_in, rows, layer.alignment)
     except NonFiniteScoreError as error:
-        raise NonFiniteScoreError(
-            f"{layer.name}: {error}; its subnet stays where it was"
-        ) from None
+        raise NonFiniteScoreError(f"{layer.name}: {error}; its subnet stays where it was") from None
     nothing = subnet.captured is not None and bool(subnet.captured.isnan())  # 0 / 0
     return None if nothing else subnet

@@ -4,7 +4,6 @@ and the timeline."""
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -87,7 +86,10 @@ class LoSiAAdamW(torch.optim.Optimizer):
         self._form = AdamState(moments, split)
         self._form.check(layers)
         self.timeline = Timeline(model, total_steps, process_group)
-        self._groups = [*self.timeline.groups, self.timeline.dense]  # by the parameter group's number
+        self._groups = [
+            *self.timeline.groups,
+            self.timeline.dense,
+        ]  # by the parameter group's number
         groups = [{"params": [layer.subnet for layer in group]} for group in self.timeline.groups]
         dense = [layer.subnet for layer in self.timeline.dense]
         dense += [parameter for _, parameter in trained_parameters(model)]

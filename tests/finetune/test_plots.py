@@ -20,7 +20,7 @@ from losia_kernels.finetune.progress import moving_average
 from losia_kernels.finetune.run import finetune
 from losia_kernels.integrations.history import SubnetHistory
 from losia_kernels.integrations.transformers import LoSiACallback
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 from tests.finetune.test_run import options
 from tests.integrations.test_trainer_features import Watch, logged, make_trainer
 from tests.integrations.tiny_llama import make_model

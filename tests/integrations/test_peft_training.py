@@ -85,7 +85,7 @@ def test_a_16_bit_subnet_is_rounded_stochastically():
     optimizer = LoSiAAdamW(model, lr=LR)
     assert not optimizer.timeline.config.master_weights
     other = apply_losia(
-        make_model().bfloat16(), LoSiAConfig(**CHOICES, fused_loss=False, master_weights=False)
+        make_model().bfloat16(), LoSiAConfig(**CHOICES, fused_loss=False, master="none")
     )
     assert train(model, optimizer, batches(5)) == train(other, LoSiAAdamW(other, lr=LR), batches(5))
 

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach, calibrate
 from losia_kernels.checkpoint.resumable import full_state_dict, load_checkpoint, save_checkpoint
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 from losia_kernels.parallel.ranks import Ranks
 from tests.tiny import make_batches, tiny_lm
 

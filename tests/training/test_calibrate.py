@@ -17,7 +17,7 @@ from losia_kernels import (
     attach,
     calibrate,
 )
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 from tests.tiny import make_batches, same_tensors, snapshot, take_step, tiny_lm
 
 
