@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from .. import ops
 from ..layers.convert import trained_parameters
 from ..layers.linear import LoSiALinear, losia_layers
+from ..ops.adamw import Update, update_subnets_
 from ..parallel.placement import own, write_back_
 from ..parallel.ranks import is_sharded
 from .adam_state import SUBNET_STATE, SubnetState
@@ -158,7 +158,7 @@ class LoSiAAdamW(torch.optim.Optimizer):
         """One call for all layers with the same options, whatever their learning rates and
         steps."""
         updated: list[LoSiALinear] = []
-        alike: dict[Options, list[tuple]] = {}
+        alike: dict[Options, list[Update]] = {}
         for number in numbers:
             layers = [layer for layer in self._groups[number] if layer.subnet.grad is not None]
             if layers:
@@ -169,8 +169,8 @@ class LoSiAAdamW(torch.optim.Optimizer):
                     [self._operands(layer, lr) for layer in layers]
                 )
                 updated += layers
-        for options, operands in alike.items():
-            _update_alike(operands, options)
+        for options, updates in alike.items():
+            update_subnets_(updates, *options)
         if self.timeline.sharded:
             write_back_(updated, self.timeline.ranks)
         else:
@@ -178,17 +178,10 @@ class LoSiAAdamW(torch.optim.Optimizer):
                 layer.note_agreement_()
 
     def _update_subnet(self, number: int, layer: LoSiALinear) -> None:
-        """One layer inside the backward; float32 state alone has an op that takes all as arguments,
-        without a table."""
+        """One layer inside the backward."""
         lr, options = self._hyperparameters(number)
         layer.settle_(finish=True)
-        operands = self._operands(layer, lr)
-        if self._form == SubnetState():
-            *tensors, lr, step, seed = operands[:10]
-            arguments: list[Any] = [*tensors, lr, *options, step, seed]
-            ops.subnet_adamw_(*arguments)
-        else:
-            _update_alike([operands], options)
+        update_subnets_([self._operands(layer, lr)], *options)
         layer.note_agreement_()
 
     def _hyperparameters(self, number: int) -> tuple[float, Options]:
@@ -198,9 +191,8 @@ class LoSiAAdamW(torch.optim.Optimizer):
         factor = self.timeline.lr_factor(number) if number < len(self.timeline.groups) else 1.0
         return float(group["lr"]) * factor, (*group["betas"], group["eps"], group["weight_decay"])
 
-    def _operands(self, layer: LoSiALinear, lr: float) -> tuple:
-        """What ``ops.subnets_adamw_`` takes of a layer but for the options, in its order; None
-        where it has none.
+    def _operands(self, layer: LoSiALinear, lr: float) -> Update:
+        """This step's update of a layer.
 
         Of shards the new values go nowhere yet: the subnet's own rows alone (maybe none) are here,
         and where they belong in the weight is mostly on other ranks.
@@ -218,7 +210,7 @@ class LoSiAAdamW(torch.optim.Optimizer):
             weight = values[0].to(weight.dtype, copy=True)
             out_idx, in_idx = (torch.arange(size, device=weight.device) for size in weight.shape)
         subnet, grad, exp_avg, exp_avg_sq, *extra = values
-        return (
+        return Update(
             weight,
             subnet,
             grad.contiguous(),
@@ -314,17 +306,6 @@ def _complete_state(optimizer: torch.optim.Optimizer) -> None:
     relocalized."""
     if isinstance(optimizer, LoSiAAdamW) and optimizer.timeline.sharded:
         optimizer._make_state()
-
-
-def _update_alike(operands: list[tuple], options: Options) -> None:
-    *columns, seeds, exp_avg_scales, exp_avg_sq_scales, remainders = map(
-        list, zip(*operands, strict=True)
-    )
-    extras = (
-        [] if each[0] is None else each for each in (exp_avg_scales, exp_avg_sq_scales, remainders)
-    )
-    arguments: list[Any] = [*columns, [seed or 0 for seed in seeds], *options, *extras]
-    ops.subnets_adamw_(*arguments)
 
 
 @functools.cache

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, ops
+from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia
 from losia_kernels.layers.linear import losia_layers
+from losia_kernels.ops import adamw
 from losia_kernels.ops.rounding import join_float
 from losia_kernels.training import calibrate
 from losia_kernels.training.adam_state import MOMENTS, SUBNET_STATE
@@ -240,13 +241,13 @@ def test_forms_that_cannot_be():
 
 def test_a_step_is_one_call_for_all_layers(monkeypatch):
     model, optimizer = make_run()
-    called, plain = [], ops.subnets_adamw_
+    called, plain = [], adamw.subnets_adamw_
 
     def count(weights, *args):
         called.append(len(weights))
         plain(weights, *args)
 
-    monkeypatch.setattr(ops, "subnets_adamw_", count)
+    monkeypatch.setattr(adamw, "subnets_adamw_", count)
     take_step(model, optimizer, make_batches(1)[0])
     optimizer.param_groups[1]["weight_decay"] = 0.0
     take_step(model, optimizer, make_batches(1)[0])
@@ -330,19 +331,6 @@ def test_in_the_backward_with_every_form(form, master):
         take_step(*plain, batch)
         take_step(*inside, batch)
     assert same_tensors(plain[0].state_dict(), inside[0].state_dict())
-
-
-@pytest.mark.parametrize("form, master", FORMS.values(), ids=FORMS.keys())
-def test_in_the_backward_float32_state_alone_has_a_call_without_a_table(form, master, monkeypatch):
-    model, _ = make_run(form | {"in_backward": True}, master, output_dim_factor=0.0)
-    called = []
-    for name in ("subnet_adamw_", "subnets_adamw_"):
-        monkeypatch.setattr(ops, name, lambda *args, name=name: called.append(name))
-    model(**make_batches(1)[0]).loss.backward()
-    plain = form == {"moments": "float32", "remainder": False}
-    assert (
-        called == ["subnet_adamw_" if plain else "subnets_adamw_"] * 2
-    )  # the other block observes
 
 
 def test_no_gradient_is_left_but_of_the_group_that_observes():
