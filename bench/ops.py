@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from losia_kernels import ops
-from losia_kernels.ops.adamw import subnet_adamw_plain_
+from losia_kernels.ops.adamw import Update, subnets_adamw_plain_, update_subnets_
 from losia_kernels.ops.gather import gather_features_plain
 from losia_kernels.ops.importance import importance_marginals_plain, importance_update_plain_
 from losia_kernels.ops.scores import score_marginals_plain
@@ -103,27 +103,19 @@ def _adamw_inputs(g, shape, p, dtype) -> tuple:
     return weight, subnet, grad, avg, avg.square(), out_idx, in_idx, step
 
 
-def _adamw_with(step: Callable, *matrices: tuple) -> list[Tensor]:
+def _adamw_one_by_one(*matrices: tuple) -> list[Tensor]:
     for matrix in matrices:
-        step(*matrix[:7], LR, BETA1, BETA2, EPS, 0.0, STEP, None)
+        ops.subnet_adamw_(*matrix[:7], LR, BETA1, BETA2, EPS, 0.0, STEP)
     return [tensor for matrix in matrices for tensor in matrix[:2]]
 
 
-def _adamw_at_once(*matrices: tuple) -> list[Tensor]:
-    ops.subnets_adamw_(
-        *([matrix[i] for matrix in matrices] for i in range(7)),
-        [LR] * len(matrices),
-        [STEP] * len(matrices),
-        [],
-        BETA1,
-        BETA2,
-        EPS,
-        0.0,
-        [],
-        [],
-        [],
-    )
+def _adamw_updates(update: Callable, *matrices: tuple) -> list[Tensor]:
+    update([Update(*matrix[:7], LR, STEP) for matrix in matrices], BETA1, BETA2, EPS, 0.0)
     return [tensor for matrix in matrices for tensor in matrix[:2]]
+
+
+_adamw_at_once = functools.partial(_adamw_updates, update_subnets_)
+_adamw_plain = functools.partial(_adamw_updates, subnets_adamw_plain_)
 
 
 def _adamw_library(*matrices: tuple) -> list[Tensor]:
@@ -150,7 +142,7 @@ def _adamw_truth(*matrices: tuple) -> list[Tensor]:
     doubled = [
         tuple(t.double() if t.is_floating_point() else t for t in matrix) for matrix in matrices
     ]
-    return _adamw_with(subnet_adamw_plain_, *doubled)
+    return _adamw_plain(*doubled)
 
 
 def subnet_adamw(shape, p, tokens, dtype, matrices: int = 1) -> OpCase:
@@ -159,8 +151,8 @@ def subnet_adamw(shape, p, tokens, dtype, matrices: int = 1) -> OpCase:
         inputs=lambda g: tuple(_adamw_inputs(g, shape, p, dtype) for _ in range(matrices)),
         forms={
             "ours": _adamw_at_once,
-            "ours, a launch each": functools.partial(_adamw_with, ops.subnet_adamw_),
-            "eager": functools.partial(_adamw_with, subnet_adamw_plain_),
+            "ours, a launch each": _adamw_one_by_one,
+            "eager": _adamw_plain,
             "library: fused AdamW, then index_put": _adamw_library,
         },
         truth=_adamw_truth,

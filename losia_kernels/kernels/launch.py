@@ -71,7 +71,7 @@ def choose_config(
     if kernel == "subnet_grad":
         variant = variant or choose_subnet_grad(arch, dtype, n_in, alignment)
         return _subnet_grad_tiles(variant, arch, dtype, tokens, n_out, n_in, alignment)
-    if kernel in ("subnet_adamw_", "importance_update_"):
+    if kernel in ("subnets_adamw_", "importance_update_"):
         # Four entries a thread (64 threads a warp on AMD): 16-byte accesses in float32; more of
         # them spill on sm_80.
         return LaunchConfig(

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from csrc_ref.kernels import importance_marginals_ref, importance_update_ref
+from csrc_ref.importance import importance_marginals_ref, importance_update_ref
 from losia_kernels.kernels.launch import override_config
 from losia_kernels.ops.importance import KINDS, importance_marginals_plain, importance_update_plain_
 from tests.kernels.offline import run_offline

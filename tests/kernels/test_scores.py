@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from csrc_ref.kernels import score_marginals_ref
+from csrc_ref.scores import score_marginals_ref
 from losia_kernels.ops.scores import score_marginals_plain
 from tests.tolerance import assert_within
 

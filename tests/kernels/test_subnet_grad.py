@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from csrc_ref.kernels import subnet_grad_ref
+from csrc_ref.subnet_grad import subnet_grad_ref
 from losia_kernels.kernels.launch import SUBNET_GRAD_VARIANTS, override_config
 from losia_kernels.kernels.subnet_grad import launch_partials, launch_subnet_grad
 from losia_kernels.ops.subnet_grad import subnet_grad_plain

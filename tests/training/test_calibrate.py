@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from csrc_ref.kernels import importance_ref
+from csrc_ref.importance import importance_ref
 from csrc_ref.selection import select_marginal_ref
 from losia_kernels import (
     LoSiAAdamW,
