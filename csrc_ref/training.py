@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .kernels import cut, importance_ref, importance_update_ref, score_ref
+from .importance import importance_ref, importance_update_ref
+from .schedule import moving_ref, observing_ref, rewarm_ref
+from .scores import score_ref
 from .selection import select_marginal_ref, select_outputs_ref, select_ref
-from .timeline import moving_ref, observing_ref, rewarm_ref
+from .subnet_grad import cut
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, remove_losia
-from losia_kernels.training import calibrate
+from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, calibrate, remove_losia
 
 model_name, output, steps = sys.argv[1], sys.argv[2], int(sys.argv[3]) if sys.argv[3:] else 60
 device = "cuda" if torch.cuda.is_available() else "cpu"

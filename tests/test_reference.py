@@ -10,7 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from csrc_ref import kernels, selection, timeline
+from csrc_ref import schedule, selection
+from csrc_ref.adamw import subnet_adamw_ref
+from csrc_ref.gather import gather_features_ref
+from csrc_ref.importance import importance_marginals_ref, importance_ref, importance_update_ref
+from csrc_ref.scores import score_marginals_ref
+from csrc_ref.subnet_grad import subnet_grad_ref
 from csrc_ref.training import Config, Training
 
 torch.manual_seed(0)
@@ -34,8 +39,8 @@ def test_sensitivity_is_the_loss_change_of_removing_a_weight():
     at = weight.clone().requires_grad_(True)
     loss_per_weight(at).sum().backward()
     change = (loss_per_weight(torch.zeros_like(weight)) - loss_per_weight(weight)).abs()
-    torch.testing.assert_close(kernels.importance_ref(weight, at.grad), change)
-    torch.testing.assert_close(kernels.importance_ref(weight, at.grad / 4, grad_scale=4.0), change)
+    torch.testing.assert_close(importance_ref(weight, at.grad), change)
+    torch.testing.assert_close(importance_ref(weight, at.grad / 4, grad_scale=4.0), change)
 
 
 def test_importance_kinds_are_the_parts_of_eq_3():
@@ -47,24 +52,24 @@ def test_importance_kinds_are_the_parts_of_eq_3():
         "gradient": [3.0, 1.0],
     }
     for kind, values in expected.items():
-        assert kernels.importance_ref(weight, grad, kind).tolist() == [values]
+        assert importance_ref(weight, grad, kind).tolist() == [values]
 
 
 def test_smoothing_of_a_constant_importance_has_a_closed_form():
     """From zero and with I constant: mean_n = (1 - b^n) I and uncertainty_n = n (1 - b) b^n I, b
     the common beta."""
     weight, grad, beta, n = rand(3, 5), rand(3, 5), 0.85, 7
-    now = kernels.importance_ref(weight, grad)
+    now = importance_ref(weight, grad)
     state = torch.zeros(3, 5), torch.zeros(3, 5)
     for _ in range(n):
-        state = kernels.importance_update_ref(*state, weight, grad, beta, beta)
+        state = importance_update_ref(*state, weight, grad, beta, beta)
     torch.testing.assert_close(state[0], (1 - beta**n) * now)
     torch.testing.assert_close(state[1], n * (1 - beta) * beta**n * now)
 
 
 def test_each_beta_smooths_its_own_average():
     weight, grad = torch.ones(1, 1), torch.ones(1, 1)  # I = 1/2
-    mean, deviation = kernels.importance_update_ref(
+    mean, deviation = importance_update_ref(
         torch.ones(1, 1), torch.ones(1, 1), weight, grad, 0.5, 0.75
     )
     assert mean.item() == 0.75
@@ -76,13 +81,13 @@ def test_marginals_are_sums_over_the_given_neurons():
         torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]),
         torch.full((3, 2), 10.0),
     )
-    out_sums, in_sums = kernels.score_marginals_ref(importance, uncertainty)
+    out_sums, in_sums = score_marginals_ref(importance, uncertainty)
     assert (out_sums.tolist(), in_sums.tolist()) == ([30, 70, 110], [90, 120])
-    out_sums, in_sums = kernels.score_marginals_ref(
+    out_sums, in_sums = score_marginals_ref(
         importance, None, torch.tensor([0, 2]), torch.tensor([1])
     )
     assert (out_sums.tolist(), in_sums.tolist()) == ([2, 4, 6], [6, 8])
-    out_sums, in_sums = kernels.importance_marginals_ref(importance, importance, "gradient", 2.0)
+    out_sums, in_sums = importance_marginals_ref(importance, importance, "gradient", 2.0)
     assert (out_sums.tolist(), in_sums.tolist()) == ([6, 14, 22], [18, 24])
 
 
@@ -92,12 +97,12 @@ def test_subnet_gradient_is_autograds():
     y = linear(x)
     dy = torch.randn_like(y)
     y.backward(dy)
-    torch.testing.assert_close(kernels.subnet_grad_ref(dy, x), linear.weight.grad)
+    torch.testing.assert_close(subnet_grad_ref(dy, x), linear.weight.grad)
     expected = linear.weight.grad[out_idx][:, in_idx]
-    torch.testing.assert_close(kernels.subnet_grad_ref(dy, x, out_idx, in_idx), expected)
-    gathered = kernels.gather_features_ref(x, in_idx)
+    torch.testing.assert_close(subnet_grad_ref(dy, x, out_idx, in_idx), expected)
+    gathered = gather_features_ref(x, in_idx)
     assert torch.equal(gathered, torch.stack([x[..., 0], x[..., 3]], dim=-1))
-    torch.testing.assert_close(kernels.subnet_grad_ref(dy, gathered, out_idx), expected)
+    torch.testing.assert_close(subnet_grad_ref(dy, gathered, out_idx), expected)
 
 
 def test_subnet_adamw_is_torchs_and_leaves_the_rest_alone():
@@ -108,13 +113,13 @@ def test_subnet_adamw_is_torchs_and_leaves_the_rest_alone():
     optimizer = torch.optim.AdamW([theirs], betas=(0.8, 0.95), **options)
     moments = torch.zeros(2, 3), torch.zeros(2, 3)
     for step in range(1, 5):
-        partials = rand(2, 2, 3)
-        theirs.grad = partials.sum(0)
+        grad = rand(2, 3)
+        theirs.grad = grad
         optimizer.step()
-        weight, subnet, *moments = kernels.subnet_adamw_ref(
+        weight, subnet, *moments = subnet_adamw_ref(
             weight,
             subnet,
-            partials,
+            grad,
             *moments,
             out_idx,
             in_idx,
@@ -203,31 +208,31 @@ TWO_THIRDS = pytest.approx(2 / 3)
 def test_asynchronous_timeline():
     """Two groups, T = 3: a cycle of six steps, written out by hand."""
     steps = range(12)
-    assert [timeline.observing_ref(s, 2, 3) for s in steps] == ([[0]] * 3 + [[1]] * 3) * 2
-    assert [timeline.moving_ref(s, 2, 3) for s in steps] == [[], [], [0], [], [], [1]] * 2
-    first, second = ([timeline.rewarm_ref(s, group, 2, 3) for s in steps] for group in (0, 1))
+    assert [schedule.observing_ref(s, 2, 3) for s in steps] == ([[0]] * 3 + [[1]] * 3) * 2
+    assert [schedule.moving_ref(s, 2, 3) for s in steps] == [[], [], [0], [], [], [1]] * 2
+    first, second = ([schedule.rewarm_ref(s, group, 2, 3) for s in steps] for group in (0, 1))
     assert first == [1, 1, 1, THIRD, TWO_THIRDS, 1, 1, 1, 1, THIRD, TWO_THIRDS, 1]
     assert second == [1, 1, 1, 1, 1, 1, THIRD, TWO_THIRDS, 1, 1, 1, 1]
 
 
 def test_synchronous_timeline():
     steps = range(12)
-    assert [timeline.observing_ref(s, 2, 3, "sync") for s in steps] == ([[0, 1]] * 3 + [[]] * 3) * 2
-    assert [timeline.moving_ref(s, 2, 3, "sync") for s in steps] == [[], [], [0, 1], [], [], []] * 2
+    assert [schedule.observing_ref(s, 2, 3, "sync") for s in steps] == ([[0, 1]] * 3 + [[]] * 3) * 2
+    assert [schedule.moving_ref(s, 2, 3, "sync") for s in steps] == [[], [], [0, 1], [], [], []] * 2
     for group in (0, 1):
-        factors = [timeline.rewarm_ref(s, group, 2, 3, "sync") for s in steps]
+        factors = [schedule.rewarm_ref(s, group, 2, 3, "sync") for s in steps]
         assert factors == [1, 1, 1, THIRD, TWO_THIRDS, 1, 1, 1, 1, THIRD, TWO_THIRDS, 1]
 
 
 def test_one_group_rewarms_without_pause_and_period_one_moves_every_step():
-    assert [timeline.rewarm_ref(s, 0, 1, 2) for s in range(6)] == [1, 1, 0.5, 1, 0.5, 1]
-    assert [timeline.moving_ref(s, 3, 1) for s in range(4)] == [[0], [1], [2], [0]]
-    assert [timeline.rewarm_ref(s, 0, 3, 1) for s in range(4)] == [1, 1, 1, 1]
+    assert [schedule.rewarm_ref(s, 0, 1, 2) for s in range(6)] == [1, 1, 0.5, 1, 0.5, 1]
+    assert [schedule.moving_ref(s, 3, 1) for s in range(4)] == [[0], [1], [2], [0]]
+    assert [schedule.rewarm_ref(s, 0, 3, 1) for s in range(4)] == [1, 1, 1, 1]
 
 
 def test_no_rewarming_before_the_warm_up_has_ended():
     """Step 4 is the first past a warm-up of 4 steps, in the middle of group 0's rewarming."""
-    assert [timeline.rewarm_ref(s, 0, 2, 3, warmup_steps=4) for s in range(6)] == [
+    assert [schedule.rewarm_ref(s, 0, 2, 3, warmup_steps=4) for s in range(6)] == [
         1,
         1,
         1,
@@ -346,7 +351,7 @@ def test_accumulation_is_the_larger_batch_to_adamw_but_not_to_the_importance():
         start.zero_grad()
         loss_of(start, batch).backward()
         weight = start.twice.weight
-        expected = kernels.importance_update_ref(*expected, weight.detach(), weight.grad, 0.7, 0.85)
+        expected = importance_update_ref(*expected, weight.detach(), weight.grad, 0.7, 0.85)
     observed = accumulated.moved["twice"]
     torch.testing.assert_close((observed.importance, observed.uncertainty), expected)
     assert not torch.allclose(at_once.moved["twice"].importance, expected[0])
@@ -409,7 +414,7 @@ def test_groups_move_in_turn_by_their_own_scores(importance):
             return before[slot[-1]][name][1].abs()
         state = torch.zeros(1), torch.zeros(1)
         for s in slot:
-            state = kernels.importance_update_ref(*state, *before[s][name], 0.7, 0.85)
+            state = importance_update_ref(*state, *before[s][name], 0.7, 0.85)
         return state[0] if importance == "marginal" else state[0] * state[1]
 
     def top(sums, k):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from losia_kernels import LoSiAAdamW, LoSiAConfig, LoSiALinear, apply_losia
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 
 from .base import Method, MissingPeer, Options, Prepared, count, stepper, trained_parameters
 

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach, remove_losia
-from losia_kernels.training import calibrate
+from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach, calibrate, remove_losia
 from losia_kernels.training.calibrate import start_from_frequency
 
 from ..methods import MissingPeer

@@ -13,15 +13,16 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 from ..layers.convert import export_state_dict
-from ..parallel.placement import as_shard, own
-from ..parallel.ranks import Rows, is_sharded
+from ..parallel.placement import local, placed_as, whole
+from ..parallel.ranks import RowShard
+from ..training.importance import OBSERVERS
 from ..training.timeline import Timeline
 from .folder import UNFINISHED, begin_beside, finish_beside
 
-RUN = (
-    "losia.pt"  # parameter groups, clock, and what else is no tensor of the model's or optimizer's
-)
-REPLICATED = ("step", "losia_in_importance")  # of an optimizer's state, what every rank holds whole
+# parameter groups, clock, and what else is no tensor of the model's or optimizer's
+RUN = "losia.pt"
+# of an optimizer's state, what every rank holds whole
+REPLICATED = {"step"} | {f"losia_{name}" for kind in OBSERVERS.values() for name in kind.replicated}
 
 
 def save_checkpoint(
@@ -50,7 +51,7 @@ def save_checkpoint(
     ranks = (timeline or optimizer.timeline).ranks  # type: ignore[attr-defined]
     first = ranks.rank == 0
     theirs = beside.exists() and not (beside / UNFINISHED).exists()
-    if ranks.any([first and (folder.exists() or theirs)]) == [True]:
+    if ranks.any_rank(first and (folder.exists() or theirs)):
         raise FileExistsError(
             f"{folder}, or {beside}, where it would be prepared, exists: name a new folder"
         )
@@ -69,11 +70,11 @@ def save_checkpoint(
             {"param_groups": state_dict["param_groups"], "names": names, "extra": extra},
             beside / RUN,
         )
-    ranks.wait()
+    ranks.barrier()
     dcp.save(tensors, checkpoint_id=beside, process_group=ranks.group, no_dist=ranks.group is None)
     if first:
         finish_beside(beside, folder)
-    ranks.wait()
+    ranks.barrier()
 
 
 def load_checkpoint(
@@ -124,8 +125,7 @@ def load_checkpoint(
         if key.startswith("optimizer."):
             name, _, kind = key.removeprefix("optimizer.").rpartition(":")
             state.setdefault(names.index(name), {})[kind] = value
-    groups = [{**group, "losia_whole": True} for group in run["param_groups"]]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    optimizer.load_state_dict({"state": state, "param_groups": run["param_groups"]})
     return run["extra"]
 
 
@@ -144,15 +144,15 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
         _plain(name): id(value) for name, value in model.named_parameters(remove_duplicate=False)
     }
     gathered: dict[int | str, Any] = {}  # once for all names of a tied weight
-    whole = {}
+    named = {}
     for name, tensor in export_state_dict(model).items():
         key = tied.get(name, name)
         if key not in gathered:
-            tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+            tensor = whole(tensor)
             gathered[key] = tensor.detach().to("cpu", copy=True) if first else None
         if first:
-            whole[name] = gathered[key]
-    return whole
+            named[name] = gathered[key]
+    return named
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -192,8 +192,9 @@ def _plain(name: str) -> str:
 def _empty(entry: Any, kind: str, parameter: Tensor, timeline: Timeline) -> Tensor:
     """Where to load a tensor of ``parameter``'s state to: laid out as the parameter is now."""
     size, dtype = entry.size, entry.properties.dtype
-    if not is_sharded(parameter) or kind in REPLICATED:
+    if not timeline.placement.cuts or kind in REPLICATED:
         return torch.empty(size, dtype=dtype, device=parameter.device if len(size) else "cpu")
-    rows = Rows(timeline.ranks, size[0])
-    here = torch.empty(rows.stop - rows.start, *size[1:], dtype=dtype, device=own(parameter).device)
-    return as_shard(here, size[0], parameter)
+    rows = RowShard(timeline.ranks, size[0])
+    device = local(parameter).device
+    here = torch.empty(rows.stop - rows.start, *size[1:], dtype=dtype, device=device)
+    return placed_as(here, size[0], parameter)

@@ -282,7 +282,7 @@ class FinetuneOptions:
                 importance=self.importance,
                 init_subnet=self.init_subnet,
                 alignment=self.alignment,
-                master_weights=self.master == "float32",
+                master="split" if self.master == "remainder" else self.master,
                 seed=self.seed,
             )
         except ValueError as error:

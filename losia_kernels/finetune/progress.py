@@ -121,7 +121,7 @@ def describe_run(
     total = model.num_parameters() - values
     tokens = sum(len(sample["input_ids"]) for sample in train_data)
     learned = sum(int((sample["labels"] != IGNORE).sum()) for sample in train_data)
-    period = f"period {config.period} steps" + (" (auto)" if timeline.auto else "")
+    period = f"period {config.period} steps" + (" (auto)" if options.period == "auto" else "")
     many = arguments.world_size > 1
     each = f" on each of {arguments.world_size} processes" if many else ""
     return "\n".join(

@@ -147,7 +147,6 @@ def train(run: Run, callbacks: tuple[TrainerCallback, ...] = ()) -> None:
                 "weight_decay": options.weight_decay,
                 "total_steps": run.steps,
                 "moments": options.moments,
-                "remainder": options.master == "remainder",
                 "in_backward": options.in_backward,
             },
         ),

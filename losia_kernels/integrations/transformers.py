@@ -23,7 +23,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
-from ..layers.linear import LoSiALinear
+from ..layers.module import SubnetModule
 from ..layers.subnet import Subnet
 from ..training.calibrate import calibrate, start_from_frequency
 from ..training.optimizer import LoSiAAdamW
@@ -191,7 +191,7 @@ class LoSiACallback(TrainerCallback):
                 ] * timeline.lr_factor(group)
         self._observing = min(timeline.observing, default=-1)
 
-    def _note(self, layer: LoSiALinear, subnet: Subnet) -> None:
+    def _note(self, layer: SubnetModule, subnet: Subnet) -> None:
         self._moved.append(Place.after(layer, subnet, self.trainer.state.global_step + 1))
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -4,7 +4,6 @@ Imports no triton."""
 import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator
 
 import torch
@@ -72,7 +71,7 @@ def choose_config(
     if kernel == "subnet_grad":
         variant = variant or choose_subnet_grad(arch, dtype, n_in, alignment)
         return _subnet_grad_tiles(variant, arch, dtype, tokens, n_out, n_in, alignment)
-    if kernel in ("subnet_adamw_", "importance_update_"):
+    if kernel in ("subnets_adamw_", "importance_update_"):
         # Four entries a thread (64 threads a warp on AMD): 16-byte accesses in float32; more of
         # them spill on sm_80.
         return LaunchConfig(
@@ -85,16 +84,6 @@ def choose_config(
     if kernel == "cross_entropy_grad_":
         return LaunchConfig(block_out=_tile(n_out, 16, 4096), num_warps=16)
     raise ValueError(f"no launch configuration for kernel {kernel!r}")
-
-
-def subnet_grad_config(
-    dy: torch.Tensor, k_out: int, k_in: int, gathers: bool, alignment: int
-) -> LaunchConfig:
-    """``launch_config`` of "subnet_grad" for ``dy [..., out]``; without ``gathers`` its columns are
-    all taken."""
-    tokens = math.prod(dy.shape[:-1])  # Size.numel() would fix a symbol to one value
-    run = alignment if gathers else MAX_VECTOR
-    return launch_config("subnet_grad", dy, tokens=tokens, n_out=k_out, n_in=k_in, alignment=run)
 
 
 def choose_subnet_grad(arch: str, dtype: torch.dtype, k_in: int, alignment: int) -> str:
@@ -182,10 +171,7 @@ def launch_config(
     replaced."""
     arch = _arch_override[-1] if _arch_override else device_arch(like.device)
     override = _overrides.get(kernel, {})
-    choose = (
-        choose_config if isinstance(tokens, torch.SymInt) else _remembered_config
-    )  # a symbol has no hash
-    config = choose(
+    config = _remembered_config(
         kernel, arch, like.dtype, tokens, n_out, n_in, alignment, override.get("variant")
     )
     return dataclasses.replace(config, **override) if override else config

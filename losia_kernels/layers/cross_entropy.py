@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import ops
-from ..ops import eager
+from ..ops.rounding import accumulate_dtype
 
 CHUNK_BYTES = 128 * 2**20  # 1,024 tokens of a vocabulary of 32,000
 
@@ -23,9 +23,7 @@ def losia_linear_cross_entropy(
     bias: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
-    num_items: Tensor | float | None = None,
     label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_bytes: int = CHUNK_BYTES,
@@ -41,9 +39,8 @@ def losia_linear_cross_entropy(
     of it is computed. A trained ``bias [V]`` gets its gradient.
 
     The logits are ``z = softcap * tanh(logit_scale * raw / softcap)``, only scaled if ``softcap``
-    is None; ``z_loss * logsumexp(z)^2`` is added to each token's loss; ``label_smoothing`` and
-    ``ignore_index`` are torch's. ``reduction="mean"`` divides by ``num_items`` (of the accumulated
-    batch) or else by the labels not ignored, "sum" by nothing. Returns the loss, a float32 scalar
+    is None; ``label_smoothing`` and ``ignore_index`` are torch's. ``reduction="mean"`` divides by the
+    number of labels not ignored, "sum" by nothing. Returns the loss, a float32 scalar
     (float64 for float64).
 
     Memory: beyond the gradients themselves one chunk of logits, at most ``chunk_bytes`` in float32
@@ -65,10 +62,6 @@ def losia_linear_cross_entropy(
         raise ValueError(
             f"linear_cross_entropy: reduction must be 'mean' or 'sum', got {reduction!r}"
         )
-    if num_items is not None and reduction == "sum":
-        raise ValueError(
-            "linear_cross_entropy: num_items divides a mean; with reduction='sum' nothing is divided"
-        )
     if chunk_bytes < 1:
         raise ValueError(f"linear_cross_entropy: chunk_bytes must be at least 1, got {chunk_bytes}")
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
@@ -85,7 +78,6 @@ def losia_linear_cross_entropy(
     formula = {
         "ignore_index": ignore_index,
         "label_smoothing": label_smoothing,
-        "z_loss": z_loss,
         "softcap": softcap,
         "logit_scale": logit_scale,
     }
@@ -101,9 +93,7 @@ def losia_linear_cross_entropy(
         on_gradient,
         torch.is_grad_enabled(),
     )
-    if reduction == "sum":
-        return total
-    return total / ((labels != ignore_index).sum() if num_items is None else num_items)
+    return total if reduction == "sum" else total / (labels != ignore_index).sum()
 
 
 def autocast_dtype(hidden: Tensor) -> torch.dtype:
@@ -140,7 +130,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         differentiable,
     ):
         wanted = [differentiable and needed for needed in ctx.needs_input_grad]
-        dtype = eager.accumulate_dtype(hidden.dtype)
+        dtype = accumulate_dtype(hidden.dtype)
         d_hidden = torch.empty_like(hidden) if wanted[0] else None  # [t, d]
         d_bias = torch.zeros_like(bias, dtype=dtype) if wanted[2] else None  # [V]
         d_subnet = torch.zeros_like(subnet, dtype=dtype) if wanted[3] else None  # [k_out, d]
@@ -198,7 +188,7 @@ def _weight_grad_blocks(hidden, weight, bias, labels, lse, formula, chunk_bytes)
     for rows in _slices(vocabulary, block):
         size = rows.stop - rows.start
         row_bias = None if bias is None else bias[rows]
-        grad = hidden.new_zeros(size, d, dtype=eager.accumulate_dtype(hidden.dtype))
+        grad = hidden.new_zeros(size, d, dtype=accumulate_dtype(hidden.dtype))
         for chunk in _slices(hidden.shape[0], tokens):
             logits = _logits(
                 hidden[chunk], weight[rows], row_bias, buffer[: tokens * size].view(tokens, size)

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from . import eager
 from .registry import check, register
+from .rounding import accumulate_dtype
 
 
 def _check_logits(op: str, logits: Tensor, labels: Tensor, softcap: float | None) -> None:
@@ -28,7 +28,6 @@ def cross_entropy_grad_(
     labels: Tensor,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     write_grad: bool = True,
@@ -37,7 +36,7 @@ def cross_entropy_grad_(
 
     With ``z = softcap * tanh(logit_scale * logits / softcap)`` (scaled only, if ``softcap`` is
     None) and ``lse = logsumexp(z)``: ``loss = lse - (1 - label_smoothing) z[label] -
-    label_smoothing mean(z) + z_loss lse^2``. ``labels [t]`` int64; ``ignore_index`` gives no loss
+    label_smoothing mean(z)``. ``labels [t]`` int64; ``ignore_index`` gives no loss
     and no gradient. Returns ``(losses [t], lse [t])`` in float32. ``write_grad=False`` leaves the
     logits as they are. A label out of range raises on the CPU; on a GPU, which nobody waits for
     here, its loss and gradient are NaN.
@@ -46,10 +45,8 @@ def cross_entropy_grad_(
     if logits.is_cuda and logits.dtype != torch.float64:
         from ..kernels.cross_entropy import launch_cross_entropy_grad_ as run
     else:
-        run = eager.cross_entropy_grad_
-    return run(
-        logits, labels, ignore_index, label_smoothing, z_loss, softcap, logit_scale, write_grad
-    )
+        run = cross_entropy_grad_plain_
+    return run(logits, labels, ignore_index, label_smoothing, softcap, logit_scale, write_grad)
 
 
 @cross_entropy_grad_.register_fake
@@ -58,12 +55,11 @@ def _(
     labels,
     ignore_index=-100,
     label_smoothing=0.0,
-    z_loss=0.0,
     softcap=None,
     logit_scale=1.0,
     write_grad=True,
 ):
-    dtype = eager.accumulate_dtype(logits.dtype)
+    dtype = accumulate_dtype(logits.dtype)
     return logits.new_empty(logits.shape[0], dtype=dtype), logits.new_empty(
         logits.shape[0], dtype=dtype
     )
@@ -78,7 +74,6 @@ def cross_entropy_block_grad_(
     vocabulary: int,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> None:
@@ -91,7 +86,7 @@ def cross_entropy_block_grad_(
     if logits.is_cuda and logits.dtype != torch.float64:
         from ..kernels.cross_entropy import launch_cross_entropy_block_grad_ as run
     else:
-        run = eager.cross_entropy_block_grad_
+        run = cross_entropy_block_grad_plain_
     run(
         logits,
         labels,
@@ -100,7 +95,6 @@ def cross_entropy_block_grad_(
         vocabulary,
         ignore_index,
         label_smoothing,
-        z_loss,
         softcap,
         logit_scale,
     )
@@ -115,8 +109,116 @@ def _(
     vocabulary,
     ignore_index=-100,
     label_smoothing=0.0,
-    z_loss=0.0,
     softcap=None,
     logit_scale=1.0,
 ):
     return None
+
+
+def cross_entropy_grad_plain_(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    logit_scale: float,
+    write_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    z = capped_logits(logits, softcap, logit_scale)  # [t, V]
+    ignored = labels == ignore_index
+    target = z.gather(1, labels.masked_fill(ignored, 0)[:, None])[:, 0]
+    mean = z.mean(-1) if label_smoothing else 0.0
+    if write_grad:
+        probability = z if softcap is None else z.clone()  # in place: a chunk is most of the memory
+        lse = softmax_(probability)
+        _write_cross_entropy_grad(
+            logits,
+            probability,
+            z,
+            labels,
+            lse,
+            0,
+            logits.shape[1],
+            ignore_index,
+            label_smoothing,
+            softcap,
+            logit_scale,
+        )
+    else:
+        lse = z.logsumexp(-1)
+    losses = lse - (1 - label_smoothing) * target - label_smoothing * mean
+    return losses.masked_fill_(ignored, 0.0), lse
+
+
+def softmax_(z: Tensor) -> Tensor:
+    """``z [t, V]`` becomes its softmax; returns its logsumexp ``[t]``. One pass of exponentials for
+    both."""
+    largest = z.amax(-1)
+    torch.softmax(z, -1, out=z)
+    return largest - z.amax(-1).log_()  # the largest probability is exp(largest - logsumexp)
+
+
+def cross_entropy_block_grad_plain_(
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    first_out: int,
+    vocabulary: int,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    logit_scale: float,
+) -> None:
+    z = capped_logits(logits, softcap, logit_scale)  # [t, block]
+    probability = (z.sub_(lse[:, None]) if softcap is None else z - lse[:, None]).exp_()
+    _write_cross_entropy_grad(
+        logits,
+        probability,
+        z,
+        labels,
+        lse,
+        first_out,
+        vocabulary,
+        ignore_index,
+        label_smoothing,
+        softcap,
+        logit_scale,
+    )
+
+
+def _write_cross_entropy_grad(
+    logits,
+    probability,
+    z,
+    labels,
+    lse,
+    first_out,
+    vocabulary,
+    ignore_index,
+    label_smoothing,
+    softcap,
+    logit_scale,
+):
+    grad = probability
+    if label_smoothing:
+        grad -= label_smoothing / vocabulary
+    position = labels - first_out
+    here = (position >= 0) & (position < logits.shape[1])
+    share = torch.where(here, label_smoothing - 1, 0.0).to(grad.dtype)
+    grad.scatter_add_(1, position.masked_fill(~here, 0)[:, None], share[:, None])
+    if softcap is not None:
+        grad *= 1 - (z / softcap).square_()
+    if logit_scale != 1:
+        grad *= logit_scale
+    if grad is not logits:
+        logits.copy_(grad)
+    logits.index_fill_(0, (labels == ignore_index).nonzero()[:, 0], 0.0)
+
+
+def capped_logits(logits: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
+    """``softcap * tanh(logit_scale * logits / softcap)`` in float32; ``logits`` itself where that
+    changes nothing."""
+    z = logits.to(accumulate_dtype(logits.dtype))
+    if logit_scale != 1:
+        z = z * logit_scale
+    return z if softcap is None else (z / softcap).tanh_().mul_(softcap)

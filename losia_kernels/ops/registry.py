@@ -8,8 +8,6 @@ from typing import Any, NoReturn, ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import eager
-
 P = ParamSpec("P")
 Result = TypeVar("Result")
 Result_co = TypeVar("Result_co", covariant=True)
@@ -95,7 +93,3 @@ def check_same(op: str, names: str, *tensors: Tensor, dtype: bool = True) -> Non
             refuse(op, f"{names} are on {[str(t.device) for t in tensors]}")
         if dtype and tensor.dtype != first.dtype:
             refuse(op, f"{names} have dtypes {[t.dtype for t in tensors]}")
-
-
-def check_kind(op: str, kind: str) -> None:
-    check(kind in eager.KINDS, op, f"kind must be one of {eager.KINDS}, got {kind!r}")

@@ -23,7 +23,7 @@ from losia_kernels.finetune.estimate import (
     largest,
     subnet_values,
 )
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
@@ -159,7 +159,7 @@ def test_with_the_smallest_state_table_14_is_met(p, paper_gb):
         checkpointing=True,
         fused_loss=True,
         moments="int8",
-        master_weights=False,
+        master="none",
         in_backward=True,
     )
     assert estimate(LLAMA_7B, setting).total <= paper_gb * 1e9

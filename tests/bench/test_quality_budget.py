@@ -9,7 +9,7 @@ import torch
 from bench.quality.budget import LEVELS, by_importance, captured_by_level, rank_pattern
 from bench.quality.importance import observe
 from losia_kernels import LoSiAConfig, apply_losia
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 from losia_kernels.layers.subnet import subnet_size
 from tests.bench.quality_tiny import tiny_base, tiny_tasks
 

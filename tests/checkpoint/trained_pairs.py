@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, remove_losia
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 from tests.integrations.tiny_llama import make_model, make_tokenizer
 
 STEPS = 7  # at period 1 and three groups, every layer moves twice

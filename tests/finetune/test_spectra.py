@@ -6,7 +6,7 @@ import torch
 
 from losia_kernels import LoSiAConfig
 from losia_kernels.finetune import spectra
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 from tests.integrations.tiny_llama import make_model
 
 

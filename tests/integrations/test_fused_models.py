@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia
 from losia_kernels.layers import fused_loss
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 from tests.tolerance import assert_within
 
 VOCABULARY = 97

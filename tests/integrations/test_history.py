@@ -7,7 +7,7 @@ import pytest
 
 from losia_kernels import LoSiAConfig
 from losia_kernels.integrations.history import SubnetHistory, rewind_log
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 from tests.integrations.test_trainer_features import Watch, logged, make_trainer
 
 STEPS = 9

@@ -49,7 +49,7 @@ def test_what_is_trained_and_how_it_is_grouped(name):
         model = apply_losia(family.make(), LoSiAConfig(rank_factor=0.25))
     groups: dict[str, set[str]] = {}
     for path, layer in losia_layers(model):
-        block = layer.losia.group_name
+        block = layer.membership.group_name
         groups.setdefault(block, set()).add(path.removeprefix(f"{block}."))
     assert groups == {
         block: (family.decoder_linears if block.startswith("decoder.") else family.linears)
@@ -114,7 +114,7 @@ def test_training_moves_only_subnets_and_the_result_loads_in_plain_transformers(
     optimizer = LoSiAAdamW(model, lr=0.01)
     train(model, optimizer, family, optimizer.timeline.schedule.cycle + 1, note)
     moved = {
-        layer.losia.group
+        layer.membership.group
         for path, layer in layers.items()
         if first[path] != (layer.out_idx.tolist(), layer.in_idx.tolist())
     }

@@ -6,7 +6,7 @@ import torch
 
 from losia_kernels import LoSiAConfig, apply_losia, remove_losia
 from losia_kernels.integrations.transformers import LoSiACallback, LoSiAOptimizerFactory
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 from tests.integrations.tiny_llama import make_model, make_tokenizer
 
 pytest.importorskip("trl")

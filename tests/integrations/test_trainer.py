@@ -8,13 +8,12 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach
+from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach, calibrate
 from losia_kernels.finetune.data import IGNORE, Collator
 from losia_kernels.finetune.model import check_packing
 from losia_kernels.finetune.options import FinetuneOptions, InputError
 from losia_kernels.finetune.trainer import FinetuneTrainer, training_arguments
 from losia_kernels.integrations.transformers import LoSiACallback, LoSiAOptimizerFactory
-from losia_kernels.training import calibrate
 from tests.integrations.tiny_llama import make_model
 from tests.tiny import same_tensors
 

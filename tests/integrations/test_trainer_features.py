@@ -14,11 +14,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, remove_losia
+from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, calibrate, remove_losia
 from losia_kernels.finetune.data import IGNORE, Collator
 from losia_kernels.integrations.transformers import LoSiACallback, LoSiAOptimizerFactory
-from losia_kernels.layers.linear import losia_layers
-from losia_kernels.training import calibrate
+from losia_kernels.layers.module import losia_layers
 from tests.integrations.test_trainer import LR, samples
 from tests.integrations.tiny_llama import make_model, make_tokenizer
 

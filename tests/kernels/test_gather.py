@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from csrc_ref.kernels import gather_features_ref
+from csrc_ref.gather import gather_features_ref
 from losia_kernels.kernels.gather import launch_gather_features
 from losia_kernels.kernels.launch import override_config
 

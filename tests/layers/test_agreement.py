@@ -18,7 +18,7 @@ from losia_kernels import (
     export_state_dict,
     remove_losia,
 )
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 from tests.tiny import make_batches, same_tensors, take_step, tiny_lm
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from losia_kernels import LoSiAConfig, LoSiALinear, apply_losia, export_state_dict, remove_losia
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 from tests.tiny import HIDDEN, VOCAB, TinyLM, make_batches, same_tensors, snapshot, tiny_lm
 
 HALF = {"rank_factor": 0.5}
@@ -22,7 +22,8 @@ def apply(model: nn.Module, output_layer: str | None = None, **options) -> nn.Mo
 
 def groups(model: nn.Module) -> dict[str, tuple[int | None, str]]:
     return {
-        name: (layer.losia.group, layer.losia.group_name) for name, layer in losia_layers(model)
+        name: (layer.membership.group, layer.membership.group_name)
+        for name, layer in losia_layers(model)
     }
 
 
@@ -169,7 +170,7 @@ def test_a_plain_mlp_is_one_group():
 
 def test_the_order_is_the_models_past_nine_blocks():
     model = apply(tiny_lm(blocks=11))
-    assert [layer.losia.group for _, layer in losia_layers(model)] == [
+    assert [layer.membership.group for _, layer in losia_layers(model)] == [
         i for i in range(11) for _ in "ab"
     ]
 

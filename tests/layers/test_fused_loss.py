@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, remove_losia
+from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, calibrate, remove_losia
 from losia_kernels.layers import fused_loss
 from losia_kernels.layers.fused_loss import LazyLogits, fuse_loss, unfuse_loss
-from losia_kernels.layers.linear import losia_layers
-from losia_kernels.training import calibrate
+from losia_kernels.layers.module import losia_layers
 from tests.tiny import TinyLM, make_batches, same_tensors, take_step, tiny_lm
 
 EVERY_HEAD = [0.0, 0.5, 1.0]

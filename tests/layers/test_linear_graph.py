@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from losia_kernels import LoSiAAdamW, LoSiAConfig, LoSiALinear, apply_losia
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 from tests.tiny import HIDDEN, Block
 
 

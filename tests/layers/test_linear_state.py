@@ -30,7 +30,7 @@ def test_from_linear_shares_the_weight_and_freezes_it():
         and layer.subnet.requires_grad
     )
     assert not layer.training and isinstance(layer, nn.Linear)
-    back = layer.to_linear()
+    back = layer.to_plain()
     assert type(back) is nn.Linear and back.weight is linear.weight and back.bias is linear.bias
     assert back.state_dict().keys() == {"weight", "bias"} and not back.training
 

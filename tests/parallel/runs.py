@@ -14,11 +14,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach
+from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach, calibrate
 from losia_kernels.checkpoint.resumable import full_state_dict, load_checkpoint, save_checkpoint
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 from losia_kernels.parallel.ranks import Ranks
-from losia_kernels.training import calibrate
 from tests.tiny import make_batches, tiny_lm
 
 BLOCKS, PERIOD = 3, 2

@@ -4,7 +4,7 @@ bit-identical."""
 import pytest
 import torch
 
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 from tests.parallel import runs, unlike
 from tests.parallel.runs import Run
 

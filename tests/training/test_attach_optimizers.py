@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 from tests.tiny import make_batches, same_tensors, take_step, tiny_lm
 
 ADAFACTOR = {"relative_step": False, "scale_parameter": False, "warmup_init": False}

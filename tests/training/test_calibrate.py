@@ -7,11 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from csrc_ref.kernels import importance_ref
+from csrc_ref.importance import importance_ref
 from csrc_ref.selection import select_marginal_ref
-from losia_kernels import LoSiAAdamW, LoSiAConfig, NonFiniteScoreError, apply_losia, attach
-from losia_kernels.layers.linear import losia_layers
-from losia_kernels.training import calibrate
+from losia_kernels import (
+    LoSiAAdamW,
+    LoSiAConfig,
+    NonFiniteScoreError,
+    apply_losia,
+    attach,
+    calibrate,
+)
+from losia_kernels.layers.module import losia_layers
 from tests.tiny import make_batches, same_tensors, snapshot, take_step, tiny_lm
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from csrc_ref.kernels import importance_marginals_ref, importance_update_ref
+from csrc_ref.importance import importance_marginals_ref, importance_update_ref
 from csrc_ref.selection import select_marginal_ref, select_ref
 from losia_kernels import LoSiAAdamW, LoSiAConfig, LoSiALinear, apply_losia
 from losia_kernels.config import IMPORTANCES

@@ -10,7 +10,7 @@ from torch import nn
 
 from losia_kernels import LoSiAAdamW, LoSiAConfig, NonFiniteScoreError, apply_losia
 from losia_kernels.layers.convert import trained_parameters
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 from tests.tiny import make_batches, same_tensors, snapshot, take_step, tiny_lm
 
 NEVER = 10_000  # a period after the end of the run
@@ -143,9 +143,7 @@ def test_the_master_of_a_subnet_collects_what_bf16_cannot_hold():
 
 def test_without_a_master_rounding_is_stochastic_unbiased_and_repeatable():
     def run(seed: int) -> torch.Tensor:
-        model = make_model(
-            torch.bfloat16, master_weights=False, period=NEVER, seed=seed, rank_factor=1.0
-        )
+        model = make_model(torch.bfloat16, master="none", period=NEVER, seed=seed, rank_factor=1.0)
         subnets = [layer.subnet for _, layer in losia_layers(model)]
         optimizer = LoSiAAdamW(model, lr=1e-3)
         for _, layer in losia_layers(model):

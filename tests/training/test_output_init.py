@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from losia_kernels import LoSiAConfig, apply_losia, start_from_frequency
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 from tests.tiny import tiny_lm
 
 

@@ -20,7 +20,7 @@ from losia_kernels import (
     attach,
     export_state_dict,
 )
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 from tests.tolerance import assert_within, max_error
 
 transformers = pytest.importorskip("transformers")

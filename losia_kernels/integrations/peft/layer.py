@@ -42,7 +42,7 @@ class LoSiATunerLinear(nn.Module, BaseTunerLayer):
         if name is None or self.merged:
             return self.base_layer(x, *args, **kwargs)
         adapter = self.losia_adapter[name]
-        adapter.sync_()
+        adapter.finish_step_()
         return adapter(x)
 
     # which adapter is in the weight ---------------------------------------------------------------
@@ -133,7 +133,7 @@ class LoSiATunerLinear(nn.Module, BaseTunerLayer):
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
             )
-        self.losia_adapter[name].sync_()
+        self.losia_adapter[name].finish_step_()
         self.merged_adapters.append(name)
         self._settle()
 
