@@ -64,12 +64,7 @@ def apply_losia(
     config = LoSiAConfig() if config is None else config
     if not isinstance(config, LoSiAConfig):
         raise TypeError(f"apply_losia: config must be a LoSiAConfig, got {type(config).__name__}")
-    if next(losia_layers(model), None) is not None:
-        raise ValueError(
-            "apply_losia: the model has LoSiALinears already: of those that apply_losia made call "
-            "remove_losia first; those placed by hand need no apply_losia, the optimizer takes "
-            "their config: LoSiAAdamW(model, config=config)"
-        )
+    _check_plain(model)
     check_no_adapters(model)
     plan = find_targets(model, config, output_layer)
     found = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -86,6 +81,19 @@ def apply_losia(
         fuse_loss(model, plan.output_layer)
     setattr(model, _FOUND, found)
     return model
+
+
+def _check_plain(model: nn.Module) -> None:
+    for name, layer in losia_layers(model):
+        if layer.membership is not None and not layer.membership.by_hand:
+            raise ValueError(
+                "apply_losia: the model has LoSiALinears already; call remove_losia first"
+            )
+        raise ValueError(
+            f"apply_losia: {name} is a {type(layer).__name__} that was placed by hand; such layers "
+            f"need no apply_losia, the optimizer takes their config: LoSiAAdamW(model, "
+            f"config=config)"
+        )
 
 
 def _make_layers(targets: list[Target], config: LoSiAConfig) -> dict[nn.Module, LoSiALinear]:

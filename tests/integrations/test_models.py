@@ -9,8 +9,10 @@ import transformers
 from torch import nn
 
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, export_state_dict, remove_losia
-from losia_kernels.layers.linear import LoSiAConv1D, losia_layers
-from losia_kernels.parallel.placement import uses_fully_shard
+from losia_kernels.layers.linear import LoSiAConv1D
+from losia_kernels.layers.module import losia_layers
+from losia_kernels.parallel.placement import find_placement
+from losia_kernels.parallel.ranks import Ranks
 from tests.integrations.tiny_models import FAMILIES, Family
 
 
@@ -147,13 +149,19 @@ def test_training_moves_only_subnets_and_the_result_loads_in_plain_transformers(
         assert torch.equal(logits(loaded.eval(), batch), expected)
 
 
+def placement_of(model):
+    """As if several processes trained it."""
+    several = Ranks(group="any")
+    return find_placement(model, [layer for _, layer in losia_layers(model)], several)
+
+
 def test_conv1d_cut_by_fully_shard_is_refused(monkeypatch):
     """Its rows are inputs. (Here every module passes for one that fully_shard has seen.)"""
     model = convert(FAMILIES["gpt2"], FAMILIES["gpt2"].make())
-    assert not uses_fully_shard(model)
+    assert not placement_of(model).cuts
     monkeypatch.setattr("torch.distributed.fsdp.FSDPModule", nn.Module)
     with pytest.raises(
         ValueError, match=r"transformer.h.0.attn.c_attn: fully_shard would cut .* Conv1D.*use DDP"
     ):
-        uses_fully_shard(model)
-    assert uses_fully_shard(convert(FAMILIES["llama"], FAMILIES["llama"].make()))
+        placement_of(model)
+    assert placement_of(convert(FAMILIES["llama"], FAMILIES["llama"].make())).cuts

@@ -266,11 +266,11 @@ def test_torchs_random_state_is_not_touched():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("master_weights", [True, False])
-def test_the_dtype_of_the_subnets(master_weights):
-    model = apply(tiny_lm().bfloat16(), master_weights=master_weights)
+@pytest.mark.parametrize("master", ["float32", "none"])
+def test_the_dtype_of_the_subnets(master):
+    model = apply(tiny_lm().bfloat16(), master=master)
     dtypes = {layer.subnet.dtype for _, layer in losia_layers(model)}
-    assert dtypes == {torch.float32 if master_weights else torch.bfloat16}
+    assert dtypes == {torch.float32 if master == "float32" else torch.bfloat16}
 
 
 def test_the_model_computes_what_it_did():

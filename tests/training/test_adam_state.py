@@ -9,28 +9,26 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, calibrate, ops
+from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, calibrate
 from losia_kernels.layers.module import losia_layers
+from losia_kernels.ops import adamw
 from losia_kernels.ops.rounding import join_float
 from losia_kernels.training.adam_state import MOMENTS, SUBNET_STATE
 from tests.tiny import make_batches, same_tensors, snapshot, take_step, tiny_lm
 
 BF16 = torch.bfloat16
 FORMS = {
-    f"{moments}, {master}": (
-        {"moments": moments, "remainder": master == "remainder"},
-        master == "float32",
-    )
-    for moments, master in itertools.product(MOMENTS, ("float32", "remainder", "none"))
+    f"{moments}, {master}": ({"moments": moments}, master)
+    for moments, master in itertools.product(MOMENTS, ("float32", "split", "none"))
 }
 
 
-def make_run(form=None, master=True, dtype=BF16, seed=0, tied=False, lr=0.01, **options):
+def make_run(form=None, master="float32", dtype=BF16, seed=0, tied=False, lr=0.01, **options):
     config = {
         "rank_factor": 0.5,
         "period": 2,
         "output_dim_factor": 0.5,
-        "master_weights": master,
+        "master": master,
     } | options
     model = apply_losia(tiny_lm(tied=tied).to(dtype), LoSiAConfig(**config, seed=seed))
     return model, LoSiAAdamW(model, lr=lr, weight_decay=0.1, **(form or {}))
@@ -49,13 +47,14 @@ def test_what_is_kept_and_its_bytes(form, master):
     take_step(model, optimizer, make_batches(1)[0])
     layer = model.model.layers[0].up_proj
     state = optimizer.state[layer.subnet]
-    assert set(state) <= set(SUBNET_STATE) and ("remainder" in state) == form["remainder"]
-    per_value = {"float32": 8, "bfloat16": 4, "int8": 2}[form["moments"]] + 2 * form["remainder"]
+    assert set(state) <= set(SUBNET_STATE) and ("remainder" in state) == (master == "split")
+    per_value = {"float32": 8, "bfloat16": 4, "int8": 2}[form["moments"]]
+    per_value += 2 * (master == "split")
     held = sum(
         value.nbytes for key, value in state.items() if key != "step" and not key.endswith("_scale")
     )
     assert held == per_value * layer.subnet.numel()
-    assert layer.subnet.element_size() == (4 if master else 2)
+    assert layer.subnet.element_size() == (4 if master == "float32" else 2)
     assert [key for key in state if key.endswith("_scale")] == (
         ["exp_avg_scale", "exp_avg_sq_scale"] if form["moments"] == "int8" else []
     )
@@ -66,8 +65,8 @@ def test_it_learns_as_with_float32_state(form, master):
     """48 steps on four batches, each group moved four times; the loss falls by more than half of a
     nat either way."""
     losses = {}
-    for name, (options, has_master) in {"float32": ({}, True), "form": (form, master)}.items():
-        model, optimizer = make_run(options, has_master, period=4, lr=0.05)
+    for name, (options, kept) in {"float32": ({}, "float32"), "form": (form, master)}.items():
+        model, optimizer = make_run(options, kept, period=4, lr=0.05)
         batches = make_batches(4)
         run = [take_step(model, optimizer, batches[step % 4]) for step in range(48)]
         losses[name] = sum(run[-4:]) / 4
@@ -100,7 +99,7 @@ def test_importance_in_bfloat16_learns_as_in_float32_and_moves_to_nearly_the_sam
 
 def test_a_remainder_makes_the_run_of_a_float32_master():
     """Given the same (bfloat16) gradients: values, moments, weights, moves."""
-    plain, exact = make_run(), make_run({"remainder": True}, master=False)
+    plain, exact = make_run(), make_run(master="split")
     for batch in make_batches(2 * plain[1].timeline.schedule.cycle):
         for model, _ in (plain, exact):
             model(**batch).loss.backward()
@@ -127,9 +126,7 @@ def test_a_remainder_makes_the_run_of_a_float32_master():
 
 
 def test_a_remainder_collects_what_bf16_cannot_hold():
-    model, optimizer = make_run(
-        {"remainder": True}, master=False, period=1000, output_dim_factor=0.0
-    )
+    model, optimizer = make_run(master="split", period=1000, output_dim_factor=0.0)
     layer = model.model.layers[0].up_proj
     start = layer.subnet.detach().float()
     optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"] = 1e-5, 0.0
@@ -210,10 +207,10 @@ def test_a_checkpoint_of_another_form_is_refused_before_anything_changes():
         take_step(*run, make_batches(1)[0])
     for (name, (_, optimizer)), (other, saved) in itertools.permutations(runs.items(), 2):
         differ = [a != b for a, b in zip(name.split(", "), other.split(", "), strict=True)]
-        if not differ[0] and "remainder" not in name + other:
+        if not differ[0] and "split" not in name + other:
             continue  # what differs is the model's subnet alone
         before = copy.deepcopy(optimizer.state_dict())
-        with pytest.raises(ValueError, match="moments|remainder|master_weights"):
+        with pytest.raises(ValueError, match="moments|master"):
             optimizer.load_state_dict(saved[1].state_dict())
         after = optimizer.state_dict()["state"]
         assert all(same_tensors(after[i], before["state"][i]) for i in after)
@@ -225,9 +222,9 @@ def test_forms_that_cannot_be():
     ):
         make_run({"moments": "fp8"})
     with pytest.raises(ValueError, match="layers.0.up_proj's is torch.float32.*convert a bfloat16"):
-        make_run({"remainder": True})
-    with pytest.raises(ValueError, match="remainder=True completes subnets in bfloat16"):
-        make_run({"remainder": True}, master=False, dtype=torch.float16)
+        make_run(master="split", dtype=torch.float32)
+    with pytest.raises(ValueError, match="master='split' keeps subnets in bfloat16"):
+        make_run(master="split", dtype=torch.float16)
     with pytest.raises(ValueError, match="float64, moments='int8'"):
         make_run({"moments": "int8"}, dtype=torch.float64)
 
@@ -237,13 +234,13 @@ def test_forms_that_cannot_be():
 
 def test_a_step_is_one_call_for_all_layers(monkeypatch):
     model, optimizer = make_run()
-    called, plain = [], ops.subnets_adamw_
+    called, plain = [], adamw.subnets_adamw_
 
     def count(weights, *args):
         called.append(len(weights))
         plain(weights, *args)
 
-    monkeypatch.setattr(ops, "subnets_adamw_", count)
+    monkeypatch.setattr(adamw, "subnets_adamw_", count)
     take_step(model, optimizer, make_batches(1)[0])
     optimizer.param_groups[1]["weight_decay"] = 0.0
     take_step(model, optimizer, make_batches(1)[0])
@@ -259,7 +256,7 @@ def test_no_step_reads_a_value(form, master, in_backward):
         rank_factor=0.5,
         period=100,
         output_dim_factor=0.5,
-        master_weights=master,
+        master=master,
         modules_to_save=["norm"],
         fused_loss=False,
     )
@@ -281,7 +278,7 @@ def test_no_step_reads_a_value(form, master, in_backward):
 @pytest.mark.parametrize("form, master", FORMS.values(), ids=FORMS.keys())
 def test_no_step_waits_for_the_gpu(form, master):
     model = apply_losia(
-        tiny_lm().to(BF16).cuda(), LoSiAConfig(rank_factor=0.5, period=100, master_weights=master)
+        tiny_lm().to(BF16).cuda(), LoSiAConfig(rank_factor=0.5, period=100, master=master)
     )
     optimizer = LoSiAAdamW(model, lr=0.01, **form)
     batch = {key: value.cuda() for key, value in make_batches(1)[0].items()}
@@ -327,19 +324,6 @@ def test_in_the_backward_with_every_form(form, master):
         take_step(*plain, batch)
         take_step(*inside, batch)
     assert same_tensors(plain[0].state_dict(), inside[0].state_dict())
-
-
-@pytest.mark.parametrize("form, master", FORMS.values(), ids=FORMS.keys())
-def test_in_the_backward_float32_state_alone_has_a_call_without_a_table(form, master, monkeypatch):
-    model, _ = make_run(form | {"in_backward": True}, master, output_dim_factor=0.0)
-    called = []
-    for name in ("subnet_adamw_", "subnets_adamw_"):
-        monkeypatch.setattr(ops, name, lambda *args, name=name: called.append(name))
-    model(**make_batches(1)[0]).loss.backward()
-    plain = form == {"moments": "float32", "remainder": False}
-    assert (
-        called == ["subnet_adamw_" if plain else "subnets_adamw_"] * 2
-    )  # the other block observes
 
 
 def test_no_gradient_is_left_but_of_the_group_that_observes():

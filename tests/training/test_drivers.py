@@ -97,7 +97,7 @@ def test_layers_of_two_configs_are_refused():
 @pytest.mark.parametrize(
     "refused",
     [
-        lambda model: LoSiAAdamW(model, remainder=True),
+        lambda model: LoSiAAdamW(model, moments="fp8"),
         lambda model: LoSiAAdamW(model, total_steps=0),
         lambda model: attach(torch.optim.AdamW(trainable(model)), model, total_steps=0),
     ],
