@@ -54,12 +54,12 @@ def _export(checkpoint: str, output: str) -> None:
     from .checkpoint.export import export_checkpoint
 
     with _as_input_errors():
-        export_checkpoint(checkpoint, output, _track)
+        export_checkpoint(Path(checkpoint), Path(output), _track)
     print(f"model in {output}")
 
 
 def _inspect(folder: str) -> None:
-    describe: Callable[[str], str]
+    describe: Callable[[Path], str]
     with _as_input_errors():
         if (Path(folder) / "delta.json").exists():
             from .checkpoint.delta import describe_delta as describe
@@ -67,7 +67,7 @@ def _inspect(folder: str) -> None:
             from .checkpoint.lora import describe_lora as describe
         else:
             from .checkpoint.export import describe_checkpoint as describe
-        print(describe(folder))
+        print(describe(Path(folder)))
 
 
 def _delta(action: str, **folders: Any) -> None:
