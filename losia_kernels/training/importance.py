@@ -77,8 +77,10 @@ class Observer:
         rows: RowShard,
         outputs: slice = ALL,
     ) -> None:
-        """``update``, with state from the first gradient on."""
-        self.tensors = self.tensors or self.make_state(weight)
+        """``update``, with state from the first gradient on: zeros that were loaded before are made
+        anew, for the weight may have been cut since."""
+        if not self.seen:
+            self.tensors = self.make_state(weight)
         self.seen = True
         self.update(weight, grad, grad_scale, rows, outputs)
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from losia_kernels import LoSiAConfig, apply_losia
 from losia_kernels.layers import lazy_logits
-from tests.layers.test_fused_loss import calls, pair  # noqa: F401
+from tests.layers.test_fused_loss import calls, pair, tell_again  # noqa: F401
 from tests.tiny import TinyLM, make_batches
 
 
