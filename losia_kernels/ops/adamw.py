@@ -339,8 +339,15 @@ def _check_matrix(op: str, update: Update) -> None:
         )
     if weight.dim() != 2:
         refuse(op, f"weight must be [out, in], got {tuple(weight.shape)}")
-    device = weight.device
-    if any(tensor.device != device for tensor in tensors):
+    if not (
+        weight.device
+        == subnet.device
+        == grad.device
+        == exp_avg.device
+        == exp_avg_sq.device
+        == out_idx.device
+        == in_idx.device
+    ):
         refuse(
             op,
             "weight, subnet, grad, exp_avg, exp_avg_sq, out_idx, in_idx are on "
