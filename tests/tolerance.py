@@ -25,6 +25,5 @@ def error_and_allowed(kernel: Tensor, eager: Tensor, truth: Tensor) -> tuple[flo
 def assert_within(kernel: Tensor, eager: Tensor, truth: Tensor) -> None:
     """Hold ``kernel`` to the rule; the arguments are those of ``error_and_allowed``."""
     error, allowed = error_and_allowed(kernel, eager, truth)
-    assert error <= allowed, (
-        f"error {error:.3e}, allowed {allowed:.3e}"
-    )  # a NaN fails: it compares false
+    # a NaN fails: it compares false
+    assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"

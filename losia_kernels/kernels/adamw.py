@@ -154,9 +154,8 @@ def subnets_adamw_kernel(
         load_float(row, STEP_SIZE),
         load_float(row, ROOT_CORRECTION),
     )
-    counter = (
-        offs_out[:, None] * k_in + offs_in[None, :]
-    )  # flat position in the subnet, modulo 2^32
+    # flat position in the subnet, modulo 2^32
+    counter = offs_out[:, None] * k_in + offs_in[None, :]
     store_moment(
         avg_ptrs,
         avg_scale_ptrs,

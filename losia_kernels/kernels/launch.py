@@ -130,9 +130,8 @@ def _subnet_grad_tiles(
             LaunchConfig(block_t=32, block_out=64, block_in=width, num_warps=8, num_stages=2),
         )
     elif wide_loads:
-        stages = (
-            2 if arch.startswith("gfx") else 3
-        )  # three fill two programs' shared memory on NVIDIA
+        # three fill two programs' shared memory on NVIDIA
+        stages = 2 if arch.startswith("gfx") else 3
         at_once, tile = (
             2,
             LaunchConfig(block_t=64, block_out=128, block_in=128, num_warps=8, num_stages=stages),
@@ -154,9 +153,8 @@ def _subnet_grad_tiles(
     )
 
 
-_remembered_config = functools.lru_cache(maxsize=1024)(
-    choose_config
-)  # it is asked for at every launch
+# it is asked for at every launch
+_remembered_config = functools.lru_cache(maxsize=1024)(choose_config)
 
 
 def launch_config(
@@ -180,9 +178,8 @@ def launch_config(
 @functools.lru_cache
 def device_arch(device: torch.device) -> str:
     """ "sm_90" on an NVIDIA device, "gfx942" on an AMD one, "cpu" elsewhere."""
-    if (
-        device.type != "cuda" or not torch.cuda.is_available()
-    ):  # a fake tensor may be on a device that is not there
+    # a fake tensor may be on a device that is not there
+    if device.type != "cuda" or not torch.cuda.is_available():
         return "cpu"
     if torch.version.hip:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
