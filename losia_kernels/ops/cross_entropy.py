@@ -123,17 +123,7 @@ def cross_entropy_block_grad_(
 
 
 @cross_entropy_block_grad_.register_fake
-def _(
-    logits,
-    labels,
-    lse,
-    first_out,
-    vocabulary,
-    ignore_index=-100,
-    label_smoothing=0.0,
-    softcap=None,
-    logit_scale=1.0,
-):
+def _(*args, **kwargs):
     return None
 
 

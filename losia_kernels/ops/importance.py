@@ -52,7 +52,7 @@ def importance_update_(
 
 
 @importance_update_.register_fake
-def _(importance, uncertainty, weight, grad, beta1, beta2, kind="sensitivity", grad_scale=1.0):
+def _(*args, **kwargs):
     return None
 
 
