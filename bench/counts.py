@@ -51,7 +51,7 @@ def subnet_grad(
     itemsize: int = BF16,
 ) -> Counts:
     """``dy[:, out_idx].T @ x_sub`` in the form and tiles of ``config``; its partial sums are read
-    by the update."""
+    once more."""
     dy = itemsize * tokens * out * touched(k_out / out, alignment, itemsize)
     dy_sub, x = itemsize * tokens * k_out, itemsize * tokens * k_in
     partials = 2 * FLOAT32 * config.splits * k_out * k_in

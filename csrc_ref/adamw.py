@@ -30,9 +30,8 @@ def subnet_adamw_ref(
     m_hat = m / (1 - beta1**step)
     v_hat = v / (1 - beta2**step)
     w = subnet.double()
-    w = (
-        w - lr * weight_decay * w - lr * m_hat / (v_hat.sqrt() + eps)
-    )  # decoupled decay, eps outside the root
+    # decoupled decay, eps outside the root
+    w = w - lr * weight_decay * w - lr * m_hat / (v_hat.sqrt() + eps)
     new_weight = weight.double().clone()
     for a, i in enumerate(out_idx.tolist()):
         new_weight[i, in_idx] = w[a]

@@ -49,9 +49,8 @@ class Matrix:
     def __init__(self, linear: nn.Linear, out_idx: Tensor | None, in_idx: Tensor | None):
         self.linear = linear
         self.dtype = torch.float64 if linear.weight.dtype == torch.float64 else torch.float32
-        self.all_in = (
-            in_idx is None
-        )  # the output layer: only its outputs are selected (section 3.2)
+        # the output layer: only its outputs are selected (section 3.2)
+        self.all_in = in_idx is None
         n_out, n_in = linear.weight.shape
         self.step = 0
         self.grad_now = self.zeros()  # dense gradient of this micro-batch's mean loss

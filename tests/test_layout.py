@@ -107,6 +107,7 @@ def test_the_reader_of_imports_sees_every_form():
         "ops/registry",
         "kernels/importance",
     }
+    assert "ops/__init__" in set(imported(PACKAGE / "layers" / "cross_entropy.py"))
     assert set(imported(PACKAGE / "__main__.py")) == {"cli"}
     assert "__init__" in set(imported(PACKAGE / "cli.py"))
     assert set(imported(PACKAGE / "training" / "optimizer.py")) >= {

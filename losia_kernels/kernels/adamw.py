@@ -120,24 +120,20 @@ def subnets_adamw_kernel(
     grad_ptrs = tile_ptrs(load_pointer(row, GRAD, GRAD_DTYPE, ALIGNED), offs_out, offs_in, k_in, 1)
     grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(tl.float32)
 
-    avg_ptrs = tile_ptrs(
-        load_pointer(row, EXP_AVG, MOMENT_DTYPE, ALIGNED), offs_out, offs_in, k_in, 1
-    )
-    sq_ptrs = tile_ptrs(
-        load_pointer(row, EXP_AVG_SQ, MOMENT_DTYPE, ALIGNED), offs_out, offs_in, k_in, 1
-    )
+    avg_ptr = load_pointer(row, EXP_AVG, MOMENT_DTYPE, ALIGNED)
+    sq_ptr = load_pointer(row, EXP_AVG_SQ, MOMENT_DTYPE, ALIGNED)
+    avg_ptrs = tile_ptrs(avg_ptr, offs_out, offs_in, k_in, 1)
+    sq_ptrs = tile_ptrs(sq_ptr, offs_out, offs_in, k_in, 1)
     offs_scale = offs_out * tiles_in + tile_in
     avg_scale_ptrs = load_pointer(row, EXP_AVG_SCALE, tl.float32, False) + offs_scale
     sq_scale_ptrs = load_pointer(row, EXP_AVG_SQ_SCALE, tl.float32, False) + offs_scale
     exp_avg = load_moment(avg_ptrs, avg_scale_ptrs, signed_map_ptr, mask, mask_out)
     exp_avg_sq = load_moment(sq_ptrs, sq_scale_ptrs, unsigned_map_ptr, mask, mask_out)
 
-    subnet_ptrs = tile_ptrs(
-        load_pointer(row, SUBNET, SUBNET_DTYPE, ALIGNED), offs_out, offs_in, k_in, 1
-    )
-    rest_ptrs = tile_ptrs(
-        load_pointer(row, REMAINDER, tl.int16, ALIGNED), offs_out, offs_in, k_in, 1
-    )
+    subnet_ptr = load_pointer(row, SUBNET, SUBNET_DTYPE, ALIGNED)
+    rest_ptr = load_pointer(row, REMAINDER, tl.int16, ALIGNED)
+    subnet_ptrs = tile_ptrs(subnet_ptr, offs_out, offs_in, k_in, 1)
+    rest_ptrs = tile_ptrs(rest_ptr, offs_out, offs_in, k_in, 1)
     value = tl.load(subnet_ptrs, mask=mask, other=0.0)
     if HAS_REMAINDER:
         value = join_float(value, tl.load(rest_ptrs, mask=mask, other=0))
@@ -154,9 +150,7 @@ def subnets_adamw_kernel(
         load_float(row, STEP_SIZE),
         load_float(row, ROOT_CORRECTION),
     )
-    counter = (
-        offs_out[:, None] * k_in + offs_in[None, :]
-    )  # flat position in the subnet, modulo 2^32
+    counter = offs_out[:, None] * k_in + offs_in[None, :]  # position in the subnet, modulo 2^32
     store_moment(
         avg_ptrs,
         avg_scale_ptrs,
@@ -186,12 +180,10 @@ def subnets_adamw_kernel(
         value = stochastic_round(value, counter, seed, SUBNET_DTYPE).to(tl.float32)
     store_as(subnet_ptrs, value, mask)
 
-    weight_out = tl.load(
-        load_pointer(row, OUT_IDX, tl.int64, ALIGNED) + offs_out, mask=mask_out, other=0
-    )
-    weight_in = tl.load(
-        load_pointer(row, IN_IDX, tl.int64, ALIGNED) + offs_in, mask=offs_in < k_in, other=0
-    )
+    out_idx_ptr = load_pointer(row, OUT_IDX, tl.int64, ALIGNED)
+    in_idx_ptr = load_pointer(row, IN_IDX, tl.int64, ALIGNED)
+    weight_out = tl.load(out_idx_ptr + offs_out, mask=mask_out, other=0)
+    weight_in = tl.load(in_idx_ptr + offs_in, mask=offs_in < k_in, other=0)
     weight_ptr = load_pointer(row, WEIGHT, WEIGHT_DTYPE, ALIGNED)
     stride_out, stride_in = tl.load(row + STRIDE_WEIGHT_OUT), tl.load(row + STRIDE_WEIGHT_IN)
     store_as(tile_ptrs(weight_ptr, weight_out, weight_in, stride_out, stride_in), value, mask)

@@ -93,9 +93,8 @@ def cross_entropy_grad_kernel(
             CAPPED,
         )
         higher = tl.maximum(peak, z)
-        base = tl.where(
-            higher == float("-inf"), 0.0, higher
-        )  # nothing but -inf so far: exp(-inf - 0) is 0
+        # nothing but -inf so far: exp(-inf - 0) is 0
+        base = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp(peak - base) + tl.exp(z - base)
         peak = higher
         if SMOOTHED:

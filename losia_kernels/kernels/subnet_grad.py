@@ -97,13 +97,11 @@ def launch_partials(
         n_in=k_in,
         alignment=MAX_VECTOR if out_idx is None else alignment,  # without a gather all is one run
     )
-    dy = dy.reshape(
-        tokens, dy.shape[-1]
-    )  # copies only where the leading dimensions have no common stride
+    # copies only where the leading dimensions have no common stride
+    dy = dy.reshape(tokens, dy.shape[-1])
     x = x.reshape(tokens, x.shape[-1])
-    if (
-        in_idx is not None and config.variant != "fused"
-    ):  # two gathers in one wide tile would not fit the registers
+    # two gathers in one wide tile would not fit the registers
+    if in_idx is not None and config.variant != "fused":
         x, in_idx = launch_gather_features(x, in_idx, alignment), None
     if out_idx is not None and config.variant.startswith("gathered"):
         dy, out_idx = launch_gather_features(dy, out_idx, alignment), None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.codes import FIRST_MOMENT, SECOND_MOMENT
-from .registry import check, refuse, register
+from .registry import check, invalid, register
 from .rounding import (
     accumulate_dtype,
     code_blocks,
@@ -100,6 +100,7 @@ def subnet_adamw_(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a step below 1, a seed for a subnet
             that is not rounded. Nothing has changed then.
+        RuntimeError: a GPU's stream is being captured, whose graph would repeat this step.
     """
     op = "subnet_adamw_"
     update = Update(weight, subnet, grad, exp_avg, exp_avg_sq, out_idx, in_idx, lr, step, seed)
@@ -134,22 +135,7 @@ def subnet_adamw_(
 
 
 @subnet_adamw_.register_fake
-def _(
-    weight,
-    subnet,
-    grad,
-    exp_avg,
-    exp_avg_sq,
-    out_idx,
-    in_idx,
-    lr,
-    beta1,
-    beta2,
-    eps,
-    weight_decay,
-    step,
-    seed=None,
-):
+def _(*args, **kwargs):
     return None
 
 
@@ -204,6 +190,7 @@ def subnets_adamw_(
     Raises:
         ValueError: what ``subnet_adamw_`` refuses, lists of unlike lengths, or state of another
             form. Nothing has changed then.
+        RuntimeError: as in ``subnet_adamw_``.
     """
     op = "subnets_adamw_"
     if not weights:
@@ -213,7 +200,7 @@ def subnets_adamw_(
     if any(len(each) != len(weights) for each in needed) or any(
         len(each) not in (0, len(weights)) for each in optional
     ):
-        refuse(
+        raise invalid(
             op,
             f"the lists must have one entry for each of the {len(weights)} weights, got "
             f"{[len(each) for each in (*needed[1:], *optional)]}",
@@ -224,30 +211,12 @@ def subnets_adamw_(
         _check_matrix(op, update)
         _check_state(op, update)
     if min(step) < 1:
-        refuse(op, f"step counts from 1, got {min(step)}")
+        raise invalid(op, f"step counts from 1, got {min(step)}")
     _form_for(weights[0])(updates, beta1, beta2, eps, weight_decay)
 
 
 @subnets_adamw_.register_fake
-def _(
-    weights,
-    subnets,
-    grads,
-    exp_avgs,
-    exp_avg_sqs,
-    out_idx,
-    in_idx,
-    lr,
-    step,
-    seeds,
-    beta1,
-    beta2,
-    eps,
-    weight_decay,
-    exp_avg_scales,
-    exp_avg_sq_scales,
-    remainders,
-):
+def _(*args, **kwargs):
     return None
 
 
@@ -289,7 +258,7 @@ def _update_plain_(
         value = stochastic_round(value, subnet.dtype, seed)
     subnet.copy_(value)
     write_subnet_(weight, out_idx, in_idx, subnet)
-    if first is not exp_avg and seed is not None:  # ops refuse such moments without a seed
+    if first is not exp_avg and seed is not None:  # without a seed there are no such moments
         _store_moment(exp_avg, exp_avg_scale, first, signed=True, seed=seed ^ FIRST_MOMENT)
         _store_moment(exp_avg_sq, exp_avg_sq_scale, second, signed=False, seed=seed ^ SECOND_MOMENT)
 
@@ -328,27 +297,34 @@ def _check_matrix(op: str, update: Update) -> None:
     """Comparisons alone, words only once one fails: this runs for every matrix in every step."""
     weight, subnet, grad, exp_avg, exp_avg_sq, out_idx, in_idx = tensors = update[:7]
     if not out_idx.dtype == in_idx.dtype == torch.int64:
-        refuse(op, f"out_idx and in_idx must be int64, got {out_idx.dtype}, {in_idx.dtype}")
+        raise invalid(op, f"out_idx and in_idx must be int64, got {out_idx.dtype}, {in_idx.dtype}")
     indexed = out_idx.shape + in_idx.shape
     if not subnet.shape == exp_avg.shape == exp_avg_sq.shape == grad.shape == indexed:
-        refuse(
+        raise invalid(
             op,
             f"out_idx and in_idx are {tuple(out_idx.shape)} and {tuple(in_idx.shape)}, so subnet, exp_avg, "
             f"exp_avg_sq and grad must be {tuple(indexed)} each, "
             f"got {[tuple(tensor.shape) for tensor in (subnet, exp_avg, exp_avg_sq, grad)]}",
         )
     if weight.dim() != 2:
-        refuse(op, f"weight must be [out, in], got {tuple(weight.shape)}")
-    device = weight.device
-    if any(tensor.device != device for tensor in tensors):
-        refuse(
+        raise invalid(op, f"weight must be [out, in], got {tuple(weight.shape)}")
+    if not (
+        weight.device
+        == subnet.device
+        == grad.device
+        == exp_avg.device
+        == exp_avg_sq.device
+        == out_idx.device
+        == in_idx.device
+    ):
+        raise invalid(
             op,
             "weight, subnet, grad, exp_avg, exp_avg_sq, out_idx, in_idx are on "
             f"{', '.join(str(tensor.device) for tensor in tensors)}",
         )
     master = accumulate_dtype(weight.dtype)
     if subnet.dtype != master and subnet.dtype != weight.dtype:
-        refuse(
+        raise invalid(
             op,
             f"subnet must be {master} (master) or {weight.dtype} (weight's dtype), got {subnet.dtype}",
         )
@@ -359,33 +335,33 @@ def _check_state(op: str, update: Update) -> None:
     scales = [scale for scale in update[10:12] if scale is not None]
     exact, dtype = accumulate_dtype(subnet.dtype), update.exp_avg.dtype
     if dtype != update.exp_avg_sq.dtype or dtype not in (exact, torch.bfloat16, torch.uint8):
-        refuse(
+        raise invalid(
             op,
             f"moments must both be {exact}, torch.bfloat16 or torch.uint8, got {dtype}, "
             f"{update.exp_avg_sq.dtype}",
         )
     if dtype != exact and (subnet.dtype == torch.float64 or update.seed is None):
-        refuse(op, f"{dtype} moments need seeds for their rounding, and no float64 subnet")
+        raise invalid(op, f"{dtype} moments need seeds for their rounding, and no float64 subnet")
     if dtype == torch.uint8:
         shape = (subnet.shape[0], code_blocks(subnet.shape[1]))
         if len(scales) < 2 or any(
             scale.shape != shape or scale.dtype != torch.float32 for scale in scales
         ):
-            refuse(op, f"uint8 moments need float32 scales of shape {shape}")
+            raise invalid(op, f"uint8 moments need float32 scales of shape {shape}")
     elif scales:
-        refuse(op, f"scales belong to uint8 moments, got {dtype}")
+        raise invalid(op, f"scales belong to uint8 moments, got {dtype}")
     if remainder is not None:
         if subnet.dtype != torch.bfloat16:
-            refuse(op, f"a remainder belongs to a bfloat16 subnet, got {subnet.dtype}")
+            raise invalid(op, f"a remainder belongs to a bfloat16 subnet, got {subnet.dtype}")
         if remainder.dtype != torch.int16 or remainder.shape != subnet.shape:
-            refuse(
+            raise invalid(
                 op,
                 f"the remainder must be int16 {tuple(subnet.shape)}, got {remainder.dtype} "
                 f"{tuple(remainder.shape)}",
             )
     for tensor in (*update[1:7], *update[10:]):
         if tensor is not None and not tensor.is_contiguous():
-            refuse(
+            raise invalid(
                 op,
                 f"subnets, gradients, state and indices must be contiguous, got strides {tensor.stride()} of "
                 f"{tuple(tensor.shape)}",

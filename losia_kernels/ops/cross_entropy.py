@@ -32,14 +32,27 @@ def cross_entropy_grad_(
     logit_scale: float = 1.0,
     write_grad: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of every token, ``logits [t, V]`` replaced by the gradient of the losses' sum.
+    """Cross-entropy of every token, ``logits`` replaced by the gradient of the losses' sum.
 
     With ``z = softcap * tanh(logit_scale * logits / softcap)`` (scaled only, if ``softcap`` is
     None) and ``lse = logsumexp(z)``: ``loss = lse - (1 - label_smoothing) z[label] -
-    label_smoothing mean(z)``. ``labels [t]`` int64; ``ignore_index`` gives no loss
-    and no gradient. Returns ``(losses [t], lse [t])`` in float32. ``write_grad=False`` leaves the
-    logits as they are. A label out of range raises on the CPU; on a GPU, which nobody waits for
-    here, its loss and gradient are NaN.
+    label_smoothing mean(z)``.
+
+    Args:
+        logits: ``[t, V]`` of any floating-point dtype and strides, written.
+        labels: ``[t]`` int64. One out of range raises on the CPU; on a GPU, which nobody waits for
+            here, its loss and gradient are NaN.
+        ignore_index: the label of tokens without loss and gradient.
+        label_smoothing: the share of the target that is spread over the vocabulary.
+        softcap: the bound of the logits, positive, or None.
+        logit_scale: multiplies the logits before the cap.
+        write_grad: False leaves the logits as they are.
+
+    Returns:
+        ``(losses [t], lse [t])`` float32 (float64 for float64).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; a ``softcap`` that is not positive.
     """
     _check_logits("cross_entropy_grad_", logits, labels, softcap)
     if logits.is_cuda and logits.dtype != torch.float64:
@@ -77,10 +90,19 @@ def cross_entropy_block_grad_(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> None:
-    """The gradient of ``cross_entropy_grad_`` for a block of the vocabulary, in place, once ``lse
-    [t]`` is known.
+    """The gradient of ``cross_entropy_grad_`` for a block of the vocabulary, in place, once ``lse``
+    is known.
 
-    ``logits [t, block]`` are those of the outputs from ``first_out`` on, of ``vocabulary`` in all.
+    Args:
+        logits: ``[t, block]``, those of the outputs from ``first_out`` on, written.
+        labels: ``[t]`` int64, into the whole vocabulary.
+        lse: ``[t]`` float32, as ``cross_entropy_grad_`` returns it.
+        first_out: the block's first output.
+        vocabulary: how many outputs there are in all.
+        ignore_index, label_smoothing, softcap, logit_scale: those of ``cross_entropy_grad_``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; a ``softcap`` that is not positive.
     """
     _check_logits("cross_entropy_block_grad_", logits, labels, softcap)
     if logits.is_cuda and logits.dtype != torch.float64:
@@ -101,17 +123,7 @@ def cross_entropy_block_grad_(
 
 
 @cross_entropy_block_grad_.register_fake
-def _(
-    logits,
-    labels,
-    lse,
-    first_out,
-    vocabulary,
-    ignore_index=-100,
-    label_smoothing=0.0,
-    softcap=None,
-    logit_scale=1.0,
-):
+def _(*args, **kwargs):
     return None
 
 

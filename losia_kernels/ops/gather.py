@@ -7,13 +7,19 @@ from .registry import check, check_index, register
 
 @register("losia::gather_features", mutates_args=())
 def gather_features(x: Tensor, idx: Tensor, alignment: int = 1) -> Tensor:
-    """Columns ``idx`` of an activation: ``x [..., n]``, ``idx [k]`` int64 -> contiguous ``[...,
-    k]`` of x's dtype.
+    """Columns ``idx`` of an activation, ``x[..., idx]``: the X_S of Eq. 9.
 
-    Any leading dimensions, any strides. The X_S of Eq. 9. ``alignment``: the caller promises runs
-    of that many neighbours, each from a multiple of it, which are loaded together. Errors:
-    ValueError for an index that is not 1-D int64 on x's device; values are not checked here
-    (``Subnet`` does).
+    Args:
+        x: ``[..., n]`` of any dtype, leading dimensions and strides.
+        idx: ``[k]`` int64 on x's device. Its values are not checked here (``Subnet`` does).
+        alignment: a promise of runs of that many neighbours, each from a multiple of it, which are
+            loaded together.
+
+    Returns:
+        ``[..., k]`` of x's dtype, contiguous.
+
+    Raises:
+        ValueError: an ``x`` without dimensions; an index that is not 1-D int64 on x's device.
     """
     check(x.dim() >= 1, "gather_features", "x must have at least one dimension")
     check_index("gather_features", "idx", idx, x)

@@ -20,14 +20,25 @@ def importance_update_(
     kind: str = "sensitivity",
     grad_scale: float = 1.0,
 ) -> None:
-    """Smoothed importance and its uncertainty, Eqs. 3-6, in one pass over ``weight`` and ``grad``;
-    all ``[out, in]``.
+    """Smoothed importance and its uncertainty, Eqs. 3-5, in one pass over ``weight`` and ``grad``.
 
-    With ``g = grad * grad_scale``: I is ``|g w - (g w)^2 / 2|`` ("sensitivity"), ``|g w|``
+    With ``g = grad * grad_scale``: I is ``|g w - (g w)^2 / 2|`` ("sensitivity", Eq. 3), ``|g w|``
     ("first_order"), ``(g w)^2 / 2`` ("second_order") or ``|g|`` ("gradient"). Then ``importance <-
-    beta1 importance + (1 - beta1) I`` and, with the new importance, ``uncertainty <- beta2
-    uncertainty + (1 - beta2) |I - importance|``. Both are kept in float32 or bfloat16; the
-    arithmetic is float32. ``grad_scale`` undoes a scaling of the loss.
+    beta1 importance + (1 - beta1) I`` (Eq. 4) and, with the new importance, ``uncertainty <- beta2
+    uncertainty + (1 - beta2) |I - importance|`` (Eq. 5).
+
+    Args:
+        importance: ``[out, in]`` float32 or bfloat16, written; the arithmetic is float32.
+        uncertainty: as ``importance``, written.
+        weight: ``[out, in]`` of any floating-point dtype.
+        grad: ``[out, in]`` of any floating-point dtype, of one micro-batch.
+        beta1: what stays of the importance.
+        beta2: what stays of the uncertainty.
+        kind: which I.
+        grad_scale: undoes a scaling of the loss.
+
+    Raises:
+        ValueError: an unknown ``kind``; shapes, dtypes or devices that do not fit.
     """
     op = "importance_update_"
     check_kind(op, kind)
@@ -41,7 +52,7 @@ def importance_update_(
 
 
 @importance_update_.register_fake
-def _(importance, uncertainty, weight, grad, beta1, beta2, kind="sensitivity", grad_scale=1.0):
+def _(*args, **kwargs):
     return None
 
 
@@ -49,9 +60,21 @@ def _(importance, uncertainty, weight, grad, beta1, beta2, kind="sensitivity", g
 def importance_marginals(
     weight: Tensor, grad: Tensor, kind: str = "sensitivity", grad_scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Row and column sums of I (see ``importance_update_``) without writing I.
+    """Row and column sums of I (see ``importance_update_``), I itself never written.
 
-    ``weight``, ``grad`` ``[out, in]`` -> ``([out], [in])`` float32. Deterministic.
+    Deterministic: ``I.sum(1), I.sum(0)`` by tiles, added in fixed order.
+
+    Args:
+        weight: ``[out, in]`` of any floating-point dtype.
+        grad: ``[out, in]`` of any floating-point dtype, of one micro-batch.
+        kind: which I.
+        grad_scale: undoes a scaling of the loss.
+
+    Returns:
+        ``([out], [in])`` float32 (float64 for float64).
+
+    Raises:
+        ValueError: an unknown ``kind``; shapes or devices that do not fit.
     """
     op = "importance_marginals"
     check_kind(op, kind)

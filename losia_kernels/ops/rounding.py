@@ -32,9 +32,8 @@ def stochastic_round(value: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
 
     Non-finite values pass unchanged.
     """
-    dropped = {torch.bfloat16: 16, torch.float16: 13}[
-        dtype
-    ]  # mantissa bits that float32 has and dtype has not
+    # mantissa bits that float32 has and dtype has not
+    dropped = {torch.bfloat16: 16, torch.float16: 13}[dtype]
     noise = hash_u32(_positions(value), seed) & ((1 << dropped) - 1)
     bits = value.contiguous().view(torch.int32).to(torch.int64) + noise
     bits = (bits >> dropped) << dropped
@@ -64,13 +63,11 @@ def encode(value: Tensor, signed: bool, seed: int) -> tuple[Tensor, Tensor]:
     """
     k_in = value.shape[1]
     map_ = dynamic_map(signed, value.device)
-    padded = F.pad(value, (0, -k_in % CODE_BLOCK)).unflatten(
-        1, (-1, CODE_BLOCK)
-    )  # [k_out, blocks, CODE_BLOCK]
-    scale = padded.abs().amax(-1)
-    relative = (
-        (padded / torch.where(scale > 0, scale, 1.0)[..., None]).flatten(1)[:, :k_in].contiguous()
-    )
+    padded = F.pad(value, (0, -k_in % CODE_BLOCK))
+    blocks = padded.unflatten(1, (-1, CODE_BLOCK))  # [k_out, blocks, CODE_BLOCK]
+    scale = blocks.abs().amax(-1)
+    relative = blocks / torch.where(scale > 0, scale, 1.0)[..., None]
+    relative = relative.flatten(1)[:, :k_in].contiguous()
     lower = (torch.searchsorted(map_, relative, right=True) - 1).clamp_(min=0)
     upper = (lower + 1).clamp_(max=255)
     share = (hash_u32(_positions(value), seed) >> 8).float() * 2.0**-24  # uniform in [0, 1)

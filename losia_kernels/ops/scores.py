@@ -15,12 +15,22 @@ def score_marginals(
     out_idx: Tensor | None = None,
     in_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Row and column sums of the score ``importance * uncertainty`` (or of ``importance`` alone),
-    never written.
+    """Row and column sums of the score ``importance * uncertainty`` (Eq. 6), itself never written.
 
-    ``[out, in]`` float32 or bfloat16 -> ``([out], [in])`` float32. The row sums run over ``in_idx``
-    only, the column sums over ``out_idx`` only, where given: the second pass of both greedy orders
-    (Algorithm 1) in one call. Deterministic; a non-finite score shows in the sums.
+    Restricted by ``in_idx`` and ``out_idx`` they are the second pass of both greedy orders of
+    Algorithm 1 in one call. Deterministic; a non-finite score shows in the sums.
+
+    Args:
+        importance: ``[out, in]`` float32 or bfloat16.
+        uncertainty: as ``importance``; without it the score is the importance alone.
+        out_idx: int64; the column sums run over these outputs only, where given.
+        in_idx: int64; the row sums run over these inputs only, where given.
+
+    Returns:
+        ``([out], [in])`` float32 (float64 for float64).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
     """
     op = "score_marginals"
     check(importance.dim() == 2, op, f"importance must be [out, in], got {tuple(importance.shape)}")
@@ -52,7 +62,5 @@ def score_marginals_plain(
     if uncertainty is not None:
         score = score * uncertainty.to(dtype)
     out_sums = select_last(score, in_idx).sum(1)  # [out], over the given inputs
-    in_sums = (score if out_idx is None else score.index_select(0, out_idx)).sum(
-        0
-    )  # [in], over the given outputs
-    return out_sums, in_sums
+    chosen = score if out_idx is None else score.index_select(0, out_idx)
+    return out_sums, chosen.sum(0)  # [in], over the given outputs

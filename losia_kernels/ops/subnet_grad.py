@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .gather import select_last
-from .registry import check_index, refuse, register
+from .registry import check_index, invalid, register
 from .rounding import accumulate_dtype
 
 
@@ -37,14 +37,14 @@ def subnet_grad(
     """
     op = "subnet_grad"
     if dy.shape[:-1] != x.shape[:-1]:
-        refuse(
+        raise invalid(
             op,
             f"dy {tuple(dy.shape)} and x {tuple(x.shape)} must agree in all but the last dimension",
         )
     if dy.dtype != x.dtype:
-        refuse(op, f"dy is {dy.dtype}, x is {x.dtype}; they must be the same")
+        raise invalid(op, f"dy is {dy.dtype}, x is {x.dtype}; they must be the same")
     if dy.device != x.device:
-        refuse(op, f"dy is on {dy.device}, x on {x.device}")
+        raise invalid(op, f"dy is on {dy.device}, x on {x.device}")
     check_index(op, "out_idx", out_idx, dy)
     check_index(op, "in_idx", in_idx, x)
     if dy.is_cuda and dy.dtype != torch.float64:
@@ -70,8 +70,7 @@ def subnet_grad_plain(
     dy_sub = select_last(dy.reshape(-1, dy.shape[-1]), out_idx)  # [t, k_out]
     x_sub = select_last(x.reshape(-1, x.shape[-1]), in_idx)  # [t, k_in]
     dtype = accumulate_dtype(dy.dtype)
-    if (
-        dy.is_cuda and dy.dtype.itemsize == 2
-    ):  # on the matrix units, which round as the kernel's product does
+    # on the matrix units, which round as the kernel's product does
+    if dy.is_cuda and dy.dtype.itemsize == 2:
         return torch.mm(dy_sub.T, x_sub, out_dtype=dtype)
     return dy_sub.to(dtype).T @ x_sub.to(dtype)  # [k_out, k_in]

@@ -79,9 +79,8 @@ def test_runs_of_neighbours(device, dtype, alignment):
     check(dy, x, out_idx, in_idx, alignment)
     check(dy, x[:, in_idx], out_idx, None, alignment)
     check(dy, x, None, in_idx, alignment)
-    check(
-        dy.T.contiguous().T, x, out_idx, in_idx, alignment
-    )  # neurons that lie next to each other, but not in memory
+    # neurons that lie next to each other, but not in memory
+    check(dy.T.contiguous().T, x, out_idx, in_idx, alignment)
 
 
 def test_the_index_of_a_run_is_that_of_its_start(device):
@@ -99,12 +98,10 @@ def test_any_strides(device):
     out_idx, in_idx = random_index(n_out, 5, device), random_index(n_in, 7, device)
     dy, x = torch.randn(tokens, n_out, device=device), torch.randn(tokens, n_in, device=device)
     check(torch.randn(n_out, tokens, device=device).T, x, out_idx, in_idx)  # transposed dy
-    check(
-        dy, torch.randn(n_in, 2 * tokens, device=device)[:, ::2].T, out_idx, in_idx
-    )  # transposed x with gaps
-    check(
-        torch.randn(tokens, 3 * n_out, device=device)[:, 1::3], x, out_idx, in_idx
-    )  # dy with gaps, not aligned
+    # transposed x with gaps
+    check(dy, torch.randn(n_in, 2 * tokens, device=device)[:, ::2].T, out_idx, in_idx)
+    # dy with gaps, not aligned
+    check(torch.randn(tokens, 3 * n_out, device=device)[:, 1::3], x, out_idx, in_idx)
     check(torch.randn((), device=device).expand(tokens, n_out), x, out_idx, in_idx)  # dy of y.sum()
     check(dy.view(3, 4, n_out), x.view(3, 4, n_in), out_idx, in_idx)  # leading dimensions
     across = torch.randn(4, 3, n_out, device=device).transpose(0, 1)  # ... without a common stride
