@@ -1,6 +1,6 @@
 """Turn a model's linears into LoSiALinears, in place, and back."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -168,20 +168,24 @@ def adopt_layers(model: nn.Module, config: LoSiAConfig | None = None) -> None:
             )
 
 
-def find_trained(model: nn.Module, config: LoSiAConfig | None = None) -> list[SubnetModule]:
+def find_members(
+    model: nn.Module, config: LoSiAConfig | None = None
+) -> dict[SubnetModule, Membership]:
     """The layers with a place in the timeline, after ``adopt_layers``, in model order.
 
     Raises:
         ValueError: there are none.
     """
     adopt_layers(model, config)
-    trained = [layer for _, layer in losia_layers(model) if layer.membership is not None]
-    if not trained:
+    members = {
+        layer: layer.membership for _, layer in losia_layers(model) if layer.membership is not None
+    }
+    if not members:
         raise ValueError(
             "the model has no layers to train: call apply_losia(model, config) first, or place "
             "LoSiALinears in it"
         )
-    return trained
+    return members
 
 
 def remove_losia(model: nn.Module) -> nn.Module:
@@ -255,9 +259,9 @@ def _give_back_flags(layer: SubnetModule) -> None:
         getattr(layer, key).requires_grad_(required)
 
 
-def _replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
+def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
     """Put ``new[module]`` wherever ``module`` is: it may be registered under several names."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if child in new:
+            if child is not None and child in new:
                 setattr(parent, name, new[child])

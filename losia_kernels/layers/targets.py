@@ -158,8 +158,8 @@ def _find_output_layer(model: nn.Module, named: str | None, config: LoSiAConfig)
 def _find_names(model: nn.Module, config: LoSiAConfig, output_name: str | None) -> list[str]:
     everything = config.target_modules == "all-linear"
     listed = not isinstance(config.target_modules, str)
-    frozen_output = listed and config.output_dim_factor == 0 and output_name
-    if frozen_output and matches(output_name, config.target_modules):
+    frozen = listed and config.output_dim_factor == 0
+    if frozen and output_name and matches(output_name, config.target_modules):
         raise ValueError(
             f"apply_losia: target_modules names {output_name!r}, the output layer, but it is "
             f"trained by output_dim_factor, the share of its outputs, which is 0"

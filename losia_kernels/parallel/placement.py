@@ -145,7 +145,8 @@ class Sharded:
     def target(self, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
         """A copy: where the new values belong in the weight is mostly on other ranks."""
         values = local(layer.subnet).to(layer.weight.dtype, copy=True)
-        return values, *(torch.arange(size, device=values.device) for size in values.shape)
+        k_out, k_in = (torch.arange(size, device=values.device) for size in values.shape)
+        return values, k_out, k_in
 
     def finish_(self, layers: Iterable[Layer]) -> None:
         self.write_back_(layers)

@@ -38,8 +38,8 @@ class Ranks:
         if not (dist.is_available() and dist.is_initialized()):
             return cls()
         if group is None:
-            wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
-            group = model.process_group if wrapped else dist.group.WORLD
+            replicated = isinstance(model, nn.parallel.DistributedDataParallel)
+            group = model.process_group if replicated else dist.group.WORLD  # type: ignore[assignment]
         return cls(group)
 
     @property

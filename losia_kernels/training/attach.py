@@ -1,5 +1,6 @@
 """attach(): what LoSiAAdamW's step does, for any torch optimizer that holds the subnets."""
 
+from collections.abc import Mapping
 from functools import partial
 from types import SimpleNamespace
 
@@ -8,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import LoSiAConfig
-from ..layers.convert import find_trained
-from ..layers.module import SubnetModule
+from ..layers.convert import find_members
+from ..layers.module import Membership, SubnetModule
 from ..parallel.placement import local
 from .optimizer import LoSiAAdamW
 from .state_dict import TimelineState
@@ -47,8 +48,7 @@ def attach(
         raise TypeError(
             f"attach: expected the optimizer, then the model; got {type(optimizer).__name__} first"
         )
-    layers = find_trained(model, config)
-    check_attachable(optimizer, layers)
+    check_attachable(optimizer, find_members(model, config))
     timeline = Timeline(model, total_steps, process_group)
     optimizer.timeline = timeline  # type: ignore[attr-defined]
     _split_groups(optimizer, timeline)
@@ -71,8 +71,8 @@ def attach(
         if found_inf is not None and bool(found_inf):
             return  # there for the time of a GradScaler's step: the optimizer has changed nothing
         timeline.check_first_step()
-        for group in [*timeline.groups, timeline.dense]:
-            timeline.placement.write_back_(group)
+        for layers in [*timeline.groups, timeline.dense]:
+            timeline.placement.write_back_(layers)
         with torch.no_grad():
             timeline.advance(partial(_forget, optimizer, timeline.config.reset_step))
 
@@ -91,16 +91,18 @@ def attach(
     return timeline
 
 
-def check_attachable(optimizer: torch.optim.Optimizer, layers: list[SubnetModule]) -> None:
+def check_attachable(
+    optimizer: torch.optim.Optimizer, members: Mapping[SubnetModule, Membership]
+) -> None:
     """Raise ValueError for an optimizer that ``attach`` cannot give the behaviour."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for layer in layers:
+    for layer, member in members.items():
         if id(layer.subnet) not in held:
             raise ValueError(
                 f"attach: the optimizer does not hold the subnet of {layer.name}; call apply_losia "
                 f"first"
             )
-        if layer.membership is not None and layer.membership.config.master == "split":
+        if member.config.master == "split":
             raise ValueError(
                 f"attach: LoSiAConfig.master='split' keeps half of each value in LoSiAAdamW's "
                 f"state, which {type(optimizer).__name__} does not have; use 'float32' or 'none'"

@@ -1,33 +1,30 @@
 """What an optimizer finds in a model before its first step, and what the first step shows."""
 
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
-from ..layers.module import SubnetModule
+from ..layers.module import Membership, SubnetModule
 
 SELECTING = ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern")  # of a config
 
 
-def check_alike(layers: Sequence[SubnetModule]) -> None:
+def check_alike(members: Mapping[SubnetModule, Membership]) -> None:
     """Raise ValueError for layers of several configs, which differ in more than which layers they
     select."""
-    members = [layer.membership for layer in layers]
     shared = [
         {key: value for key, value in asdict(member.config).items() if key not in SELECTING}
-        for member in members
-        if member is not None
+        for member in members.values()
     ]
-    names = {member.group: member.group_name for member in members if member is not None}
-    for layer, config in zip(layers, shared, strict=True):
-        member = layer.membership
-        assert member is not None  # of a trained layer
+    names = {member.group: member.group_name for member in members.values()}
+    first = next(iter(members))
+    for (layer, member), config in zip(members.items(), shared, strict=True):
         if config != shared[0] or member.group_name != names[member.group]:
             raise ValueError(
-                f"{layers[0].name} and {layer.name} were converted apart, with configs or groups "
+                f"{first.name} and {layer.name} were converted apart, with configs or groups "
                 f"that do not go together; one optimizer drives one config: convert the whole "
                 f"model at once"
             )

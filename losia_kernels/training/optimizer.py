@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from ..config import LoSiAConfig
-from ..layers.convert import find_trained, trained_parameters
+from ..layers.convert import find_members, trained_parameters
 from ..layers.module import SubnetModule
 from ..ops.adamw import Update, update_subnets_
 from ..parallel.placement import local
@@ -81,10 +81,10 @@ class LoSiAAdamW(torch.optim.Optimizer):
         ):
             if not good:
                 raise ValueError(f"LoSiAAdamW: {name} is out of range: {value!r}")
-        layers = find_trained(model, config)
-        split = all(layer.membership.config.master == "split" for layer in layers)
+        members = find_members(model, config)
+        split = all(member.config.master == "split" for member in members.values())
         self._form = AdamState(moments, split)
-        self._form.check(layers)
+        self._form.check(list(members))
         self.timeline = Timeline(model, total_steps, process_group)
         self._groups = [
             *self.timeline.groups,

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import LoSiAConfig
-from ..layers.convert import find_trained
+from ..layers.convert import find_members
 from ..layers.module import SubnetModule, losia_layers
 from ..layers.subnet import Subnet
 from ..parallel.engines import add_join_check, check_engines
@@ -70,10 +70,9 @@ class Timeline:
         process_group: "dist.ProcessGroup | None" = None,
         config: LoSiAConfig | None = None,
     ):
-        trained = find_trained(model, config)
-        check_alike(trained)
-        check_flags(trained)
-        members = {layer: layer.membership for layer in trained if layer.membership is not None}
+        members = find_members(model, config)
+        check_alike(members)
+        check_flags(list(members))
         if total_steps is not None:
             check_steps(total_steps)
         names = {m.group: m.group_name for m in members.values() if m.group is not None}
