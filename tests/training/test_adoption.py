@@ -159,6 +159,7 @@ def test_the_newest_config_counts_and_stays():
     model, _ = start()
     assert LoSiAAdamW(model).timeline.config.period == 2
     assert LoSiAAdamW(model, config=LoSiAConfig(period=5)).timeline.config.period == 5
+    model.blocks[0].up = LoSiALinear(8, 16)
     assert LoSiAAdamW(model).timeline.config.period == 5
 
 
