@@ -82,13 +82,13 @@ del optimizer.state[layer.subnet]  # its moments were of the old place
 
 # The whole method ---------------------------------------------------------------------------------
 
-config = LoSiAConfig(period=5)  # the layers have their sizes: only when they move is read
+config = LoSiAConfig(period=5)  # when they move, and by what; sizes are the layers' own
 
 
 def train(model, optimizer, steps):
     for _ in range(steps):
         loss_of(model, batch).backward()
-        optimizer.step()  # AdamW, into the weights; each 5 steps another block moves
+        optimizer.step()  # AdamW, into the weights; every 5 steps another block moves
         optimizer.zero_grad()
 
 
@@ -96,8 +96,8 @@ model = Classifier()
 calibrate(model, [batch], loss_fn=loss_of)  # optional: the first subnets where the data says
 optimizer = LoSiAAdamW(model, lr=1e-2, config=config, total_steps=30)
 timeline = optimizer.timeline
-timeline.listeners.append(lambda layer, subnet: print(f"step {timeline.step}: {layer.name} moves"))
-print("groups:", ", ".join(timeline.group_names))
+print("groups, in turn:", ", ".join(timeline.group_names))
+timeline.listeners.append(lambda layer, place: print(f"{timeline.step}: {layer.name} moves"))
 train(model, optimizer, 17)
 
 file = io.BytesIO()  # a path, in a run of yours

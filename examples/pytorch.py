@@ -39,9 +39,7 @@ def batch(step: int) -> dict[str, torch.Tensor]:
     }
 
 
-calibrate(
-    model, map(batch, range(4))
-)  # the first subnets where the data says, instead of at random
+calibrate(model, map(batch, range(4)))  # the first subnets where the data says, not at random
 # LoRA: optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
 optimizer = LoSiAAdamW(model, lr=5e-4, total_steps=steps)
 scheduler = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
