@@ -72,6 +72,20 @@ def test_a_page_is_taken_from_the_examples(page, names):
         assert any(f"\n{block}" in example for example in examples), block
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/loop.md"])
+def test_the_first_lines_run(page, model_folder, tmp_path, monkeypatch):
+    lines = BLOCK.findall((ROOT / page).read_text())[0]
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    ids = torch.arange(24).view(2, 12)
+    names = {"model": model, "batches": 8 * [{"input_ids": ids, "labels": ids}]}
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    monkeypatch.chdir(tmp_path)
+    exec(lines, names)
+    after = AutoModelForCausalLM.from_pretrained("tuned").state_dict()
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in after)
+
+
 def test_the_layer_and_the_ops_need_torch_alone(tmp_path):
     script = """
 import runpy, sys
