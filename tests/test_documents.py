@@ -1,6 +1,7 @@
 """The documents: links lead somewhere, every page is in the index, the reference is what the
 docstrings say."""
 
+import importlib
 import importlib.util
 import json
 import re
@@ -95,6 +96,34 @@ def test_the_figures_of_the_readme_are_those_that_were_measured():
     for name, row in rows.items():
         cells = [form.format(row[key]) if key in row else "" for key, form in formats.items()]
         assert re.sub(" +", " ", f"| {name} | {' | '.join(cells)} |") in readme
+
+
+NAMES = re.compile(
+    r"^from (losia_kernels[\w.]*) import ([\w, ]*\w)|`(losia_kernels(?:\.\w+)*)", re.M
+)
+
+
+def find(path: str) -> object:
+    """What a dotted path names; skips where what it needs is not installed."""
+    found = losia_kernels
+    for part in path.split(".")[1:]:
+        if not hasattr(found, part):
+            try:
+                importlib.import_module(f"{found.__name__}.{part}")
+            except ModuleNotFoundError as error:
+                assert not error.name.startswith("losia_kernels"), f"there is no {path}"
+                pytest.skip(f"{path} needs {error.name}")
+        found = getattr(found, part)
+    return found
+
+
+@pytest.mark.parametrize(
+    "page", [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")], ids=lambda page: page.name
+)
+def test_what_a_page_names_of_the_package_is_there(page):
+    for module, names, dotted in NAMES.findall(page.read_text()):
+        for name in names.split(", ") if names else [""]:
+            find(dotted or f"{module}.{name}")
 
 
 def test_the_index_names_every_page():
