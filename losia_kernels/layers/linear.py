@@ -117,8 +117,8 @@ class LoSiALinear(SubnetModule, nn.Linear):
         """
         check_whole(
             linear.weight,
-            f"{name}: the weight",
-            "; call apply_losia first, then fully_shard (FSDP2; LoSiA does not train in tensor "
+            name,
+            "call apply_losia first, then fully_shard (FSDP2; LoSiA does not train in tensor "
             "parallelism)",
         )
         if linear.weight.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):

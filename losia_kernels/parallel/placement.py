@@ -269,10 +269,10 @@ def is_gathered_for_use(model: nn.Module, weight: Tensor) -> bool:
     return _is_cut(weight) or any(kind.__name__ == "FSDPModule" for kind in type(model).__mro__)
 
 
-def check_whole(weight: Tensor, where: str, advice: str) -> None:
-    """Raise ValueError, naming ``where``, if the weight is cut already."""
+def check_whole(weight: Tensor, name: str, advice: str) -> None:
+    """Raise ValueError, naming the layer and what to do, if its weight is cut already."""
     if _is_cut(weight):
-        raise ValueError(f"{where} is sharded already{advice}")
+        raise ValueError(f"{name}: the weight is sharded already; {advice}")
 
 
 def cut_parameters(module: nn.Module) -> Iterator[str]:

@@ -97,8 +97,8 @@ class LoSiAModel(BaseTuner):
             )
         check_whole(
             module.weight,
-            f"LoSiA: the weight of {name!r}",
-            ", but through PEFT it is trained whole: use apply_losia, then fully_shard",
+            name,
+            "through PEFT it is trained whole: use apply_losia, then fully_shard",
         )
 
     def _create_and_replace(
