@@ -78,7 +78,7 @@ class LoSiACallback(TrainerCallback):
         self.trainer, self.calibration_steps = trainer, calibration_steps
         self.history = None if history is None else Path(history)
         self._training_step = trainer.training_step
-        trainer.training_step = self._tell_divisor_and_train
+        trainer.training_step = self._set_divisor_and_train
 
     # before the first step ------------------------------------------------------------------------
 
@@ -153,7 +153,7 @@ class LoSiACallback(TrainerCallback):
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         self._scale = _loss_scale(optimizer)  # once a step, which is as often as it changes
 
-    def _tell_divisor_and_train(self, model, inputs, num_items_in_batch=None):
+    def _set_divisor_and_train(self, model, inputs, num_items_in_batch=None):
         timeline = losia_timeline(self.trainer.optimizer)
         timeline.loss_divisor = self._divisor(inputs, num_items_in_batch, timeline) / self._scale
         return self._training_step(model, inputs, num_items_in_batch)

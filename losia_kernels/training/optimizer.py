@@ -302,10 +302,8 @@ class LoSiAAdamW(torch.optim.Optimizer):
 
 
 def _complete_state(optimizer: torch.optim.Optimizer) -> None:
-    """Of shards, torch.distributed.checkpoint wants the state of every parameter, also of one just
-    relocalized."""
-    if isinstance(optimizer, LoSiAAdamW) and optimizer.timeline.placement.cuts:
-        optimizer._make_state()
+    assert isinstance(optimizer, LoSiAAdamW)
+    optimizer.timeline.placement.complete_(optimizer._make_state)
 
 
 @functools.cache

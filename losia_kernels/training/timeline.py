@@ -273,12 +273,9 @@ class Timeline:
     def placement(self) -> Placement:
         """Where the layers' weights are. Looked up anew until the first step: accelerate makes the
         optimizer first, asks for its state, and then makes the shards."""
-        if self._placement is not None:
-            return self._placement
-        placement = find_placement(self._model, self.layers, self.ranks)
-        if placement.cuts or not self._before_first_step:
-            self._placement = placement
-        return placement
+        if self._placement is None or self._before_first_step:
+            self._placement = find_placement(self._model, self.layers, self.ranks)
+        return self._placement
 
     def check_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Before a step: raise RuntimeError if the timeline was detached, or the optimizer would
