@@ -178,6 +178,28 @@ assert not torch.cuda.is_initialized()
 """)
 
 
+def test_import_changes_nothing_in_the_process():
+    """The first layer does: writes to subnets are counted from then on."""
+    run_python("""
+import warnings
+import torch
+from torch.nn.modules import module
+from torch.optim import optimizer
+
+def state():
+    hooks = [value for kept in (module, optimizer) for name, value in sorted(vars(kept).items())
+             if name.startswith("_global") and "hooks" in name]
+    return [list(kept.values()) for kept in hooks], list(warnings.filters), torch.is_grad_enabled()
+
+before = state()
+assert len(before[0]) > 5
+import losia_kernels
+assert state() == before
+layer = losia_kernels.LoSiALinear(8, 8)
+assert state() != before
+""")
+
+
 def test_it_trains_without_triton_transformers_and_cuda():
     run_python("""
 import sys

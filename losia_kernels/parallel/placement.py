@@ -53,7 +53,11 @@ class Whole:
 
     def __init__(self, ranks: Ranks):
         self.ranks = ranks
-        self.number = 0  # among the parts of a tensor
+
+    @property
+    def part(self) -> int:
+        """The number of what is here, among the parts of a tensor."""
+        return 0
 
     def check(self, layer: Layer) -> None:
         """Raise ValueError if the layer cannot be trained so."""
@@ -110,8 +114,11 @@ class Sharded:
 
     def __init__(self, ranks: Ranks):
         self.ranks = ranks
-        self.number = ranks.rank
         self._found: weakref.WeakKeyDictionary[Layer, tuple] = weakref.WeakKeyDictionary()
+
+    @property
+    def part(self) -> int:
+        return self.ranks.rank
 
     def check(self, layer: Layer) -> None:
         """Raise ValueError unless weight and subnet are cut by rows, over the ranks and nothing

@@ -185,7 +185,7 @@ class LoSiAAdamW(torch.optim.Optimizer):
 
     def _seed(self, layer: SubnetModule) -> int:
         timeline = self.timeline
-        seed = timeline.config.seed + timeline.placement.number
+        seed = timeline.config.seed + timeline.placement.part
         return _rounding_seed(seed, layer.name, timeline.step)
 
     def _subnet_state(self, subnet: Tensor) -> dict[str, Tensor]:
