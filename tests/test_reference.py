@@ -167,9 +167,8 @@ def test_greedy_finds_a_block_that_stands_out():
 
 
 def test_the_better_order_wins():
-    score = np.array(
-        [[9.0, 0.0, 0.0], [0.0, 6.0, 0.0], [0.0, 5.0, 0.0]]
-    )  # inputs sum to 9, 11, 0; outputs to 9, 6, 5
+    # inputs sum to 9, 11, 0; outputs to 9, 6, 5
+    score = np.array([[9.0, 0.0, 0.0], [0.0, 6.0, 0.0], [0.0, 5.0, 0.0]])
     assert selection.in_then_out(score, 1, 1) == ([1], [1])
     assert selection.out_then_in(score, 1, 1) == ([0], [0])
     assert selection.select_ref(score, 1, 1) == ([0], [0])

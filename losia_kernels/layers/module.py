@@ -281,11 +281,12 @@ class SubnetModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         written = self._agreement.written(self.weight, self.subnet), self._agreement.loaded
+        # observes for nobody
         own = {
             "_probe": None,
             "observe_callback": None,
             "_agreement": written,
-        }  # observes for nobody
+        }
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -86,10 +86,11 @@ class LoSiAAdamW(torch.optim.Optimizer):
         self._form = AdamState(moments, split)
         self._form.check(list(members))
         self.timeline = Timeline(model, total_steps, process_group)
+        # by the parameter group's number
         self._groups = [
             *self.timeline.groups,
             self.timeline.dense,
-        ]  # by the parameter group's number
+        ]
         groups = [{"params": [layer.subnet for layer in group]} for group in self.timeline.groups]
         dense = [layer.subnet for layer in self.timeline.dense]
         dense += [parameter for _, parameter in trained_parameters(model)]
@@ -295,9 +296,8 @@ class LoSiAAdamW(torch.optim.Optimizer):
         for i, parameter in zip(saved, held, strict=True):
             for key, value in state_dict["state"].get(i, {}).items():
                 if key in (*SUBNET_STATE, "master"):
-                    device = (
-                        "cpu" if key == "step" else parameter.device
-                    )  # wherever the file was mapped to
+                    # wherever the file was mapped to
+                    device = "cpu" if key == "step" else parameter.device
                     self.state[parameter][key] = value.to(device, copy=True)
 
 

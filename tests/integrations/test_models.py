@@ -71,9 +71,8 @@ def test_the_model_computes_what_it_did_bit_for_bit(name, dtype):
     family = FAMILIES[name]
     model = family.make().to(dtype)
     for module in model.modules():
-        if isinstance(
-            module, nn.Embedding
-        ):  # to an attention bias that is trained (T5) torch gives another kernel
+        # to an attention bias that is trained (T5) torch gives another kernel
+        if isinstance(module, nn.Embedding):
             module.requires_grad_(False)
     batch = {
         key: value.to(dtype) if value.is_floating_point() else value

@@ -108,9 +108,8 @@ def test_the_logged_grad_norm_is_that_of_the_subnets_before_they_are_clipped(tmp
         tmp_path, callbacks=[watch], max_grad_norm=0.1, max_steps=1, **ACCUMULATED
     )
     places, dense = Places(), make_model(tie_word_embeddings=False)
-    dense.load_state_dict(
-        make_model().state_dict()
-    )  # untied, so that the output layer has a gradient of its own
+    # untied, so that the output layer has a gradient of its own
+    dense.load_state_dict(make_model().state_dict())
     trainer.add_callback(places)  # behind the callback that calibrates
     batches = list(trainer.get_train_dataloader())[:2]
     trainer.train()
@@ -276,9 +275,8 @@ def test_the_rate_falls_on_a_plateau(tmp_path):
     assert all(len(set(groups)) == 1 and len(groups) == 3 for groups in rates.seen)
 
 
-@pytest.mark.parametrize(
-    "stop", [3, 4]
-)  # in the middle of a slot, with importance to save; at a relocalization
+# in the middle of a slot, with importance to save; at a relocalization
+@pytest.mark.parametrize("stop", [3, 4])
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path, stop):
     changes = dict(
         save_strategy="steps",

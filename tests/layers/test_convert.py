@@ -154,9 +154,8 @@ def test_a_sequential_groups_by_child_and_inside_a_list_it_does_not():
     model.layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))])
     assert groups(apply(model)) == {"layers.0.0": (0, "layers.0"), "layers.0.1": (0, "layers.0")}
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    model.norms = nn.ModuleList(
-        [nn.LayerNorm(4)]
-    )  # a list without targets says nothing of the blocks
+    # a list without targets says nothing of the blocks
+    model.norms = nn.ModuleList([nn.LayerNorm(4)])
     assert groups(apply(model)) == {"0": (0, "0"), "1": (1, "1")}
     assert groups(apply(nn.ModuleList([linears("a"), linears("a")]))) == {
         "0.a": (0, "0"),
@@ -369,9 +368,8 @@ ERRORS = {
 def test_an_error_leaves_the_model_as_it_was(make, options, message):
     model = make()
     modules, values = dict(model.named_modules()), snapshot(model)
-    frozen = next(model.parameters(), torch.zeros(1)).requires_grad_(
-        False
-    )  # had been chosen by the user
+    # had been chosen by the user
+    frozen = next(model.parameters(), torch.zeros(1)).requires_grad_(False)
     before = trained(model)
     with pytest.raises(ValueError, match=message):
         apply(model, **options)

@@ -360,9 +360,8 @@ def used_twice(reentrant=None, **options):
         {"in_backward": True} if options.pop("inside", True) else {}, output_dim_factor=0.0
     )
     model.model.layers[1] = Twice(model.model.layers[1], reentrant)
-    model.model.embed_tokens.weight.requires_grad_(
-        True
-    )  # reentrant checkpointing needs an input with a gradient
+    # reentrant checkpointing needs an input with a gradient
+    model.model.embed_tokens.weight.requires_grad_(True)
     return model, optimizer
 
 

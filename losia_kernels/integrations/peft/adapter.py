@@ -128,9 +128,8 @@ class LoSiAAdapter(LoSiALinear):
             return
         *_, (last, block) = self.blocks()
         untrained = _same_bits(block.gather(self.matrix), self.block_values[last])
-        kept = (
-            last if untrained else last + 1
-        )  # calibration moves subnets that have not been trained
+        # calibration moves subnets that have not been trained
+        kept = last if untrained else last + 1
         if (kept + 1) * self.subnet.numel() >= self.matrix.numel():
             base = self.matrix.clone(memory_format=torch.contiguous_format)
             self._restore(base)

@@ -161,9 +161,8 @@ class LoSiATunerLinear(nn.Module, BaseTunerLayer):
         if adapters or base in state_dict:
             self._take_out(self._in_weight())
         if adapters and base in state_dict:
-            state_dict[base] = (
-                self.base_layer.weight
-            )  # the parameter itself: it may be tied, and loading may assign
+            # the parameter itself: it may be tied, and loading may assign
+            state_dict[base] = self.base_layer.weight
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _move_adapter_to_device_of_base_layer(
@@ -171,9 +170,8 @@ class LoSiATunerLinear(nn.Module, BaseTunerLayer):
     ) -> None:
         adapter = self.losia_adapter[adapter_name] if adapter_name in self.losia_adapter else None
         if adapter is not None and not adapter.subnet.is_meta:
-            adapter.to(
-                device or self.base_layer.weight.device
-            )  # no dtype: a float32 master stays one
+            # no dtype: a float32 master stays one
+            adapter.to(device or self.base_layer.weight.device)
 
 
 def _sync(layer: LoSiATunerLinear, incompatible_keys: Any) -> None:

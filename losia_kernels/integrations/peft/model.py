@@ -53,9 +53,8 @@ class LoSiAModel(BaseTuner):
     ) -> None:
         peft_config = self.peft_config[adapter_name]
         self._output_name = _output_layer(model, peft_config)
-        if isinstance(
-            peft_config.target_modules, set
-        ):  # of targets named so PEFT would save the whole weight
+        # of targets named so PEFT would save the whole weight
+        if isinstance(peft_config.target_modules, set):
             peft_config.target_modules.discard(self._output_name)
         self._generator = torch.Generator().manual_seed(peft_config.seed)
         peft_config = _maybe_include_all_linear_layers(peft_config, model)
