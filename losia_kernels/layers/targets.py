@@ -4,6 +4,7 @@ nothing."""
 import re
 import sys
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -356,8 +357,8 @@ def warn_of_frozen(model: nn.Module, plan: Plan, config: LoSiAConfig) -> None:
         )
 
 
-def warn_of_idle_fields(config: LoSiAConfig) -> None:
-    """Warn of what a config says that cannot act on layers placed by hand."""
+def warn_of_idle_fields(config: LoSiAConfig, layers: Iterable[SubnetModule]) -> None:
+    """Warn of what a config says that cannot act on ``layers``, which were placed by hand."""
     usual = LoSiAConfig()
     idle = [
         name
@@ -372,9 +373,11 @@ def warn_of_idle_fields(config: LoSiAConfig) -> None:
         )
         if getattr(config, name) != getattr(usual, name)
     ]
+    if config.master == "none" and any(layer.master for layer in layers):
+        idle.append("master")
     if idle:
         warnings.warn(
-            f"LoSiA: {', '.join(idle)} cannot act on layers that were placed by hand, whose sizes "
-            f"are their own",
+            f"LoSiA: {', '.join(idle)} cannot act on layers that were placed by hand and are what "
+            f"they are",
             stacklevel=4,
         )
