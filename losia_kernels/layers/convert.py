@@ -17,8 +17,8 @@ from .targets import (
     find_targets,
     group_by_block,
     kind_of,
-    named_modules,
     output_name_of,
+    plain_name,
     warn_of_frozen,
     warn_of_idle_fields,
     warn_of_unmatched,
@@ -134,11 +134,8 @@ def adopt_layers(model: nn.Module, config: LoSiAConfig | None = None) -> None:
     Raises:
         ValueError: ``apply_losia`` has made layers of the model, whose config is another.
     """
-    layers = {
-        name: module
-        for name, module in named_modules(model).items()
-        if isinstance(module, SubnetModule) and module.adoptable
-    }
+    named = losia_layers(model)
+    layers = {plain_name(name): layer for name, layer in named if layer.adoptable}
     members = [layer.membership for layer in layers.values() if layer.membership is not None]
     strangers = [name for name, layer in layers.items() if layer.membership is None]
     converted = [member for member in members if not member.by_hand]

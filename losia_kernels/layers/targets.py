@@ -103,12 +103,14 @@ def matches(name: str, patterns: str | list[str] | tuple[str, ...] | None) -> bo
     return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
 
 
+def plain_name(name: str) -> str:
+    """A module's name without what torch.compile adds to it."""
+    return re.sub(r"(^|\.)_orig_mod(?=\.|$)", "", name).removeprefix(".")
+
+
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """``model.named_modules()`` without what torch.compile adds to the names."""
-    return {
-        re.sub(r"(^|\.)_orig_mod(?=\.|$)", "", name).removeprefix("."): module
-        for name, module in model.named_modules()
-    }
+    """``model.named_modules()`` by plain names."""
+    return {plain_name(name): module for name, module in model.named_modules()}
 
 
 def kind_of(module: nn.Module) -> type[LoSiALinear] | None:
