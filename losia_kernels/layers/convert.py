@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from ..config import LoSiAConfig
 from ..parallel.placement import fingerprint
 from ..parallel.ranks import several_processes
+from .foreign import check_no_adapters
 from .fused_loss import fuse_loss, unfuse_loss
 from .linear import LoSiALinear
 from .module import Membership, SubnetModule, losia_layers
 from .targets import (
     Target,
-    check_no_adapters,
     find_targets,
     group_by_block,
     kind_of,

@@ -19,6 +19,15 @@ from .agreement import Agreement
 from .subnet import Subnet, subnet_size
 
 _INDICES = ("out_idx", "in_idx")
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 _ALIVE: "weakref.WeakSet[SubnetModule]" = weakref.WeakSet()  # whose subnets may be stepped
 
 
@@ -328,6 +337,13 @@ class SubnetModule(nn.Module):
     def extra_repr(self) -> str:
         share = self.subnet.numel() / self.weight.numel()
         return f"{super().extra_repr()}, subnet={tuple(self.subnet.shape)}, trained={share:.2%}"
+
+
+def carry_hooks_(source: nn.Module, target: nn.Module) -> None:
+    """Let ``target`` run the forward and backward hooks of ``source``, which it replaces: they are
+    one set, so that a handle still removes its hook."""
+    for name in _HOOKS:
+        target.__dict__[name] = source.__dict__[name]
 
 
 def losia_layers(model: nn.Module) -> Iterator[tuple[str, SubnetModule]]:

@@ -2,6 +2,7 @@
 and the timeline."""
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
@@ -74,10 +75,10 @@ class LoSiAAdamW(torch.optim.Optimizer):
         in_backward: bool = False,
     ):
         for name, value, good in (
-            ("lr", lr, lr >= 0),
+            ("lr", lr, 0 <= lr < math.inf),
             ("betas", betas, len(betas) == 2 and all(0 <= beta < 1 for beta in betas)),
-            ("eps", eps, eps >= 0),
-            ("weight_decay", weight_decay, weight_decay >= 0),
+            ("eps", eps, 0 <= eps < math.inf),
+            ("weight_decay", weight_decay, 0 <= weight_decay < math.inf),
         ):
             if not good:
                 raise ValueError(f"LoSiAAdamW: {name} is out of range: {value!r}")
@@ -98,6 +99,9 @@ class LoSiAAdamW(torch.optim.Optimizer):
             groups.append({"params": dense})
         options = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(groups, options)
+        for group in self.param_groups:
+            if isinstance(group["lr"], Tensor):  # schedulers fill it in place, once a group
+                group["lr"] = group["lr"].clone()
         TimelineState(self.timeline, self)
         self.timeline.ranks.check_same({"LoSiAAdamW's state": str(self._form)})
         self.register_state_dict_pre_hook(_complete_state)

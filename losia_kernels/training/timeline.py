@@ -1,6 +1,7 @@
 """The timeline of a run (Section 3.3): who observes, and the relocalization after a slot's last
 update."""
 
+import math
 import warnings
 import weakref
 from collections.abc import Callable
@@ -83,7 +84,7 @@ class Timeline:
         self.layers = [layer for layers in [*self.groups, self.dense] for layer in layers]
         first = next(iter(members.values())).config
         self.clock = Clock(first, len(numbers), OBSERVERS[first.importance].last_step_only)
-        self.loss_divisor = 1.0
+        self._loss_divisor = 1.0
         self.listeners: list[Callable[[SubnetModule, Subnet], None]] = []
         self.observers: dict[SubnetModule, Observer] = {}
         self.handles: list[Any] = []
@@ -105,6 +106,17 @@ class Timeline:
         self._observe()
         if total_steps is not None:
             self.plan(total_steps)
+
+    @property
+    def loss_divisor(self) -> float:
+        """What each micro-batch's loss was divided by; ValueError unless positive and finite."""
+        return self._loss_divisor
+
+    @loss_divisor.setter
+    def loss_divisor(self, divisor: float) -> None:
+        if not 0 < divisor < math.inf:
+            raise ValueError(f"loss_divisor must be a positive number, got {divisor!r}")
+        self._loss_divisor = divisor
 
     # the clock ------------------------------------------------------------------------------------
 

@@ -208,6 +208,10 @@ def test_a_config_that_is_none_is_an_error():
             "exclude_modules names '.*donw_proj', which matches no module",
         ),
         (
+            {"target_modules": ["down_proj", "upp_proj"]},
+            "target_modules names 'upp_proj', which matches no module",
+        ),
+        (
             {"rank_pattern": {"donw_proj": 0.5}},
             "rank_pattern names 'donw_proj', which matches no trained layer",
         ),
@@ -223,6 +227,31 @@ def test_applying_twice_is_an_error():
     model = apply(tiny_lm())
     with pytest.raises(ValueError, match="LoSiALinears already; call remove_losia first"):
         apply(model)
+
+
+# What others have done to a target ----------------------------------------------------------------
+
+
+def test_hooks_run_on_and_are_removed_by_their_handles():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    x = torch.randn(2, 8)
+    plain = model(x)
+    handle = model[0].register_forward_hook(lambda module, args, output: 0 * output)
+    apply(model, rank_factor=0.5)
+    assert not model(x).any()
+    back = remove_losia(model)
+    assert not back(x).any()
+    handle.remove()
+    assert torch.equal(back(x), plain)
+
+
+def test_linears_too_small_for_a_subnet_stay_frozen_and_are_named():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 1))
+    with pytest.warns(UserWarning, match="1: too small for a subnet at a rank factor of 0.125"):
+        apply(model, rank_factor=0.125)
+    assert trained(model) == {"0.subnet"} and type(model[1]) is nn.Linear
+    with pytest.raises(ValueError, match="0: a rank factor of 0.01 selects none of 16"):
+        apply(nn.Sequential(nn.Linear(16, 16)), rank_factor=0.01)
 
 
 # And back -----------------------------------------------------------------------------------------

@@ -101,3 +101,12 @@ def test_a_closure_is_evaluated_before_the_update():
 
         assert optimizer.step(closure).item() == take_step(other, reference, batch)
     assert same_tensors(model.state_dict(), other.state_dict())
+
+
+def test_a_tensor_as_rate_is_reduced_once_on_a_plateau():
+    """By a scheduler that fills the tensor of each parameter group."""
+    optimizer = LoSiAAdamW(make_model(blocks=3), lr=torch.tensor(0.8))
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+    scheduler.step(1.0)
+    scheduler.step(1.0)
+    assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([0.4] * 3)

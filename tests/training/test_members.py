@@ -184,5 +184,5 @@ def test_removed_the_flags_are_those_that_were_found():
 def test_flags_are_those_that_were_found_when_a_conversion_fails():
     plain = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 1))
     with pytest.raises(ValueError, match="selects none of 1"):
-        apply_losia(plain, LoSiAConfig(rank_factor=0.5))
+        apply_losia(plain, LoSiAConfig(rank_factor=0.5, rank_pattern={"1": 0.5}))
     assert all(parameter.requires_grad for parameter in plain.parameters())

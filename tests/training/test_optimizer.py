@@ -294,11 +294,13 @@ def test_a_score_that_is_not_finite_names_the_layer_and_leaves_all_whole(importa
     [
         {"lr": -1e-5},
         {"lr": float("nan")},
+        {"lr": float("inf")},
         {"betas": (1.0, 0.9)},
         {"betas": (0.9, -0.1)},
         {"betas": (0.9,)},
         {"eps": -1e-8},
         {"weight_decay": -0.1},
+        {"weight_decay": float("inf")},
     ],
 )
 def test_bad_hyperparameters_are_refused_before_anything_observes(hyper):

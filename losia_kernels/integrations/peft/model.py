@@ -15,10 +15,10 @@ from peft.tuners.tuners_utils import (
 )
 from torch import nn
 
+from ...layers.foreign import check_not_quantized
 from ...layers.module import Membership
 from ...layers.subnet import subnet_size
 from ...layers.targets import (
-    check_not_quantized,
     check_shared_weights,
     find_rank_factor,
     group_by_block,
