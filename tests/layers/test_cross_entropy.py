@@ -392,12 +392,3 @@ def test_a_tensor_without_data_has_no_autocast():
     from losia_kernels.layers.cross_entropy import autocast_dtype
 
     assert autocast_dtype(torch.empty(2, dtype=torch.bfloat16, device="meta")) == torch.bfloat16
-
-
-def test_float64_is_float64_with_smoothed_labels():
-    hidden, weight = torch.randn(5, 8, dtype=torch.float64), torch.randn(7, 8, dtype=torch.float64)
-    labels = torch.tensor([0, 6, 3, -100, 1])
-    ours, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
-    losia_linear_cross_entropy(ours, weight, labels, label_smoothing=0.1).backward()
-    F.cross_entropy(theirs @ weight.T, labels, label_smoothing=0.1).backward()
-    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-13, atol=1e-14)
