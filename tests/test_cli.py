@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -25,10 +26,12 @@ def model_folder(tmp_path_factory):
 @pytest.fixture
 def run(capsys):
     def run(*arguments):
-        try:
-            code = cli.main([str(argument) for argument in arguments])
-        except SystemExit as exit:  # argparse's way
-            code = exit.code
+        with warnings.catch_warnings():  # and what main sets for a whole process
+            warnings.filterwarnings("ignore", category=DeprecationWarning)  # as Python does
+            try:
+                code = cli.main([str(argument) for argument in arguments])
+            except SystemExit as exit:  # argparse's way
+                code = exit.code
         return code, *capsys.readouterr()
 
     return run

@@ -13,8 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 from ..layers.convert import export_state_dict
-from ..parallel.placement import local, placed_as, whole
-from ..parallel.ranks import RowShard
+from ..parallel.placement import empty_placed_as, whole
 from ..training.importance import OBSERVERS
 from ..training.timeline import Timeline
 from .folder import UNFINISHED, begin_beside, finish_beside
@@ -113,7 +112,7 @@ def load_checkpoint(
     for key, entry in saved.items():
         if key.startswith("optimizer."):
             name, _, kind = key.removeprefix("optimizer.").rpartition(":")
-            targets[key] = _empty(entry, kind, parameters[name], timeline)
+            targets[key] = _empty(entry, kind, parameters[name])
     dcp.load(
         targets,
         checkpoint_id=folder,
@@ -189,12 +188,9 @@ def _plain(name: str) -> str:
     return name.removeprefix("module.").replace("_orig_mod.", "")
 
 
-def _empty(entry: Any, kind: str, parameter: Tensor, timeline: Timeline) -> Tensor:
+def _empty(entry: Any, kind: str, parameter: Tensor) -> Tensor:
     """Where to load a tensor of ``parameter``'s state to: laid out as the parameter is now."""
     size, dtype = entry.size, entry.properties.dtype
-    if not timeline.placement.cuts or kind in REPLICATED:
-        return torch.empty(size, dtype=dtype, device=parameter.device if len(size) else "cpu")
-    rows = RowShard(timeline.ranks, size[0])
-    device = local(parameter).device
-    here = torch.empty(rows.stop - rows.start, *size[1:], dtype=dtype, device=device)
-    return placed_as(here, size[0], parameter)
+    if kind not in REPLICATED:
+        return empty_placed_as(parameter, size, dtype)
+    return torch.empty(size, dtype=dtype, device=parameter.device if len(size) else "cpu")

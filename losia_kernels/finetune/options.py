@@ -12,6 +12,7 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from ..config import IMPORTANCES, LoSiAConfig
+from ..training.adam_state import MOMENTS
 
 # Of ``losia-kernels plot``.
 PICTURES = ("loss", "timeline", "subnets", "frequency", "gradients", "singular_vectors")
@@ -145,7 +146,7 @@ class FinetuneOptions:
         "memory of the optimizer",
         "how the optimizer keeps its moments",
         "float32",
-        choices=("float32", "bfloat16", "int8"),
+        choices=tuple(MOMENTS),
     )
     master: str = option(
         "memory of the optimizer",

@@ -19,6 +19,7 @@ from .launch import LaunchConfig, launch_config
 from .tiles import tile_offsets, tile_ptrs
 
 DTYPES = {
+    torch.float64: tl.float64,  # a gradient
     torch.float32: tl.float32,
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,

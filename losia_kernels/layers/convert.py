@@ -8,16 +8,17 @@ from torch import Tensor, nn
 from ..config import LoSiAConfig
 from ..parallel.placement import fingerprint
 from ..parallel.ranks import several_processes
+from .foreign import check_no_adapters
 from .fused_loss import fuse_loss, unfuse_loss
 from .linear import LoSiALinear
 from .module import Membership, SubnetModule, losia_layers
 from .targets import (
     Target,
-    check_no_adapters,
     find_targets,
     group_by_block,
     kind_of,
     output_name_of,
+    plain_name,
     warn_of_frozen,
     warn_of_idle_fields,
     warn_of_unmatched,
@@ -133,7 +134,8 @@ def adopt_layers(model: nn.Module, config: LoSiAConfig | None = None) -> None:
     Raises:
         ValueError: ``apply_losia`` has made layers of the model, whose config is another.
     """
-    layers = {name: layer for name, layer in losia_layers(model) if layer.adoptable}
+    named = losia_layers(model)
+    layers = {plain_name(name): layer for name, layer in named if layer.adoptable}
     members = [layer.membership for layer in layers.values() if layer.membership is not None]
     strangers = [name for name, layer in layers.items() if layer.membership is None]
     converted = [member for member in members if not member.by_hand]
@@ -152,7 +154,7 @@ def adopt_layers(model: nn.Module, config: LoSiAConfig | None = None) -> None:
     config = config or next((member.config for member in members), LoSiAConfig())
     if not isinstance(config, LoSiAConfig):
         raise TypeError(f"config must be a LoSiAConfig, got {type(config).__name__}")
-    warn_of_idle_fields(config)
+    warn_of_idle_fields(config, layers.values())
     output = output_name_of(model)
     names = [name for name in layers if name != output]
     blocks = group_by_block(model, names, keep_outside=True)
@@ -190,27 +192,32 @@ def find_members(
 
 def remove_losia(model: nn.Module) -> nn.Module:
     """Turn every LoSiALinear back into an nn.Linear, in place: the original architecture with the
-    trained weights, which require gradients where they did before."""
+    trained weights, which require gradients where they did before.
+
+    Returns:
+        The model; the nn.Linear of a model that is one LoSiALinear.
+    """
     unfuse_loss(model)
     layers = [layer for _, layer in losia_layers(model)]
     _finish_steps(layers)
-    _replace(model, {layer: layer.to_plain() for layer in layers})
+    plain: dict[nn.Module, nn.Module] = {layer: layer.to_plain() for layer in layers}
+    _replace(model, plain)
     for layer in layers:
         _give_back_flags(layer)
     for module in model.modules():  # the model may have been wrapped since
         found = module.__dict__.pop(_FOUND, {})
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(found.get(name, parameter.requires_grad))
-    return model
+    return plain.get(model, model)  # a model may be one layer
 
 
 def export_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """``model.state_dict()`` with the original model's keys and nothing else (DDP and compile
-    prefixes dropped)."""
+    prefixes dropped). Writes back what an optimizer has stepped."""
     named = model.named_modules(remove_duplicate=False)
     layers = {name: module for name, module in named if isinstance(module, SubnetModule)}
     _finish_steps(layers.values())
-    extra = {f"{name}.{key}" for name in layers for key in SUBNET_KEYS}
+    extra = {f"{name}.{key}".removeprefix(".") for name in layers for key in SUBNET_KEYS}
     inner = getattr(model, "_orig_mod", model)  # torch.compile around DDP, or the other way round
     prefix = "module." if isinstance(inner, nn.parallel.DistributedDataParallel) else ""
     return {

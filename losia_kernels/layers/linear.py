@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import ops
 from ..parallel.placement import check_whole
-from .module import SubnetModule
+from .module import SubnetModule, carry_hooks_
 
 
 class _SubnetLinear(torch.autograd.Function):
@@ -117,8 +117,8 @@ class LoSiALinear(SubnetModule, nn.Linear):
         """
         check_whole(
             linear.weight,
-            f"{name}: the weight",
-            "; call apply_losia first, then fully_shard (FSDP2; LoSiA does not train in tensor "
+            name,
+            "call apply_losia first, then fully_shard (FSDP2; LoSiA does not train in tensor "
             "parallelism)",
         )
         if linear.weight.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
@@ -128,6 +128,7 @@ class LoSiALinear(SubnetModule, nn.Linear):
             )
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
+        carry_hooks_(linear, layer)
         layer.weight, layer.bias = linear.weight, linear.bias
         layer.out_features, layer.in_features = layer.matrix.shape
         layer.training = linear.training
@@ -168,10 +169,16 @@ class LoSiALinear(SubnetModule, nn.Linear):
             self.keeps_input and x is given,  # a cast of x is this layer's own
         )
 
+    @staticmethod
+    def features_of(linear: Any) -> tuple[int, int]:
+        """``(out, in)`` of what ``from_linear`` takes."""
+        return linear.out_features, linear.in_features
+
     def to_plain(self) -> nn.Module:
         """A plain nn.Linear around the same weight and bias."""
         linear = nn.Linear.__new__(nn.Linear)
         nn.Module.__init__(linear)
+        carry_hooks_(self, linear)
         linear.in_features, linear.out_features = self.in_features, self.out_features
         linear.weight, linear.bias = self.weight, self.bias
         linear.training = self.training
@@ -195,12 +202,17 @@ class LoSiAConv1D(LoSiALinear):
         """``[out, in]``, a view: what is written to it is in the weight."""
         return self.weight.T
 
+    @staticmethod
+    def features_of(conv: Any) -> tuple[int, int]:
+        return conv.nf, conv.nx
+
     def to_plain(self) -> nn.Module:
         """A plain Conv1D around the same weight and bias."""
         from transformers.pytorch_utils import Conv1D  # there, for the model is of it
 
         conv = Conv1D.__new__(Conv1D)
         nn.Module.__init__(conv)
+        carry_hooks_(self, conv)
         conv.nf, conv.nx = self.out_features, self.in_features
         conv.weight, conv.bias = self.weight, self.bias
         conv.training = self.training

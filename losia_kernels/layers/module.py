@@ -1,6 +1,7 @@
 """SubnetModule: what a trained matrix is, whatever its forward: a weight, its subnet, where that is,
 and how the two are kept in agreement."""
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,8 +19,16 @@ from .agreement import Agreement
 from .subnet import Subnet, subnet_size
 
 _INDICES = ("out_idx", "in_idx")
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 _ALIVE: "weakref.WeakSet[SubnetModule]" = weakref.WeakSet()  # whose subnets may be stepped
-_COUNTER: list[Any] = []  # the hook that counts writes, while there is a layer
 
 
 @dataclass(frozen=True)
@@ -281,11 +290,12 @@ class SubnetModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         written = self._agreement.written(self.weight, self.subnet), self._agreement.loaded
+        # observes for nobody
         own = {
             "_probe": None,
             "observe_callback": None,
             "_agreement": written,
-        }  # observes for nobody
+        }
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -329,6 +339,13 @@ class SubnetModule(nn.Module):
         return f"{super().extra_repr()}, subnet={tuple(self.subnet.shape)}, trained={share:.2%}"
 
 
+def carry_hooks_(source: nn.Module, target: nn.Module) -> None:
+    """Let ``target`` run the forward and backward hooks of ``source``, which it replaces: they are
+    one set, so that a handle still removes its hook."""
+    for name in _HOOKS:
+        target.__dict__[name] = source.__dict__[name]
+
+
 def losia_layers(model: nn.Module) -> Iterator[tuple[str, SubnetModule]]:
     """The model's layers with a subnet and their names, in model order.
 
@@ -344,23 +361,24 @@ def losia_layers(model: nn.Module) -> Iterator[tuple[str, SubnetModule]]:
 
 def _watch(layer: SubnetModule) -> None:
     """By its count of writes a layer knows that its subnet was stepped: have those counted that
-    torch does not count, from the first layer of the process to its last."""
+    torch does not count, from the first layer of the process on."""
     _ALIVE.add(layer)
-    if not _COUNTER:
-        _COUNTER.append(register_optimizer_step_post_hook(_count_writes))
+    _count_from_now_on()
+
+
+@functools.cache
+def _count_from_now_on() -> None:
+    register_optimizer_step_post_hook(_count_writes)
 
 
 def _count_writes(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
     """torch's fused optimizers are not counted, nor are kernels that write past torch, as
     bitsandbytes'. Of other parameters nothing is touched."""
-    if not _ALIVE:
-        _COUNTER.pop().remove()
-        return
     if getattr(getattr(optimizer, "timeline", None), "drives", False):
         return  # whose steps end with the weights written
     counted = type(optimizer).__module__.startswith("torch.optim")
     groups = [group for group in optimizer.param_groups if group.get("fused") or not counted]
-    if groups:
+    if groups and _ALIVE:
         subnets = {id(layer.subnet) for layer in _ALIVE}
         stepped = [
             parameter

@@ -2,44 +2,23 @@
 nothing."""
 
 import re
-import sys
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..config import LoSiAConfig
+from .foreign import check_forward, check_not_quantized
 from .linear import LoSiAConv1D, LoSiALinear
 from .module import Membership, SubnetModule
+from .subnet import subnet_size
 
 KINDS: dict[str, type[LoSiALinear]] = {  # what a module becomes, by its exact class
     "torch.nn.modules.linear.Linear": LoSiALinear,
     "transformers.pytorch_utils.Conv1D": LoSiAConv1D,
 }
-# Whose linears hold their weight in a quantized form: a subnet is written into the weight itself.
-_QUANTIZERS = (
-    "aqlm",
-    "auto_gptq",
-    "auto_round",
-    "awq",
-    "bitsandbytes",
-    "compressed_tensors",
-    "eetq",
-    "fp_quant",
-    "gptqmodel",
-    "hqq",
-    "optimum",
-    "qqq",
-    "quark",
-    "spqr_quant",
-    "torchao",
-    "transformers.integrations",
-    "torch.ao.nn",
-    "vptq",
-)
-_PACKED = ("qweight", "W_q", "weight_packed", "quant_state", "quantization_scheme")
 
 
 @dataclass(frozen=True)
@@ -74,6 +53,8 @@ def find_targets(model: nn.Module, config: LoSiAConfig, output_layer: str | None
     modules = named_modules(model)
     output_name = _find_output_layer(model, output_layer, config)
     names = _find_names(model, config, output_name)
+    if config.target_modules == "all-linear":
+        names = _leave_out_small(names, modules, config)
     saved = _find_modules_to_save(model, config)
     targets: list[Target] = []
     if output_name is not None and config.output_dim_factor > 0:
@@ -89,6 +70,8 @@ def find_targets(model: nn.Module, config: LoSiAConfig, output_layer: str | None
             place = Membership(number, block, config)
             targets.append(Target(name, modules[name], (factor, factor), place))
     check_shared_weights(model, [target.name for target in targets], saved)
+    for target in targets:
+        check_forward(target.name, target.module)
     return Plan(targets, [modules[name] for name in saved], output_name, list(blocks))
 
 
@@ -102,31 +85,19 @@ def matches(name: str, patterns: str | list[str] | tuple[str, ...] | None) -> bo
     return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
 
 
+def plain_name(name: str) -> str:
+    """A module's name without what torch.compile adds to it."""
+    return re.sub(r"(^|\.)_orig_mod(?=\.|$)", "", name).removeprefix(".")
+
+
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """``model.named_modules()`` without what torch.compile adds to the names."""
-    return {
-        re.sub(r"(^|\.)_orig_mod(?=\.|$)", "", name).removeprefix("."): module
-        for name, module in model.named_modules()
-    }
+    """``model.named_modules()`` by plain names."""
+    return {plain_name(name): module for name, module in model.named_modules()}
 
 
 def kind_of(module: nn.Module) -> type[LoSiALinear] | None:
     """What ``module`` becomes; None if it can hold no subnet."""
     return KINDS.get(f"{type(module).__module__}.{type(module).__qualname__}")
-
-
-def check_no_adapters(model: nn.Module) -> None:
-    """Raise ValueError for a model that holds PEFT adapters: their own linears are no targets, and
-    under one the weight would be trained twice."""
-    tuners = sys.modules.get("peft.tuners.tuners_utils")  # imported if there is one
-    adapter = getattr(tuners, "BaseTunerLayer", None)
-    for name, module in model.named_modules():
-        if adapter is not None and isinstance(module, adapter):
-            raise ValueError(
-                f"apply_losia: {name!r} holds a PEFT adapter: give the plain model "
-                f"(merge_and_unload() makes one), or use LoSiAPeftConfig in the place of the "
-                f"adapter's config"
-            )
 
 
 def output_name_of(model: nn.Module) -> str | None:
@@ -189,6 +160,32 @@ def _find_names(model: nn.Module, config: LoSiAConfig, output_name: str | None) 
             f"the modules with a weight are of type {', '.join(kinds) or 'none'}"
         )
     return targets
+
+
+def _leave_out_small(names: list[str], modules: dict[str, Any], config: LoSiAConfig) -> list[str]:
+    """Without the linears of which the factor selects no neuron, as a router's gate or a head of
+    one output, unless all are such or ``rank_pattern`` names one: a warning names them."""
+    small: dict[str, ValueError] = {}
+    for name in names:
+        kind = kind_of(modules[name])
+        assert kind is not None  # of a target
+        try:
+            for size in kind.features_of(modules[name]):
+                subnet_size(find_rank_factor(name, config), size, name, config.alignment)
+        except ValueError as error:
+            if any(_has_rank(name, pattern) for pattern in config.rank_pattern):
+                raise
+            small[name] = error
+    if len(small) == len(names):
+        raise next(iter(small.values()))
+    if small:
+        warnings.warn(
+            f"LoSiA: {', '.join(small)}: too small for a subnet at a rank factor of "
+            f"{config.rank_factor}, so frozen; give them a factor in rank_pattern, name them in "
+            f"modules_to_save to train them in full, or in exclude_modules if not",
+            stacklevel=4,
+        )
+    return [name for name in names if name not in small]
 
 
 def group_by_block(
@@ -270,44 +267,9 @@ def check_shared_weights(model: nn.Module, names: list[str], saved: list[str]) -
                 )
 
 
-def quantized_as(module: nn.Module) -> str | None:
-    """What kind of quantized linear ``module`` is, with the library that made it; None if it is
-    none."""
-    home = type(module).__module__
-    library = next((name for name in _QUANTIZERS if f"{home}.".startswith(f"{name}.")), None)
-    weight = getattr(module, "weight", None)
-    if isinstance(weight, torch.Tensor):
-        kind = type(weight.data)
-        of_torch = kind in (torch.Tensor, nn.Parameter) or _package(kind) == "torch"
-        if not of_torch:
-            return f"{type(module).__name__} with a weight of {_package(kind)}'s {kind.__name__}"
-        floats = weight.is_floating_point() and weight.element_size() > 1
-        if isinstance(module, nn.Linear) and not floats:
-            return f"{type(module).__name__} with a {weight.dtype} weight"
-    packed = any(getattr(module, name, None) is not None for name in _PACKED)
-    if packed or (library and "linear" in type(module).__name__.lower()):
-        return f"{type(module).__name__} of {library or home.partition('.')[0]}"
-    return None
-
-
-def _package(kind: type) -> str:
-    return kind.__module__.partition(".")[0]
-
-
-def check_not_quantized(name: str, module: nn.Module) -> None:
-    """Raise ValueError, saying what to do instead, if ``module`` is a quantized linear."""
-    kind = quantized_as(module)
-    if kind is not None:
-        raise ValueError(
-            f"apply_losia: {name!r} is quantized: a {kind}. LoSiA trains the weight itself, which "
-            f"needs 16 or 32 bits: load the original model in bfloat16 (without "
-            f"quantization_config, not its GPTQ, AWQ or FP8 copy) or call transformers' "
-            f"model.dequantize(); or leave such layers out with exclude_modules"
-        )
-
-
 def warn_of_unmatched(model: nn.Module, plan: Plan, config: LoSiAConfig) -> None:
-    """Warn of patterns in ``exclude_modules`` and ``rank_pattern`` that match nothing."""
+    """Warn of patterns in ``target_modules``, ``exclude_modules`` and ``rank_pattern`` that match
+    nothing."""
     with_matrices = [
         name
         for name, module in named_modules(model).items()
@@ -320,7 +282,14 @@ def warn_of_unmatched(model: nn.Module, plan: Plan, config: LoSiAConfig) -> None
         ("exclude_modules", pattern, "module with a weight")
         for pattern, rule in patterns
         if not any(matches(name, rule) for name in with_matrices)
-    ] + [
+    ]
+    named = config.target_modules if isinstance(config.target_modules, (list, tuple)) else []
+    unmatched += [
+        ("target_modules", pattern, "module")
+        for pattern in named
+        if not any(matches(name, [pattern]) for name in with_matrices)
+    ]
+    unmatched += [
         ("rank_pattern", pattern, "trained layer")
         for pattern in config.rank_pattern
         if not any(_has_rank(target.name, pattern) for target in plan.targets)
@@ -356,8 +325,8 @@ def warn_of_frozen(model: nn.Module, plan: Plan, config: LoSiAConfig) -> None:
         )
 
 
-def warn_of_idle_fields(config: LoSiAConfig) -> None:
-    """Warn of what a config says that cannot act on layers placed by hand."""
+def warn_of_idle_fields(config: LoSiAConfig, layers: Iterable[SubnetModule]) -> None:
+    """Warn of what a config says that cannot act on ``layers``, which were placed by hand."""
     usual = LoSiAConfig()
     idle = [
         name
@@ -372,9 +341,11 @@ def warn_of_idle_fields(config: LoSiAConfig) -> None:
         )
         if getattr(config, name) != getattr(usual, name)
     ]
+    if config.master == "none" and any(layer.master for layer in layers):
+        idle.append("master")
     if idle:
         warnings.warn(
-            f"LoSiA: {', '.join(idle)} cannot act on layers that were placed by hand, whose sizes "
-            f"are their own",
+            f"LoSiA: {', '.join(idle)} cannot act on layers that were placed by hand and are what "
+            f"they are",
             stacklevel=4,
         )

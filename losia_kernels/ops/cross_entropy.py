@@ -216,7 +216,7 @@ def _write_cross_entropy_grad(
         grad -= label_smoothing / vocabulary
     position = labels - first_out
     here = (position >= 0) & (position < logits.shape[1])
-    share = torch.where(here, label_smoothing - 1, 0.0).to(grad.dtype)
+    share = here.to(grad.dtype) * (label_smoothing - 1)
     grad.scatter_add_(1, position.masked_fill(~here, 0)[:, None], share[:, None])
     if softcap is not None:
         grad *= 1 - (z / softcap).square_()

@@ -5,7 +5,7 @@ optimizer and the timeline know of it. The functions beside them take any tensor
 """
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -49,15 +49,24 @@ Moves = Sequence[tuple[Layer, Indices]]
 class Whole:
     """Every rank has whole weights: one process, or replicas of them."""
 
-    cuts = False
     all_at_once = True  # the update of all layers may be in memory together
 
     def __init__(self, ranks: Ranks):
         self.ranks = ranks
-        self.number = 0  # among the parts of a tensor
+
+    @property
+    def part(self) -> int:
+        """The number of what is here, among the parts of a tensor."""
+        return 0
 
     def check(self, layer: Layer) -> None:
         """Raise ValueError if the layer cannot be trained so."""
+
+    def check_gatherable(self, what: str, *dtypes: torch.dtype) -> None:
+        """Raise ValueError, naming ``what``, if tensors of these dtypes cannot be kept so."""
+
+    def complete_(self, make_state: Callable[[], None]) -> None:
+        """Before the optimizer's state is asked for: make what a checkpoint has to hold."""
 
     def rows(self, layer: Layer) -> RowShard:
         """The outputs of the layer that are here."""
@@ -101,13 +110,15 @@ class Sharded:
     ever whole here but in FSDP's own forward.
     """
 
-    cuts = True
     all_at_once = False
 
     def __init__(self, ranks: Ranks):
         self.ranks = ranks
-        self.number = ranks.rank
         self._found: weakref.WeakKeyDictionary[Layer, tuple] = weakref.WeakKeyDictionary()
+
+    @property
+    def part(self) -> int:
+        return self.ranks.rank
 
     def check(self, layer: Layer) -> None:
         """Raise ValueError unless weight and subnet are cut by rows, over the ranks and nothing
@@ -131,6 +142,15 @@ class Sharded:
                 raise ValueError(
                     f"{where} is sharded over other processes than process_group holds"
                 )
+
+    def check_gatherable(self, what: str, *dtypes: torch.dtype) -> None:
+        if torch.int16 in dtypes:
+            raise ValueError(f"{what} is not for shards, for no backend can gather int16")
+
+    def complete_(self, make_state: Callable[[], None]) -> None:
+        """torch.distributed.checkpoint wants the state of every parameter, also of one just
+        relocalized."""
+        make_state()
 
     def rows(self, layer: Layer) -> RowShard:
         return RowShard(self.ranks, layer.out_features)
@@ -248,6 +268,17 @@ def placed_as(rows: Tensor, size: int, parameter: Tensor) -> Tensor:
     )
 
 
+def empty_placed_as(parameter: Tensor, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised ``[size, ...]`` tensor, laid out as ``parameter`` is."""
+    if not _is_cut(parameter):
+        return torch.empty(size, dtype=dtype, device=parameter.device)
+    mesh = parameter.device_mesh  # type: ignore[attr-defined]
+    rows = RowShard(Ranks(mesh.get_group()), size[0])
+    device = local(parameter).device
+    here = torch.empty(rows.stop - rows.start, *size[1:], dtype=dtype, device=device)
+    return placed_as(here, size[0], parameter)
+
+
 def holds_values(*tensors: Tensor) -> bool:
     """Whether each tensor's values are all here to be read: none is cut, fake or on "meta"."""
     return not any(
@@ -269,10 +300,10 @@ def is_gathered_for_use(model: nn.Module, weight: Tensor) -> bool:
     return _is_cut(weight) or any(kind.__name__ == "FSDPModule" for kind in type(model).__mro__)
 
 
-def check_whole(weight: Tensor, where: str, advice: str) -> None:
-    """Raise ValueError, naming ``where``, if the weight is cut already."""
+def check_whole(weight: Tensor, name: str, advice: str) -> None:
+    """Raise ValueError, naming the layer and what to do, if its weight is cut already."""
     if _is_cut(weight):
-        raise ValueError(f"{where} is sharded already{advice}")
+        raise ValueError(f"{name}: the weight is sharded already; {advice}")
 
 
 def cut_parameters(module: nn.Module) -> Iterator[str]:

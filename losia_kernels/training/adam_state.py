@@ -61,10 +61,11 @@ class AdamState:
 
     def check_placement(self, placement: Placement) -> None:
         """Raise ValueError for a form that weights cannot have where they live."""
-        if self.split and placement.cuts:
-            raise ValueError(
-                "LoSiAConfig.master='split' is not for shards, for no backend can gather int16; "
-                "under fully_shard keep 'float32', or take moments='bfloat16' or 'int8'"
+        if self.split:
+            placement.check_gatherable(
+                "LoSiAConfig.master='split' (under fully_shard keep 'float32', or take "
+                "moments='bfloat16' or 'int8')",
+                torch.int16,
             )
 
     def stochastic(self, subnet: Tensor) -> bool:

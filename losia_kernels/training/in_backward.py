@@ -37,9 +37,8 @@ class InBackward:
                         f"LoSiAAdamW: {layer.name} is float16, whose loss must be scaled, and "
                         f"in_backward=True would update by scaled gradients; use bfloat16"
                     )
-                if (
-                    layer.subnet.shape != layer.matrix.shape
-                ):  # a full one does not observe while ``calibrate`` looks
+                # a full one does not observe while ``calibrate`` looks
+                if layer.subnet.shape != layer.matrix.shape:
                     timeline.handles.append(self._hook_up(number, layer))
 
     def _hook_up(self, group: int, layer: SubnetModule) -> Any:

@@ -2,6 +2,7 @@
 and the timeline."""
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
@@ -74,10 +75,10 @@ class LoSiAAdamW(torch.optim.Optimizer):
         in_backward: bool = False,
     ):
         for name, value, good in (
-            ("lr", lr, lr >= 0),
+            ("lr", lr, 0 <= lr < math.inf),
             ("betas", betas, len(betas) == 2 and all(0 <= beta < 1 for beta in betas)),
-            ("eps", eps, eps >= 0),
-            ("weight_decay", weight_decay, weight_decay >= 0),
+            ("eps", eps, 0 <= eps < math.inf),
+            ("weight_decay", weight_decay, 0 <= weight_decay < math.inf),
         ):
             if not good:
                 raise ValueError(f"LoSiAAdamW: {name} is out of range: {value!r}")
@@ -86,10 +87,11 @@ class LoSiAAdamW(torch.optim.Optimizer):
         self._form = AdamState(moments, split)
         self._form.check(list(members))
         self.timeline = Timeline(model, total_steps, process_group)
+        # by the parameter group's number
         self._groups = [
             *self.timeline.groups,
             self.timeline.dense,
-        ]  # by the parameter group's number
+        ]
         groups = [{"params": [layer.subnet for layer in group]} for group in self.timeline.groups]
         dense = [layer.subnet for layer in self.timeline.dense]
         dense += [parameter for _, parameter in trained_parameters(model)]
@@ -97,6 +99,9 @@ class LoSiAAdamW(torch.optim.Optimizer):
             groups.append({"params": dense})
         options = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(groups, options)
+        for group in self.param_groups:
+            if isinstance(group["lr"], Tensor):  # schedulers fill it in place, once a group
+                group["lr"] = group["lr"].clone()
         TimelineState(self.timeline, self)
         self.timeline.ranks.check_same({"LoSiAAdamW's state": str(self._form)})
         self.register_state_dict_pre_hook(_complete_state)
@@ -185,7 +190,7 @@ class LoSiAAdamW(torch.optim.Optimizer):
 
     def _seed(self, layer: SubnetModule) -> int:
         timeline = self.timeline
-        seed = timeline.config.seed + timeline.placement.number
+        seed = timeline.config.seed + timeline.placement.part
         return _rounding_seed(seed, layer.name, timeline.step)
 
     def _subnet_state(self, subnet: Tensor) -> dict[str, Tensor]:
@@ -295,17 +300,14 @@ class LoSiAAdamW(torch.optim.Optimizer):
         for i, parameter in zip(saved, held, strict=True):
             for key, value in state_dict["state"].get(i, {}).items():
                 if key in (*SUBNET_STATE, "master"):
-                    device = (
-                        "cpu" if key == "step" else parameter.device
-                    )  # wherever the file was mapped to
+                    # wherever the file was mapped to
+                    device = "cpu" if key == "step" else parameter.device
                     self.state[parameter][key] = value.to(device, copy=True)
 
 
 def _complete_state(optimizer: torch.optim.Optimizer) -> None:
-    """Of shards, torch.distributed.checkpoint wants the state of every parameter, also of one just
-    relocalized."""
-    if isinstance(optimizer, LoSiAAdamW) and optimizer.timeline.placement.cuts:
-        optimizer._make_state()
+    assert isinstance(optimizer, LoSiAAdamW)
+    optimizer.timeline.placement.complete_(optimizer._make_state)
 
 
 @functools.cache

@@ -75,9 +75,8 @@ class Schedule:
 
         The paper's ARC-C run left 4 of 32 blocks on their first subnet.
         """
-        turns = (
-            self.groups if self.update_type == "async" else 1
-        )  # slots until every group has moved
+        # slots until every group has moved
+        turns = self.groups if self.update_type == "async" else 1
         if self.groups == 0 or total_steps >= turns * self.period:
             return None
         left = self.groups - total_steps // self.period

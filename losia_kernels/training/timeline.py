@@ -1,6 +1,7 @@
 """The timeline of a run (Section 3.3): who observes, and the relocalization after a slot's last
 update."""
 
+import math
 import warnings
 import weakref
 from collections.abc import Callable
@@ -83,7 +84,7 @@ class Timeline:
         self.layers = [layer for layers in [*self.groups, self.dense] for layer in layers]
         first = next(iter(members.values())).config
         self.clock = Clock(first, len(numbers), OBSERVERS[first.importance].last_step_only)
-        self.loss_divisor = 1.0
+        self._loss_divisor = 1.0
         self.listeners: list[Callable[[SubnetModule, Subnet], None]] = []
         self.observers: dict[SubnetModule, Observer] = {}
         self.handles: list[Any] = []
@@ -105,6 +106,17 @@ class Timeline:
         self._observe()
         if total_steps is not None:
             self.plan(total_steps)
+
+    @property
+    def loss_divisor(self) -> float:
+        """What each micro-batch's loss was divided by; ValueError unless positive and finite."""
+        return self._loss_divisor
+
+    @loss_divisor.setter
+    def loss_divisor(self, divisor: float) -> None:
+        if not 0 < divisor < math.inf:
+            raise ValueError(f"loss_divisor must be a positive number, got {divisor!r}")
+        self._loss_divisor = divisor
 
     # the clock ------------------------------------------------------------------------------------
 
@@ -273,12 +285,9 @@ class Timeline:
     def placement(self) -> Placement:
         """Where the layers' weights are. Looked up anew until the first step: accelerate makes the
         optimizer first, asks for its state, and then makes the shards."""
-        if self._placement is not None:
-            return self._placement
-        placement = find_placement(self._model, self.layers, self.ranks)
-        if placement.cuts or not self._before_first_step:
-            self._placement = placement
-        return placement
+        if self._placement is None or self._before_first_step:
+            self._placement = find_placement(self._model, self.layers, self.ranks)
+        return self._placement
 
     def check_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Before a step: raise RuntimeError if the timeline was detached, or the optimizer would

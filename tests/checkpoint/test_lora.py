@@ -92,9 +92,8 @@ def test_after_relocalizations_it_is_exact_at_the_rank_of_what_was_touched(pair,
         touched = pair.touched[layer]
         assert error.rank <= min(touched.any(1).sum(), touched.any(0).sum())
         assert error.relative_error < 1e-7
-        assert (
-            error.merged_error == 0 or dtype == "float32"
-        )  # in bfloat16 the sum is rounded to what it was
+        # in bfloat16 the sum is rounded to what it was
+        assert error.merged_error == 0 or dtype == "float32"
     assert_merged_is_trained(pair, tmp_path / "lora")
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, export_state_dict, remove_losia
 from losia_kernels.layers.linear import LoSiAConv1D
 from losia_kernels.layers.module import losia_layers
-from losia_kernels.parallel.placement import find_placement
+from losia_kernels.parallel.placement import Sharded, Whole, find_placement
 from losia_kernels.parallel.ranks import Ranks
 from tests.integrations.tiny_models import FAMILIES, Family
 
@@ -71,9 +71,8 @@ def test_the_model_computes_what_it_did_bit_for_bit(name, dtype):
     family = FAMILIES[name]
     model = family.make().to(dtype)
     for module in model.modules():
-        if isinstance(
-            module, nn.Embedding
-        ):  # to an attention bias that is trained (T5) torch gives another kernel
+        # to an attention bias that is trained (T5) torch gives another kernel
+        if isinstance(module, nn.Embedding):
             module.requires_grad_(False)
     batch = {
         key: value.to(dtype) if value.is_floating_point() else value
@@ -158,10 +157,11 @@ def placement_of(model):
 def test_conv1d_cut_by_fully_shard_is_refused(monkeypatch):
     """Its rows are inputs. (Here every module passes for one that fully_shard has seen.)"""
     model = convert(FAMILIES["gpt2"], FAMILIES["gpt2"].make())
-    assert not placement_of(model).cuts
+    assert isinstance(placement_of(model), Whole)
     monkeypatch.setattr("torch.distributed.fsdp.FSDPModule", nn.Module)
     with pytest.raises(
         ValueError, match=r"transformer.h.0.attn.c_attn: fully_shard would cut .* Conv1D.*use DDP"
     ):
         placement_of(model)
-    assert placement_of(convert(FAMILIES["llama"], FAMILIES["llama"].make())).cuts
+    llama = convert(FAMILIES["llama"], FAMILIES["llama"].make())
+    assert isinstance(placement_of(llama), Sharded)

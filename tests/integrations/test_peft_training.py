@@ -126,10 +126,11 @@ def test_an_optimizer_that_knows_nothing_of_losia_trains_the_first_subnets():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     losses = train(model, optimizer, batches(1) * 5)
     assert losses[-1] < losses[0]
+    # the last step, too, which no forward has seen
     assert torch.equal(
         model.state_dict()["base_model.model.model.layers.0.mlp.up_proj.base_layer.weight"],
         _written(model),
-    )  # the last step, too, which no forward has seen
+    )
 
 
 def _written(model):

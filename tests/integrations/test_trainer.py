@@ -132,9 +132,8 @@ def test_the_importance_is_told_what_the_loss_was_divided_by(tmp_path, monkeypat
     )
     make_trainer(apply_losia(make_model(), CONFIG), tmp_path).train()
     assert len(divisors) == STEPS
-    assert len(set(divisors)) > 1 and all(
-        1 < divisor < 6 for divisor in divisors
-    )  # about 2, by learned tokens
+    # about 2, by learned tokens
+    assert len(set(divisors)) > 1 and all(1 < divisor < 6 for divisor in divisors)
 
 
 class Snapshot(TrainerCallback):
@@ -302,9 +301,8 @@ def test_packing_is_refused_where_packed_samples_see_each_other():
     check_packing(make_model())
     blind = make_model()
     forward = blind.forward
-    blind.forward = lambda position_ids=None, **kwargs: forward(
-        **kwargs
-    )  # a model that has no use for positions
+    # a model that has no use for positions
+    blind.forward = lambda position_ids=None, **kwargs: forward(**kwargs)
     with pytest.raises(InputError, match="packed row see each other"):
         check_packing(blind)
 

@@ -85,6 +85,11 @@ def test_other_hyperparameters(device, scalars, options):
     check(make_update((31, 37), (5, 11), BF16, torch.float32, device, **scalars), **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, BF16])
+def test_gradients_of_any_dtype(device, dtype):
+    check(make_update((31, 37), (5, 11), BF16, torch.float32, device, dtype))
+
+
 def strided_weight(update: Update, frame: torch.Tensor) -> Update:
     frame[:, 1:63:2] = update.weight.T
     return update._replace(weight=frame[:, 1:63:2].T)  # [out, in], stride (2, 70)

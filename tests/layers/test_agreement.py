@@ -146,10 +146,11 @@ def test_before_the_first_step_any_way_of_writing_counts(write):
 @KINDS
 def test_an_edit_between_backward_and_step_stays(kind):
     model, batches = make(period=100), make_batches(2)
+    # which observes
     optimizer, layer = (
         make_optimizer(kind, model, lr=1e-6),
         model.model.layers[0].up_proj,
-    )  # which observes
+    )
     for batch in batches:
         model(**batch).loss.backward()
         with torch.no_grad():

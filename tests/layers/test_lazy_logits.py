@@ -33,9 +33,8 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_an_evaluation_computes_logits_only_if_they_are_read(calls, mode, monkeypatch):  # noqa: F811
-    chunked = functools.partial(
-        lazy_logits.losia_linear_cross_entropy, chunk_bytes=2 * 13 * 8
-    )  # two tokens
+    # two tokens
+    chunked = functools.partial(lazy_logits.losia_linear_cross_entropy, chunk_bytes=2 * 13 * 8)
     monkeypatch.setattr(lazy_logits, "losia_linear_cross_entropy", chunked)
     fused, plain = (model.eval() for model in pair(output_dim_factor=0.5))
     batch = {key: value.repeat(40, 1) for key, value in make_batches(1)[0].items()}

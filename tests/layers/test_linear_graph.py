@@ -197,9 +197,8 @@ def test_a_captured_backward_replays_and_observes_until_it_is_captured_anew():
             beside = torch.cuda.Stream()
             beside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(beside):
-                backward(
-                    captured
-                )  # compiles the kernels; the importance counts it, so the other one does the same
+                # compiles the kernels; the importance counts it, so the other one does the same
+                backward(captured)
             torch.cuda.current_stream().wait_stream(beside)
             backward(plain)
             with torch.cuda.graph(graph):

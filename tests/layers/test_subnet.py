@@ -121,6 +121,5 @@ def test_torchs_defaults_are_not_asked(device):
         torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
     assert same_tensors(model.state_dict(), expected)
-    assert (
-        state["step"].dtype == torch.float32 and state["step"].device.type == "cpu"
-    )  # bfloat16 counts to 256
+    # bfloat16 counts to 256
+    assert state["step"].dtype == torch.float32 and state["step"].device.type == "cpu"

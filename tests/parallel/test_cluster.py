@@ -20,11 +20,10 @@ BLOCKS, NARROW, WIDE = 4, 256, 512
 STACK = Model("stack", BLOCKS, ((WIDE, NARROW), (NARROW, WIDE)))
 
 
-@pytest.mark.parametrize("sync", ["gradient", "slot"])
-def test_bytes_of_ddp(two, sync):
-    run = runs.Run({"importance_sync": sync}, dtype=torch.float32)
+def test_bytes_of_ddp(two):
+    run = runs.Run(dtype=torch.float32)
     sent = two.run(runs.train, run)[0].sent
-    expected = ddp_bytes(TINY, 0.25, runs.PERIOD, weight_bytes=4, sync=sync)
+    expected = ddp_bytes(TINY, 0.25, runs.PERIOD, weight_bytes=4)
     assert sent == {kind: run.steps * value for kind, value in expected.items()}
 
 
@@ -41,9 +40,8 @@ def test_bytes_of_shards(two):
 def check_memory(pool, ranks: int) -> None:
     expected = pytest.approx(peak_bytes(STACK, 1 / 8, 4, ranks, scratch=4), rel=0.1)
     least = None
-    for _ in range(
-        4
-    ):  # what gloo's threads free late, on a busy machine, only adds: the least of the runs counts
+    # what gloo's threads free late, on a busy machine, only adds: the least of the runs counts
+    for _ in range(4):
         held, peaks = pool.run(sharding.memory, BLOCKS, NARROW, WIDE)[0]
         assert held == pytest.approx(held_bytes(STACK, 1 / 8, 4, ranks), rel=0.02)
         least = peaks if least is None else [min(pair) for pair in zip(least, peaks, strict=True)]

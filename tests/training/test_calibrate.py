@@ -61,9 +61,8 @@ def test_the_neurons_of_largest_marginals_of_the_first_batches(options, steps):
     assert calibrate(model, batches, steps=steps) is model
     chosen = subnets(model)
     assert chosen == top_marginals(batches[:steps], sizes) and chosen != before
-    assert chosen != top_marginals(
-        batches, sizes
-    )  # the other batches would have said something else
+    # the other batches would have said something else
+    assert chosen != top_marginals(batches, sizes)
     for name, layer in losia_layers(model):
         assert torch.equal(layer.weight, weights[name])
         assert torch.equal(layer.subnet, layer.current_subnet.gather(layer.weight))

@@ -9,9 +9,10 @@ from tests.tiny import tiny_lm
 
 
 def make_model(**options):
+    # 5 of 13
     return apply_losia(
         tiny_lm(), LoSiAConfig(**{"rank_factor": 0.5, "output_dim_factor": 0.4} | options)
-    )  # 5 of 13
+    )
 
 
 def labels(*tokens: int) -> dict:

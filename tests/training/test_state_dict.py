@@ -180,9 +180,8 @@ def test_the_state_has_tensors_and_plain_values_only():
     names = [
         name for entries in state["state"].values() for name in entries if name.startswith("losia_")
     ]
-    assert (
-        sorted(names) == ["losia_importance"] * 2 + ["losia_uncertainty"] * 2
-    )  # of the observing block's layers
+    # of the observing block's layers
+    assert sorted(names) == ["losia_importance"] * 2 + ["losia_uncertainty"] * 2
     assert not any(
         name.startswith("losia") for entries in run[1].state.values() for name in entries
     )

@@ -42,6 +42,7 @@ class LoSiAAdapter(LoSiALinear):
         nn.Module.__init__(self)
         # in a tuple, so that it is no submodule: it belongs to the tuner layer
         self._base = (base_layer,)
+        self.name = name
         self.out_features, self.in_features = self.matrix.shape
         self.keeps_input = False
         self.in_weight = False
@@ -54,11 +55,7 @@ class LoSiAAdapter(LoSiALinear):
     @property
     def weight(self) -> Tensor:
         weight = self._base[0].weight
-        check_whole(
-            weight,
-            f"{self.name}: the weight",
-            ": LoSiA does not train under fully_shard through PEFT; use apply_losia",
-        )
+        check_whole(weight, self.name, "through PEFT LoSiA trains whole ones: use apply_losia")
         return weight
 
     @property
@@ -131,9 +128,8 @@ class LoSiAAdapter(LoSiALinear):
             return
         *_, (last, block) = self.blocks()
         untrained = _same_bits(block.gather(self.matrix), self.block_values[last])
-        kept = (
-            last if untrained else last + 1
-        )  # calibration moves subnets that have not been trained
+        # calibration moves subnets that have not been trained
+        kept = last if untrained else last + 1
         if (kept + 1) * self.subnet.numel() >= self.matrix.numel():
             base = self.matrix.clone(memory_format=torch.contiguous_format)
             self._restore(base)

@@ -15,10 +15,10 @@ from peft.tuners.tuners_utils import (
 )
 from torch import nn
 
+from ...layers.foreign import check_not_quantized
 from ...layers.module import Membership
 from ...layers.subnet import subnet_size
 from ...layers.targets import (
-    check_not_quantized,
     check_shared_weights,
     find_rank_factor,
     group_by_block,
@@ -53,9 +53,8 @@ class LoSiAModel(BaseTuner):
     ) -> None:
         peft_config = self.peft_config[adapter_name]
         self._output_name = _output_layer(model, peft_config)
-        if isinstance(
-            peft_config.target_modules, set
-        ):  # of targets named so PEFT would save the whole weight
+        # of targets named so PEFT would save the whole weight
+        if isinstance(peft_config.target_modules, set):
             peft_config.target_modules.discard(self._output_name)
         self._generator = torch.Generator().manual_seed(peft_config.seed)
         peft_config = _maybe_include_all_linear_layers(peft_config, model)
@@ -97,8 +96,8 @@ class LoSiAModel(BaseTuner):
             )
         check_whole(
             module.weight,
-            f"LoSiA: the weight of {name!r}",
-            ", but through PEFT it is trained whole: use apply_losia, then fully_shard",
+            name,
+            "through PEFT it is trained whole: use apply_losia, then fully_shard",
         )
 
     def _create_and_replace(
