@@ -118,7 +118,6 @@ def test_blocks_take_turns(name, optimizer):
     assert moves == expected
 
 
-@pytest.mark.xfail(strict=True, reason="names of a compiled model hide its blocks")
 def test_a_compiled_model_has_the_same_groups():
     model = torch.compile(Deep(), backend="eager")
     timeline = LoSiAAdamW(model, config=CONFIG).timeline
@@ -149,7 +148,6 @@ def test_what_a_config_says_of_sizes_cannot_act():
         start(config=LoSiAConfig(rank_factor=0.5, period=2))
 
 
-@pytest.mark.xfail(strict=True, reason="master is not among the fields that are looked at")
 def test_what_a_config_says_of_the_master_cannot_act():
     with pytest.warns(UserWarning, match="master"):
         start(config=LoSiAConfig(period=2, master="none"))
@@ -227,13 +225,9 @@ def test_a_model_that_is_one_layer_trains():
     assert not torch.equal(model.weight, before)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the keys of a layer without a name are looked for behind a dot"
-)
 def test_a_model_that_is_one_layer_is_exported():
     assert list(export_state_dict(LoSiALinear(8, 8))) == ["weight", "bias"]
 
 
-@pytest.mark.xfail(strict=True, reason="it is returned as it was, without a word")
 def test_a_model_that_is_one_layer_becomes_plain():
     assert type(remove_losia(LoSiALinear(8, 8))) is nn.Linear
