@@ -11,16 +11,13 @@ from ..parallel.ranks import several_processes
 from .foreign import check_no_adapters
 from .fused_loss import fuse_loss, unfuse_loss
 from .linear import LoSiALinear
-from .module import Membership, SubnetModule, losia_layers
+from .module import SubnetModule, losia_layers
 from .targets import (
     Target,
     find_targets,
-    group_by_block,
     kind_of,
-    output_name_of,
     plain_name,
     warn_of_frozen,
-    warn_of_idle_fields,
     warn_of_unmatched,
 )
 
@@ -68,19 +65,21 @@ def apply_losia(
     _check_plain(model)
     check_no_adapters(model)
     plan = find_targets(model, config, output_layer)
-    found = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    found = {
+        plain_name(name): parameter.requires_grad for name, parameter in model.named_parameters()
+    }
     layers = _make_layers(plan.targets, config)
     _share_inputs({layer.name: layer for layer in layers.values()})
     model.requires_grad_(False)
     for module in plan.saved:
         module.requires_grad_(True)
     _replace(model, layers)
+    setattr(model, _FOUND, found)
     warn_of_unmatched(model, plan, config)
     if config.target_modules == "all-linear":
         warn_of_frozen(model, plan, config)
     if config.fused_loss and plan.output_layer is not None:
         fuse_loss(model, plan.output_layer)
-    setattr(model, _FOUND, found)
     return model
 
 
@@ -117,77 +116,10 @@ def _make_layers(targets: list[Target], config: LoSiAConfig) -> dict[nn.Module, 
             layer.fingerprint = fingerprint(layer.weight) if several_processes() else None
             layers[target.module] = layer
     except ValueError:
-        for layer in layers.values():
+        for layer in reversed(layers.values()):  # two may share a bias
             _give_back_flags(layer)
         raise
     return layers
-
-
-def adopt_layers(model: nn.Module, config: LoSiAConfig | None = None) -> None:
-    """Give the layers that were placed by hand their places in the timeline: by blocks as in
-    ``apply_losia``, of a model without any one after the other, the output layer first.
-
-    Args:
-        config: None is the one they have, or ``LoSiAConfig()``. What it says about size and modules
-            cannot act: the layers are there.
-
-    Raises:
-        ValueError: ``apply_losia`` has made layers of the model, whose config is another.
-    """
-    named = losia_layers(model)
-    layers = {plain_name(name): layer for name, layer in named if layer.adoptable}
-    members = [layer.membership for layer in layers.values() if layer.membership is not None]
-    strangers = [name for name, layer in layers.items() if layer.membership is None]
-    converted = [member for member in members if not member.by_hand]
-    if converted and strangers:
-        raise ValueError(
-            f"{strangers[0]}: a {type(layers[strangers[0]]).__name__} placed by hand beside those "
-            f"that apply_losia made; convert the whole model at once, or place all by hand"
-        )
-    if converted and config not in (None, converted[0].config):
-        raise ValueError(
-            "config: apply_losia has been given one already; leave it out, or call remove_losia "
-            "and apply_losia(model, config)"
-        )
-    if converted or not layers or (config is None and not strangers):
-        return
-    config = config or next((member.config for member in members), LoSiAConfig())
-    if not isinstance(config, LoSiAConfig):
-        raise TypeError(f"config must be a LoSiAConfig, got {type(config).__name__}")
-    warn_of_idle_fields(config, layers.values())
-    output = output_name_of(model)
-    names = [name for name in layers if name != output]
-    blocks = group_by_block(model, names, keep_outside=True)
-    if list(blocks) == ["model"]:  # no blocks
-        blocks = {name: [name] for name in names}
-    if output in layers:
-        blocks = {output: [output], **blocks}
-    for number, (block, members_of_block) in enumerate(blocks.items()):
-        for name in members_of_block:
-            layers[name].name = name
-            layers[name].membership = Membership(
-                number, block, config, is_output=name == output, by_hand=True
-            )
-
-
-def find_members(
-    model: nn.Module, config: LoSiAConfig | None = None
-) -> dict[SubnetModule, Membership]:
-    """The layers with a place in the timeline, after ``adopt_layers``, in model order.
-
-    Raises:
-        ValueError: there are none.
-    """
-    adopt_layers(model, config)
-    members = {
-        layer: layer.membership for _, layer in losia_layers(model) if layer.membership is not None
-    }
-    if not members:
-        raise ValueError(
-            "the model has no layers to train: call apply_losia(model, config) first, or place "
-            "LoSiALinears in it"
-        )
-    return members
 
 
 def remove_losia(model: nn.Module) -> nn.Module:
@@ -202,12 +134,13 @@ def remove_losia(model: nn.Module) -> nn.Module:
     _finish_steps(layers)
     plain: dict[nn.Module, nn.Module] = {layer: layer.to_plain() for layer in layers}
     _replace(model, plain)
-    for layer in layers:
+    for layer in reversed(layers):  # two may share a tensor: the first one found it as it was
         _give_back_flags(layer)
     for module in model.modules():  # the model may have been wrapped since
         found = module.__dict__.pop(_FOUND, {})
         for name, parameter in module.named_parameters():
-            parameter.requires_grad_(found.get(name, parameter.requires_grad))
+            required = found.get(plain_name(name), parameter.requires_grad)
+            parameter.requires_grad_(required)
     return plain.get(model, model)  # a model may be one layer
 
 

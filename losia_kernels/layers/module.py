@@ -2,6 +2,7 @@
 and how the two are kept in agreement."""
 
 import functools
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from .agreement import Agreement
 from .subnet import Subnet, subnet_size
 
 _INDICES = ("out_idx", "in_idx")
+_LOCK = threading.Lock()
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -367,7 +369,8 @@ def losia_layers(model: nn.Module) -> Iterator[tuple[str, SubnetModule]]:
 def _watch(layer: SubnetModule) -> None:
     """By its count of writes a layer knows that its subnet was stepped: have those counted that
     torch does not count, from the first layer of the process on."""
-    _ALIVE.add(layer)
+    with _LOCK:
+        _ALIVE.add(layer)
     _count_from_now_on()
 
 
@@ -379,16 +382,16 @@ def _count_from_now_on() -> None:
 def _count_writes(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
     """torch's fused optimizers are not counted, nor are kernels that write past torch, as
     bitsandbytes'. Of other parameters nothing is touched."""
-    if getattr(getattr(optimizer, "timeline", None), "drives", False):
-        return  # whose steps end with the weights written
     counted = type(optimizer).__module__.startswith("torch.optim")
     groups = [group for group in optimizer.param_groups if group.get("fused") or not counted]
-    if groups and _ALIVE:
-        subnets = {id(layer.subnet) for layer in _ALIVE}
-        stepped = [
-            parameter
-            for group in groups
-            for parameter in group["params"]
-            if parameter.grad is not None and id(parameter) in subnets
-        ]
-        torch.autograd.graph.increment_version(stepped)
+    if not groups:
+        return
+    with _LOCK:  # other threads may make layers
+        layers = set(_ALIVE)
+    timeline: Any = getattr(optimizer, "timeline", None)
+    if getattr(timeline, "drives", False):
+        layers -= set(timeline.layers)  # whose steps end with the weights written
+    subnets = {id(layer._parameters.get("subnet")) for layer in layers}
+    held = (parameter for group in groups for parameter in group["params"])
+    stepped = [p for p in held if p.grad is not None and id(p) in subnets]
+    torch.autograd.graph.increment_version(stepped)

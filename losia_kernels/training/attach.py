@@ -1,5 +1,6 @@
 """attach(): what LoSiAAdamW's step does, for any torch optimizer that holds the subnets."""
 
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import LoSiAConfig
-from ..layers.convert import find_members
+from ..layers.members import find_members
 from ..layers.module import Membership, SubnetModule
 from ..parallel.placement import local
 from .optimizer import LoSiAAdamW
@@ -48,8 +49,16 @@ def attach(
         raise TypeError(
             f"attach: expected the optimizer, then the model; got {type(optimizer).__name__} first"
         )
-    check_attachable(optimizer, find_members(model, config))
-    timeline = Timeline(model, total_steps, process_group)
+    members = find_members(model, config)
+    check_attachable(optimizer, members)
+    timeline = Timeline(model, total_steps, process_group, config)
+    if any(member.config.master == "none" for member in members.values()):
+        warnings.warn(
+            f"LoSiA: {type(optimizer).__name__} rounds subnets that are kept in 16 bits to "
+            f"nearest, which loses small updates: keep LoSiAConfig.master='float32', or use "
+            f"LoSiAAdamW, which rounds stochastically",
+            stacklevel=2,
+        )
     optimizer.timeline = timeline  # type: ignore[attr-defined]
     _split_groups(optimizer, timeline)
 
@@ -97,7 +106,7 @@ def check_attachable(
     """Raise ValueError for an optimizer that ``attach`` cannot give the behaviour."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for layer, member in members.items():
-        if id(layer.subnet) not in held:
+        if layer.subnet.requires_grad and id(layer.subnet) not in held:
             raise ValueError(
                 f"attach: the optimizer does not hold the subnet of {layer.name}; make it from the "
                 f"model's parameters when its layers are in place, after apply_losia"
@@ -105,7 +114,7 @@ def check_attachable(
         if member.config.master == "split":
             raise ValueError(
                 f"attach: LoSiAConfig.master='split' keeps half of each value in LoSiAAdamW's "
-                f"state, which {type(optimizer).__name__} does not have; use 'float32' or 'none'"
+                f"state, which {type(optimizer).__name__} does not have; use 'float32'"
             )
     driven = any("layer_group" in group for group in optimizer.param_groups)
     if isinstance(optimizer, LoSiAAdamW) or driven:

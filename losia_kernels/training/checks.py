@@ -63,7 +63,7 @@ def check_held(optimizer: torch.optim.Optimizer, layers: Iterable[SubnetModule])
                 f"{layer.name}: its subnet has a gradient, but its adapter is not in the weight: "
                 f"step before another adapter is activated, or this one disabled"
             )
-        if id(layer.subnet) not in held:
+        if layer.subnet.requires_grad and id(layer.subnet) not in held:
             raise RuntimeError(
                 f"{layer.name}: the optimizer holds another subnet than the model; make the "
                 f"optimizer after fully_shard or whatever else exchanges parameters (DeepSpeed is "

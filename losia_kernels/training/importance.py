@@ -38,9 +38,15 @@ class Observer:
     replicated: ClassVar[tuple[str, ...]] = ()
     bytes_per_weight: ClassVar[int]
 
-    def __init_subclass__(cls, kind: str):
+    def __init_subclass__(cls, kind: str | None = None):
+        if kind is None:  # a base of kinds
+            return
+        known = OBSERVERS.get(kind)
+        if known is not None and known.__qualname__ != cls.__qualname__:
+            raise ValueError(f"importance {kind!r} is {known.__qualname__}'s; name {cls} otherwise")
         OBSERVERS[kind] = cls
-        IMPORTANCES.append(kind)
+        if known is None:  # else a cell that was run again
+            IMPORTANCES.append(kind)
 
     def __init__(self, config: LoSiAConfig):
         self.beta1, self.beta2 = config.importance_beta1, config.importance_beta2
@@ -195,12 +201,15 @@ def new_subnet(layer: SubnetModule, observer: Observer, rows: RowShard) -> Subne
     Raises:
         NonFiniteScoreError: naming the layer.
     """
-    if not observer.tensors:
+    if not observer.seen:
         return None
     k_out, k_in = layer.subnet.shape
     try:
         subnet = observer.select(k_out, k_in, rows, layer.alignment)
     except NonFiniteScoreError as error:
         raise NonFiniteScoreError(f"{layer.name}: {error}; its subnet stays where it was") from None
+    subnet.check((layer.out_features, layer.in_features), layer.name, layer.alignment)
+    if subnet.shape != (k_out, k_in):
+        raise ValueError(f"{layer.name}: {subnet.shape} was selected for a subnet of {k_out, k_in}")
     nothing = subnet.captured is not None and bool(subnet.captured.isnan())  # 0 / 0
     return None if nothing else subnet

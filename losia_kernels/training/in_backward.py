@@ -1,14 +1,30 @@
 """Updates inside the backward: no gradient outlives the layer that it belongs to."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..layers.module import SubnetModule
+from ..parallel.ranks import Ranks
 from .timeline import Timeline
+
+
+def check_in_backward(layers: Iterable[SubnetModule], ranks: Ranks) -> None:
+    """Raise ValueError for what reduces or scales gradients after the backward."""
+    if ranks.group is not None:
+        raise ValueError(
+            "LoSiAAdamW: in_backward=True would update before the gradients of several processes "
+            "are reduced; leave it off under torch.distributed"
+        )
+    for layer in layers:
+        if layer.weight.dtype == torch.float16:
+            raise ValueError(
+                f"LoSiAAdamW: {layer.name} is float16, whose loss must be scaled, and "
+                f"in_backward=True would update by scaled gradients; use bfloat16"
+            )
 
 
 class InBackward:
@@ -17,26 +33,15 @@ class InBackward:
 
     Whole means summed over all uses of the layer in the graph: torch then has done every ``dx``
     that needs the old weight. Layers that observe keep their gradient for the step: their
-    importance is of the weight before the update. Raises ValueError for what reduces or scales
-    gradients after the backward.
+    importance is of the weight before the update.
     """
 
     def __init__(self, timeline: Timeline, update: Callable[[int, SubnetModule], None]):
-        if timeline.ranks.group is not None:
-            raise ValueError(
-                "LoSiAAdamW: in_backward=True would update before the gradients of several processes are "
-                "reduced; leave it off under torch.distributed"
-            )
         self._timeline = timeline
         self._update = update
         self._updated: set[SubnetModule] = set()
         for number, layers in enumerate(timeline.groups):
             for layer in layers:
-                if layer.weight.dtype == torch.float16:
-                    raise ValueError(
-                        f"LoSiAAdamW: {layer.name} is float16, whose loss must be scaled, and "
-                        f"in_backward=True would update by scaled gradients; use bfloat16"
-                    )
                 # a full one does not observe while ``calibrate`` looks
                 if layer.subnet.shape != layer.matrix.shape:
                     timeline.handles.append(self._hook_up(number, layer))

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from ..config import LoSiAConfig
-from ..layers.convert import find_members, trained_parameters
+from ..layers.convert import trained_parameters
+from ..layers.members import find_members
 from ..layers.module import SubnetModule
 from ..ops.adamw import Update, update_subnets_
 from ..parallel.placement import local
+from ..parallel.ranks import Ranks
 from .adam_state import SUBNET_STATE, AdamState
-from .in_backward import InBackward
+from .in_backward import InBackward, check_in_backward
 from .state_dict import TimelineState
 from .timeline import Timeline
 
@@ -74,6 +76,11 @@ class LoSiAAdamW(torch.optim.Optimizer):
         moments: str = "float32",
         in_backward: bool = False,
     ):
+        if not isinstance(lr, (float, int, Tensor)):
+            raise TypeError(
+                f"LoSiAAdamW: lr must be a number, got {type(lr).__name__}; a LoSiAConfig is given "
+                f"as config="
+            )
         for name, value, good in (
             ("lr", lr, 0 <= lr < math.inf),
             ("betas", betas, len(betas) == 2 and all(0 <= beta < 1 for beta in betas)),
@@ -86,7 +93,9 @@ class LoSiAAdamW(torch.optim.Optimizer):
         split = all(member.config.master == "split" for member in members.values())
         self._form = AdamState(moments, split)
         self._form.check(list(members))
-        self.timeline = Timeline(model, total_steps, process_group)
+        if in_backward:
+            check_in_backward(members, Ranks.of(model, process_group))
+        self.timeline = Timeline(model, total_steps, process_group, config)
         # by the parameter group's number
         self._groups = [
             *self.timeline.groups,

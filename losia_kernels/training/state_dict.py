@@ -138,7 +138,8 @@ class TimelineState:
         for layer, tensors in loaded["observed"].items():
             observer, device = timeline.observers[layer], layer.out_idx.device
             observer.tensors = {k: local(v).to(device, copy=True) for k, v in tensors.items()}
-            observer.seen = any(bool(tensor.any()) for tensor in observer.tensors.values())
+            held = any(bool(tensor.any()) for tensor in observer.tensors.values())
+            observer.seen = timeline.ranks.any_rank(held)
         timeline.check_position(timeline.layers)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from itertools import product
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import LoSiAConfig
-from ..layers.convert import find_members
+from ..layers.members import find_members, join_
 from ..layers.module import SubnetModule, losia_layers
 from ..layers.subnet import Subnet
+from ..layers.targets import warn_of_idle_fields
 from ..parallel.engines import add_join_check, check_engines
 from ..parallel.placement import Placement, find_placement, fingerprint
 from ..parallel.ranks import Ranks, RanksDifferError
@@ -72,6 +74,8 @@ class Timeline:
         config: LoSiAConfig | None = None,
     ):
         members = find_members(model, config)
+        if config is not None and any(member.by_hand for member in members.values()):
+            warn_of_idle_fields(config, members)
         check_alike(members)
         check_flags(list(members))
         if total_steps is not None:
@@ -98,6 +102,7 @@ class Timeline:
         self.ranks = Ranks.of(model, process_group)
         self._check_start()
         add_join_check(model)
+        join_(members)
         for layer in self.layers:
             before = _DRIVERS.get(layer, lambda: None)()
             if before is not None:
@@ -178,8 +183,11 @@ class Timeline:
         from step to step.
 
         Raises:
+            ValueError: ``step`` is no whole number of at least 0.
             RuntimeError: ``period="auto"`` waits for the number of steps.
         """
+        if not isinstance(step, Integral) or step < 0:
+            raise ValueError(f"resume_at: step must be a whole number, at least 0, got {step!r}")
         if step:
             self.clock.check_settled()
         for layer in list(self.observers):

@@ -1,8 +1,11 @@
 """What an optimizer finds in a model: layers placed by hand, and flags set after a conversion."""
 
+import threading
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from losia_kernels import (
     LoSiAAdamW,
@@ -135,7 +138,7 @@ def test_a_layer_placed_beside_converted_ones_is_named():
 
 def test_a_config_beside_that_of_apply_losia_is_refused():
     model = apply_losia(nn.Sequential(nn.Linear(16, 16), nn.ReLU()), LoSiAConfig(rank_factor=0.5))
-    with pytest.raises(ValueError, match="apply_losia has been given one already"):
+    with pytest.raises(ValueError, match="apply_losia .or PEFT. has been given one already"):
         LoSiAAdamW(model, config=CONFIG)
     LoSiAAdamW(model, config=LoSiAConfig(rank_factor=0.5))  # the same
 
@@ -186,3 +189,125 @@ def test_flags_are_those_that_were_found_when_a_conversion_fails():
     with pytest.raises(ValueError, match="selects none of 1"):
         apply_losia(plain, LoSiAConfig(rank_factor=0.5, rank_pattern={"1": 0.5}))
     assert all(parameter.requires_grad for parameter in plain.parameters())
+
+
+# what was found by trying -------------------------------------------------------------------------
+
+
+def test_places_are_found_anew_for_each_model():
+    """Also of layers that another optimizer had in another order."""
+    first, second = LoSiALinear(8, 8, rank_factor=0.5), LoSiALinear(8, 8, rank_factor=0.5)
+    LoSiAAdamW(nn.Sequential(first, second), config=CONFIG)
+    timeline = LoSiAAdamW(nn.Sequential(second, first)).timeline
+    assert timeline.groups == [[second], [first]] and timeline.config.period == 3
+    model = make(Blocks)
+    for block in model.blocks:
+        LoSiAAdamW(block, config=CONFIG)
+    assert LoSiAAdamW(model).timeline.group_names == ["blocks.0", "blocks.1", "head"]
+
+
+def test_names_and_order_are_those_inside_of_ddp_and_compile():
+    model = make(Blocks)
+    model.get_output_embeddings = lambda: model.head
+    expected = LoSiAAdamW(model).timeline
+    names = [layer.name for layer in expected.layers]
+    compiled = LoSiAAdamW(torch.compile(model, backend="eager")).timeline
+    assert compiled.group_names == expected.group_names == ["head", "blocks.0", "blocks.1"]
+    assert [layer.name for layer in compiled.layers] == names
+
+
+def test_a_shared_weight_is_refused():
+    model = make(Blocks)
+    model.blocks[1].fc1.weight = model.blocks[0].fc1.weight
+    with pytest.raises(ValueError, match="'blocks.0.fc1' and 'blocks.1.fc1' share one weight"):
+        LoSiAAdamW(model)
+
+
+def test_indices_that_nobody_drew_are_refused():
+    model = make()
+    model.fc2.out_idx[:2] = 7
+    with pytest.raises(ValueError, match="fc2: out_idx must be .*made without its data"):
+        LoSiAAdamW(model)
+
+
+def test_a_computed_weight_is_refused():
+    model = make()
+    prune.random_unstructured(model.fc1, "weight", 0.5)
+    with pytest.raises(ValueError, match="fc1: its weight is computed"):
+        LoSiAAdamW(model)
+
+
+def test_a_layer_trained_in_full_has_no_turn():
+    model = make()
+    model.fc2 = LoSiALinear(32, 8, rank_factor=1.0)
+    optimizer = LoSiAAdamW(model, lr=0.03, config=CONFIG)
+    assert optimizer.timeline.group_names == ["fc1"] and optimizer.timeline.dense == [model.fc2]
+    train(model, optimizer, 7)
+    assert int(optimizer.state[model.fc2.subnet]["step"]) == 7
+
+
+@pytest.mark.parametrize("refused", ["attach", "moments", "in_backward"])
+def test_a_refused_optimizer_leaves_the_one_before(refused):
+    model = make().half() if refused == "in_backward" else make()
+    before = LoSiAAdamW(model, config=CONFIG)
+    with pytest.raises(ValueError):
+        if refused == "attach":
+            attach(torch.optim.SGD([torch.ones(1)], lr=0.1), model, config=LoSiAConfig(period=9))
+        elif refused == "moments":
+            LoSiAAdamW(model, moments="fp8", config=LoSiAConfig(period=9))
+        else:
+            LoSiAAdamW(model, in_backward=True, config=LoSiAConfig(period=9))
+    assert before.timeline.drives and LoSiAAdamW(model).timeline.config.period == 3
+
+
+def test_a_config_in_the_place_of_the_rate():
+    with pytest.raises(TypeError, match="lr must be a number, got LoSiAConfig.*config="):
+        LoSiAAdamW(make(), CONFIG)
+
+
+def test_partly_frozen_models_are_attached():
+    model = converted()
+    model[0].subnet.requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    with pytest.warns(UserWarning, match="0: frozen"):
+        attach(optimizer, model)
+    with pytest.warns(UserWarning, match="got no gradient|no subnet"):
+        optimizer.step()
+
+
+def test_attached_16_bit_subnets_are_warned_of():
+    model = apply_losia(nn.Sequential(nn.Linear(16, 16)).bfloat16(), LoSiAConfig(master="none"))
+    with pytest.warns(UserWarning, match="rounds subnets that are kept in 16 bits to nearest"):
+        attach(torch.optim.SGD([model[0].subnet], lr=0.1), model)
+
+
+def test_a_half_that_no_timeline_drives_is_not_left_behind_in_silence():
+    halves = nn.ModuleList([make(), make()])
+    subnets = [layer.subnet for _, layer in losia_layers(halves)]
+    optimizer = torch.optim.AdamW(subnets, lr=0.01, fused=True)
+    attach(optimizer, halves[0], config=CONFIG)
+    (loss_of(halves[0]) + loss_of(halves[1])).backward()
+    optimizer.step()
+    halves[0](X)
+    with pytest.raises(RuntimeError, match="stepped the subnet, but its values are not in the"):
+        halves[1](X)
+
+
+def test_layers_are_made_while_others_step():
+    stop = threading.Event()
+
+    def convert() -> None:
+        while not stop.is_set():
+            LoSiALinear(4, 4, rank_factor=0.5)
+
+    other = nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(other.parameters(), fused=True)
+    thread = threading.Thread(target=convert)
+    thread.start()
+    try:
+        for _ in range(200):
+            other(torch.ones(1, 4)).sum().backward()
+            optimizer.step()
+    finally:
+        stop.set()
+        thread.join()
