@@ -48,7 +48,7 @@ $(VENV)/.demo: $(VENV)/.installed
 	$(VENV)/bin/python examples/past_tense/smollm.py .cache
 	touch $@
 
-# --no-deps: their dependencies would replace torch, and serve parts that are not measured
+# --no-deps: its dependencies would replace torch, and serve parts that are not measured
 $(VENV)/.bench: $(VENV)/.installed
-	$(VENV)/bin/pip install -q --no-deps galore-torch==1.0 losia==0.1.5
+	$(VENV)/bin/pip install -q --no-deps galore-torch==1.0
 	touch $@

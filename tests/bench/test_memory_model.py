@@ -8,27 +8,33 @@ import json
 import pytest
 import torch
 
-from bench import model
-from bench.live_bytes import LiveBytes, SavedBytes
-from bench.memory import compare
+from bench.harness.live_bytes import LiveBytes, SavedBytes
 from bench.methods import Options, get_method
-from bench.models import CONFIGS, Block, build_model, shape_of
+from bench.speed import model
+from bench.speed.memory import SETTINGS, LoRA
+from bench.speed.models import CONFIGS, Block, build_model, shape_of
+from bench.speed.simulated import compare
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, cli
 from losia_kernels.finetune import estimate as memory_model
 from losia_kernels.finetune.estimate import (
     GIB,
+    LoSiA,
     ModelShape,
     Setting,
     estimate,
     largest,
-    subnet_values,
 )
 from losia_kernels.layers.linear import losia_layers
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
 LLAMA_7B = ModelShape.from_config(CONFIGS["llama-2-7b"])
-TOKENS = 2 * 64
+
+
+def sized(method: str, **sizes) -> Setting:
+    setting = SETTINGS[method]
+    rank = {"rank": 4} if isinstance(setting, LoRA) else {}
+    return dataclasses.replace(setting, **sizes, **rank)
 
 
 def peft_or_skip(method: str) -> None:
@@ -46,7 +52,7 @@ def peft_or_skip(method: str) -> None:
     ],
 )
 def test_trained_values_of_table_14(p, p_o, millions):
-    assert round(subnet_values(LLAMA_7B, p, p_o) / 1e6, 1) == millions
+    assert round(LoSiA(rank_factor=p, output_dim_factor=p_o).values(LLAMA_7B) / 1e6, 1) == millions
 
 
 def test_model_sizes():
@@ -66,8 +72,8 @@ def test_saved_activations_of_a_block_are_exact(tiny, method):
     x = torch.randn(2, 64, 64, dtype=BF16, requires_grad=True)
     with SavedBytes([*block.parameters(), *block.buffers(), x]) as saved:
         prepared.module(x)
-    setting = Setting(method=method.replace("losia-pro", "losia"), rank=4)
-    counted = memory_model._saved_by_block(shape, setting, TOKENS, observing=False)
+    setting = sized(method, batch=2, context=64)
+    counted = setting.saved_by_block(shape, observing=False)
     rotary = 2 * 2 * 64 * shape.head_dim  # cos and sin, once for all blocks
     scalars = 64  # eps and the like
     assert counted <= saved.total <= counted + rotary + scalars
@@ -86,11 +92,9 @@ def test_state_is_exact(tiny, method):
                     p.grad.nbytes for p in prepared.module.parameters() if p.grad is not None
                 )
             phase(0)
-    state = memory_model._training_state(
-        shape_of(tiny), Setting(method=method.replace("-pro", ""), rank=4)
-    )
+    state = sized(method).state(shape_of(tiny))
     assert (state["values"], state["gradients"]) == (prepared.trained, gradients)
-    optimizer = prepared.update.__closure__[0].cell_contents
+    optimizer = prepared.optimizer
     moments = [
         v for entry in optimizer.state.values() for k, v in entry.items() if k.startswith("exp_avg")
     ]
@@ -128,19 +132,15 @@ def test_state_in_fewer_bits_is_exact(tiny, moments, master, in_backward):
     observed = [t for o in optimizer.timeline.observers.values() for t in o.tensors.values()]
     importance = sum(tensor.nbytes for tensor in observed)
     optimizer.step()
-    setting = Setting(output_dim_factor=0.5, master_weights=master == "float32", **form)
-    state = memory_model._training_state(shape_of(tiny), setting)
+    setting = LoSiA(output_dim_factor=0.5, master_weights=master == "float32", **form)
+    state = setting.state(shape_of(tiny))
     assert (
         state["values"] == sum(subnet.numel() for subnet in subnets) and state["gradients"] == kept
     )
     vocabulary = importance // 8 // shape_of(tiny).hidden  # the output layer's turn is the first
     assert vocabulary == shape_of(tiny).vocabulary
     larger = dataclasses.replace(shape_of(tiny), vocabulary=100 * vocabulary)
-    assert (
-        memory_model._training_state(larger, setting)["importance"]
-        == 100 * importance
-        > state["importance"]
-    )
+    assert setting.state(larger)["importance"] == 100 * importance > state["importance"]
     entries = [
         value for entry in optimizer.state.values() for key, value in entry.items() if key != "step"
     ]
@@ -153,7 +153,7 @@ def test_state_in_fewer_bits_is_exact(tiny, moments, master, in_backward):
 def test_with_the_smallest_state_table_14_is_met(p, paper_gb):
     """Computed, not measured: 4 x 2048 tokens, gradient checkpointing, the loss without logits, p_o
     = 1/8."""
-    setting = Setting(
+    setting = LoSiA(
         rank_factor=p,
         output_dim_factor=1 / 8,
         checkpointing=True,
@@ -169,7 +169,7 @@ def test_with_the_smallest_state_table_14_is_met(p, paper_gb):
     assert (
         estimate(LLAMA_7B, exact).total
         <= paper_gb * 1e9
-        < estimate(LLAMA_7B, Setting(rank_factor=p)).total
+        < estimate(LLAMA_7B, LoSiA(rank_factor=p)).total
     )
 
 
@@ -209,15 +209,15 @@ def test_peak_of_simulated_llama_7b_blocks(method, checkpointing):
 
 
 def test_the_sum_is_the_total_and_more_never_takes_less():
-    sizes = [estimate(LLAMA_7B, Setting(batch=batch, context=1024)) for batch in (1, 2, 4)]
+    sizes = [estimate(LLAMA_7B, LoSiA(batch=batch, context=1024)) for batch in (1, 2, 4)]
     assert sizes[0].total < sizes[1].total < sizes[2].total
     parts = dataclasses.asdict(sizes[0])
     assert sizes[0].total == sum(parts.values()) - parts["trained_values"]
-    assert estimate(LLAMA_7B, Setting(fused_loss=True)).total < estimate(LLAMA_7B, Setting()).total
+    assert estimate(LLAMA_7B, LoSiA(fused_loss=True)).total < estimate(LLAMA_7B, LoSiA()).total
 
 
 def test_largest_is_the_last_that_fits():
-    setting, budget = Setting(batch=1, checkpointing=True), 23 * GIB
+    setting, budget = LoSiA(batch=1, checkpointing=True), 23 * GIB
     longest = largest(LLAMA_7B, setting, "context", budget)
     assert estimate(LLAMA_7B, dataclasses.replace(setting, context=longest)).total <= budget
     assert estimate(LLAMA_7B, dataclasses.replace(setting, context=longest + 1)).total > budget
@@ -291,16 +291,14 @@ def test_configs_that_cannot_be_estimated(tmp_path, capsys, content, problem):
 
 
 def test_settings_out_of_range(tmp_path, capsys):
-    with pytest.raises(ValueError, match="unknown method 'lorra'; the memory model knows losia"):
-        Setting(method="lorra")
     with pytest.raises(ValueError, match="batch must be at least 1"):
         Setting(batch=0)
     with pytest.raises(
         ValueError, match="moments must be one of float32, bfloat16, int8, got 'int4'"
     ):
-        Setting(moments="int4")
+        LoSiA(moments="int4")
     with pytest.raises(ValueError, match="a remainder completes 16-bit subnets"):
-        Setting(remainder=True)
+        LoSiA(remainder=True)
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama-2-7b"]))
     assert cli.main(["estimate", "--model", str(tmp_path), "--memory", "1"]) == 2
     assert "more than the reserve" in capsys.readouterr().err

@@ -340,13 +340,6 @@ def test_a_run_too_short_for_two_cycles_has_no_cell_for_them(filled, no_plots):
     ] == ["0.500 (n=1)", ""]
 
 
-def test_the_report_is_that_of_the_results(no_plots):
-    """Of the files beside it: `python -m bench quality-report` writes it anew."""
-    written = report.RESULTS.parent / "README.md"
-    text = [line for line in written.read_text().splitlines() if line and not line.startswith("![")]
-    assert text == [line for line in report.render(Store()).splitlines() if line]
-
-
 def test_the_same_files_give_the_same_report(filled, capsys):
     assert report.main(["--results", str(filled.folder)]) == 0
     path = filled.folder.parent / "README.md"
