@@ -14,7 +14,6 @@ suites:
     ops           each kernel against eager, compiled and library forms; share of the roof
     layer         a decoder layer, and its linears alone, over the frozen floor
     model         a whole model, microseconds a token and peak memory (the paper's Tables 14 and 15)
-    context       the longest context whose step fits 80 GB
     variants      forms of one kernel side by side; without a GPU by machine code and counts
     output_layer  the loss of the vocabulary projection against torch, Liger and cut-cross-entropy
     scaling       cost over p, tokens, layers and T
@@ -60,7 +59,7 @@ from .speed import (
 from .speed.report import write_reports
 from .speed.results import FINAL, RESULTS, Results, load
 
-SUITES = ("layer", "model", "context", "ops", "variants", "output_layer", "scaling", "memory")
+SUITES = ("layer", "model", "ops", "variants", "output_layer", "scaling", "memory")
 LAST = 1000.0  # priority of what has failed before
 
 

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable
 MARKER = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
 
 
-def table(head: Iterable[str], body: Iterable[Iterable[str]]) -> str:
-    """The first column to the left, the others to the right; empty without a body."""
-    head, body = list(head), list(map(list, body))
+def table(head: str | Iterable[str], body: Iterable[Iterable[str]]) -> str:
+    """``head``: names, or "one | two"; the first column to the left, the others to the right. Empty
+    without a body."""
+    head = head.split(" | ") if isinstance(head, str) else list(head)
+    body = list(map(list, body))
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) if body else ""
 

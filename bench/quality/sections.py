@@ -21,15 +21,11 @@ def ablations(results: Results, task: str = "pronunciation") -> str:
         more = paired(found, base, "nll")
         if more:
             rows.append([variant.title, *_three(found), str(more), show_p(more.p), fewer(more)])
-    head = [
-        "changed",
-        "nats a token",
-        "tokens right, %",
-        "english, nats a token",
-        "nats an item more than the default, 95 %",
-        "p (of one test)",
-        "seeds in which it costs less",
-    ]
+    head = (
+        "changed | nats a token | tokens right, % | english, nats a token"
+        " | nats an item more than the default, 95 % | p (of one test)"
+        " | seeds in which it costs less"
+    )
     note = (
         "Every row has the learning rate that was found for the default; it was not searched again."
     )
@@ -134,16 +130,10 @@ def importance_forms(results: Results) -> str:
             size = TASKS[run["task"]].title, run["steps"], result["made"]["period"]
             means = (held_out(side, "nll", 3) for side in shared)
             rows.append([*size, *means, str(more), show_p(more.p), fewer(more)])
-    head = [
-        "task",
-        "steps",
-        "steps of a slot",
-        "the paper's importance, nats a token",
-        "sums only",
-        "nats an item more, 95 %",
-        "p (of one test)",
-        "seeds in which sums cost less",
-    ]
+    head = (
+        "task | steps | steps of a slot | the paper's importance, nats a token | sums only"
+        " | nats an item more, 95 % | p (of one test) | seeds in which sums cost less"
+    )
     return table(head, [map(str, row) for row in sorted(rows, key=lambda row: row[:3])])
 
 
@@ -170,14 +160,10 @@ def costs(results: Results, task: str = "pronunciation") -> str:
                 equal or ("" if method == "fft" else "not run"),
             ]
         )
-    head = [
-        "method",
-        "values trained, M",
-        "MB added, activations aside",
-        "nats a token at equal steps",
-        "seconds a step",
-        "nats a token in full fine-tuning's time",
-    ]
+    head = (
+        "method | values trained, M | MB added, activations aside | nats a token at equal steps"
+        " | seconds a step | nats a token in full fine-tuning's time"
+    )
     if not rows:
         return ""
     steps = SCALES[results[0]["run"]["scale"]].steps
@@ -235,15 +221,10 @@ def oracle(results: Results) -> str:
                 f"{mine['right']:.1f} / {other['right']:.1f}",
             ]
         )
-    head = [
-        "task",
-        "largest difference of a loss",
-        "same subnets at the end",
-        "weights shared",
-        "same calibrated subnets",
-        "nats a token, package / reference",
-        "right, %",
-    ]
+    head = (
+        "task | largest difference of a loss | same subnets at the end | weights shared"
+        " | same calibrated subnets | nats a token, package / reference | right, %"
+    )
     return table(head, rows)
 
 

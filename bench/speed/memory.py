@@ -9,10 +9,9 @@ from losia_kernels.finetune.estimate import (
     ModelShape,
     Setting,
     estimate,
-    largest,
 )
 
-__all__ = ["SETTINGS", "LoSiA", "Memory", "ModelShape", "Setting", "estimate", "largest"]
+__all__ = ["SETTINGS", "LoSiA", "Memory", "ModelShape", "Setting", "estimate"]
 
 
 def _state(values: int, trained: int, optimizer: int, gradients: int) -> dict[str, int]:

@@ -5,7 +5,7 @@ Random weights from the config, random tokens, loss over all positions, SDPA att
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from ..harness.live_bytes import peak_bytes
 from ..harness.timing import measure
 from ..methods import DEFAULTS, LATE, MODEL_METHODS, Options, Prepared, get_method
 from .layer import run_step
-from .memory import SETTINGS, Setting, estimate, largest
+from .memory import SETTINGS, Setting, estimate
 from .models import BUDGETS_GB, GPU_BATCH, GPU_CONTEXT, build_model, shape_of
 
 GATE_TOKENS = 256
@@ -162,78 +162,14 @@ def _runs(
         for rank, method in enumerate(main):
             for checkpointing in (True, False):
                 run = Run(method, "llama-2-7b", batch, GPU_CONTEXT, checkpointing)
-                if (predicted_bytes(run, dtype) or 0) < 1.1e9 * max(
-                    BUDGETS_GB
-                ):  # far too large for all: not tried
+                largest = 1.1e9 * max(BUDGETS_GB)  # what is far too large for all is not tried
+                if (predicted_bytes(run, dtype) or 0) < largest:
                     yield 90 + rank / 100, run
-
-
-def longest_context(
-    method: str, model: str, budget: int, device: torch.device, dtype: torch.dtype
-) -> dict[str, Any]:
-    """The longest context at batch 1, to 1024 tokens, whose step stays within ``budget`` bytes of
-    the allocator.
-
-    The search starts where the memory model ends; every length that counts is really run.
-    """
-    run = Run(method, model, 1, 1024, checkpointing=True)
-    passed = gate(run, device, dtype)
-    free_memory()
-    torch.manual_seed(0)
-    prepared = prepare(run, build_model(model, device, dtype))
-    vocabulary = shape_of(model).vocabulary
-    setting = setting_of(run)
-    guessed = setting or dataclasses.replace(SETTINGS["lora"], batch=1, checkpointing=True)
-    guess = largest(shape_of(model), guessed, "context", budget) // 1024
-
-    def step(context: int) -> bool:
-        """Whether a step could be taken at all."""
-        phases = step_phases(
-            prepared, tokens_of(dataclasses.replace(run, context=context), vocabulary, device)
-        )
-        try:
-            run_step(phases)
-            torch.cuda.synchronize()
-        except torch.OutOfMemoryError:
-            return False
-        return True
-
-    def fits(thousands: int) -> bool:
-        torch.cuda.reset_peak_memory_stats()
-        if step(1024 * thousands):
-            return torch.cuda.max_memory_allocated() <= budget
-        prepared.module.zero_grad()
-        free_memory()
-        return False
-
-    step(1024)  # makes the optimizer's state
-    predicted = 1024 * guess if setting else None
-    return {"gate": passed, "longest": 1024 * last_that_fits(fits, guess), "predicted": predicted}
-
-
-def last_that_fits(fits: Callable[[int], bool], guess: int) -> int:
-    """The largest number that fits, 0 if 1 does not; a good guess takes few calls."""
-    low, high, step, number = 0, None, 1, max(guess, 1)
-    while high is None or high - low > 1:
-        if fits(number):
-            low = number
-        else:
-            high = number
-        if low and high:
-            number = (low + high) // 2
-        else:
-            number = low + step if low else max(high - step, 1)
-            step *= 2
-    return low
 
 
 def jobs(
     device: torch.device, dtype: torch.dtype, methods: tuple[str, ...] = MODEL_METHODS
 ) -> Iterator[Job]:
-    llama = {"model": "llama-2-7b", "budget_gb": 80, "dtype": str(dtype).removeprefix("torch.")}
-    for method in methods if device.type == "cuda" else ():
-        search = functools.partial(longest_context, method, "llama-2-7b", 80 * 10**9, device, dtype)
-        yield Job("context", method, llama, search, 95, seconds=240)
     for priority, run in _runs(device, dtype, methods):
         measured = functools.partial(run_model, run, device, dtype)
         yield Job("model", run.method, run.settings(dtype), measured, priority, seconds=40)

@@ -270,16 +270,6 @@ def output_layer(rows: Rows) -> str:
     return table(("vocabulary", "p_o", "method", "ms", "GB beyond the inputs"), body)
 
 
-def context(rows: Rows) -> str:
-    """The longest context in 80 GB at batch 1, checkpointed."""
-    body = []
-    for row in _select(rows, "context"):
-        cells = _no_figures(row, 2)
-        cells = cells or [str(row["longest"]), str(row["predicted"] or "")]
-        body.append([_title(row["id"]["name"]), *cells])
-    return table(("method", "longest context in 80 GB", "predicted"), body)
-
-
 def budget(rows: Rows) -> str:
     """The fastest measured configuration of each method within each card."""
     measured = [row for row in _select(rows, "model", model="llama-2-7b") if row["status"] == "ok"]
@@ -326,7 +316,6 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "ops": ("Kernels", ops),
     "output_layer": ("The output layer's loss", output_layer),
     "scaling": ("How the cost grows", scaling),
-    "context": ("Longest context", context),
     "budget": ("Fastest within a card", budget),
     "trouble": ("Without a figure", trouble),
 }

@@ -146,9 +146,7 @@ def rows_of(module, chosen=lambda job: True) -> list[dict]:
 @pytest.mark.parametrize("module", [layer, model, scaling, ops])
 def test_every_gpu_job_makes_a_row(pretended, fast, module):
     pytest.importorskip("peft")
-    rows = rows_of(
-        module, lambda job: job.suite != "context" and job.settings.get("stack", "block") == "block"
-    )
+    rows = rows_of(module, lambda job: job.settings.get("stack", "block") == "block")
     installed = importlib.util.find_spec("galore_torch") is not None
     for row in rows:
         missing = row["id"]["name"].startswith("galore") and not installed
@@ -174,57 +172,6 @@ def test_the_other_models_too(pretended, fast, name):
     assert (
         layer.run_layer("losia-pro-off", name, "block", 1, 32, CUDA, BF16, Options())["total"]["ms"]
         > 0
-    )
-
-
-def test_the_longest_context_is_the_last_that_fits(pretended, monkeypatch):
-    ran = []
-    real = model.tokens_of
-
-    def tokens_of(run, vocabulary, device):
-        if run.context == model.GATE_TOKENS:
-            return real(run, vocabulary, device)
-        ran.append(run.context)
-        pretended.allocator.peak = 30 * 10**6 * run.context
-        return real(model.dataclasses.replace(run, context=8), vocabulary, device)
-
-    monkeypatch.setattr(model, "tokens_of", tokens_of)
-    monkeypatch.setattr(model, "largest", lambda *a: 4500)
-    row = model.longest_context("losia-pro", "llama-2-7b", 80 * 10**9, CUDA, BF16)
-    assert (
-        row["longest"] == 2048
-        and row["predicted"] == 4096
-        and pretended.allocator.resets == len(ran) - 1
-    )
-
-
-def test_a_context_that_runs_out_of_memory_is_too_long(pretended, monkeypatch):
-    real = model.step_phases
-    freed = []
-
-    def step_phases(prepared, ids):
-        def fail(number):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
-
-        return real(prepared, ids[:, :8]) if ids.shape[1] <= 3072 else {"forward": fail}
-
-    monkeypatch.setattr(model, "step_phases", step_phases)
-    monkeypatch.setattr(model, "largest", lambda *a: 1024)
-    monkeypatch.setattr(model, "free_memory", lambda: freed.append(1))
-    assert (
-        model.longest_context("lora-fused", "llama-2-7b", 80 * 10**9, CUDA, BF16)["longest"] == 3072
-    )
-    assert len(freed) > 1
-
-
-@pytest.mark.parametrize("guess", [0, 1, 9, 10, 11, 500])
-@pytest.mark.parametrize("longest", [0, 1, 10])
-def test_the_search_finds_the_boundary_from_any_guess(guess, longest):
-    tried = []
-    found = model.last_that_fits(lambda n: tried.append(n) or n <= longest, guess)
-    assert (
-        found == longest
-        and len(tried) == len(set(tried)) <= 2 + 2 * max(guess, longest).bit_length()
     )
 
 
@@ -293,18 +240,8 @@ def test_provenance_of_a_gpu(pretended, monkeypatch):
 def test_the_command_runs_on_a_gpu_and_writes_clocks(pretended, monkeypatch, tmp_path, fast):
     monkeypatch.setattr(provenance, "_clocks_at_work", lambda device: "some")
     monkeypatch.setattr(provenance, "_nvidia_smi", lambda query, device: SMI.strip())
-    arguments = [
-        "model",
-        "--device",
-        "cuda",
-        "--methods",
-        "frozen",
-        "--minutes",
-        "0.001",
-        "--results",
-        str(tmp_path),
-    ]
-    assert command.main(arguments) == 0
+    words = "model --device cuda --methods frozen --minutes 0.001 --results".split()
+    assert command.main([*words, str(tmp_path)]) == 0
     [row] = [json.loads(line) for line in (tmp_path / "speed.jsonl").read_text().splitlines()]
     assert (
         row["id"]["dtype"] == "bfloat16"

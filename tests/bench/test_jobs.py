@@ -158,7 +158,6 @@ def test_an_unknown_method_is_named_with_the_known_ones(capsys):
         (["all", "--device", "cuda:99"], "torch sees"),
         (["all", "--commit", "../x"], "expected a commit's hash"),
         (["ops", "--methods", "lora", "--device", "cpu"], "it has subnet_grad, importance_update_"),
-        (["context", "--device", "cpu"], "nothing on cpu"),
         (["layers"], "invalid choice: 'layers'"),
     ],
 )

@@ -224,53 +224,36 @@ def test_largest_is_the_last_that_fits():
     assert largest(LLAMA_7B, setting, "batch", 10 * GIB) == 0
 
 
-def test_estimate_from_the_command_line(tmp_path, capsys):
+@pytest.fixture
+def model_folder(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama-2-7b"]))
-    assert (
-        cli.main(
-            ["estimate", "--model", str(tmp_path), "--memory", "24", "--output-dim-factor", "1/8"]
-        )
-        == 0
-    )
+    return tmp_path
+
+
+def run_estimate(folder, *words: str) -> int:
+    return cli.main(["estimate", "--model", str(folder), *words])
+
+
+def test_estimate_from_the_command_line(model_folder, capsys):
+    words = ["--memory", "24", "--output-dim-factor", "1/8"]
+    assert run_estimate(model_folder, *words) == 0
     out = capsys.readouterr().out
     assert "6.74e9 values" in out and "117.6M" in out and "batch at 2048" in out
     less = ["--moments", "int8", "--master", "remainder", "--in-backward"]
-    assert (
-        cli.main(
-            [
-                "estimate",
-                "--model",
-                str(tmp_path),
-                "--memory",
-                "24",
-                "--output-dim-factor",
-                "1/8",
-                *less,
-            ]
-        )
-        == 0
-    )
-    sizes, smaller = (
-        [float(line.split()[-1]) for line in text.splitlines()[4:]]
-        for text in (out, capsys.readouterr().out)
-    )
+    assert run_estimate(model_folder, *words, *less) == 0
+    texts = out, capsys.readouterr().out
+    sizes, smaller = ([float(each.split()[-1]) for each in t.splitlines()[4:]] for t in texts)
     assert len(sizes) == 8 and all(b < a for a, b in zip(sizes, smaller, strict=True))
 
 
 @pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("--output-dim-factor", "2"),
-        ("--reserve", "-5"),
-        ("--reserve", "24"),
-        ("--memory", "nan"),
-        ("--memory", "inf"),
-    ],
+    "given",
+    ["--output-dim-factor 2", "--reserve -5", "--reserve 24", "--memory nan", "--memory inf"],
 )
-def test_values_that_cannot_be_are_refused(tmp_path, capsys, option, value):
-    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama-2-7b"]))
-    given = {"--model": str(tmp_path), "--memory": "24"} | {option: value}
-    assert cli.main(["estimate", *(word for pair in given.items() for word in pair)]) == 2
+def test_values_that_cannot_be_are_refused(model_folder, capsys, given):
+    option, value = given.split()
+    values = {"--memory": "24"} | {option: value}
+    assert run_estimate(model_folder, *(word for pair in values.items() for word in pair)) == 2
     assert option in capsys.readouterr().err
 
 
@@ -286,19 +269,17 @@ def test_values_that_cannot_be_are_refused(tmp_path, capsys, option, value):
 def test_configs_that_cannot_be_estimated(tmp_path, capsys, content, problem):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
-    assert cli.main(["estimate", "--model", str(tmp_path), "--memory", "24"]) == 2
+    assert run_estimate(tmp_path, "--memory", "24") == 2
     assert problem in capsys.readouterr().err
 
 
-def test_settings_out_of_range(tmp_path, capsys):
-    with pytest.raises(ValueError, match="batch must be at least 1"):
-        Setting(batch=0)
-    with pytest.raises(
-        ValueError, match="moments must be one of float32, bfloat16, int8, got 'int4'"
+def test_settings_out_of_range(model_folder, capsys):
+    for wrong, problem in (
+        ({"batch": 0}, "batch must be at least 1"),
+        ({"moments": "int4"}, "moments must be one of float32, bfloat16, int8, got 'int4'"),
+        ({"remainder": True}, "a remainder completes 16-bit subnets"),
     ):
-        LoSiA(moments="int4")
-    with pytest.raises(ValueError, match="a remainder completes 16-bit subnets"):
-        LoSiA(remainder=True)
-    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama-2-7b"]))
-    assert cli.main(["estimate", "--model", str(tmp_path), "--memory", "1"]) == 2
+        with pytest.raises(ValueError, match=problem):
+            LoSiA(**wrong)
+    assert run_estimate(model_folder, "--memory", "1") == 2
     assert "more than the reserve" in capsys.readouterr().err

@@ -228,16 +228,8 @@ def model_folder(tmp_path):
 
 
 def test_two_processes_share_the_work(tmp_path, model_folder, capfd):
-    words = [
-        "--jobs",
-        "2",
-        "--only",
-        "small_arithmetic_search_fft",
-        "--model",
-        str(model_folder),
-        "--device",
-        "cpu",
-    ]
+    words = "--jobs 2 --only small_arithmetic_search_fft --device cpu".split()
+    words += ["--model", str(model_folder)]
     assert runner.main([*words, "--results", str(tmp_path / "results")]) == 0
     found = Store(tmp_path / "results").all()
     assert len(found) == 4 and all(result["status"] == "ok" for result in found)
@@ -250,14 +242,8 @@ def test_a_worker_that_dies_leaves_what_was_done(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(runner, "_carry_out", _die_in_the_second)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").touch()
-    words = [
-        "--only",
-        "small_past-tense_search_fft",
-        "--results",
-        str(tmp_path),
-        "--model",
-        str(tmp_path / "model"),
-    ]
+    words = ["--only", "small_past-tense_search_fft", "--results", str(tmp_path)]
+    words += ["--model", str(tmp_path / "model")]
     assert runner.main(words) == 1
     assert "a worker died" in capsys.readouterr().err and len(Store(tmp_path).all()) == 1
 
@@ -270,15 +256,10 @@ def _die_in_the_second(run, store):
 
 @pytest.mark.parametrize(
     "words",
-    [
-        ["--jobs", "0"],
-        ["--jobs", "2", "--quiet-machine"],
-        ["--only", "["],
-        ["--model", "nowhere", "--jobs", "2"],
-    ],
-    ids=" ".join,
+    ["--jobs 0", "--jobs 2 --quiet-machine", "--only [", "--model nowhere --jobs 2"],
 )
 def test_what_cannot_be_is_refused_before_anything_runs(words, tmp_path, capsys):
+    words = words.split()
     with pytest.raises(SystemExit) as error:
         runner.main([*words, "--results", str(tmp_path)])
     assert error.value.code == 2 and f"argument {words[0]}" in capsys.readouterr().err

@@ -137,7 +137,7 @@ def test_time_and_jobs_left_are_told():
 def test_a_job_of_a_kind_never_run_is_not_begun_at_the_end():
     ran, clock = [], Clock(3.0)
     first = job(lambda: ran.append("first") or {}, "first")
-    long = Job("context", "long", {}, lambda: ran.append("long") or {}, 1.0, seconds=240)
+    long = Job("model", "long", {}, lambda: ran.append("long") or {}, 1.0, seconds=240)
     assert run_all([first, long], lambda *a: "", clock, lambda line: None) == [long]
     assert ran == ["first"]
 
