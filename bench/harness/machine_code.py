@@ -21,16 +21,8 @@ from triton.runtime import driver
 from losia_kernels.kernels.launch import override_arch
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-AMD_BYTES = {
-    "ubyte": 1,
-    "byte": 1,
-    "ushort": 2,
-    "short": 2,
-    "dword": 4,
-    "dwordx2": 8,
-    "dwordx3": 12,
-    "dwordx4": 16,
-}
+AMD_BYTES = {"ubyte": 1, "byte": 1, "ushort": 2, "short": 2}
+AMD_BYTES |= {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
 
 
 class OfflineDriver:

@@ -119,7 +119,6 @@ class Roof:
 
     copy_gbs: float  # bytes read and written, in 1e9 a second
     matmul_tflops: float  # in the dtype that is benchmarked
-    float32_tflops: float  # without TF32
 
     def floor_ms(self, moved_bytes: float, flops: float = 0.0) -> float:
         """No implementation that moves these bytes and does these operations is faster."""
@@ -131,9 +130,7 @@ def measure_roof(device: torch.device, dtype: torch.dtype) -> Roof:
     """A device-to-device copy and large matrix products, of random data: zeros multiply faster."""
     big = device.type == "cuda"
     product = _matmul_tflops(device, dtype, 8192 if big else 1024)
-    same = dtype == torch.float32
-    single = product if same else _matmul_tflops(device, torch.float32, 4096 if big else 1024)
-    return Roof(_copy_gbs(device, 2**30 if big else 2**26), product, single)
+    return Roof(_copy_gbs(device, 2**30 if big else 2**26), product)
 
 
 def _copy_gbs(device: torch.device, size: int) -> float:

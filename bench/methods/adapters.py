@@ -2,6 +2,7 @@
 
 import functools
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -106,48 +107,16 @@ def prepare_fused(model: nn.Module, options: Options) -> Prepared:
     return Prepared(model, adamw(parameters, options.lr), count(parameters))
 
 
-LORA = Method(
-    "lora",
-    "PEFT LoRA",
-    "r 64, alpha 128, no dropout, all linears, adapters in the model's dtype",
-    prepare_peft,
-    ("rank",),
+def _peft(name: str, title: str, **options: Any) -> Method:
+    """One that starts as the plain model up to rounding."""
+    return Method(name, title, functools.partial(prepare_peft, **options), ("rank",), exact=False)
+
+
+LORA = Method("lora", "PEFT LoRA", prepare_peft, ("rank",))
+LORA_FLOAT32 = _peft("lora-fp32", "PEFT LoRA, float32 adapters", float32=True)
+LORA_DEFAULTS = replace(
+    _peft("lora-defaults", "PEFT LoRA, PEFT's defaults", float32=True, defaults=True), options=()
 )
-LORA_FLOAT32 = Method(
-    "lora-fp32",
-    "PEFT LoRA, float32 adapters",
-    "as lora, adapters in float32 under bf16 autocast as in Trainer",
-    functools.partial(prepare_peft, float32=True),
-    ("rank",),
-    exact=False,
-)
-LORA_DEFAULTS = Method(
-    "lora-defaults",
-    "PEFT LoRA, PEFT's defaults",
-    "LoraConfig(): r 8, alpha 8, q_proj and v_proj, float32 adapters under bf16 autocast",
-    functools.partial(prepare_peft, float32=True, defaults=True),
-    exact=False,
-)
-DORA = Method(
-    "dora",
-    "PEFT DoRA",
-    "as lora with use_dora=True",
-    functools.partial(prepare_peft, use_dora=True),
-    ("rank",),
-    exact=False,
-)
-PISSA = Method(
-    "pissa",
-    "PEFT PiSSA",
-    "as lora with init_lora_weights='pissa_niter_4'",
-    functools.partial(prepare_peft, init_lora_weights="pissa_niter_4"),
-    ("rank",),
-    exact=False,
-)
-FUSED_LORA = Method(
-    "lora-fused",
-    "hand-fused LoRA",
-    "r 64, alpha 128, all linears, adapters in the model's dtype; Unsloth's LoRA_W rebuilt",
-    prepare_fused,
-    ("rank",),
-)
+DORA = _peft("dora", "PEFT DoRA", use_dora=True)
+PISSA = _peft("pissa", "PEFT PiSSA", init_lora_weights="pissa_niter_4")
+FUSED_LORA = Method("lora-fused", "hand-fused LoRA", prepare_fused, ("rank",))

@@ -62,15 +62,16 @@ class Method:
     """``prepare(model, options)`` changes a plain model in place into what the method trains.
 
     ``options``: the fields of Options that name a row of it; ``exact``: it starts as the plain
-    model to the last bit, so dx must be autograd's; ``lrs``: the learning rates that the study
-    tries, as many for each of its methods."""
+    model to the last bit, so dx must be autograd's. bench/README.md says how each is configured; of
+    those of the study their ``settings`` do, and ``lrs`` are the learning rates that it tries, as
+    many for each."""
 
     name: str
     title: str
-    configuration: str
     prepare: Callable[[nn.Module, Options], Prepared]
     options: tuple[str, ...] = ()
     exact: bool = True
+    settings: str = ""
     lrs: tuple[float, ...] = ()
 
 

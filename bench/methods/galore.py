@@ -68,17 +68,5 @@ def project_once(gradient: Tensor) -> Tensor:
     return _projector().get_orthogonal_matrix(gradient, RANK, type="left")
 
 
-GALORE = Method(
-    "galore",
-    "GaLore",
-    "galore-torch GaLoreAdamW, rank 512, scale 2, gap 200, moments in the gradient's dtype; "
-    "without the SVD",
-    prepare,
-)
-GALORE_PER_LAYER = Method(
-    "galore-per-layer",
-    "GaLore, layer by layer",
-    "as galore, each weight updated in the backward as soon as its "
-    "gradient is there, which is then freed; without the SVD",
-    prepare_per_layer,
-)
+GALORE = Method("galore", "GaLore", prepare)
+GALORE_PER_LAYER = Method("galore-per-layer", "GaLore, layer by layer", prepare_per_layer)

@@ -153,44 +153,17 @@ def prepare_study(model: nn.Module, options: Options) -> Prepared:
     return Prepared(model, optimizer, trained, lambda: remove_losia(model), made=made)
 
 
-_CONFIGURATION = "p 1/8, float32 master and moments, output layer frozen, the model's own loss"
-_READS = ("rank_factor", "output_dim_factor")
-PRO = Method(
-    "losia-pro", "LoSiA-Pro (ours)", f"{_CONFIGURATION}; one block observes", prepare, _READS
+def _losia(name: str, title: str, **options: bool) -> Method:
+    reads = "rank_factor", "output_dim_factor"
+    return Method(name, title, functools.partial(prepare, **options), reads)
+
+
+OURS, OFF = "LoSiA-Pro (ours)", "outside its slot"
+PRO = _losia("losia-pro", OURS)
+PRO_OFF = _losia("losia-pro-off", f"{OURS}, {OFF}", observing=False)
+PRO_FUSED = _losia("losia-pro-fused", f"{OURS}, loss without logits", fused_loss=True)
+PRO_LEAN = _losia(
+    "losia-pro-lean", f"{OURS}, least memory for float32 values", fused_loss=True, lean=True
 )
-PRO_FUSED = Method(
-    "losia-pro-fused",
-    "LoSiA-Pro (ours), loss without logits",
-    "as losia-pro with fused_loss, the package's default",
-    functools.partial(prepare, fused_loss=True),
-    _READS,
-)
-PRO_LEAN = Method(
-    "losia-pro-lean",
-    "LoSiA-Pro (ours), least memory for float32 values",
-    "as losia-pro-fused, float32 values as bfloat16 and remainder, int8 moments, bfloat16 importance, updates in the "
-    "backward",
-    functools.partial(prepare, fused_loss=True, lean=True),
-    _READS,
-)
-DENSE = Method(
-    "losia-dense",
-    "LoSiA, dense gradient",
-    f"{_CONFIGURATION}; one block observes",
-    functools.partial(prepare, dense=True),
-    _READS,
-)
-PRO_OFF = Method(
-    "losia-pro-off",
-    "LoSiA-Pro (ours), outside its slot",
-    f"{_CONFIGURATION}; no block observes",
-    functools.partial(prepare, observing=False),
-    _READS,
-)
-DENSE_OFF = Method(
-    "losia-dense-off",
-    "LoSiA, dense gradient, outside its slot",
-    f"{_CONFIGURATION}; no block observes",
-    functools.partial(prepare, dense=True, observing=False),
-    _READS,
-)
+DENSE = _losia("losia-dense", "LoSiA, dense gradient", dense=True)
+DENSE_OFF = _losia("losia-dense-off", f"LoSiA, dense gradient, {OFF}", dense=True, observing=False)

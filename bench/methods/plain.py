@@ -17,15 +17,5 @@ def prepare_full(model: nn.Module, options: Options) -> Prepared:
     return Prepared(model, adamw(parameters, options.lr), count(parameters), lambda: model)
 
 
-FROZEN = Method(
-    "frozen",
-    "frozen weights (floor)",
-    "all weights frozen: forward and dx, no update",
-    prepare_frozen,
-)
-FULL = Method(
-    "full",
-    "full fine-tuning",
-    "all parameters, torch.optim.AdamW(fused), weights and moments in the model's dtype",
-    prepare_full,
-)
+FROZEN = Method("frozen", "frozen weights (floor)", prepare_frozen)
+FULL = Method("full", "full fine-tuning", prepare_full)

@@ -15,6 +15,7 @@ from .base import Method, Options, Prepared
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 LARGE_RANK_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+PISSA_RATES, PISSA_INIT = (3e-5, 1e-4, 3e-4, 1e-3), "pissa_niter_4"
 PLAIN = "no dropout, all linears of the decoder blocks"
 
 
@@ -22,65 +23,48 @@ def _lora(name: str, title: str, text: str, lrs: tuple, rank: int, alpha: int, *
     def prepare(model: nn.Module, options: Options) -> Prepared:
         return prepare_peft(model, replace(options, rank=rank, alpha=alpha), **config)
 
-    return Method(name, title, text, prepare, lrs=lrs)
+    return Method(name, title, prepare, settings=text, lrs=lrs)
 
 
 def _losia(part: int, text: str = "as p 1/8") -> Method:
     def prepare(model: nn.Module, options: Options) -> Prepared:
         return losia.prepare_study(model, replace(options, rank_factor=1 / part))
 
-    return Method(f"losia-p{part}", f"LoSiA p 1/{part}", text, prepare, lrs=RATES)
+    name, title = f"losia-p{part}", f"LoSiA p 1/{part}"
+    return Method(name, title, prepare, settings=text, lrs=RATES)
 
 
+FFT = Method(
+    "fft",
+    "full fine-tuning",
+    plain.prepare_full,
+    settings="all parameters, torch AdamW",
+    lrs=(1e-5, 3e-5, 1e-4, 3e-4),
+)
+GALORE = Method(
+    "galore",
+    "GaLore",
+    galore.prepare_whole,
+    settings="galore-torch, rank 1/8 of the hidden size, scale 2, gap 200 (in a run shorter than that one "
+    "projection); embeddings and norms by AdamW",
+    lrs=LARGE_RANK_RATES,
+)
+SAME_BYTES = "peft, alpha 22: adds as many bytes as LoSiA p 1/8"
+DORA = "peft, LoRA r 64 with use_dora"
+PISSA = "as LoRA r 64, init_lora_weights=pissa_niter_4; alpha 64, as in peft's example"
 STUDY: dict[str, Method] = {
     method.name: method
     for method in (
-        Method(
-            "fft",
-            "full fine-tuning",
-            "all parameters, torch AdamW",
-            plain.prepare_full,
-            lrs=(1e-5, 3e-5, 1e-4, 3e-4),
-        ),
+        FFT,
         _lora("lora-r8", "LoRA r 8", f"peft, alpha 16, {PLAIN}", RATES, 8, 16),
         _losia(8, "this package; the paper's settings, but one cycle a run, calibrated start"),
         _lora("lora-r64", "LoRA r 64", f"peft, alpha 128, {PLAIN}", LARGE_RANK_RATES, 64, 128),
         _losia(4),
-        _lora(
-            "dora-r64",
-            "DoRA r 64",
-            "peft, LoRA r 64 with use_dora",
-            LARGE_RANK_RATES,
-            64,
-            128,
-            use_dora=True,
-        ),
-        _lora(
-            "pissa-r64",
-            "PiSSA r 64",
-            "as LoRA r 64, init_lora_weights=pissa_niter_4; alpha 64, as in peft's example",
-            (3e-5, 1e-4, 3e-4, 1e-3),
-            64,
-            64,
-            init_lora_weights="pissa_niter_4",
-        ),
-        Method(
-            "galore",
-            "GaLore",
-            "galore-torch, rank 1/8 of the hidden size, scale 2, gap 200 (in a run shorter than "
-            "that one projection); embeddings and norms by AdamW",
-            galore.prepare_whole,
-            lrs=LARGE_RANK_RATES,
-        ),
+        _lora("dora-r64", "DoRA r 64", DORA, LARGE_RANK_RATES, 64, 128, use_dora=True),
+        _lora("pissa-r64", "PiSSA r 64", PISSA, PISSA_RATES, 64, 64, init_lora_weights=PISSA_INIT),
+        GALORE,
         _losia(16),
-        _lora(
-            "lora-r11",
-            "LoRA r 11",
-            "peft, alpha 22: adds as many bytes as LoSiA p 1/8",
-            RATES,
-            11,
-            22,
-        ),
+        _lora("lora-r11", "LoRA r 11", SAME_BYTES, RATES, 11, 22),
         _losia(2),
     )
 }

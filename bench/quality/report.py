@@ -102,7 +102,7 @@ def render(store: Store) -> str:
     trials = "/".join(map(str, sorted({len(method.lrs) for method in STUDY.values()})))
     tasks = [[task.title, task.source] for task in TASKS.values()]
     methods = [
-        [each.title, each.configuration, ", ".join(f"{lr:.0e}" for lr in each.lrs)]
+        [each.title, each.settings, ", ".join(f"{lr:.0e}" for lr in each.lrs)]
         for each in STUDY.values()
     ]
     parts = [

@@ -142,7 +142,6 @@ def run_layer(
     found["total"] = [sum(step) for step in zip(*found.values(), strict=True)]
     ratio = Timing.of([a / b for a, b in zip(found["total"], floors, strict=True)])
     return {
-        "configuration": method.configuration,
         "gate": passed,
         "trained": prepared.trained,
         **memory,

@@ -18,7 +18,7 @@ from ..harness.timing import measure
 from ..methods import DEFAULTS, LATE, MODEL_METHODS, Options, Prepared, get_method
 from .layer import run_step
 from .memory import SETTINGS, Setting, estimate
-from .models import BUDGETS_GB, GPU_BATCH, GPU_CONTEXT, build_model, shape_of
+from .models import GPU_BATCH, GPU_CONTEXT, build_model, shape_of
 
 GATE_TOKENS = 256
 
@@ -121,7 +121,6 @@ def run_model(run: Run, device: torch.device, dtype: torch.dtype, **changes: Any
     peak = peak_bytes(lambda: run_step(phases), device) + before
     timings = measure(phases, device, seconds=3.0, repeats=None if on_gpu else 5, warmup=1)
     row = {
-        "configuration": get_method(run.method).configuration,
         "gate": passed,
         "trained": prepared.trained,
         "peak_bytes": peak,
@@ -158,13 +157,6 @@ def _runs(
     for model in ("gemma-2b", "llama-2-13b"):
         for rank, method in enumerate(main):
             yield 72 + rank / 100, Run(method, model, GPU_BATCH, GPU_CONTEXT, True)
-    for batch in (1, 2, 8, 16):  # with 4 above: the fastest within a card
-        for rank, method in enumerate(main):
-            for checkpointing in (True, False):
-                run = Run(method, "llama-2-7b", batch, GPU_CONTEXT, checkpointing)
-                largest = 1.1e9 * max(BUDGETS_GB)  # what is far too large for all is not tried
-                if (predicted_bytes(run, dtype) or 0) < largest:
-                    yield 90 + rank / 100, run
 
 
 def jobs(

@@ -11,7 +11,6 @@ from losia_kernels.finetune.estimate import ModelShape
 from ..harness.jobs import MissingPeer
 
 GPU_BATCH, GPU_CONTEXT = 4, 2048  # the paper's Table 15
-BUDGETS_GB = (24, 48, 80)
 
 
 def _config(

@@ -8,7 +8,7 @@ from ..harness.markdown import number, table
 from ..methods import METHODS
 from ..methods.galore import GAP
 from . import paper
-from .models import BUDGETS_GB, CONFIGS
+from .models import CONFIGS
 from .slopes import describe_slopes
 
 Row = dict[str, Any]
@@ -270,27 +270,6 @@ def output_layer(rows: Rows) -> str:
     return table(("vocabulary", "p_o", "method", "ms", "GB beyond the inputs"), body)
 
 
-def budget(rows: Rows) -> str:
-    """The fastest measured configuration of each method within each card."""
-    measured = [row for row in _select(rows, "model", model="llama-2-7b") if row["status"] == "ok"]
-    chosen = [row for row in measured if is_default(row) and "predicted_bytes" in row]
-    body = []
-    for name in dict.fromkeys(row["id"]["name"] for row in chosen):
-        cells = []
-        for size in BUDGETS_GB:
-            mine = [row for row in chosen if row["id"]["name"] == name]
-            fitting = [row for row in mine if row["peak_bytes"] <= size * 1e9]
-            best = min(fitting, key=lambda row: row["us_per_token"]["total"], default=None)
-            if best is None:
-                cells.append("none")
-                continue
-            how = "checkpointed" if best["id"]["checkpointing"] else "not checkpointed"
-            speed = f"{1e6 / best['us_per_token']['total']:.0f}"
-            cells.append(f"{speed} ({best['id']['batch']} x 2048, {how})")
-        body.append([_title(name), *cells])
-    return table(("method, tokens/s", *(f"within {size} GB" for size in BUDGETS_GB)), body)
-
-
 def scaling(rows: Rows) -> str:
     return describe_slopes([row for row in _select(rows, "scaling") if row["status"] == "ok"])
 
@@ -316,6 +295,5 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "ops": ("Kernels", ops),
     "output_layer": ("The output layer's loss", output_layer),
     "scaling": ("How the cost grows", scaling),
-    "budget": ("Fastest within a card", budget),
     "trouble": ("Without a figure", trouble),
 }

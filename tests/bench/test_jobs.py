@@ -35,7 +35,7 @@ def test_a_known_duration_is_measured_phase_by_phase():
 
 
 def test_a_known_kernel_is_timed_on_rotated_inputs(monkeypatch):
-    monkeypatch.setattr(ops, "measure_roof", lambda device, dtype: Roof(10.0, 0.1, 0.1))
+    monkeypatch.setattr(ops, "measure_roof", lambda device, dtype: Roof(10.0, 0.1))
     case = ops.gather_features((64, 256), 1 / 8, 128, torch.float32)
     seen = set()
     ours = case.forms["ours"]
@@ -53,7 +53,7 @@ def test_inputs_are_rotated_past_the_cache():
 
 
 def test_a_wrong_kernel_has_no_figure(monkeypatch):
-    monkeypatch.setattr(ops, "measure_roof", lambda device, dtype: Roof(10.0, 0.1, 0.1))
+    monkeypatch.setattr(ops, "measure_roof", lambda device, dtype: Roof(10.0, 0.1))
     case = ops.subnet_grad((32, 64), 1 / 4, 16, torch.float32)
     right = case.forms["ours"]
     case.forms["ours"] = lambda *a: right(*a) * 1.001
@@ -63,7 +63,7 @@ def test_a_wrong_kernel_has_no_figure(monkeypatch):
 
 
 def test_a_wrong_variant_has_no_figure_and_the_form_in_use_has(monkeypatch):
-    monkeypatch.setattr(ops, "measure_roof", lambda device, dtype: Roof(10.0, 0.1, 0.1))
+    monkeypatch.setattr(ops, "measure_roof", lambda device, dtype: Roof(10.0, 0.1))
     case = ops.importance_marginals((32, 64), 1, 1, torch.float32)
     case.forms["ours, another way"] = lambda w, g: (w.sum(1), g.sum(0))
     forms = ops.run_case(case, CPU, torch.float32)["forms"]
@@ -74,7 +74,7 @@ def test_a_wrong_variant_has_no_figure_and_the_form_in_use_has(monkeypatch):
 
 
 def test_a_wrong_library_form_is_told_and_the_others_are_timed(monkeypatch):
-    monkeypatch.setattr(ops, "measure_roof", lambda device, dtype: Roof(10.0, 0.1, 0.1))
+    monkeypatch.setattr(ops, "measure_roof", lambda device, dtype: Roof(10.0, 0.1))
     case = ops.importance_marginals((32, 64), 1, 1, torch.float32)
     case.forms["wrong"] = lambda w, g: (w.sum(1), g.sum(0))
     forms = ops.run_case(case, CPU, torch.float32)["forms"]

@@ -55,7 +55,6 @@ def test_a_model_row(tiny, method):
     needs(method)
     run = model.Run(method, tiny, 1, 32, checkpointing=True, options=Options(rank=4))
     row = model.run_model(run, CPU, torch.float32)
-    assert row["configuration"] == METHODS[method].configuration
     assert row["us_per_token"]["total"] == pytest.approx(1e3 * row["total"]["ms"] / 32)
 
 
