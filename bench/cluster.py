@@ -104,9 +104,8 @@ def fsdp_bytes(model: Model, p: float, period: int, weight_bytes: int) -> dict[s
 def held_bytes(model: Model, p: float, weight_bytes: int, shards: int) -> float:
     """Between two steps: weights, and of each trained value the master and two moments, all
     float32."""
-    return (
-        weight_bytes * (model.weights + model.frozen) + 12 * model.blocks * model.subnet(p)
-    ) / shards
+    trained = 12 * model.blocks * model.subnet(p)
+    return (weight_bytes * (model.weights + model.frozen) + trained) / shards
 
 
 def peak_bytes(model: Model, p: float, weight_bytes: int, shards: int, scratch: int = 0) -> float:
@@ -119,12 +118,9 @@ def peak_bytes(model: Model, p: float, weight_bytes: int, shards: int, scratch: 
     """
     largest = max(out * in_ for out, in_ in model.linears)
     whole = 2 * (weight_bytes * model.block + 4 * model.subnet(p)) if shards > 1 else 0
-    shared = (
-        8 * model.block
-        + 4 * model.blocks * model.subnet(p)
-        + (weight_bytes + 4 * scratch) * largest
-    ) / shards
-    return whole + weight_bytes * largest + shared
+    shared = 8 * model.block + 4 * model.blocks * model.subnet(p)
+    shared += (weight_bytes + 4 * scratch) * largest
+    return whole + weight_bytes * largest + shared / shards
 
 
 def activation_bytes(model: Model, tokens: int) -> float:
@@ -183,30 +179,27 @@ def plan(model: Model, ranks: int, engine: str, setting: Setting) -> dict:
     }
 
 
-HEAD = (
-    "model | GPUs | engine | step, s | hidden, s | exposed, s | efficiency | memory, GiB"
-    " | gradients on the wire, % of full"
-)
+COLUMNS = {
+    "model": ("model", ""),
+    "gpus": ("GPUs", ""),
+    "engine": ("engine", ""),
+    "seconds": ("step, s", ".3f"),
+    "hidden_seconds": ("hidden, s", ".3f"),
+    "exposed_seconds": ("exposed, s", ".4f"),
+    "efficiency": ("efficiency", ".1%"),
+    "memory_gib": ("memory, GiB", ".1f"),
+    "share_of_full_gradient": ("gradients on the wire, % of full", ".1%"),
+}
 
 
 def main(folder: Path) -> None:
     setting = Setting()
     sizes = itertools.product(MODELS, (8, 64, 256, 1024), ("ddp", "fsdp"))
     rows = [plan(model, ranks, engine, setting) for model, ranks, engine in sizes]
-    body = [
-        [
-            *(str(row[key]) for key in ("model", "gpus", "engine")),
-            *(f"{row[key]:.3f}" for key in ("seconds", "hidden_seconds")),
-            f"{row['exposed_seconds']:.4f}",
-            f"{row['efficiency']:.1%}",
-            f"{row['memory_gib']:.1f}",
-            f"{row['share_of_full_gradient']:.1%}",
-        ]
-        for row in rows
-    ]
+    body = [[format(row[key], how) for key, (_, how) in COLUMNS.items()] for row in rows]
     folder.mkdir(parents=True, exist_ok=True)
     beginning = __doc__.split("\n\n")[0].replace("\n", " ")
-    text = f"{beginning}\n\nAssumed: {asdict(setting)}\n\n{table(HEAD, body)}\n"
+    text = f"{beginning}\n\nAssumed: {asdict(setting)}\n\n{table((name for name, _ in COLUMNS.values()), body)}\n"
     (folder / "cluster.md").write_text(text)
     draw(rows, folder / "cluster.png")
     print(text)

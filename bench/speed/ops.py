@@ -7,6 +7,7 @@ bfloat16 output meets.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -114,19 +115,10 @@ def _adamw_at_once(*matrices: tuple) -> list[Tensor]:
 
 def _adamw_library(*matrices: tuple) -> list[Tensor]:
     """torch's fused AdamW on all subnets at once, then one index_put a weight."""
-    adamw(
-        *([matrix[i] for matrix in matrices] for i in (1, 2, 3, 4)),
-        [],
-        [matrix[7] for matrix in matrices],
-        fused=True,
-        amsgrad=False,
-        beta1=BETA1,
-        beta2=BETA2,
-        lr=LR,
-        weight_decay=0.0,
-        eps=EPS,
-        maximize=False,
-    )
+    columns = ([matrix[i] for matrix in matrices] for i in (1, 2, 3, 4))
+    rates = {"lr": LR, "beta1": BETA1, "beta2": BETA2, "eps": EPS, "weight_decay": 0.0}
+    steps = [matrix[7] for matrix in matrices]
+    adamw(*columns, [], steps, fused=True, amsgrad=False, maximize=False, **rates)
     for weight, subnet, _, _, _, out_idx, in_idx, _ in matrices:
         weight[out_idx[:, None], in_idx] = subnet.to(weight.dtype)
     return [tensor for matrix in matrices for tensor in matrix[:2]]
@@ -267,8 +259,7 @@ def forms_for(case: OpCase, device: torch.device) -> dict[str, Callable]:
 def run_case(case: OpCase, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Gate and time every form. Raises RedGate when the form in use is wrong; another's trouble is
     its entry."""
-    sets = input_sets(case, device)
-    roof = measure_roof(device, dtype)
+    sets, roof = input_sets(case, device), measure_roof(device, dtype)
     floor = roof.floor_ms(case.moved_bytes, case.flops)
     forms: dict[str, Any] = {}
     for name, form in forms_for(case, device).items():
@@ -281,14 +272,9 @@ def run_case(case: OpCase, device: torch.device, dtype: torch.dtype) -> dict[str
                 raise
             forms[name] = {"status": f"{type(error).__name__}: {first_line(error)}"}
             continue
-        forms[name] = {
-            "status": "ok",
-            "gate": passed,
-            **timing.to_dict(),
-            "gbs": case.moved_bytes / timing.ms / 1e6,
-            "tflops": case.flops / timing.ms / 1e9,
-            "share_of_roof": floor / timing.ms,
-        }
+        moved, flops = case.moved_bytes / timing.ms / 1e6, case.flops / timing.ms / 1e9
+        rates = {"gbs": moved, "tflops": flops, "share_of_roof": floor / timing.ms}
+        forms[name] = {"status": "ok", "gate": passed, **timing.to_dict(), **rates}
     if device.type == "cuda":
         torch._dynamo.reset()
     total = {"ms": forms["ours"]["ms"]}
@@ -298,24 +284,20 @@ def run_case(case: OpCase, device: torch.device, dtype: torch.dtype) -> dict[str
 def _sizes(device: torch.device) -> Iterator[tuple[float, str, str, str, float, int]]:
     """(priority, op, model, linear, p, tokens), most telling first."""
     if device.type != "cuda":
-        for op in CASES:
-            yield 1, op, "smollm2-135m", "up_proj", 1 / 8, 1024
+        yield from ((1, op, "smollm2-135m", "up_proj", 1 / 8, 1024) for op in CASES)
         return
-    for op in CASES:
-        yield 30, op, "llama-2-7b", "up_proj", 1 / 8, 8192
-    for op in ("subnet_grad", "subnet_adamw_", "importance_update_"):
-        yield 35, op, "llama-2-7b", "q_proj", 1 / 8, 8192
-        yield 35, op, "llama-2-7b", "down_proj", 1 / 8, 8192
-    for p in (1 / 16, 1 / 4, 1 / 2):
-        for op in USE_P:
-            yield 60, op, "llama-2-7b", "up_proj", p, 8192
-    for tokens in (1024, 2048, 4096, 16384, 32768, 131072):
-        for op in USE_TOKENS:
-            yield 61, op, "llama-2-7b", "up_proj", 1 / 8, tokens
-    for model in ("llama-2-13b", "llama-2-70b", "llama-3-8b", "gemma-2b", "qwen2.5-7b"):
-        for linear in ("up_proj", "q_proj"):
-            for op in ("subnet_grad", "importance_update_", "subnet_adamw_"):
-                yield 80, op, model, linear, 1 / 8, 8192
+    llama, dense = "llama-2-7b", ("subnet_grad", "subnet_adamw_", "importance_update_")
+    yield from ((30, op, llama, "up_proj", 1 / 8, 8192) for op in CASES)
+    for op, linear in itertools.product(dense, ("q_proj", "down_proj")):
+        yield 35, op, llama, linear, 1 / 8, 8192
+    for p, op in itertools.product((1 / 16, 1 / 4, 1 / 2), USE_P):
+        yield 60, op, llama, "up_proj", p, 8192
+    lengths = (1024, 2048, 4096, 16384, 32768, 131072)
+    for tokens, op in itertools.product(lengths, USE_TOKENS):
+        yield 61, op, llama, "up_proj", 1 / 8, tokens
+    others = ("llama-2-13b", "llama-2-70b", "llama-3-8b", "gemma-2b", "qwen2.5-7b")
+    for model, linear, op in itertools.product(others, ("up_proj", "q_proj"), dense):
+        yield 80, op, model, linear, 1 / 8, 8192
 
 
 def run_op(

@@ -156,9 +156,8 @@ def programs_at_once(arch: str, registers: int, shared: int, warps: int) -> int 
     device."""
     if arch not in SHARED:
         return None
-    return min(
-        REGISTERS // (32 * warps * registers), SHARED[arch] * 1024 // (shared + 1024), 64 // warps
-    )
+    by_shared = SHARED[arch] * 1024 // (shared + 1024)
+    return min(REGISTERS // (32 * warps * registers), by_shared, 64 // warps)
 
 
 def _machine_code(
@@ -178,23 +177,20 @@ def _machine_code(
             index = meta(k_out, dtype=torch.int64)
             launch_subnet_grad(meta(tokens, shape[0]), meta(tokens, k_in), index, None, alignment)
 
-    chosen = choose_config(
-        "subnet_grad", arch, torch.bfloat16, tokens, k_out, k_in, alignment
-    ).variant
-    lines = []
+    size = tokens, k_out, k_in, alignment
+    chosen = choose_config("subnet_grad", arch, torch.bfloat16, *size).variant
+    name, lines = variant + ("*" if variant == chosen else ""), []
     for kernel in launches(arch, case):
-        found, touched = facts(kernel), accesses(kernel)
-        at_once = programs_at_once(
-            arch, found["registers"], kernel.metadata.shared, kernel.metadata.num_warps
-        )
+        found, shared, warps = facts(kernel), kernel.metadata.shared, kernel.metadata.num_warps
+        at_once = programs_at_once(arch, found["registers"], shared, warps)
+        touched = {kind: each for kind, each in accesses(kernel).items() if each}
         widths = "; ".join(
-            f"{kind} " + ", ".join(f"{count} x {width}" for width, count in of_kind.items())
-            for kind, of_kind in touched.items()
-            if of_kind
+            f"{kind} " + ", ".join(f"{count} x {width}" for width, count in each.items())
+            for kind, each in touched.items()
         )
         lines.append(
-            f"{arch:7} {alignment:9} {variant + ('*' if variant == chosen else ''):12} {kernel.name:22} "
-            f"{found['registers']:9} {found['spills']:6} {kernel.metadata.shared:7} {at_once or '':>7}  {widths}"
+            f"{arch:7} {alignment:9} {name:12} {kernel.name:22} {found['registers']:9} "
+            f"{found['spills']:6} {shared:7} {at_once or '':>7}  {widths}"
         )
     return "\n".join(lines)
 
@@ -208,12 +204,8 @@ def report(archs: tuple[str, ...] = ARCHS, tokens: int = 8192, p: float = 1 / 8)
         "memory: instructions x bytes a thread (copy: asynchronous, to shared memory); programs at once on one SM.",
         f"{'arch':7} alignment {'form':12} {'kernel':22} registers spills  shared at once  accesses",
     ]
-    lines += [
-        _machine_code(arch, variant, alignment, tokens, shape, p)
-        for arch in archs
-        for alignment in (1, 16)
-        for variant in SUBNET_GRAD_VARIANTS
-        if variant != "gathered_library"  # the vendor's product is not ours to compile
-    ]
+    for arch, alignment, variant in itertools.product(archs, (1, 16), SUBNET_GRAD_VARIANTS):
+        if variant != "gathered_library":  # the vendor's product is not ours to compile
+            lines.append(_machine_code(arch, variant, alignment, tokens, shape, p))
     counted = "Counted, not measured. Bytes of an average random choice."
     return "\n\n".join(["\n".join(lines), counted, counts.report()])

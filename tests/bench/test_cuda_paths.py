@@ -8,7 +8,6 @@ about kernels, devices, times or bytes: only a GPU does.
 import contextlib
 import importlib.util
 import json
-import shutil
 import subprocess
 import time
 from types import SimpleNamespace
@@ -70,21 +69,13 @@ class Allocator:
 def pretended(monkeypatch, tiny):
     """A GPU on paper, the models tiny; returns its allocator and the cycles it was asked to
     spin."""
-    for peer in (
-        "peft",
-        "galore_torch",
-    ):  # before they are told of a GPU, which their own dependencies would look into
+    # before they are told of a GPU, which their own dependencies would look into
+    for peer in ("peft", "galore_torch"):
         with contextlib.suppress(MissingPeer):
             import_peer(peer)
     allocator, spins = Allocator(), []
-    properties = SimpleNamespace(
-        L2_cache_size=2**14,
-        total_memory=140 * 10**9,
-        multi_processor_count=132,
-        uuid="1-2",
-        major=9,
-        minor=0,
-    )
+    sizes = {"L2_cache_size": 2**14, "total_memory": 140 * 10**9, "multi_processor_count": 132}
+    properties = SimpleNamespace(**sizes, uuid="1-2", major=9, minor=0)
     said = {
         "is_available": lambda: True,
         "device_count": lambda: 1,
@@ -106,13 +97,9 @@ def pretended(monkeypatch, tiny):
     )
     monkeypatch.setattr(torch, "Generator", Generator)
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.delenv("CUDA_HOME", raising=False)
-    small = {key: value for key, value in CONFIGS[tiny].items() if key != "model_type"} | {
-        "head_dim": 16
-    }
     for name, config in CONFIGS.items():
-        monkeypatch.setitem(CONFIGS, name, {**config, **small})
+        kind = {"model_type": config["model_type"], "head_dim": 16}
+        monkeypatch.setitem(CONFIGS, name, {**config, **CONFIGS[tiny], **kind})
     for module in (layer, model):
         monkeypatch.setattr(module, "GPU_BATCH", 2)
         monkeypatch.setattr(module, "GPU_CONTEXT", 32)
