@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PEERS = "transformers peft galore-torch bitsandbytes liger-kernel cut-cross-entropy".split()
 CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
 # Code that measures nothing: a table may be mended without making the rows stale.
-REPORTING = "report.py tables.py plots.py paper.py counts.py quick.py markdown.py pictures.py cluster.py".split()
+REPORTING = "report tables plots slopes paper counts quick markdown pictures cluster study".split()
 
 
 def provenance(device: torch.device, commit: str | None = None) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def _sources() -> str:
     digest = hashlib.sha256()
     for folder in ("losia_kernels", "bench"):
         for path in sorted((ROOT / folder).rglob("*.py")):
-            if folder == "bench" and (path.name in REPORTING or "quality" in path.parts):
+            if folder == "bench" and (path.stem in REPORTING or "quality" in path.parts):
                 continue
             digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]

@@ -232,7 +232,7 @@ def memory(rows: Rows) -> str:
 def ops(rows: Rows) -> str:
     """On a CPU without a roof, which forms that stay in the cache exceed, and without a verdict: ours
     is eager torch there."""
-    chosen, body = _select(rows, "ops"), []
+    chosen, body = [*_select(rows, "ops"), *_select(rows, "variants")], []
     gpu = any(row.get("kind") != "CPU" for row in chosen)
     head = ["op", "size", "form", "ms", "GB/s", "TFLOP/s"]
     head += ["share of the roof", "ours is faster by"] if gpu else []
@@ -241,6 +241,7 @@ def ops(rows: Rows) -> str:
         size = f"{found['model']} {found['linear']}"
         size += f", p 1/{1 / found['p']:.0f}" if "p" in found else ""
         size += f", {found['tokens']} tokens" if "tokens" in found else ""
+        size += f", runs of {found['alignment']}" if found.get("alignment", 1) > 1 else ""
         if row["status"] != "ok":
             body.append([found["name"], size, *_no_figures(row, len(head) - 2)])
             continue

@@ -127,7 +127,9 @@ def test_kernels_have_a_roof_and_a_verdict_on_a_gpu_alone(kind):
     entry = {"status": "ok", "gbs": 10.0, "tflops": 0, "share_of_roof": 2.08}
     forms = {"ours": {**entry, "ms": 1.0}, "eager": {**entry, "ms": 3.0}}
     row = {**key("ops", "x", linear="up_proj"), "status": "ok", "forms": forms, "kind": kind}
-    text = tables.ops([row])
+    runs = {**row, **key("variants", "backward", linear="up_proj", p=0.125, alignment=16)}
+    text = tables.ops([row, runs])
+    assert "| backward | llama-2-7b up_proj, p 1/8, runs of 16 | eager | 3 |" in text
     for gpu_only in ("share of the roof", "2.08", "faster", "3.00 x"):
         assert (gpu_only in text) == (kind == "GPU")
     assert "| 3 | 10 |" in text and ("ours is eager torch" in text) == (kind == "CPU")
