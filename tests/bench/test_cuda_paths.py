@@ -179,6 +179,7 @@ def test_the_roof(pretended):
     assert timing._copy_gbs(CUDA, 2**16) > 0 and timing._matmul_tflops(CUDA, BF16, 16) > 0
 
 
+@pytest.mark.slow
 def test_the_quick_table_on_a_gpu(pretended, fast, monkeypatch, capsys):
     """Kernels too, and a verdict; nothing is written."""
     monkeypatch.setattr(provenance, "_clocks_at_work", lambda device: "some")
