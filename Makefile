@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTEST_ARGS ?= -n 2 --dist loadfile
 MINUTES ?= 4.5
 
-.PHONY: help demo test gpu quick bench quality docs lint clean
+.PHONY: help demo test kernels gpu quick bench quality docs lint clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -13,6 +13,9 @@ demo: $(VENV)/.demo  ## fine-tune SmolLM2-135M with LoSiA and with LoRA, and com
 
 test: $(VENV)/.installed  ## all tests; those that need a GPU are skipped without one
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+kernels: $(VENV)/.installed  ## each kernel against its float64 oracle: error, what is allowed, verdict (interpreted without a GPU)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.kernels.table
 
 gpu:  ## on a GPU, in the environment of PYTHON: its tests, the sanitizer over every kernel's, benchmarks for MINUTES
 	$(PYTHON) -m pytest -q -m gpu

@@ -10,7 +10,6 @@ def cross_entropy_ref(
     labels: Tensor,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -18,8 +17,7 @@ def cross_entropy_ref(
     the gradient of the losses' sum ``[t, V]``; a token with the label ``ignore_index`` has neither
     loss nor gradient.
 
-    z = cap(scale * logits), log p = z - lse, q = (1 - eps) onehot + eps / V: loss = -q . log p +
-    z_loss * lse^2.
+    z = cap(scale * logits), log p = z - lse, q = (1 - eps) onehot + eps / V: loss = -q . log p.
     """
     scaled = logits.double() * logit_scale
     z = scaled if softcap is None else softcap * torch.tanh(scaled / softcap)
@@ -29,8 +27,8 @@ def cross_entropy_ref(
     for t, label in enumerate(labels.tolist()):
         if label != ignore_index:
             q[t, label] += 1 - label_smoothing
-    losses = -(q * log_p).sum(-1) + z_loss * lse**2
-    grad = log_p.exp() * (1 + 2 * z_loss * lse)[:, None] - q
+    losses = -(q * log_p).sum(-1)
+    grad = log_p.exp() - q
     if softcap is not None:
         grad = grad * (1 - torch.tanh(scaled / softcap) ** 2)
     ignored = labels == ignore_index

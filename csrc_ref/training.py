@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .kernels import cut, importance_ref, importance_update_ref, score_ref
+from .importance import importance_ref, importance_update_ref
+from .schedule import moving_ref, observing_ref, rewarm_ref
+from .scores import score_ref
 from .selection import select_marginal_ref, select_outputs_ref, select_ref
-from .timeline import moving_ref, observing_ref, rewarm_ref
+from .subnet_grad import cut
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,8 @@ class Matrix:
     def __init__(self, linear: nn.Linear, out_idx: Tensor | None, in_idx: Tensor | None):
         self.linear = linear
         self.dtype = torch.float64 if linear.weight.dtype == torch.float64 else torch.float32
-        self.all_in = (
-            in_idx is None
-        )  # the output layer: only its outputs are selected (section 3.2)
+        # the output layer: only its outputs are selected (section 3.2)
+        self.all_in = in_idx is None
         n_out, n_in = linear.weight.shape
         self.step = 0
         self.grad_now = self.zeros()  # dense gradient of this micro-batch's mean loss

@@ -5,22 +5,25 @@ Needs the extras ``hf`` and ``peft``, whose adapters it imports.
 """
 
 import argparse
+import ast
 import dataclasses
 import importlib
 import inspect
 import re
 import sys
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from types import FunctionType, ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "reference.md"
+SECTIONS = ("Args:", "Attributes:", "Returns:", "Raises:")
+ENTRY = re.compile(r"(\w[\w, ]*): (.*)")
 
 # The modules in reading order; the names are those of ``__all__`` where the module has one.
 MODULES: dict[str, tuple[str, ...]] = {
     "losia_kernels": (),
-    "losia_kernels.training.timeline": ("Timeline",),
     "losia_kernels.checkpoint": ("save_checkpoint", "load_checkpoint", "full_state_dict"),
     "losia_kernels.checkpoint.delta": (
         "make_delta",
@@ -29,13 +32,15 @@ MODULES: dict[str, tuple[str, ...]] = {
         "subtract_delta",
     ),
     "losia_kernels.checkpoint.lora": ("export_lora",),
+    "losia_kernels.checkpoint.export": ("export_checkpoint",),
     "losia_kernels.integrations.transformers": (
         "LoSiAOptimizerFactory",
         "LoSiACallback",
         "losia_timeline",
     ),
     "losia_kernels.integrations.peft": (),
-    "losia_kernels.finetune.run": ("finetune", "FinetuneOptions"),
+    "losia_kernels.finetune.run": ("finetune",),
+    "losia_kernels.finetune.options": ("FinetuneOptions",),
     "losia_kernels.ops": (),
 }
 
@@ -65,12 +70,21 @@ def module_section(module: ModuleType, names: tuple[str, ...]) -> Iterator[str]:
             *markdown(inspect.getdoc(public)),
         )
         if isinstance(public, type):
-            for member, value in vars(public).items():
+            for member, value in members(public).items():
                 yield from member_section(public, member, value)
 
 
+def members(public: type) -> dict[str, object]:
+    """What a class has from this package: its own first, then its bases'."""
+    found: dict[str, object] = {}
+    for owner in public.__mro__:
+        if owner.__module__.startswith("losia_kernels"):
+            found = {**found, **{k: v for k, v in vars(owner).items() if k not in found}}
+    return found
+
+
 def member_section(owner: type, name: str, value: object) -> Iterator[str]:
-    """A method or property of a class's own that says something of itself."""
+    """A method or property that says something of itself."""
     text = getattr(value, "__doc__", None)
     if (
         name.startswith("_")
@@ -114,24 +128,42 @@ def short(annotation: str) -> str:
 
 
 def markdown(docstring: str | None) -> Iterator[str]:
-    """A docstring as Markdown: ``name: meaning`` in an indented block becomes a list, other
-    indented lines are code."""
+    """A docstring as Markdown: a section gets a bold name, ``name: meaning`` in an indented block
+    becomes a list, other indented lines are code."""
     for paragraph in re.split(r"\n\s*\n", docstring or ""):
-        lines = paragraph.replace("``", "`").splitlines()
-        if lines and all(line.startswith("    ") for line in lines):
-            yield from ("```python", *(line[4:] for line in lines), "```", "")
-            continue
-        for before, line in zip(["", *lines], lines, strict=False):
-            entry = re.match(r" {4}(\w[\w, ]*): (.*)", line)
-            if entry:
-                yield from ([""] if before and not before.startswith(" ") else [])
-                yield f"- **{entry[1]}**: {entry[2]}"
-            elif line.startswith("     "):
-                yield f"  {line.strip()}"
+        section = ""
+        for indented, group in groupby(paragraph.replace("``", "`").splitlines(), is_indented):
+            lines = [line.removeprefix("    ") for line in group]
+            if not indented:
+                section = lines[0].removesuffix(":") if lines[0] in SECTIONS else section or "text"
+                yield from [f"**{section}**"] if lines[0] in SECTIONS else lines
+            elif section == "Returns":
+                yield from lines
+            elif section and ENTRY.match(lines[0]):
+                yield from map(entry, lines)
             else:
-                yield from ([""] if before.startswith(" ") else [])
-                yield line
-        yield ""
+                yield from (f"```{language(lines)}", *lines, "```")
+            if lines:
+                yield ""
+
+
+def is_indented(line: str) -> bool:
+    return line.startswith("    ")
+
+
+def entry(line: str) -> str:
+    """A line of a list: the first of an entry, or one that goes on."""
+    found = ENTRY.match(line)
+    return f"- **{found[1]}**: {found[2]}" if found else f"  {line.strip()}"
+
+
+def language(code: list[str]) -> str:
+    """Of a fence: Python if it is, else none."""
+    try:
+        ast.parse("\n".join(code))
+    except SyntaxError:
+        return ""
+    return "python"
 
 
 def command_line() -> Iterator[str]:

@@ -10,8 +10,7 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, remove_losia
-from losia_kernels.training import calibrate
+from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, calibrate, remove_losia
 
 model_name, output, steps = sys.argv[1], sys.argv[2], int(sys.argv[3]) if sys.argv[3:] else 60
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,9 +39,7 @@ def batch(step: int) -> dict[str, torch.Tensor]:
     }
 
 
-calibrate(
-    model, map(batch, range(4))
-)  # the first subnets where the data says, instead of at random
+calibrate(model, map(batch, range(4)))  # the first subnets where the data says, not at random
 # LoRA: optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
 optimizer = LoSiAAdamW(model, lr=5e-4, total_steps=steps)
 scheduler = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)

@@ -49,10 +49,8 @@ trainer = SFTTrainer(
     arguments,
     train_dataset=chats,
     processing_class=tokenizer,
-    optimizer_cls_and_kwargs=(
-        LoSiAOptimizerFactory,
-        {"lr": arguments.learning_rate},
-    ),  # LoRA: peft_config=...
+    # LoRA: peft_config=...
+    optimizer_cls_and_kwargs=(LoSiAOptimizerFactory, {"lr": arguments.learning_rate}),
 )
 trainer.add_callback(LoSiACallback(trainer))
 trainer.train()

@@ -48,9 +48,8 @@ trainer = Trainer(
     model,
     arguments,
     train_dataset=[encode(text) for text in texts],
-    data_collator=DataCollatorForSeq2Seq(
-        tokenizer
-    ),  # masks padding by place: the end is learned though it pads too
+    # masks padding by place: the end is learned though it pads too
+    data_collator=DataCollatorForSeq2Seq(tokenizer),
     # LoRA needs neither this argument nor the callback
     optimizer_cls_and_kwargs=(LoSiAOptimizerFactory, {"lr": arguments.learning_rate}),
 )
@@ -58,8 +57,6 @@ trainer.add_callback(LoSiACallback(trainer))
 trainer.train()  # resume_from_checkpoint=True goes on from the last checkpoint, to the same bits
 
 # LoRA: model = model.merge_and_unload()
-model = remove_losia(model)
-model.save_pretrained(
-    f"{output}/model"
-)  # an ordinary folder; before trainer.push_to_hub() it is what is pushed
+model = remove_losia(model)  # before trainer.push_to_hub() it is what is pushed
+model.save_pretrained(f"{output}/model")  # an ordinary folder
 tokenizer.save_pretrained(f"{output}/model")

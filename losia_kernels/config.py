@@ -1,63 +1,65 @@
 """LoSiAConfig: every choice of the method, checked when it is made."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-IMPORTANCES = ("sensitivity", "sensitivity_bfloat16", "gradient", "marginal")
+IMPORTANCES: list[str] = []  # the kinds that training/importance.py defines, as they are defined
 
 
 @dataclass(frozen=True)
 class LoSiAConfig:
     """What is trained and when it moves. Defaults are the paper's (A.3), but for ``init_subnet``.
 
-    Size rank_factor: p; a linear ``[out, in]`` trains ``int(p * out) x int(p * in)`` of its
-        weights. output_dim_factor: p_o of the output layer, which trains ``int(p_o * vocabulary)``
-        outputs and all inputs
-            (Section 3.2). 0: left frozen. 1: trained densely, without a slot in the timeline
-            (ablation FFTO).
-        alignment: choose runs of that many neighbouring neurons, by their summed score, in place of
-            single ones (1, the paper): a gather of 16 reads only the memory it needs. A power of
-            two; a side taken whole has no runs.
-        rank_pattern: other rank factors by module name, ``{regex: p}``; a key matches a name or its
-        last components.
-    Timeline (Section 3.3) period: T, optimizer steps in which one group observes before its subnets
-        move. "auto": two cycles in the run, T
-            being at most 100 (``schedule.auto_period``); the optimizer must know the run's
-            ``total_steps``, which the Trainer adapter tells it.
+    Args:
+        rank_factor: p; a linear ``[out, in]`` trains ``int(p * out) x int(p * in)`` of its weights.
+        output_dim_factor: p_o of the output layer, which trains ``int(p_o * vocabulary)`` outputs
+            and all inputs (Section 3.2). 0: left frozen. 1: trained densely, without a slot in the
+            timeline (ablation FFTO).
+        period: T, optimizer steps in which one group observes before its subnets move (Section
+            3.3). "auto": two cycles in the run, T being at most 100 (``schedule.auto_period``); the
+            optimizer must know the run's ``total_steps``, which the Trainer adapter tells it.
         warmup_steps: warm-up of the user's learning-rate schedule; before its end nothing is
-        rewarmed. update_type: "async": groups take turns; "sync" (ablation SL): all move together,
-        once a cycle. rewarm: ramp the learning rate up over T steps after a move (Eq. 8); False is
-        the ablation w/o WDS. reset_step: restart Adam's step counter with the moments; False is
-        what the authors' code does.
-    Importance (Section 3.1) importance: "sensitivity" (Eqs. 3-6); "sensitivity_bfloat16": the same,
-        its two states kept in 2 bytes a weight
-            each instead of 4; "gradient" (ablation GL): |g| of the slot's last step; "marginal":
-            row and column sums of the sensitivity only, no state of the weight's size.
-        importance_beta1, importance_beta2: smoothing of the importance and of its uncertainty.
+            rewarmed.
+        update_type: "async": groups take turns; "sync" (ablation SL): all move together, once a
+            cycle.
+        importance: "sensitivity" (Eqs. 3-6); "sensitivity_bfloat16": the same, its two states kept
+            in 2 bytes a weight each instead of 4; "gradient" (ablation GL): |g| of the slot's last
+            step; "marginal": row and column sums of the sensitivity only, no state of the weight's
+            size.
         init_subnet: "calibrated": ``calibrate`` places the initial subnets from data
-        (``apply_losia`` has none and
-            draws at random; the Trainer adapter and ``finetune`` call it by themselves); "random":
-            as in the paper.
+            (``apply_losia`` has none and draws at random; the Trainer adapter and ``finetune`` call
+            it by themselves); "random": as in the paper.
+        importance_beta1, importance_beta2: smoothing of the importance and of its uncertainty.
         output_init: "frequency": the output layer starts at the tokens that the data teach most
             often (``start_from_frequency``, which the Trainer adapter calls by itself); "random":
             as ``init_subnet`` says.
-        importance_sync: of several processes. "gradient": observed gradients are averaged over the
-            ranks before they are judged, so that N ranks with batch B choose as one with N * B;
-            1/groups of a full gradient crosses the wire in each backward. "slot": each rank judges
-            its own; what it found is summed once, at the slot's end.
-    Modules (PEFT's rules: a string is a regex for the whole name, a list holds names or their last
-        components) target_modules: "all-linear": every linear in the decoder blocks.
-        exclude_modules: never targets. modules_to_save: modules trained densely beside the subnets
-        (embeddings, norms); all others stay frozen.
-    Numerics master_weights: keep subnets in float32 and round into the weight; False: keep them in
-        the weight's 16-bit
-            dtype with stochastic rounding, which saves 2 bytes a trained value.
+        rewarm: ramp the learning rate up over T steps after a move (Eq. 8); False is the ablation
+            w/o WDS.
+        reset_step: restart Adam's step counter with the moments; False is what the authors' code
+            does.
+        target_modules: PEFT's rules: a string is a regex for the whole name, a list holds names or
+            their last components; "all-linear" is every linear in the decoder blocks.
+        exclude_modules: by the same rules, never targets.
+        modules_to_save: trained densely beside the subnets (embeddings, norms); all others stay
+            frozen.
+        rank_pattern: other rank factors by module name, ``{regex: p}``; a key matches a name or its
+            last components.
+        master: where the float32 values of a subnet are. "float32": in the subnet, rounded into the
+            weight; "split": the subnet is bfloat16 as the weight, and the optimizer keeps the 16
+            bits that it lacks; "none": nowhere, the subnet has the weight's 16 bits and is rounded
+            stochastically, which saves 2 bytes a trained value.
         fused_loss: compute the loss of ``model(labels=...)`` without its logits, where that is
-            exact (``losia_kernels.layers.fused_loss``); False: as the model does.
+            exact; False: as the model does.
         seed: of the initial subnets and of the stochastic rounding.
+        alignment: choose runs of that many neighbouring neurons, by their summed score, in place of
+            single ones (1, the paper): a gather of 16 reads only the memory it needs. A power of
+            two; a side taken whole has no runs.
 
-    Raises ValueError for a value out of range and TypeError for an unknown field.
+    Raises:
+        ValueError: a value is out of range.
+        TypeError: a field is unknown.
     """
 
     rank_factor: float = 1 / 8
@@ -70,14 +72,13 @@ class LoSiAConfig:
     importance_beta1: float = 0.85
     importance_beta2: float = 0.85
     output_init: str = "random"
-    importance_sync: str = "gradient"
     rewarm: bool = True
     reset_step: bool = True
     target_modules: str | list[str] = "all-linear"
     exclude_modules: str | list[str] | None = None
     modules_to_save: list[str] | None = None
     rank_pattern: dict[str, float] = field(default_factory=dict)
-    master_weights: bool = True
+    master: str = "float32"
     fused_loss: bool = True
     seed: int = 0
     alignment: int = 1
@@ -123,11 +124,11 @@ class LoSiAConfig:
         _check_choice("importance", self.importance, IMPORTANCES)
         _check_choice("init_subnet", self.init_subnet, ("calibrated", "random"))
         _check_choice("output_init", self.output_init, ("random", "frequency"))
-        _check_choice("importance_sync", self.importance_sync, ("gradient", "slot"))
+        _check_choice("master", self.master, ("float32", "split", "none"))
         for name in ("importance_beta1", "importance_beta2"):
             value = getattr(self, name)
             _check(name, value, _is_number(value) and 0 <= value < 1, "a number in [0, 1)")
-        for name in ("rewarm", "reset_step", "master_weights", "fused_loss"):
+        for name in ("rewarm", "reset_step", "fused_loss"):
             _check(
                 name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False"
             )
@@ -178,7 +179,7 @@ def _check_factor(name: str, value: Any) -> None:
     _check(name, value, _is_number(value) and 0 < value <= 1, "a number in (0, 1]")
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     _check(name, value, value in choices, "one of " + ", ".join(repr(choice) for choice in choices))
 
 

@@ -21,10 +21,9 @@ BAD = {
     "importance_beta1": [1, 1.0, -0.1, NAN, False, "0.85"],
     "importance_beta2": [1, 1.0, -0.1, NAN, None],
     "output_init": ["frequent", None],
-    "importance_sync": ["slots", None, True],
     "rewarm": [1, 0, None, "yes"],
     "reset_step": [1, None],
-    "master_weights": [1, None],
+    "master": [True, "bfloat16", None],
     "fused_loss": [1, None],
     "target_modules": ["", [], None, 3, [1], "(q_proj"],
     "exclude_modules": ["", [], 3, [None], "*"],
@@ -92,7 +91,11 @@ def test_defaults_are_the_papers():
         True,
     )
     assert (config.importance_beta1, config.importance_beta2) == (0.85, 0.85)
-    assert (config.target_modules, config.master_weights, config.seed) == ("all-linear", True, 0)
+    assert (config.target_modules, config.master, config.seed) == (
+        "all-linear",
+        "float32",
+        0,
+    )
 
 
 def test_a_config_survives_json():

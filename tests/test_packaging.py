@@ -140,6 +140,7 @@ def test_the_wheel_holds_the_package_alone(release):
     )
     assert "losia_kernels/py.typed" in names
     assert f"\nVersion: {losia_kernels.__version__}\n" in metadata
+    assert "\nLicense-Expression: Apache-2.0\n" in metadata and "License ::" not in metadata
 
 
 @pytest.mark.slow

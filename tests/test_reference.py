@@ -1,8 +1,6 @@
 """The oracles against facts that do not come from them: autograd, torch.optim.AdamW, enumeration,
 hand-made tables."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -10,8 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from csrc_ref import kernels, selection, timeline
-from csrc_ref.training import Config, Training
+from csrc_ref import schedule, selection
+from csrc_ref.adamw import subnet_adamw_ref
+from csrc_ref.gather import gather_features_ref
+from csrc_ref.importance import importance_marginals_ref, importance_ref, importance_update_ref
+from csrc_ref.scores import score_marginals_ref
+from csrc_ref.subnet_grad import subnet_grad_ref
 
 torch.manual_seed(0)
 
@@ -34,8 +36,8 @@ def test_sensitivity_is_the_loss_change_of_removing_a_weight():
     at = weight.clone().requires_grad_(True)
     loss_per_weight(at).sum().backward()
     change = (loss_per_weight(torch.zeros_like(weight)) - loss_per_weight(weight)).abs()
-    torch.testing.assert_close(kernels.importance_ref(weight, at.grad), change)
-    torch.testing.assert_close(kernels.importance_ref(weight, at.grad / 4, grad_scale=4.0), change)
+    torch.testing.assert_close(importance_ref(weight, at.grad), change)
+    torch.testing.assert_close(importance_ref(weight, at.grad / 4, grad_scale=4.0), change)
 
 
 def test_importance_kinds_are_the_parts_of_eq_3():
@@ -47,24 +49,24 @@ def test_importance_kinds_are_the_parts_of_eq_3():
         "gradient": [3.0, 1.0],
     }
     for kind, values in expected.items():
-        assert kernels.importance_ref(weight, grad, kind).tolist() == [values]
+        assert importance_ref(weight, grad, kind).tolist() == [values]
 
 
 def test_smoothing_of_a_constant_importance_has_a_closed_form():
     """From zero and with I constant: mean_n = (1 - b^n) I and uncertainty_n = n (1 - b) b^n I, b
     the common beta."""
     weight, grad, beta, n = rand(3, 5), rand(3, 5), 0.85, 7
-    now = kernels.importance_ref(weight, grad)
+    now = importance_ref(weight, grad)
     state = torch.zeros(3, 5), torch.zeros(3, 5)
     for _ in range(n):
-        state = kernels.importance_update_ref(*state, weight, grad, beta, beta)
+        state = importance_update_ref(*state, weight, grad, beta, beta)
     torch.testing.assert_close(state[0], (1 - beta**n) * now)
     torch.testing.assert_close(state[1], n * (1 - beta) * beta**n * now)
 
 
 def test_each_beta_smooths_its_own_average():
     weight, grad = torch.ones(1, 1), torch.ones(1, 1)  # I = 1/2
-    mean, deviation = kernels.importance_update_ref(
+    mean, deviation = importance_update_ref(
         torch.ones(1, 1), torch.ones(1, 1), weight, grad, 0.5, 0.75
     )
     assert mean.item() == 0.75
@@ -76,13 +78,13 @@ def test_marginals_are_sums_over_the_given_neurons():
         torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]),
         torch.full((3, 2), 10.0),
     )
-    out_sums, in_sums = kernels.score_marginals_ref(importance, uncertainty)
+    out_sums, in_sums = score_marginals_ref(importance, uncertainty)
     assert (out_sums.tolist(), in_sums.tolist()) == ([30, 70, 110], [90, 120])
-    out_sums, in_sums = kernels.score_marginals_ref(
+    out_sums, in_sums = score_marginals_ref(
         importance, None, torch.tensor([0, 2]), torch.tensor([1])
     )
     assert (out_sums.tolist(), in_sums.tolist()) == ([2, 4, 6], [6, 8])
-    out_sums, in_sums = kernels.importance_marginals_ref(importance, importance, "gradient", 2.0)
+    out_sums, in_sums = importance_marginals_ref(importance, importance, "gradient", 2.0)
     assert (out_sums.tolist(), in_sums.tolist()) == ([6, 14, 22], [18, 24])
 
 
@@ -92,12 +94,12 @@ def test_subnet_gradient_is_autograds():
     y = linear(x)
     dy = torch.randn_like(y)
     y.backward(dy)
-    torch.testing.assert_close(kernels.subnet_grad_ref(dy, x), linear.weight.grad)
+    torch.testing.assert_close(subnet_grad_ref(dy, x), linear.weight.grad)
     expected = linear.weight.grad[out_idx][:, in_idx]
-    torch.testing.assert_close(kernels.subnet_grad_ref(dy, x, out_idx, in_idx), expected)
-    gathered = kernels.gather_features_ref(x, in_idx)
+    torch.testing.assert_close(subnet_grad_ref(dy, x, out_idx, in_idx), expected)
+    gathered = gather_features_ref(x, in_idx)
     assert torch.equal(gathered, torch.stack([x[..., 0], x[..., 3]], dim=-1))
-    torch.testing.assert_close(kernels.subnet_grad_ref(dy, gathered, out_idx), expected)
+    torch.testing.assert_close(subnet_grad_ref(dy, gathered, out_idx), expected)
 
 
 def test_subnet_adamw_is_torchs_and_leaves_the_rest_alone():
@@ -108,13 +110,13 @@ def test_subnet_adamw_is_torchs_and_leaves_the_rest_alone():
     optimizer = torch.optim.AdamW([theirs], betas=(0.8, 0.95), **options)
     moments = torch.zeros(2, 3), torch.zeros(2, 3)
     for step in range(1, 5):
-        partials = rand(2, 2, 3)
-        theirs.grad = partials.sum(0)
+        grad = rand(2, 3)
+        theirs.grad = grad
         optimizer.step()
-        weight, subnet, *moments = kernels.subnet_adamw_ref(
+        weight, subnet, *moments = subnet_adamw_ref(
             weight,
             subnet,
-            partials,
+            grad,
             *moments,
             out_idx,
             in_idx,
@@ -162,9 +164,8 @@ def test_greedy_finds_a_block_that_stands_out():
 
 
 def test_the_better_order_wins():
-    score = np.array(
-        [[9.0, 0.0, 0.0], [0.0, 6.0, 0.0], [0.0, 5.0, 0.0]]
-    )  # inputs sum to 9, 11, 0; outputs to 9, 6, 5
+    # inputs sum to 9, 11, 0; outputs to 9, 6, 5
+    score = np.array([[9.0, 0.0, 0.0], [0.0, 6.0, 0.0], [0.0, 5.0, 0.0]])
     assert selection.in_then_out(score, 1, 1) == ([1], [1])
     assert selection.out_then_in(score, 1, 1) == ([0], [0])
     assert selection.select_ref(score, 1, 1) == ([0], [0])
@@ -203,31 +204,31 @@ TWO_THIRDS = pytest.approx(2 / 3)
 def test_asynchronous_timeline():
     """Two groups, T = 3: a cycle of six steps, written out by hand."""
     steps = range(12)
-    assert [timeline.observing_ref(s, 2, 3) for s in steps] == ([[0]] * 3 + [[1]] * 3) * 2
-    assert [timeline.moving_ref(s, 2, 3) for s in steps] == [[], [], [0], [], [], [1]] * 2
-    first, second = ([timeline.rewarm_ref(s, group, 2, 3) for s in steps] for group in (0, 1))
+    assert [schedule.observing_ref(s, 2, 3) for s in steps] == ([[0]] * 3 + [[1]] * 3) * 2
+    assert [schedule.moving_ref(s, 2, 3) for s in steps] == [[], [], [0], [], [], [1]] * 2
+    first, second = ([schedule.rewarm_ref(s, group, 2, 3) for s in steps] for group in (0, 1))
     assert first == [1, 1, 1, THIRD, TWO_THIRDS, 1, 1, 1, 1, THIRD, TWO_THIRDS, 1]
     assert second == [1, 1, 1, 1, 1, 1, THIRD, TWO_THIRDS, 1, 1, 1, 1]
 
 
 def test_synchronous_timeline():
     steps = range(12)
-    assert [timeline.observing_ref(s, 2, 3, "sync") for s in steps] == ([[0, 1]] * 3 + [[]] * 3) * 2
-    assert [timeline.moving_ref(s, 2, 3, "sync") for s in steps] == [[], [], [0, 1], [], [], []] * 2
+    assert [schedule.observing_ref(s, 2, 3, "sync") for s in steps] == ([[0, 1]] * 3 + [[]] * 3) * 2
+    assert [schedule.moving_ref(s, 2, 3, "sync") for s in steps] == [[], [], [0, 1], [], [], []] * 2
     for group in (0, 1):
-        factors = [timeline.rewarm_ref(s, group, 2, 3, "sync") for s in steps]
+        factors = [schedule.rewarm_ref(s, group, 2, 3, "sync") for s in steps]
         assert factors == [1, 1, 1, THIRD, TWO_THIRDS, 1, 1, 1, 1, THIRD, TWO_THIRDS, 1]
 
 
 def test_one_group_rewarms_without_pause_and_period_one_moves_every_step():
-    assert [timeline.rewarm_ref(s, 0, 1, 2) for s in range(6)] == [1, 1, 0.5, 1, 0.5, 1]
-    assert [timeline.moving_ref(s, 3, 1) for s in range(4)] == [[0], [1], [2], [0]]
-    assert [timeline.rewarm_ref(s, 0, 3, 1) for s in range(4)] == [1, 1, 1, 1]
+    assert [schedule.rewarm_ref(s, 0, 1, 2) for s in range(6)] == [1, 1, 0.5, 1, 0.5, 1]
+    assert [schedule.moving_ref(s, 3, 1) for s in range(4)] == [[0], [1], [2], [0]]
+    assert [schedule.rewarm_ref(s, 0, 3, 1) for s in range(4)] == [1, 1, 1, 1]
 
 
 def test_no_rewarming_before_the_warm_up_has_ended():
     """Step 4 is the first past a warm-up of 4 steps, in the middle of group 0's rewarming."""
-    assert [timeline.rewarm_ref(s, 0, 2, 3, warmup_steps=4) for s in range(6)] == [
+    assert [schedule.rewarm_ref(s, 0, 2, 3, warmup_steps=4) for s in range(6)] == [
         1,
         1,
         1,
@@ -235,222 +236,3 @@ def test_no_rewarming_before_the_warm_up_has_ended():
         TWO_THIRDS,
         1,
     ]
-
-
-# Training -----------------------------------------------------------------------------------------
-
-
-class Toy(nn.Module):
-    """Embedding, a linear that is used twice, one with bias, and a head that may be tied to the
-    embedding."""
-
-    def __init__(self, tied=False):
-        super().__init__()
-        self.embed = nn.Embedding(11, 6)
-        self.twice = nn.Linear(6, 6, bias=False)
-        self.mix = nn.Linear(6, 6)
-        self.head = nn.Linear(6, 11, bias=False)
-        if tied:
-            self.head.weight = self.embed.weight
-        self.double()
-
-    def forward(self, tokens):
-        x = self.embed(tokens)
-        x = x + torch.tanh(self.twice(torch.tanh(self.twice(x))))
-        return self.head(x + torch.tanh(self.mix(x)))
-
-
-def toy(tied=False, seed=0):
-    torch.manual_seed(seed)
-    return Toy(tied)
-
-
-def loss_of(model, tokens):
-    return nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
-
-
-def batches(n, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(11, (2, 5), generator=generator) for _ in range(n)]
-
-
-def whole(linear):
-    n_out, n_in = linear.weight.shape
-    return torch.arange(n_out), torch.arange(n_in)
-
-
-def run(model, config, data, names=("twice", "mix"), initial=None, lr=0.01, **kwargs):
-    """All ``names`` in one group; ``initial`` defaults to the whole weights."""
-    group = {name: getattr(model, name) for name in names}
-    initial = initial or {name: whole(linear) for name, linear in group.items()}
-    training = Training(model, [group], initial, config, loss_of, **kwargs)
-    for batch in data:
-        training.step(batch if isinstance(batch, list) else [batch], lr)
-    return training
-
-
-def test_training_the_whole_weights_without_a_move_is_adamw():
-    ours, theirs, data = toy(), toy(), batches(6)
-    run(
-        ours,
-        Config(period=100, betas=(0.8, 0.9), weight_decay=0.1),
-        data,
-        dense={"head": ours.head},
-    )
-    weights = [theirs.twice.weight, theirs.mix.weight, theirs.head.weight]
-    optimizer = torch.optim.AdamW(weights, lr=0.01, betas=(0.8, 0.9), weight_decay=0.1)
-    for batch in data:
-        theirs.zero_grad()
-        loss_of(theirs, batch).backward()
-        optimizer.step()
-    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-11, atol=1e-11)
-
-
-@pytest.mark.parametrize("reset_step", [True, False])
-@pytest.mark.parametrize(("rewarm", "warmup_steps"), [(True, 0), (True, 5), (False, 0)])
-def test_a_move_restarts_adamw_and_rewarms(reset_step, rewarm, warmup_steps):
-    """The only subnet of full size moves to itself: all that a move leaves is fresh moments and a
-    smaller rate."""
-    ours, theirs, data, period = toy(), toy(), batches(7), 3
-    run(
-        ours,
-        Config(period=period, reset_step=reset_step, rewarm=rewarm, warmup_steps=warmup_steps),
-        data,
-    )
-    weights = [theirs.twice.weight, theirs.mix.weight]
-    optimizer = torch.optim.AdamW(weights, weight_decay=0.0)
-    for s, batch in enumerate(data):
-        factor = (s % period + 1) / period if rewarm and s >= max(period, warmup_steps) else 1
-        optimizer.param_groups[0]["lr"] = 0.01 * factor
-        theirs.zero_grad()
-        loss_of(theirs, batch).backward()
-        optimizer.step()
-        if s % period == period - 1:
-            for state in optimizer.state.values():
-                state["exp_avg"].zero_()
-                state["exp_avg_sq"].zero_()
-                state["step"].fill_(0 if reset_step else s + 1)
-    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-11, atol=1e-11)
-
-
-def test_accumulation_is_the_larger_batch_to_adamw_but_not_to_the_importance():
-    ours, joined = toy(), toy()
-    pair = batches(2)
-    config = Config(period=10, importance_beta1=0.7)
-    accumulated = run(ours, config, [pair])
-    at_once = run(joined, config, [torch.cat(pair)])
-    torch.testing.assert_close(ours.state_dict(), joined.state_dict(), rtol=1e-11, atol=1e-11)
-
-    start, expected = toy(), (torch.zeros(6, 6), torch.zeros(6, 6))
-    for batch in pair:  # each micro-batch's own mean loss, at the weights before the update
-        start.zero_grad()
-        loss_of(start, batch).backward()
-        weight = start.twice.weight
-        expected = kernels.importance_update_ref(*expected, weight.detach(), weight.grad, 0.7, 0.85)
-    observed = accumulated.moved["twice"]
-    torch.testing.assert_close((observed.importance, observed.uncertainty), expected)
-    assert not torch.allclose(at_once.moved["twice"].importance, expected[0])
-
-
-@pytest.mark.parametrize("dense", [False, True])
-def test_a_tied_head_gets_only_the_heads_gradient(dense):
-    """After one step the tied weight is what the head of an untied twin becomes, and the embedding
-    sees it."""
-    tied, twin = toy(tied=True), toy(tied=True)
-    twin.head.weight = nn.Parameter(twin.embed.weight.detach().clone())
-    for model in (tied, twin):
-        if dense:
-            run(model, Config(period=5), batches(1), dense={"head": model.head})
-        else:
-            run(
-                model,
-                Config(period=5),
-                batches(1),
-                names=("head",),
-                initial={"head": (torch.tensor([2, 7]), None)},
-            )
-    assert torch.equal(tied.head.weight, twin.head.weight)
-    assert tied.embed.weight is tied.head.weight
-    changed = (
-        (tied.head.weight != toy(tied=True).head.weight).any(dim=1).nonzero().flatten().tolist()
-    )
-    assert changed == (list(range(11)) if dense else [2, 7])
-
-
-@pytest.mark.parametrize("importance", ["sensitivity", "gradient", "marginal"])
-def test_groups_move_in_turn_by_their_own_scores(importance):
-    """Two groups, T = 2, two cycles; the scores are recomputed from a second, plain model by
-    autograd."""
-    model, plain = toy(), toy()
-    config = Config(period=2, importance=importance, importance_beta1=0.7)
-    initial = {
-        "head": (torch.tensor([0, 1, 2]), None),
-        "twice": (torch.tensor([0, 1]), torch.tensor([4, 5])),
-    }
-    training = Training(
-        model, [{"head": model.head}, {"twice": model.twice}], initial, config, loss_of
-    )
-    before = []  # per step: name -> (weight, gradient), at the weights before the update
-    for batch in batches(8):
-        plain.load_state_dict(model.state_dict())
-        plain.zero_grad()
-        loss_of(plain, batch).backward()
-        weights = {name: getattr(plain, name).weight for name in initial}
-        before.append(
-            {
-                name: (weight.detach().clone(), weight.grad.clone())
-                for name, weight in weights.items()
-            }
-        )
-        training.step([batch], 0.05)
-
-    def score(name, slot):
-        if importance == "gradient":
-            return before[slot[-1]][name][1].abs()
-        state = torch.zeros(1), torch.zeros(1)
-        for s in slot:
-            state = kernels.importance_update_ref(*state, *before[s][name], 0.7, 0.85)
-        return state[0] if importance == "marginal" else state[0] * state[1]
-
-    def top(sums, k):
-        return sums.topk(k).indices.sort().values.tolist()
-
-    def chosen(name, slot):
-        matrix = score(name, slot)
-        if name == "head":
-            return top(matrix.sum(1), 3), list(range(6))
-        if importance == "marginal":
-            return top(matrix.sum(1), 2), top(matrix.sum(0), 2)
-        return selection.select_ref(matrix.numpy(), 2, 2)
-
-    expected = {
-        "head": [([0, 1, 2], list(range(6)))]
-        + [chosen("head", [0, 1])] * 4
-        + [chosen("head", [4, 5])] * 3,
-        "twice": [([0, 1], [4, 5])] * 3 + [chosen("twice", [2, 3])] * 4 + [chosen("twice", [6, 7])],
-    }
-    for name, subnets in expected.items():
-        assert len({str(subnet) for subnet in subnets}) > 1
-        found = [tuple(idx.tolist() for idx in step.subnets[name]) for step in training.history]
-        assert found == subnets
-    assert training.history[2].lr == {"head": 0.05 * 0.5, "twice": 0.05}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_master_collects_updates_that_the_weight_cannot_hold(dtype):
-    model = toy().to(dtype)
-    start = copy.deepcopy(model.state_dict())
-    subnet = torch.tensor([1, 3]), torch.tensor([0, 2])
-    training = run(
-        model, Config(period=100), batches(20), names=("twice",), initial={"twice": subnet}, lr=1e-6
-    )
-    master = training.moved["twice"].master
-    assert master.dtype == torch.float32
-    assert torch.equal(model.twice.weight[subnet[0]][:, subnet[1]], master.to(dtype))
-    moved = (master - start["twice.weight"][subnet[0]][:, subnet[1]].float()).abs()
-    assert 1e-6 < moved.max() < 2.1e-5  # twenty steps of at most lr
-    outside = torch.ones(6, 6, dtype=torch.bool)
-    outside[subnet[0][:, None], subnet[1]] = False
-    assert torch.equal(model.twice.weight[outside], start["twice.weight"][outside])
-    for name, value in model.state_dict().items():
-        assert name == "twice.weight" or torch.equal(value, start[name])

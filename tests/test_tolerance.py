@@ -7,7 +7,7 @@ TRUTH = torch.zeros(3, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(
-    "kernel, eager, passes",
+    "kernel, plain, passes",
     [
         (2e-3, 1e-3, True),
         (2e-3 + 9e-7, 1e-3, True),
@@ -17,8 +17,8 @@ TRUTH = torch.zeros(3, dtype=torch.float64)
         (torch.nan, torch.nan, False),
     ],
 )
-def test_twice_the_error_of_plain_torch_and_no_more(kernel, eager, passes):
-    tensors = torch.tensor([0.0, 0.0, kernel]), torch.tensor([0.0, 0.0, eager])
+def test_twice_the_error_of_plain_torch_and_no_more(kernel, plain, passes):
+    tensors = torch.tensor([0.0, 0.0, kernel]), torch.tensor([0.0, 0.0, plain])
     if passes:
         assert_within(*tensors, TRUTH)
     else:

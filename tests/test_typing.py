@@ -25,6 +25,7 @@ MODULES = {
         "describe_delta",
     ),
     "losia_kernels.checkpoint.lora": ("export_lora", "describe_lora"),
+    "losia_kernels.checkpoint.export": ("export_checkpoint", "describe_checkpoint"),
     "losia_kernels.finetune.estimate": ("estimate", "describe_fit"),
 }
 

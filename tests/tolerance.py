@@ -13,13 +13,17 @@ def max_error(value: Tensor, truth: Tensor) -> float:
     return difference.max().item() if difference.numel() else 0.0
 
 
-def assert_within(kernel: Tensor, eager: Tensor, truth: Tensor) -> None:
-    """``kernel`` and ``eager`` are the same result in the same dtype, ``truth`` is it from float64
+def error_and_allowed(kernel: Tensor, plain: Tensor, truth: Tensor) -> tuple[float, float]:
+    """``kernel`` and ``plain`` are the same result in the same dtype, ``truth`` is it from float64
     arithmetic."""
     assert truth.dtype == torch.float64, f"the truth is {truth.dtype}"
-    assert (kernel.shape, kernel.dtype) == (eager.shape, eager.dtype)
+    assert (kernel.shape, kernel.dtype) == (plain.shape, plain.dtype)
     assert kernel.shape == truth.shape
-    error, allowed = max_error(kernel, truth), 2 * max_error(eager, truth) + SLACK
-    assert error <= allowed, (
-        f"error {error:.3e}, allowed {allowed:.3e}"
-    )  # a NaN fails: it compares false
+    return max_error(kernel, truth), 2 * max_error(plain, truth) + SLACK
+
+
+def assert_within(kernel: Tensor, plain: Tensor, truth: Tensor) -> None:
+    """Hold ``kernel`` to the rule; the arguments are those of ``error_and_allowed``."""
+    error, allowed = error_and_allowed(kernel, plain, truth)
+    # a NaN fails: it compares false
+    assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"

@@ -14,6 +14,7 @@ from losia_kernels import (
     Subnet,
     apply_losia,
     attach,
+    calibrate,
     export_state_dict,
     losia_linear_cross_entropy,
     ops,
@@ -24,7 +25,6 @@ from losia_kernels import (
 from losia_kernels.checkpoint.delta import apply_delta, make_delta, verify_delta
 from losia_kernels.checkpoint.lora import export_lora
 from losia_kernels.checkpoint.resumable import load_checkpoint, save_checkpoint
-from losia_kernels.training import calibrate
 from losia_kernels.training.timeline import Timeline
 
 
@@ -60,7 +60,7 @@ def one_layer(linear: nn.Linear, x: Tensor, labels: Tensor) -> Tensor:
     subnet: Subnet = layer.current_subnet
     layer.set_subnet_(subnet.out_idx, subnet.in_idx)
     layer.write_back_()
-    layer.to_linear()
+    layer.to_plain()
     y: Tensor = layer(x)
     return y + losia_linear_cross_entropy(x, layer.weight, labels, layer.subnet, layer.out_idx)
 

@@ -21,15 +21,15 @@ from losia_kernels import (
     calibrate,
     remove_losia,
 )
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 from losia_kernels.training.calibrate import start_from_frequency
 
 from .base import Method, MissingPeer, Options, Prepared, count, trained_parameters
 from .importance import rank_pattern_of
 
 NEVER = 10**9  # steps
-LEAN_CONFIG: dict[str, Any] = {"master_weights": False, "importance": "sensitivity_bfloat16"}
-LEAN_OPTIMIZER: dict[str, Any] = {"moments": "int8", "remainder": True, "in_backward": True}
+LEAN_CONFIG: dict[str, Any] = {"master": "split", "importance": "sensitivity_bfloat16"}
+LEAN_OPTIMIZER: dict[str, Any] = {"moments": "int8", "in_backward": True}
 
 
 class _DenseGradient(torch.autograd.Function):
@@ -81,7 +81,7 @@ def prepare(
     timeline = optimizer.timeline
     first_block = next(i for i, name in enumerate(timeline.group_names) if "layers" in name)
     if first_block:
-        timeline.step = first_block * NEVER
+        timeline.clock.step = first_block * NEVER
         timeline._observe()
     layers = dict(losia_layers(model))
     for layer in layers.values():

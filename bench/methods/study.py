@@ -79,7 +79,7 @@ class Variant:
 
 
 BF16 = {"bfloat16": True}
-NO_MASTER = {**BF16, "master_weights": False}
+NO_MASTER = {**BF16, "master": "none"}
 SYNC = {"update_type": "sync"}
 VARIANTS: dict[str, Variant] = {
     "random": Variant("random first subnets (the paper)", {"init_subnet": "random"}),

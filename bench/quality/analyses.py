@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 from losia_kernels.training.selection import select_from_marginals, select_subnet
 
 from ..methods.importance import observe

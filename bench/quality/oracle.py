@@ -11,7 +11,7 @@ from torch import Tensor
 from csrc_ref.selection import select_marginal_ref
 from csrc_ref.training import Config, Training
 from losia_kernels import LoSiAConfig
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 
 from ..harness.jobs import NotReady
 from ..methods import Options, Prepared

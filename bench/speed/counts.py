@@ -49,7 +49,7 @@ def subnet_grad(
     config: LaunchConfig, tokens: int, out: int, k_out: int, k_in: int, alignment: int = 1
 ) -> Counts:
     """``dy[:, out_idx].T @ x_sub`` in the form and tiles of ``config``; its partial sums are read
-    by the update."""
+    once more."""
     dy = BF16 * tokens * out * touched(k_out / out, alignment)
     dy_sub, x = BF16 * tokens * k_out, BF16 * tokens * k_in
     partials = 2 * FLOAT32 * config.splits * k_out * k_in

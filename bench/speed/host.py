@@ -74,10 +74,10 @@ def launches_stubbed() -> Iterator[None]:
     """The ops take the way of a GPU's tensors, up to the launch: outputs are not filled, and
     nothing is updated."""
     with contextlib.ExitStack() as stack:
-        for place, name, launcher, file in plain.launched():
+        for plain_form, launcher, file in plain.launched():
             kernel = next(each for each in vars(file) if each.endswith("_kernel"))
             stack.enter_context(patch.object(file, kernel, NoKernel()))
-            stack.enter_context(patch.object(place, name, getattr(file, launcher)))
+            stack.enter_context(patch(plain_form, getattr(file, launcher)))
         yield
 
 

@@ -136,9 +136,8 @@ SETTINGS: dict[str, Setting] = {  # by the name of a method
     "losia-pro-fused": LoSiA(fused_loss=True),
     "losia-pro-lean": LoSiA(
         fused_loss=True,
-        master_weights=False,
+        master="split",
         moments="int8",
-        remainder=True,
         in_backward=True,
         importance="sensitivity_bfloat16",
     ),

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from losia_kernels import ops
+from losia_kernels.ops.adamw import Update, update_subnets_
 
 from ..harness.gates import gate_relative, gate_rule
 from ..harness.jobs import Job, first_line
@@ -57,7 +58,7 @@ def gather_features(shape, p, tokens, dtype) -> OpCase:
     k = _size(p, shape)[1]
     return OpCase(
         inputs=lambda g: (_randn(g, tokens, shape[1], dtype=dtype), _index(g, shape[1], k)),
-        forms={"ours": ops.gather_features, "eager": plain.gather_features},
+        forms={"ours": ops.gather_features, "eager": plain.gather_features_plain},
         truth=lambda x, idx: x.double()[:, idx],
         moved_bytes=dtype.itemsize * tokens * (shape[1] + k),
     )
@@ -76,7 +77,7 @@ def subnet_grad(shape, p, tokens, dtype) -> OpCase:
         forms={
             "ours": lambda dy, x, x_sub, o, i: ops.subnet_grad(dy, x_sub, o, None),
             "ours, gathering x too": lambda dy, x, x_sub, o, i: ops.subnet_grad(dy, x, o, i),
-            "eager": lambda dy, x, x_sub, o, i: plain.subnet_grad(dy, x_sub, o),
+            "eager": lambda dy, x, x_sub, o, i: plain.subnet_grad_plain(dy, x_sub, o, None),
             "library: index_select, then matmul": lambda dy, x, x_sub, o, i: (
                 dy.index_select(1, o).T @ x_sub
             ),
@@ -100,17 +101,19 @@ def _adamw_inputs(g, shape, p, dtype) -> tuple:
     return weight, subnet, grad, avg, avg.square(), out_idx, in_idx, step
 
 
-def _adamw_with(step: Callable, *matrices: tuple) -> list[Tensor]:
+def _adamw_one_by_one(*matrices: tuple) -> list[Tensor]:
     for matrix in matrices:
-        step(*matrix[:7], LR, BETA1, BETA2, EPS, 0.0, STEP, None)
+        ops.subnet_adamw_(*matrix[:7], LR, BETA1, BETA2, EPS, 0.0, STEP)
     return [tensor for matrix in matrices for tensor in matrix[:2]]
 
 
-def _adamw_at_once(*matrices: tuple) -> list[Tensor]:
-    columns = ([matrix[i] for matrix in matrices] for i in range(7))
-    rates, steps = [LR] * len(matrices), [STEP] * len(matrices)
-    ops.subnets_adamw_(*columns, rates, steps, [], BETA1, BETA2, EPS, 0.0, [], [], [])
+def _adamw_updates(update: Callable, *matrices: tuple) -> list[Tensor]:
+    update([Update(*matrix[:7], LR, STEP) for matrix in matrices], BETA1, BETA2, EPS, 0.0)
     return [tensor for matrix in matrices for tensor in matrix[:2]]
+
+
+_adamw_at_once = functools.partial(_adamw_updates, update_subnets_)
+_adamw_plain = functools.partial(_adamw_updates, plain.subnets_adamw_plain_)
 
 
 def _adamw_library(*matrices: tuple) -> list[Tensor]:
@@ -128,7 +131,7 @@ def _adamw_truth(*matrices: tuple) -> list[Tensor]:
     doubled = [
         tuple(t.double() if t.is_floating_point() else t for t in matrix) for matrix in matrices
     ]
-    return _adamw_with(plain.subnet_adamw_, *doubled)
+    return _adamw_plain(*doubled)
 
 
 def subnet_adamw(shape, p, tokens, dtype, matrices: int = 1) -> OpCase:
@@ -137,8 +140,8 @@ def subnet_adamw(shape, p, tokens, dtype, matrices: int = 1) -> OpCase:
         inputs=lambda g: tuple(_adamw_inputs(g, shape, p, dtype) for _ in range(matrices)),
         forms={
             "ours": _adamw_at_once,
-            "ours, a launch each": functools.partial(_adamw_with, ops.subnet_adamw_),
-            "eager": functools.partial(_adamw_with, plain.subnet_adamw_),
+            "ours, a launch each": _adamw_one_by_one,
+            "eager": _adamw_plain,
             "library: fused AdamW, then index_put": _adamw_library,
         },
         truth=_adamw_truth,
@@ -163,9 +166,9 @@ def importance_update(shape, p, tokens, dtype) -> OpCase:
         inputs=lambda g: _importance_inputs(g, shape, dtype),
         forms={
             "ours": functools.partial(_updated, ops.importance_update_),
-            "eager": functools.partial(_updated, plain.importance_update_),
+            "eager": functools.partial(_updated, plain.importance_update_plain_),
         },
-        truth=lambda *a: _updated(plain.importance_update_, *(t.double() for t in a)),
+        truth=lambda *a: _updated(plain.importance_update_plain_, *(t.double() for t in a)),
         moved_bytes=shape[0] * shape[1] * (2 * dtype.itemsize + 16),
     )
 
@@ -175,9 +178,11 @@ def importance_marginals(shape, p, tokens, dtype) -> OpCase:
         inputs=lambda g: _importance_inputs(g, shape, dtype)[2:],
         forms={
             "ours": lambda w, g: ops.importance_marginals(w, g),
-            "eager": lambda w, g: plain.importance_marginals(w, g, "sensitivity", 1.0),
+            "eager": lambda w, g: plain.importance_marginals_plain(w, g, "sensitivity", 1.0),
         },
-        truth=lambda w, g: plain.importance_marginals(w.double(), g.double(), "sensitivity", 1.0),
+        truth=lambda w, g: plain.importance_marginals_plain(
+            w.double(), g.double(), "sensitivity", 1.0
+        ),
         moved_bytes=shape[0] * shape[1] * 2 * dtype.itemsize,
     )
 
@@ -187,9 +192,9 @@ def score_marginals(shape, p, tokens, dtype) -> OpCase:
         inputs=lambda g: _importance_inputs(g, shape, dtype)[:2],
         forms={
             "ours": lambda i, u: ops.score_marginals(i, u),
-            "eager": lambda i, u: plain.score_marginals(i, u, None, None),
+            "eager": lambda i, u: plain.score_marginals_plain(i, u, None, None),
         },
-        truth=lambda i, u: plain.score_marginals(i.double(), u.double(), None, None),
+        truth=lambda i, u: plain.score_marginals_plain(i.double(), u.double(), None, None),
         moved_bytes=shape[0] * shape[1] * 8,
     )
 

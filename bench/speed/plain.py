@@ -2,41 +2,30 @@
 
 from types import ModuleType
 
-from torch import Tensor
-
-from losia_kernels.ops import eager
-from losia_kernels.ops.eager import (
-    gather_features,
-    importance_marginals,
-    importance_update_,
-    score_marginals,
-    subnet_adamw_,
-)
+from losia_kernels.ops.adamw import subnets_adamw_plain_
+from losia_kernels.ops.gather import gather_features_plain
+from losia_kernels.ops.importance import importance_marginals_plain, importance_update_plain_
+from losia_kernels.ops.scores import score_marginals_plain
+from losia_kernels.ops.subnet_grad import subnet_grad_plain
 
 __all__ = [
-    "gather_features",
-    "importance_marginals",
-    "importance_update_",
+    "gather_features_plain",
+    "importance_marginals_plain",
+    "importance_update_plain_",
     "launched",
-    "score_marginals",
-    "subnet_adamw_",
-    "subnet_grad",
+    "score_marginals_plain",
+    "subnet_grad_plain",
+    "subnets_adamw_plain_",
 ]
 
 
-def subnet_grad(dy: Tensor, x: Tensor, out_idx: Tensor | None) -> Tensor:
-    return eager.subnet_grad_partials(dy, x, out_idx, None).sum(0)  # [k_out, k_in]
-
-
-def launched() -> list[tuple[ModuleType, str, str, ModuleType]]:
-    """Where an op finds its plain form (module, name), and the launcher that takes its place on a
-    GPU (name, file of the kernel)."""
-    from losia_kernels.kernels import adamw, gather, subnet_adamw
-    from losia_kernels.kernels import subnet_grad as grad
+def launched() -> list[tuple[str, str, ModuleType]]:
+    """Where an op finds its plain form, and the launcher that takes its place on a GPU (name, file
+    of the kernel)."""
+    from losia_kernels.kernels import adamw, gather, subnet_grad
 
     return [
-        (eager, "gather_features", "launch_gather_features", gather),
-        (eager, "subnet_grad_partials", "launch_subnet_grad", grad),
-        (eager, "subnet_adamw_", "launch_subnet_adamw_", subnet_adamw),
-        (eager, "subnets_adamw_", "launch_subnets_adamw_", adamw),
+        ("losia_kernels.ops.gather.gather_features_plain", "launch_gather_features", gather),
+        ("losia_kernels.ops.subnet_grad.subnet_grad_plain", "launch_subnet_grad", subnet_grad),
+        ("losia_kernels.ops.adamw.subnets_adamw_plain_", "launch_subnets_adamw_", adamw),
     ]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 
 from ..harness.gates import RedGate, Reference
 from ..harness.jobs import Job

@@ -78,7 +78,7 @@ def subnet_grad(shape, p, tokens, dtype, alignment: int) -> OpCase:
         for variant in ("fused", "fused_wide")
         if alignment == 1
     }
-    forms = _forms(ours, lambda dy, x, weight, o: plain.subnet_grad(dy, x, o), **ahead)
+    forms = _forms(ours, lambda dy, x, weight, o: plain.subnet_grad_plain(dy, x, o, None), **ahead)
 
     def truth(dy, x, weight, out_idx):
         return dy[:, out_idx].double().T @ x.double()
@@ -117,7 +117,7 @@ def backward(shape, p, tokens, dtype, alignment: int) -> OpCase:
         return [dy @ weight, ops.subnet_grad(dy, x, out_idx, None, alignment)]
 
     def eager(dy, x, weight, out_idx):
-        return [dy @ weight, plain.subnet_grad(dy, x, out_idx)]
+        return [dy @ weight, plain.subnet_grad_plain(dy, x, out_idx, None)]
 
     def truth(dy, x, weight, out_idx):
         return [dy.double() @ weight.double(), dy[:, out_idx].double().T @ x.double()]

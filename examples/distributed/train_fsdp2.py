@@ -8,15 +8,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from losia_kernels.checkpoint.resumable.resumable import (
-    full_state_dict,
-    load_checkpoint,
-    save_checkpoint,
-)
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia
+from losia_kernels.checkpoint import full_state_dict, load_checkpoint, save_checkpoint
 
 STEPS, SAVE_EVERY, WIDTH = 40, 10, 64
 
@@ -45,9 +41,7 @@ def main(folder: Path) -> None:
 
     torch.manual_seed(0)  # every rank makes the same model
     model = Model().to(device)
-    apply_losia(
-        model, LoSiAConfig(rank_factor=1 / 8, period=5)
-    )  # first, while the weights are whole
+    apply_losia(model, LoSiAConfig(rank_factor=1 / 8, period=5))  # while the weights are whole
     for block in model.layers:
         fully_shard(block)
     fully_shard(model)

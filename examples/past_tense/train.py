@@ -19,9 +19,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.utils import logging
 
-from losia_kernels.finetune import run as ft
-from losia_kernels.finetune.data import Collator
+from losia_kernels.finetune.data import Collator, load_data, pad_token_id
+from losia_kernels.finetune.model import load_model
 from losia_kernels.finetune.options import FinetuneOptions
+from losia_kernels.finetune.run import finetune
+from losia_kernels.finetune.trainer import FinetuneTrainer, training_arguments
 
 STEPS, BATCH = 30, 16
 # LoSiA: the best of 3e-4 to 2e-3 on this task (3e-4 and 5e-4 tied). LoRA: the best found for its
@@ -68,16 +70,16 @@ class Meter(TrainerCallback):
 def train_lora(options: FinetuneOptions, rank: int, meter: Meter):
     """PEFT's LoRA on all linears, with the Trainer, data, batches, seed and schedule of LoSiA's
     run."""
-    model, tokenizer = ft.load_model(options)
-    samples, _ = ft.load_data(options, tokenizer)
+    model, tokenizer = load_model(options)
+    samples, _ = load_data(options, tokenizer)
     torch.manual_seed(options.seed)
     model = peft.get_peft_model(
         model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     )
-    trainer = ft.FinetuneTrainer(
+    trainer = FinetuneTrainer(
         model,
-        ft.training_arguments(options, options.steps),
-        data_collator=Collator(ft.pad_token_id(tokenizer)),
+        training_arguments(options, options.steps),
+        data_collator=Collator(pad_token_id(tokenizer)),
         train_dataset=samples,
         callbacks=[meter],
     )
@@ -104,7 +106,7 @@ def main(model_folder: str, method: str, work: Path) -> None:
     )
     meter = Meter()
     if method == "losia":
-        folder = ft.finetune(options, callbacks=(meter,))
+        folder = finetune(options, callbacks=(meter,))
         # what it leaves is an ordinary model: nothing below knows of LoSiA
         model, tokenizer = (
             AutoModelForCausalLM.from_pretrained(folder),
@@ -121,7 +123,6 @@ def main(model_folder: str, method: str, work: Path) -> None:
 
 if __name__ == "__main__":
     logging.disable_progress_bar()
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, module="transformers"
-    )  # PEFT's use of older names
+    # PEFT uses older names
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))

@@ -34,39 +34,40 @@ from .folder import (
     Spec,
     Tensors,
     Track,
+    check_absent,
     check_pair,
+    describe_spec,
     new_folder,
-    refuse_existing,
-    said,
     sha256,
-    silent,
     size_of,
+    untracked,
+    write_json,
     write_model,
     write_tensors,
 )
 
 RECORD, BLOCKS, VALUES = "delta.json", "blocks.safetensors", "values.safetensors"
 VERSION = 1
-INTEGERS = {
-    1: torch.int8,
-    2: torch.int16,
-    4: torch.int32,
-    8: torch.int64,
-}  # by bytes: values are compared as bits
+# By bytes: values are compared as bits.
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def make_delta(
-    base: str | Path, trained: str | Path, output: str | Path, track: Track = silent
+    base: str | Path, trained: str | Path, output: str | Path, track: Track = untracked
 ) -> None:
-    """Write to the new folder ``output`` what turns the model in ``base`` into the one in
-    ``trained``, bit for bit.
+    """Write what turns the model in ``base`` into the one in ``trained``, bit for bit.
 
-    Both are ``save_pretrained`` folders with safetensors. They are read tensor by tensor; in memory
-    are one tensor of each and the delta. Their dtypes may differ: the delta is then to the base
-    converted to the trained dtype. Raises ValueError if they are not base and result of one
-    training, or ``output`` exists.
+    Args:
+        base: the model before the training, a ``save_pretrained`` folder with safetensors.
+        trained: the model after it. Where its dtype is another, the delta is to the base converted
+            to that dtype.
+        output: the new folder. In memory are one tensor of each model, and the delta.
+        track: goes through the tensors' names, and may show how far it is.
+
+    Raises:
+        ValueError: if they are not base and result of one training, or ``output`` exists.
     """
-    refuse_existing(output)
+    check_absent(output)
     folders = {"base": ModelFolder(base), "trained": ModelFolder(trained)}
     check_pair(*folders.values())
     record: dict[str, Any] = {"format": "losia_kernels delta", "version": VERSION}
@@ -93,14 +94,22 @@ def make_delta(
                     or (other / file).read_bytes() != (folder.path / file).read_bytes()
                 ):
                     shutil.copyfile(folder.path / file, beside / side / file)
-        (beside / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+        write_json(beside / RECORD, record)
 
 
-def verify_delta(base: str | Path, delta: str | Path, track: Track = silent) -> str:
-    """Raises ValueError, naming the first tensor that differs, unless ``base`` is what ``delta``
-    was made from.
+def verify_delta(base: str | Path, delta: str | Path, track: Track = untracked) -> str:
+    """Hold a model to the base that a delta was made from.
 
-    Returns the SHA-256 of the base's tensors.
+    Args:
+        base: a ``save_pretrained`` folder with safetensors.
+        delta: a folder that ``make_delta`` wrote.
+        track: goes through the tensors' names, and may show how far it is.
+
+    Returns:
+        The SHA-256 of the base's tensors, in hexadecimal digits.
+
+    Raises:
+        ValueError: if ``base`` is another model, naming the first tensor that differs.
     """
     opened = _Delta(delta)
     opened.check(ModelFolder(base), "base", track)
@@ -108,23 +117,36 @@ def verify_delta(base: str | Path, delta: str | Path, track: Track = silent) -> 
 
 
 def apply_delta(
-    base: str | Path, delta: str | Path, output: str | Path, track: Track = silent
+    base: str | Path, delta: str | Path, output: str | Path, track: Track = untracked
 ) -> None:
-    """Write base + delta, which is the trained model bit for bit, to the new folder ``output``.
+    """Write base + delta, which is the trained model bit for bit.
 
-    ``base`` is verified before anything is written, and every changed tensor when it is. Raises
-    ValueError for another base, a damaged delta, or if ``output`` exists.
+    Args:
+        base: the model that the delta was made from; it is verified before anything is written.
+        delta: a folder that ``make_delta`` wrote; every changed tensor is held to its hash.
+        output: the new folder.
+        track: goes through the tensors' names, and may show how far it is.
+
+    Raises:
+        ValueError: for another base, a damaged delta, or if ``output`` exists.
     """
     _convert(base, delta, output, "base", "trained", track)
 
 
 def subtract_delta(
-    trained: str | Path, delta: str | Path, output: str | Path, track: Track = silent
+    trained: str | Path, delta: str | Path, output: str | Path, track: Track = untracked
 ) -> None:
-    """Write trained - delta, which is the base bit for bit, to the new folder ``output``.
+    """Write trained - delta, which is the base bit for bit.
 
-    Raises ValueError as ``apply_delta`` does, if the delta's ``base/`` was deleted, and if the
-    base's dtype held more than the trained one does: what rounding lost is not in the delta.
+    Args:
+        trained: the trained model that the delta was made from; it is verified first.
+        delta: a folder that ``make_delta`` wrote, with its ``base/``.
+        output: the new folder.
+        track: goes through the tensors' names, and may show how far it is.
+
+    Raises:
+        ValueError: as ``apply_delta``, if the delta's ``base/`` was deleted, and if the base's
+            dtype held more than the trained one does: what rounding lost is not in the delta.
     """
     _convert(trained, delta, output, "trained", "base", track)
 
@@ -192,7 +214,7 @@ def _compare(
 def _convert(
     source: str | Path, delta: str | Path, output: str | Path, here: str, there: str, track: Track
 ) -> None:
-    refuse_existing(output)
+    check_absent(output)
     opened, folder = _Delta(delta), ModelFolder(source)
     if not (opened.path / there / VALUES).exists():
         raise ValueError(
@@ -242,19 +264,19 @@ class _Delta:
 
     def check(self, folder: ModelFolder, side: str, track: Track) -> None:
         expected, found = self.specs(side), folder.specs
-        refused = f"{folder.path} is not the {side} model of {self.path}:"
+        problem = f"{folder.path} is not the {side} model of {self.path}:"
         for name in sorted(expected.keys() | found.keys()):
             if name not in found or name not in expected:
                 raise ValueError(
-                    f"{refused} it {'lacks' if name in expected else 'has besides'} {name}"
+                    f"{problem} it {'lacks' if name in expected else 'has besides'} {name}"
                 )
             if found[name] != expected[name]:
                 raise ValueError(
-                    f"{refused} {name} is {said(*found[name])}, not {said(*expected[name])}"
+                    f"{problem} {name} is {describe_spec(*found[name])}, not {describe_spec(*expected[name])}"
                 )
         for name in track(list(expected), "verifying"):
             if sha256(name, folder.get(name)) != self.record["tensors"][name]["sha256"][side]:
-                raise ValueError(f"{refused} the values of {name} differ")
+                raise ValueError(f"{problem} the values of {name} differ")
 
     def check_reversible(self) -> None:
         for name, entry in self.record["tensors"].items():
@@ -287,9 +309,6 @@ class _Delta:
         ):
             raise ValueError(damaged)
         return tensor
-
-
-# blocks -------------------------------------------------------------------------------------------
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -331,9 +350,6 @@ def _put_(tensor: Tensor, where: dict[str, Tensor], values: Tensor) -> None:
     touched = matrix[place]
     touched[_mask(where)] = values.view(matrix.dtype)
     matrix[place] = touched
-
-
-# files --------------------------------------------------------------------------------------------
 
 
 def _write_all(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 WEIGHTS = "model.safetensors"
 UNFINISHED = ".unfinished"  # in a folder that is being written
+MARKER = "losia.json"  # of a run's checkpoint, written last: one without it was interrupted
 INDEX = "model.safetensors.index.json"
 NOT_SIDE_FILES = (
     ".safetensors",
@@ -45,12 +46,11 @@ DTYPES = {
     "U8": torch.uint8,
 }
 Spec = tuple[torch.dtype, tuple[int, ...]]
-Track = Callable[
-    [Iterable[str], str], Iterable[str]
-]  # goes through names, and may show how far it is
+# Goes through names, and may show how far it is.
+Track = Callable[[Iterable[str], str], Iterable[str]]
 
 
-def silent(names: Iterable[str], doing: str) -> Iterable[str]:
+def untracked(names: Iterable[str], doing: str) -> Iterable[str]:
     """A ``Track`` that shows nothing."""
     return names
 
@@ -164,13 +164,12 @@ def write_tensors(
     specs: dict[str, Spec],
     get: Callable[[str], Tensor],
     metadata: dict[str, str] | None = None,
-    track: Track = silent,
+    track: Track = untracked,
 ) -> None:
     """A .safetensors file of the tensors that ``get`` gives for each name of ``specs``, one at a
     time."""
-    names = sorted(
-        specs, key=lambda name: (-specs[name][0].itemsize, name)
-    )  # large dtypes first: all stay aligned
+    # large dtypes first: all stay aligned
+    names = sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))
     code = {dtype: code for code, dtype in DTYPES.items()}
     header: dict[str, dict] = {"__metadata__": metadata} if metadata else {}
     end = 0
@@ -196,7 +195,7 @@ def write_model(
     like: ModelFolder,
     specs: dict[str, Spec],
     get: Callable[[str], Tensor],
-    track: Track = silent,
+    track: Track = untracked,
 ) -> None:
     """The tensors of ``specs`` into the existing ``folder``, each in the file in which ``like`` has
     its name."""
@@ -210,7 +209,14 @@ def write_model(
             "metadata": {"total_size": size_of(specs.values())},
             "weight_map": dict(sorted(weight_map.items())),
         }
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        write_json(folder / INDEX, index)
+
+
+def write_json(path: Path, values: dict) -> None:
+    """``values`` as JSON at ``path``: the old file or the new one, never a part."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(beside, path)
 
 
 def check_pair(base: ModelFolder, trained: ModelFolder) -> None:
@@ -233,17 +239,18 @@ def check_pair(base: ModelFolder, trained: ModelFolder) -> None:
         floats = dtype.is_floating_point and trained_dtype.is_floating_point
         if shape != trained_shape or (dtype != trained_dtype and not floats):
             raise ValueError(
-                f"{name} is {said(dtype, shape)} in {base.path} and {said(trained_dtype, trained_shape)} in "
-                f"{trained.path}: these are not base and result of one training"
+                f"{name} is {describe_spec(dtype, shape)} in {base.path} and "
+                f"{describe_spec(trained_dtype, trained_shape)} in {trained.path}: these are not base and result of "
+                f"one training"
             )
 
 
-def said(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
+def describe_spec(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
     """Dtype and shape for an error's text."""
     return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
 
 
-def refuse_existing(folder: str | Path) -> None:
+def check_absent(folder: str | Path) -> None:
     """Raises ValueError if ``folder`` exists."""
     if Path(folder).exists():
         raise ValueError(f"{folder} exists: name a new folder")
@@ -257,7 +264,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     What a killed process of ours left beside is removed. Raises ValueError if ``folder`` exists, or
     beside it one of that name which is not ours.
     """
-    refuse_existing(folder)
+    check_absent(folder)
     folder = Path(folder)
     beside = begin_beside(folder)
     try:
@@ -270,7 +277,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
 
 def begin_beside(folder: Path) -> Path:
     """The new folder ``folder.tmp``, marked as ours; one that a killed process left is removed, any
-    other refused."""
+    other is an error."""
     beside = folder.with_name(folder.name + ".tmp")
     if (beside / UNFINISHED).exists():
         shutil.rmtree(beside)

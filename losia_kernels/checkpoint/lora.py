@@ -20,10 +20,11 @@ from torch import Tensor
 from .folder import (
     ModelFolder,
     Track,
+    check_absent,
     check_pair,
     new_folder,
-    refuse_existing,
-    silent,
+    untracked,
+    write_json,
     write_tensors,
 )
 
@@ -51,20 +52,27 @@ def export_lora(
     trained: str | Path,
     output: str | Path,
     rank: int | None = None,
-    track: Track = silent,
+    track: Track = untracked,
 ) -> dict[str, LayerError]:
-    """Write the change from ``base`` to ``trained`` as a PEFT LoRA adapter to the new folder
-    ``output``.
+    """Write the change from ``base`` to ``trained`` as a PEFT LoRA adapter.
 
-    ``rank``: at most this in every layer; a layer whose exact rank is larger gets its best
-    approximation. None: exact everywhere. Both models are ``save_pretrained`` folders, read tensor
-    by tensor. Returns the errors by layer, which ``lora_error.json`` in the folder holds too.
+    Args:
+        base: the model before the training, a ``save_pretrained`` folder with safetensors.
+        trained: the model after it; both are read tensor by tensor.
+        output: the new folder; its ``lora_error.json`` holds what this returns.
+        rank: at most this in every layer; a layer whose exact rank is larger gets its best
+            approximation. None: exact everywhere.
+        track: goes through the tensors' names, and may show how far it is.
 
-    Raises ValueError if anything but weights of linear layers has changed (norms, biases,
-    embeddings, tied output layers, fused experts), if the folders are not base and result of one
-    training, if nothing has changed, or if ``output`` exists.
+    Returns:
+        The errors by layer.
+
+    Raises:
+        ValueError: if anything but weights of linear layers has changed (norms, biases,
+            embeddings, tied output layers, fused experts), if the folders are not base and result
+            of one training, if nothing has changed, or if ``output`` exists.
     """
-    refuse_existing(output)
+    check_absent(output)
     if rank is not None and rank < 1:
         raise ValueError(f"the rank must be at least 1, got {rank}")
     old, new = ModelFolder(base), ModelFolder(trained)
@@ -104,10 +112,8 @@ def export_lora(
     with new_folder(output) as beside:
         specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         write_tensors(beside / WEIGHTS, specs, tensors.__getitem__, {"format": "pt"})
-        _write_json(
-            beside / CONFIG, _adapter_config(old.path, errors, "in_out" in layouts.values())
-        )
-        _write_json(
+        write_json(beside / CONFIG, _adapter_config(old.path, errors, "in_out" in layouts.values()))
+        write_json(
             beside / ERRORS,
             {
                 "relative_error": overall(errors, "relative_error"),
@@ -131,9 +137,8 @@ def factor(difference: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor]
         return lora_b.T.contiguous(), lora_a.T.contiguous()
     selected = torch.eye(len(out_idx), dtype=torch.float64)
     if rank is not None and rank < len(out_idx):
-        selected = torch.linalg.eigh(block @ block.T).eigenvectors[
-            :, -rank:
-        ]  # the first left singular vectors
+        # the first left singular vectors
+        selected = torch.linalg.eigh(block @ block.T).eigenvectors[:, -rank:]
     lora_b = difference.new_zeros(len(difference), selected.shape[1])
     lora_a = difference.new_zeros(selected.shape[1], difference.shape[1])
     lora_b[out_idx] = selected
@@ -217,7 +222,3 @@ def _adapter_config(base: Path, errors: dict[str, LayerError], fan_in_fan_out: b
         "fan_in_fan_out": fan_in_fan_out,
         "inference_mode": True,
     }
-
-
-def _write_json(path: Path, values: dict) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n")

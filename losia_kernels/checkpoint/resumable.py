@@ -13,15 +13,15 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 from ..layers.convert import export_state_dict
-from ..parallel.placement import as_shard, own
-from ..parallel.ranks import Rows, is_sharded
+from ..parallel.placement import empty_placed_as, whole
+from ..training.importance import OBSERVERS
 from ..training.timeline import Timeline
 from .folder import UNFINISHED, begin_beside, finish_beside
 
-RUN = (
-    "losia.pt"  # parameter groups, clock, and what else is no tensor of the model's or optimizer's
-)
-REPLICATED = ("step", "losia_in_importance")  # of an optimizer's state, what every rank holds whole
+# parameter groups, clock, and what else is no tensor of the model's or optimizer's
+RUN = "losia.pt"
+# of an optimizer's state, what every rank holds whole
+REPLICATED = {"step"} | {f"losia_{name}" for kind in OBSERVERS.values() for name in kind.replicated}
 
 
 def save_checkpoint(
@@ -31,19 +31,26 @@ def save_checkpoint(
     extra: Any = None,
     timeline: Timeline | None = None,
 ) -> None:
-    """Save model, optimizer and clock to the new ``folder``; call it on all ranks, which share the
-    file system.
+    """Save model, optimizer and clock; call it on all ranks, which share the file system.
 
-    ``extra``: tensors and plain Python that ``load_checkpoint`` gives back (a scheduler's state,
-    the place in the data), rank 0's. ``timeline``: what ``attach`` returned; a LoSiAAdamW has its
-    own. Raises FileExistsError, and ValueError for a PEFT model.
+    Args:
+        folder: the new folder.
+        model: converted, and wrapped or not.
+        optimizer: a LoSiAAdamW, or one that ``attach`` was given.
+        extra: tensors and plain Python that ``load_checkpoint`` gives back (a scheduler's state,
+            the place in the data), rank 0's.
+        timeline: what ``attach`` returned; a LoSiAAdamW has its own.
+
+    Raises:
+        FileExistsError: if ``folder`` exists, or what lies where it would be prepared is not ours.
+        ValueError: for a PEFT model.
     """
     folder = Path(folder)
     beside = folder.with_name(folder.name + ".tmp")
     ranks = (timeline or optimizer.timeline).ranks  # type: ignore[attr-defined]
     first = ranks.rank == 0
     theirs = beside.exists() and not (beside / UNFINISHED).exists()
-    if ranks.any([first and (folder.exists() or theirs)]) == [True]:
+    if ranks.any_rank(first and (folder.exists() or theirs)):
         raise FileExistsError(
             f"{folder}, or {beside}, where it would be prepared, exists: name a new folder"
         )
@@ -62,11 +69,11 @@ def save_checkpoint(
             {"param_groups": state_dict["param_groups"], "names": names, "extra": extra},
             beside / RUN,
         )
-    ranks.wait()
+    ranks.barrier()
     dcp.save(tensors, checkpoint_id=beside, process_group=ranks.group, no_dist=ranks.group is None)
     if first:
         finish_beside(beside, folder)
-    ranks.wait()
+    ranks.barrier()
 
 
 def load_checkpoint(
@@ -75,10 +82,20 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     timeline: Timeline | None = None,
 ) -> Any:
-    """Restore what ``save_checkpoint`` saved and return its ``extra``; call it on all ranks.
+    """Restore what ``save_checkpoint`` saved, on any number of ranks; call it on all of them.
 
-    The model has been converted and wrapped; the optimizer is new. Raises FileNotFoundError if
-    there is no such checkpoint, ValueError if it is of another model, config or parameter groups.
+    Args:
+        folder: the checkpoint.
+        model: converted, and wrapped or not.
+        optimizer: new, of the kind that was saved.
+        timeline: what ``attach`` returned; a LoSiAAdamW has its own.
+
+    Returns:
+        The ``extra`` that was saved.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint.
+        ValueError: if it is of another model, config or parameter groups.
     """
     folder = Path(folder)
     timeline = timeline or optimizer.timeline  # type: ignore[attr-defined]
@@ -95,7 +112,7 @@ def load_checkpoint(
     for key, entry in saved.items():
         if key.startswith("optimizer."):
             name, _, kind = key.removeprefix("optimizer.").rpartition(":")
-            targets[key] = _empty(entry, kind, parameters[name], timeline)
+            targets[key] = _empty(entry, kind, parameters[name])
     dcp.load(
         targets,
         checkpoint_id=folder,
@@ -107,32 +124,34 @@ def load_checkpoint(
         if key.startswith("optimizer."):
             name, _, kind = key.removeprefix("optimizer.").rpartition(":")
             state.setdefault(names.index(name), {})[kind] = value
-    groups = [{**group, "losia_whole": True} for group in run["param_groups"]]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    optimizer.load_state_dict({"state": state, "param_groups": run["param_groups"]})
     return run["extra"]
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """``export_state_dict`` with every tensor whole, on rank 0's CPU, and empty elsewhere; call it
-    on all ranks.
+    """The plain model's state dict with every tensor whole, on rank 0's CPU; call it on all ranks.
 
-    Shards are gathered one tensor at a time: a GPU never holds more of the model than its shards
-    and one weight.
+    Args:
+        model: converted, and wrapped or not. Its shards are gathered one tensor at a time: a GPU
+            never holds more of the model than its shards and one weight.
+
+    Returns:
+        What ``export_state_dict`` names on rank 0, nothing on the others.
     """
     first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
     tied = {
         _plain(name): id(value) for name, value in model.named_parameters(remove_duplicate=False)
     }
     gathered: dict[int | str, Any] = {}  # once for all names of a tied weight
-    whole = {}
+    named = {}
     for name, tensor in export_state_dict(model).items():
         key = tied.get(name, name)
         if key not in gathered:
-            tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+            tensor = whole(tensor)
             gathered[key] = tensor.detach().to("cpu", copy=True) if first else None
         if first:
-            whole[name] = gathered[key]
-    return whole
+            named[name] = gathered[key]
+    return named
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -169,11 +188,9 @@ def _plain(name: str) -> str:
     return name.removeprefix("module.").replace("_orig_mod.", "")
 
 
-def _empty(entry: Any, kind: str, parameter: Tensor, timeline: Timeline) -> Tensor:
+def _empty(entry: Any, kind: str, parameter: Tensor) -> Tensor:
     """Where to load a tensor of ``parameter``'s state to: laid out as the parameter is now."""
     size, dtype = entry.size, entry.properties.dtype
-    if not is_sharded(parameter) or kind in REPLICATED:
-        return torch.empty(size, dtype=dtype, device=parameter.device if len(size) else "cpu")
-    rows = Rows(timeline.ranks, size[0])
-    here = torch.empty(rows.stop - rows.start, *size[1:], dtype=dtype, device=own(parameter).device)
-    return as_shard(here, size[0], parameter)
+    if kind not in REPLICATED:
+        return empty_placed_as(parameter, size, dtype)
+    return torch.empty(size, dtype=dtype, device=parameter.device if len(size) else "cpu")

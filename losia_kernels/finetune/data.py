@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from .options import InputError
+from .options import FinetuneOptions, InputError
 
 IGNORE = -100  # label of a token that is not learned
 FORMS = "{'prompt', 'completion'}, {'messages'} or {'text'}"
@@ -206,6 +206,20 @@ def load_samples(
     return kept, len(encoded) - len(kept)
 
 
+def load_data(options: FinetuneOptions, tokenizer) -> tuple[list, list | None]:
+    """Encoded (and packed) training samples, evaluation samples or None."""
+
+    def load(path: str) -> list:
+        samples, dropped = load_samples(path, tokenizer, options.max_length)
+        if dropped:
+            print(
+                f"{path}: {dropped} samples have nothing to learn within {options.max_length} tokens, left out"
+            )
+        return pack(samples, options.max_length) if options.packing else samples
+
+    return load(options.data), None if options.eval_data is None else load(options.eval_data)
+
+
 def pack(samples: list[dict[str, np.ndarray]], max_length: int) -> list[dict[str, np.ndarray]]:
     """Whole samples, in order, joined into rows of at most ``max_length`` tokens.
 
@@ -230,6 +244,12 @@ def pack(samples: list[dict[str, np.ndarray]], max_length: int) -> list[dict[str
         }
         for row in rows
     ]
+
+
+def pad_token_id(tokenizer) -> int:
+    """The padding token, else the end of the sequence: masks go by position, so either is only a
+    filler."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ IMPORTANCE_BYTES = {
     "gradient": 4,
     "marginal": 0,
 }  # a weight of the group
+MASTERS = ("float32", "split", "none")
 MOMENT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 CODE_BLOCK = 256  # of int8 moments: inputs of a row that share one float32 scale
 
@@ -197,9 +198,8 @@ class LoSiA(Setting):
 
     rank_factor: float = 1 / 8
     output_dim_factor: float = 0.0
-    master_weights: bool = True
+    master: str = "float32"
     moments: str = "float32"
-    remainder: bool = False
     in_backward: bool = False
     importance: str = "sensitivity"
 
@@ -208,9 +208,10 @@ class LoSiA(Setting):
         if self.moments not in MOMENT_BYTES:
             known = ", ".join(MOMENT_BYTES)
             raise ValueError(f"moments must be one of {known}, got {self.moments!r}")
-        if self.remainder and (self.master_weights or self.weight_bytes != 2):
-            needs = "it needs master_weights=False and 16-bit weights"
-            raise ValueError(f"a remainder completes 16-bit subnets: {needs}")
+        if self.master not in MASTERS:
+            raise ValueError(f"master must be one of {', '.join(MASTERS)}, got {self.master!r}")
+        if self.master == "split" and self.weight_bytes != 2:
+            raise ValueError('master="split" completes 16-bit weights')
 
     @property
     def trains_head(self) -> bool:
@@ -234,9 +235,10 @@ class LoSiA(Setting):
 
     def state(self, shape: ModelShape) -> dict[str, int]:
         values, sizes = self.values(shape), self.sizes(shape).values()
-        master = FLOAT32 if self.master_weights else self.weight_bytes
+        master = FLOAT32 if self.master == "float32" else self.weight_bytes
         indices = 8 * shape.layers * sum(k_out + k_in for k_out, k_in in sizes)
-        optimizer = (2 * MOMENT_BYTES[self.moments] + (2 if self.remainder else 0)) * values
+        rest = 2 if self.master == "split" else 0
+        optimizer = (2 * MOMENT_BYTES[self.moments] + rest) * values
         if self.moments == "int8":  # rows of a subnet times the blocks of a row
             blocks = shape.layers * sum(k_out * -(-k_in // CODE_BLOCK) for k_out, k_in in sizes)
             blocks += self.head_rows(shape) * -(-shape.hidden // CODE_BLOCK)
@@ -372,8 +374,7 @@ def describe_fit(
         "fused_loss": True,
         "moments": moments,
         "in_backward": in_backward,
-        "master_weights": master == "float32",
-        "remainder": master == "remainder",
+        "master": "split" if master == "remainder" else master,
     }
     lines = [
         f"{model}: {shape.parameters / 1e9:.2f}e9 values, {2 * shape.parameters / GIB:.2f} GiB in bfloat16",

@@ -1,43 +1,86 @@
-"""Folders of a fine-tuning run: checkpoints that are whole or not there, their export, and what is
-in them."""
+"""The folder of a run: what it may hold at the start, checkpoints that are whole or do not count,
+the model.
 
+    model/         the result: an ordinary transformers folder, there only when the run is done
+    checkpoints/   what ``resume`` goes on from
+    log.jsonl      one line a step
+    subnets.jsonl  where each layer's subnet has been
+    loss_curve.png
+    run.json       the options, which ``resume`` holds to
+"""
+
+import hashlib
 import json
-import os
 import re
 import shutil
 import warnings
-from collections import Counter
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from accelerate import PartialState
 from transformers import TrainerCallback
 
-from ..checkpoint.folder import ModelFolder, Spec, Track, new_folder, silent, size_of, write_model
+from ..checkpoint.folder import MARKER, new_folder, write_json
 from ..integrations.transformers import losia_timeline
-from ..layers.convert import SUBNET_KEYS
-from .options import InputError
+from .options import FinetuneOptions, InputError
 
-MARKER = "losia.json"  # written last: a checkpoint without it was interrupted
-OF_THE_RUN = (MARKER, "trainer_state.json")  # files of a checkpoint that its model has no use for
-
-
-def write_json(path: Path, values: dict) -> None:
-    """``values`` as JSON at ``path``: the old file or the new one, never a part."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(beside, path)
+# Options that do not change the result.
+FREE_ON_RESUME = ("output", "resume", "save_steps", "print_every", "report_to")
 
 
-def save_model(model, tokenizer, folder: Path, weights: dict | None = None) -> None:
-    """An ordinary ``save_pretrained`` folder, written beside and renamed. ``folder`` must not
-    exist.
+def open_run(options: FinetuneOptions, processes: int = 1) -> tuple[dict, Path | None]:
+    """Look at the output folder, and remove the checkpoints in it that were interrupted.
 
-    ``weights`` instead of the model's own: those of a model of which this process holds a part.
+    A resumed run must have the options and the data of the first; on another number of processes,
+    batches such that all of them together are as large.
+
+    Returns:
+        What ``run.json`` is to hold, and the checkpoint to go on from; None to begin.
+
+    Raises:
+        InputError: if the folder is not empty, has nothing to resume, or is of other options.
     """
-    with new_folder(folder) as beside:
-        model.save_pretrained(beside, state_dict=weights)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(beside)
+    folder = Path(options.output)
+    record = {name: value for name, value in asdict(options).items() if name not in FREE_ON_RESUME}
+    record["batch_size"] *= processes
+    for name in ("data", "eval_data"):
+        if record[name] is not None:
+            record[f"{name}_sha256"] = _sha256(record[name])
+    if not options.resume:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(
+                f"{folder} exists and is not empty: name another output, or go on with --resume"
+            )
+        return record, None
+    if not (folder / "run.json").exists():
+        raise InputError(f"nothing to resume: {folder} holds no run (no run.json)")
+    first = json.loads((folder / "run.json").read_text())
+    changed = sorted(name for name in record | first if record.get(name) != first.get(name))
+    if changed:
+        was = ", ".join(
+            f"{name} was {first.get(name)!r}, now {record.get(name)!r}" for name in changed
+        )
+        raise InputError(f"cannot resume {folder} with other options: {was}")
+    remove_interrupted(folder / "checkpoints")
+    return record, last_checkpoint(folder / "checkpoints")
+
+
+def read_options(folder: Path, model: str | None = None) -> FinetuneOptions:
+    """The options that the run in ``folder`` was begun with; ``model`` instead of its own."""
+    if not (folder / "run.json").exists():
+        raise InputError(f"{folder} has no run.json, so its base model and its data are not known")
+    record = json.loads((folder / "run.json").read_text())
+    known = {field.name for field in fields(FinetuneOptions)}
+    values = {name: value for name, value in record.items() if name in known}
+    values["model"] = model or values["model"]
+    return FinetuneOptions(**{**values, "output": str(folder)})
+
+
+def _sha256(path: str) -> str:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
 
 
 class CheckpointCallback(TrainerCallback):
@@ -56,9 +99,8 @@ class CheckpointCallback(TrainerCallback):
         if not (folder / "config.json").exists():  # of shards the Trainer saves the tensors alone
             model.config.save_pretrained(folder)
         config = json.loads((folder / "config.json").read_text())
-        write_json(
-            folder / "config.json", config | {"use_cache": self.use_cache}
-        )  # the Trainer turns it off
+        config["use_cache"] = self.use_cache  # the Trainer turns it off
+        write_json(folder / "config.json", config)
         timeline = losia_timeline(optimizer)
         files = [path for path in folder.rglob("*") if path.is_file()]
         values = {
@@ -125,82 +167,13 @@ def is_whole(checkpoint: Path) -> bool:
     return all(file.exists() and file.stat().st_size == sizes[name] for name, file in files.items())
 
 
-def export_checkpoint(checkpoint: Path, output: Path, track: Track = silent) -> None:
-    """Write the plain model of a LoSiA checkpoint to the new folder ``output``; the checkpoint
-    stays as it is.
+def save_model(model, tokenizer, folder: Path, weights: dict | None = None) -> None:
+    """An ordinary ``save_pretrained`` folder, written beside and renamed. ``folder`` must not
+    exist.
 
-    Tensors are copied one at a time, bit for bit, without what belongs to subnets; config,
-    generation config and tokenizer are copied. Raises ValueError if ``checkpoint`` is no model
-    folder or ``output`` exists, InputError if it holds no subnets.
+    ``weights`` instead of the model's own: those of a model of which this process holds a part.
     """
-    folder = ModelFolder(checkpoint)
-    layers = _subnet_layers(folder.specs)
-    if not layers:
-        raise InputError(f"{checkpoint} holds no LoSiA subnets: it is a plain model")
-    extra = {f"{layer}.{key}" for layer in layers for key in SUBNET_KEYS}
-    specs = {name: spec for name, spec in folder.specs.items() if name not in extra}
-    with new_folder(output) as beside:
-        write_model(beside, folder, specs, folder.get, track)
-        for file in folder.side_files():
-            if file not in OF_THE_RUN:
-                shutil.copyfile(checkpoint / file, beside / file)
-
-
-def describe_checkpoint(checkpoint: Path) -> str:
-    """What a LoSiA checkpoint holds, as text: its step, who observes, and every kind of layer with
-    its subnet.
-
-    Of a plain model it says that, and its size. Raises ValueError if it is no model folder.
-    """
-    specs = ModelFolder(checkpoint).specs
-    shapes = _subnet_shapes(checkpoint, specs)
-    if not shapes:
-        dtypes = ", ".join(
-            sorted({str(dtype).removeprefix("torch.") for dtype, _ in specs.values()})
-        )
-        return f"plain model     no subnets; {len(specs)} tensors, {dtypes}, {size_of(specs.values()) / 1e6:,.2f} MB"
-    lines = []
-    if (checkpoint / MARKER).exists():
-        run = json.loads((checkpoint / MARKER).read_text())
-        config = run["config"]
-        lines += [
-            f"step            {run['step']}",
-            f"observing       {', '.join(run['observing']) or 'none'}",
-            f"groups          {len(run['groups'])}, period {config['period']}, update {config['update_type']}",
-            f"importance      {config['importance']}",
-        ]
-    elif (checkpoint / "trainer_state.json").exists():
-        step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
-        lines.append(f"step            {step}; no {MARKER}: interrupted, or not of finetune")
-    trained = sum(out * in_ for _, (out, in_) in shapes.values())
-    total = sum(out * in_ for (out, in_), _ in shapes.values())
-    lines += [
-        f"layers          {len(shapes)}",
-        f"trained values  {trained:,} of {total:,} in these layers",
-        "",
-    ]
-    kinds = Counter((re.sub(r"\.\d+\.", ".*.", name), *sizes) for name, sizes in shapes.items())
-    for (name, weight, subnet), count in kinds.items():
-        lines.append(
-            f"{count:4} x {name}  weight {weight[0]} x {weight[1]}  subnet {subnet[0]} x {subnet[1]}"
-        )
-    return "\n".join(lines)
-
-
-def _subnet_layers(specs: dict[str, Spec]) -> list[str]:
-    return [name.removesuffix(".subnet") for name in specs if name.endswith(".subnet")]
-
-
-def _subnet_shapes(
-    checkpoint: Path, specs: dict[str, Spec]
-) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Layer name -> shapes of its weight and its subnet, (out, in)."""
-    shapes = {}
-    for layer in _subnet_layers(specs):
-        _, subnet = specs[f"{layer}.subnet"]
-        if f"{layer}.weight" in specs:
-            shapes[layer] = specs[f"{layer}.weight"][1], subnet
-        else:  # tied to the embedding, under whose name it is saved; the subnet takes all inputs
-            vocabulary = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
-            shapes[layer] = (vocabulary, subnet[1]), subnet
-    return shapes
+    with new_folder(folder) as beside:
+        model.save_pretrained(beside, state_dict=weights)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(beside)

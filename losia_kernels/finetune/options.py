@@ -1,21 +1,21 @@
-"""What a fine-tuning run can be told; free of heavy imports, so that the command line can ask for
-help at once."""
+"""What a fine-tuning run can be told, each option once: its default, and what the command line says
+of it.
 
-import dataclasses
+Free of heavy imports, so that the command line can ask for help at once.
+"""
+
+import argparse
 import math
 import os
-from typing import Literal
+from dataclasses import MISSING, dataclass, field
+from fractions import Fraction
+from typing import Any, Literal
 
-from ..config import LoSiAConfig
+from ..config import IMPORTANCES, LoSiAConfig
+from ..training.adam_state import MOMENTS
 
-PICTURES = (
-    "loss",
-    "timeline",
-    "subnets",
-    "frequency",
-    "gradients",
-    "singular_vectors",
-)  # of ``losia-kernels plot``
+# Of ``losia-kernels plot``.
+PICTURES = ("loss", "timeline", "subnets", "frequency", "gradients", "singular_vectors")
 
 
 class InputError(ValueError):
@@ -23,47 +23,199 @@ class InputError(ValueError):
     with code 2."""
 
 
-@dataclasses.dataclass
-class FinetuneOptions:
-    """Everything ``finetune`` can be told; the command line's help says what each is and its
-    unit."""
+def parse_fraction(text: str) -> float:
+    """A number, or a fraction such as 1/8."""
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(
+            f"expected a number or a fraction such as 1/8, got {text!r}"
+        ) from None
 
-    model: str
-    data: str
-    output: str
-    eval_data: str | None = None
-    rank_factor: float = 1 / 8
-    output_dim_factor: float = 0.0
-    period: int | Literal["auto"] = "auto"
-    importance: str = "sensitivity"
-    init_subnet: str = "calibrated"
-    alignment: int = 1
-    moments: str = "float32"
-    master: str = "float32"
-    in_backward: bool = False
-    lr: float = 2e-4
-    weight_decay: float = 0.0
-    lr_scheduler: str = "cosine"
-    warmup_ratio: float = 0.1
-    max_grad_norm: float = 1.0
-    epochs: float = 3.0
-    steps: int | None = None
-    batch_size: int = 4
-    gradient_accumulation: int = 1
-    max_length: int = 2048
-    packing: bool = False
-    group_by_length: bool = False
-    dtype: str = "auto"
-    gradient_checkpointing: bool = False
-    seed: int = 0
-    save_steps: int = 500
-    eval_steps: int = 500
-    print_every: int = 10
-    report_to: str = "none"
-    resume: bool = False
+
+def parse_period(text: str) -> int | str:
+    """A number of steps, or "auto"."""
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected a number of steps or 'auto', got {text!r}"
+        ) from None
+
+
+def option(
+    group: str, help: str, default: Any = MISSING, exclusive: bool = False, **argument: Any
+) -> Any:
+    """A field that is an option of the command line too.
+
+    ``group``: under which heading its help stands; of those that are ``exclusive`` there, one may
+    be given. ``argument``: what else argparse's ``add_argument`` takes; without a default the
+    option is required, and a number's type is its default's.
+    """
+    if default is MISSING:
+        argument["required"] = True
+    else:
+        argument["default"] = default
+    if default is False:
+        argument["action"] = "store_true"
+    elif isinstance(default, (int, float)):
+        argument.setdefault("type", type(default))
+    metadata = {"group": group, "exclusive": exclusive, "argument": {"help": help, **argument}}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class FinetuneOptions:
+    """Everything ``finetune`` can be told; ``losia-kernels finetune --help`` says what each is and
+    its unit."""
+
+    model: str = option("model and data", "a local folder or a name on the hub")
+    data: str = option(
+        "model and data",
+        'JSONL, one {"prompt", "completion"}, {"messages": [{"role", "content"}, ...]} or {"text"} a line; '
+        "learned are completions, the assistant's turns, all of the text",
+        metavar="FILE",
+    )
+    eval_data: str | None = option(
+        "model and data", "JSONL of the same forms, for the evaluation loss", None, metavar="FILE"
+    )
+    output: str = option("model and data", "a new folder for the run", metavar="FOLDER")
+    max_length: int = option(
+        "model and data", "longer samples lose their end", 2048, metavar="TOKENS"
+    )
+    packing: bool = option(
+        "model and data",
+        "join short samples into rows of up to --max-length",
+        False,
+        exclusive=True,
+    )
+    group_by_length: bool = option(
+        "model and data", "batch samples of similar length", False, exclusive=True
+    )
+    dtype: str = option(
+        "model and data",
+        "of the weights; auto: bfloat16 on a GPU that has it, else float32",
+        "auto",
+        choices=("auto", "float32", "bfloat16"),
+    )
+
+    rank_factor: float = option(
+        "LoSiA",
+        "share of a layer's outputs and of its inputs that is trained, such as 1/8",
+        1 / 8,
+        type=parse_fraction,
+        metavar="P",
+    )
+    output_dim_factor: float = option(
+        "LoSiA",
+        "share of the vocabulary whose output weights are trained; 0: none, 1: all",
+        0.0,
+        type=parse_fraction,
+        metavar="P",
+    )
+    period: int | Literal["auto"] = option(
+        "LoSiA",
+        "steps until the next group of layers moves its subnets; auto: the paper's 100, or in a short run as many as "
+        "give every group two turns",
+        "auto",
+        type=parse_period,
+        metavar="STEPS",
+    )
+    importance: str = option(
+        "LoSiA",
+        "what subnets are chosen by; sensitivity_bfloat16 keeps it in half the memory, marginal needs none of the "
+        "weights' size",
+        "sensitivity",
+        choices=IMPORTANCES,
+    )
+    init_subnet: str = option(
+        "LoSiA",
+        "place the first subnets by the first 4 batches, or at random as in the paper",
+        "calibrated",
+        choices=("calibrated", "random"),
+    )
+    alignment: int = option(
+        "LoSiA",
+        "choose runs of so many neighbours: 16 makes gathers read only the memory they need; 1 is the paper",
+        1,
+        metavar="NEURONS",
+    )
+
+    # What is kept for each trained value; docs/memory.md has the bytes.
+    moments: str = option(
+        "memory of the optimizer",
+        "how the optimizer keeps its moments",
+        "float32",
+        choices=tuple(MOMENTS),
+    )
+    master: str = option(
+        "memory of the optimizer",
+        "how the trained values are kept: in float32, in bfloat16 with the missing bits beside them, in bfloat16 alone "
+        "with stochastic rounding",
+        "float32",
+        choices=("float32", "remainder", "none"),
+    )
+    in_backward: bool = option(
+        "memory of the optimizer", "update inside the backward, keep no gradients", False
+    )
+
+    lr: float = option(
+        "training",
+        "peak learning rate (the paper: 5e-5 to 2e-4 for bfloat16 models of 2B to 13B; for a float32 model of 135M "
+        "3e-4 to 5e-4 was best: search)",
+        2e-4,
+    )
+    lr_scheduler: str = option(
+        "training",
+        "over the whole run",
+        "cosine",
+        choices=("cosine", "linear", "constant", "constant_with_warmup"),
+    )
+    warmup_ratio: float = option(
+        "training", "share of the steps in which the rate rises", 0.1, metavar="SHARE"
+    )
+    epochs: float = option("training", "passes over the data", 3.0)
+    steps: int | None = option("training", "optimizer steps, instead of --epochs", None, type=int)
+    batch_size: int = option(
+        "training", "samples (packed: rows) of one forward", 4, metavar="SAMPLES"
+    )
+    gradient_accumulation: int = option(
+        "training", "batches of one optimizer step", 1, metavar="BATCHES"
+    )
+    weight_decay: float = option("training", "decoupled, on the subnets", 0.0)
+    max_grad_norm: float = option(
+        "training", "clip gradients to this norm; 0: never", 1.0, metavar="NORM"
+    )
+    gradient_checkpointing: bool = option(
+        "training", "recompute activations: less memory, more time", False
+    )
+    seed: int = option("training", "of the order of the data, the first subnets, dropout", 0)
+
+    print_every: int = option(
+        "progress", "a line on the terminal; log.jsonl has every step", 10, metavar="STEPS"
+    )
+    report_to: str = option(
+        "progress",
+        "where the Trainer reports to as well: tensorboard, wandb, ...",
+        "none",
+        metavar="NAME",
+    )
+    eval_steps: int = option(
+        "progress", "between evaluations; the last step has one too", 500, metavar="STEPS"
+    )
+    save_steps: int = option(
+        "progress", "between checkpoints, two are kept; 0: none", 500, metavar="STEPS"
+    )
+    resume: bool = option(
+        "progress", "go on from the last checkpoint in --output, with the same options", False
+    )
 
     def check(self) -> None:
-        """Raises InputError for a value out of range or two that exclude each other."""
+        """Hold the options to their ranges, before anything is loaded.
+
+        Raises:
+            InputError: for a value out of range or two that exclude each other.
+        """
         whole = (
             "batch_size",
             "gradient_accumulation",
@@ -103,18 +255,35 @@ class FinetuneOptions:
             )
         self.losia_config()
 
-    def losia_config(self, warmup_steps: int = 0) -> LoSiAConfig:
-        """Of these options. Raises InputError for a value out of range."""
+    def total_steps(self, samples: int, processes: int = 1) -> int:
+        """Optimizer steps of a run whose ``processes`` take a batch of the ``samples`` each at a
+        time."""
+        if self.steps is not None:
+            return self.steps
+        batches = math.ceil(samples / (self.batch_size * processes))
+        return math.ceil(self.epochs * math.ceil(batches / self.gradient_accumulation))
+
+    def warmup_steps(self, total_steps: int) -> int:
+        """Optimizer steps of the warm-up, which the scheduler "constant" has not."""
+        constant = self.lr_scheduler == "constant"
+        return 0 if constant else math.ceil(total_steps * self.warmup_ratio)
+
+    def losia_config(self, total_steps: int = 0) -> LoSiAConfig:
+        """What a run of ``total_steps`` trains and when it moves.
+
+        Raises:
+            InputError: for a value out of range.
+        """
         try:
             return LoSiAConfig(
                 rank_factor=self.rank_factor,
                 output_dim_factor=self.output_dim_factor,
                 period=self.period,
-                warmup_steps=warmup_steps,
+                warmup_steps=self.warmup_steps(total_steps),
                 importance=self.importance,
                 init_subnet=self.init_subnet,
                 alignment=self.alignment,
-                master_weights=self.master == "float32",
+                master="split" if self.master == "remainder" else self.master,
                 seed=self.seed,
             )
         except ValueError as error:

@@ -8,12 +8,12 @@ gradients.png         row and column sums of |g| of the model before training (F
 singular_vectors.png  how far training has turned the weights' singular vectors (Figure 8)
 """
 
-import dataclasses
-import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -26,18 +26,16 @@ from transformers import AutoModelForCausalLM
 from .. import LoSiAConfig
 from ..integrations.history import Place, SubnetHistory, read_log
 from ..training.schedule import Schedule
-from . import data
-from .options import PICTURES, FinetuneOptions, InputError
+from .data import Collator, load_data, pad_token_id
+from .folder import read_options
+from .model import load_model
+from .options import PICTURES, InputError
 from .progress import draw_loss_curve
-from .run import load_data, load_model, pad_token_id
 from .spectra import gradient_sums, singular_vector_similarity
 
 BINS = 192  # of neighbouring neurons, across a panel
-SOURCES = {
-    "loss": "log.jsonl",
-    "gradients": "run.json",
-    "singular_vectors": "run.json",
-}  # what must be there
+# What must be there for a picture; for the others subnets.jsonl.
+SOURCES = {"loss": "log.jsonl", "gradients": "run.json", "singular_vectors": "run.json"}
 SLICES = 8  # of the run's time, within a layer's band
 GRADIENT_BATCHES = 4
 
@@ -76,9 +74,6 @@ def plot_run(
     return drawn
 
 
-# what a run holds ---------------------------------------------------------------------------------
-
-
 def _history(run: Path) -> SubnetHistory:
     try:
         return SubnetHistory.read(run / "subnets.jsonl")
@@ -93,22 +88,11 @@ def _last_step(run: Path, history: SubnetHistory) -> int:
     return max(1, *steps)
 
 
-def _options(run: Path, base: str | None) -> FinetuneOptions:
-    if not (run / "run.json").exists():
-        raise InputError(f"{run} has no run.json, so its base model and its data are not known")
-    record = json.loads((run / "run.json").read_text())
-    known = {field.name for field in dataclasses.fields(FinetuneOptions)}
-    values = {name: value for name, value in record.items() if name in known}
-    return FinetuneOptions(
-        **{**values, "output": str(run), **({} if base is None else {"model": base})}
-    )
-
-
 def _gradients(run: Path, base: str | None) -> dict[str, tuple]:
-    options = _options(run, base)
+    options = read_options(run, base)
     model, tokenizer = load_model(options)
-    samples, _ = load_data(dataclasses.replace(options, eval_data=None), tokenizer)
-    collator = data.Collator(pad_token_id(tokenizer))
+    samples, _ = load_data(replace(options, eval_data=None), tokenizer)
+    collator = Collator(pad_token_id(tokenizer))
     loader: DataLoader = DataLoader(samples, options.batch_size, collate_fn=collator)  # type: ignore[arg-type]
     config = LoSiAConfig(
         rank_factor=options.rank_factor, output_dim_factor=options.output_dim_factor
@@ -117,20 +101,16 @@ def _gradients(run: Path, base: str | None) -> dict[str, tuple]:
 
 
 def _similarity(run: Path, base: str | None, vectors: int) -> dict:
-    options = _options(run, base)
+    options = read_options(run, base)
     if not (run / "model").exists():
         raise InputError(f"{run} is not finished: it has no model/ to compare with its base")
     folders = options.model, run / "model"
     before, after = (
         AutoModelForCausalLM.from_pretrained(folder, dtype="auto") for folder in folders
     )
-    names = [
-        name for name in _history(run).of_layers() if re.search(r"\.\d+\.", name)
-    ]  # not the vocabulary's
+    layers = _history(run).of_layers()
+    names = [name for name in layers if re.search(r"\.\d+\.", name)]  # not the vocabulary's
     return singular_vector_similarity(before, after, names, vectors)
-
-
-# pictures -----------------------------------------------------------------------------------------
 
 
 def draw_timeline(history: SubnetHistory, last: int, picture: Path) -> None:
@@ -161,24 +141,10 @@ def draw_timeline(history: SubnetHistory, last: int, picture: Path) -> None:
     )
     for axes, (what, title) in zip(panels[0], shown.items(), strict=True):
         extent = (0, last, len(groups) - 0.5, -0.5)
-        axes.imshow(
-            np.where(factor < 1, 1 - factor, np.nan),
-            extent=extent,
-            aspect="auto",
-            cmap="Oranges",
-            vmin=-0.3,
-            vmax=1.5,
-            interpolation="nearest",
-        )
-        axes.imshow(
-            np.where(observing == 1, 0.35, np.nan),
-            extent=extent,
-            aspect="auto",
-            cmap="Greys",
-            vmin=0,
-            vmax=1,
-            interpolation="nearest",
-        )
+        rewarmed = np.where(factor < 1, 1 - factor, np.nan)
+        _cells(axes, rewarmed, extent=extent, cmap="Oranges", vmin=-0.3, vmax=1.5)
+        observed = np.where(observing == 1, 0.35, np.nan)
+        _cells(axes, observed, extent=extent, cmap="Greys", vmin=0, vmax=1)
         moves = _by_move(history, what)
         if moves:
             dots = axes.scatter(
@@ -288,14 +254,8 @@ def draw_singular_vectors(similarity: dict, picture: Path) -> None:
         layout="constrained",
     )
     for axes, (kind, layers) in zip(panels.flat, kinds.items(), strict=False):
-        drawn = axes.imshow(
-            np.stack([layer.numpy() for layer in layers]),
-            aspect="auto",
-            vmin=0,
-            vmax=1,
-            cmap="viridis",
-            interpolation="nearest",
-        )
+        values = np.stack([layer.numpy() for layer in layers])
+        drawn = _cells(axes, values, vmin=0, vmax=1, cmap="viridis")
         axes.set(title=kind, xlabel="singular vector", ylabel="layer")
     for axes in list(panels.flat)[len(kinds) :]:
         axes.set_axis_off()
@@ -303,6 +263,11 @@ def draw_singular_vectors(similarity: dict, picture: Path) -> None:
         drawn, ax=panels, label="|cosine| of the i-th left singular vectors, before and after"
     )
     _save(figure, picture)
+
+
+def _cells(axes: pyplot.Axes, values: np.ndarray, **look: Any) -> Any:
+    """Each value as a cell of one colour, over the whole panel."""
+    return axes.imshow(values, aspect="auto", interpolation="nearest", **look)
 
 
 def _panels(
@@ -330,15 +295,8 @@ def _panels(
     )
     for line, (kind, each) in zip(panels, kinds.items(), strict=True):
         for side, axes in enumerate(line):
-            drawn = axes.imshow(
-                images[kind][side],
-                aspect="auto",
-                cmap=cmap,
-                vmin=0,
-                vmax=limit,
-                interpolation="nearest",
-                extent=(0, 1, len(each) - 0.5, -0.5),
-            )
+            extent = (0, 1, len(each) - 0.5, -0.5)
+            drawn = _cells(axes, images[kind][side], cmap=cmap, vmin=0, vmax=limit, extent=extent)
             if len(bands[kind][side][0]) > 1:
                 axes.hlines(np.arange(1, len(each)) - 0.5, 0, 1, color="0.75", linewidth=0.5)
             axes.set_title(f"{kind}: {('outputs', 'inputs')[side]}", fontsize=10)
@@ -352,9 +310,6 @@ def _panels(
     )
     figure.suptitle(title, fontsize=11)
     return figure
-
-
-# from places to numbers ---------------------------------------------------------------------------
 
 
 def _by_kind(layers: dict) -> dict[str, list]:

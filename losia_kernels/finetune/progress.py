@@ -9,17 +9,20 @@ from pathlib import Path
 
 import psutil
 import torch
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from ..integrations.history import append_log, read_log, rewind_log
 from ..integrations.transformers import losia_timeline
+from ..training.timeline import Timeline
+from .data import IGNORE
+from .options import FinetuneOptions
 
 WINDOW = 0.1  # of the run so far: how much the loss curve's moving average looks back over
 
 
 class ProgressCallback(TrainerCallback):
-    """Writes every step to ``log.jsonl`` and every ``print_every`` steps to the terminal; needs
-    ``logging_steps=1``.
+    """Says what runs, then writes every step to ``log.jsonl`` and every ``print_every`` steps to the
+    terminal; needs ``logging_steps=1``.
 
     The log has ``{"step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_gib",
     "seconds", "observing"}`` for each step, ``{"step", "relocalized"}`` after one that moved
@@ -27,11 +30,14 @@ class ProgressCallback(TrainerCallback):
     a GPU the process's resident size.
     """
 
-    def __init__(self, log_path: Path, picture_path: Path, print_every: int):
-        self.log_path, self.picture_path, self.print_every = log_path, picture_path, print_every
+    def __init__(self, folder: Path, options: FinetuneOptions, train_data: list):
+        self.log_path, self.picture_path = folder / "log.jsonl", folder / "loss_curve.png"
+        self.options, self.train_data = options, train_data
 
-    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         self.timeline = losia_timeline(optimizer)
+        text = describe_run(self.options, self.train_data, model, self.timeline, args)
+        print(text, flush=True)
         rewind_log(self.log_path, state.global_step)
         self.first_step, self.started = state.global_step, time.perf_counter()
         self.step_started, self.tokens_seen = self.started, state.num_input_tokens_seen
@@ -68,7 +74,10 @@ class ProgressCallback(TrainerCallback):
         self._write(entry)
         if self.moving:
             self._write({"step": state.global_step, "relocalized": self.moving})
-        if state.global_step % self.print_every == 0 or state.global_step == state.max_steps:
+        if (
+            state.global_step % self.options.print_every == 0
+            or state.global_step == state.max_steps
+        ):
             print(self._line(entry, state), flush=True)
         if not math.isfinite(logs["loss"]):
             raise FloatingPointError(
@@ -96,6 +105,36 @@ class ProgressCallback(TrainerCallback):
 
     def _write(self, entry: dict) -> None:
         append_log(self.log_path, [entry])
+
+
+def describe_run(
+    options: FinetuneOptions,
+    train_data: list,
+    model: PreTrainedModel,
+    timeline: Timeline,
+    arguments: TrainingArguments,
+) -> str:
+    """What is about to run: the model, the data, what of the model is trained, for how long."""
+    layers = [layer for layers in [*timeline.groups, timeline.dense] for layer in layers]
+    config, groups, steps = timeline.config, len(timeline.groups), arguments.max_steps
+    values = sum(layer.subnet.numel() for layer in layers)
+    total = model.num_parameters() - values
+    tokens = sum(len(sample["input_ids"]) for sample in train_data)
+    learned = sum(int((sample["labels"] != IGNORE).sum()) for sample in train_data)
+    period = f"period {config.period} steps" + (" (auto)" if options.period == "auto" else "")
+    many = arguments.world_size > 1
+    each = f" on each of {arguments.world_size} processes" if many else ""
+    return "\n".join(
+        [
+            f"model  {options.model}: {total / 1e6:,.1f}M values, {model.dtype} on {arguments.device}",
+            f"data   {options.data}: {len(train_data):,} {'packed rows' if options.packing else 'samples'}, "
+            f"{tokens:,} tokens, {learned:,} learned",
+            f"LoSiA  {len(layers)} layers in {groups} groups, {values:,} trained values "
+            f"({100 * values / total:.2f} %); {period}, {steps / (groups * config.period):.1f} cycles",
+            f"run    {steps} steps of {options.batch_size} x {options.gradient_accumulation} samples{each}, "
+            f"lr {options.lr:g} {options.lr_scheduler}, {config.warmup_steps} steps of warm-up",
+        ]
+    )
 
 
 def memory_gib() -> float:

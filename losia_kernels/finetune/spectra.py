@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import LoSiAConfig, apply_losia, remove_losia
-from ..layers.linear import losia_layers
+from ..layers.module import losia_layers
 
 
 def gradient_sums(

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from ..layers.linear import LoSiALinear
+from ..layers.module import SubnetModule
 from ..layers.subnet import Subnet
 from ..training.timeline import Timeline
 
@@ -65,25 +65,25 @@ class Place:
     captured: float | None = None
 
     @classmethod
-    def first(cls, layer: LoSiALinear) -> "Place":
+    def first(cls, layer: SubnetModule) -> "Place":
         """Where ``layer`` is before the first step."""
         return cls(
             0,
             layer.name,
-            layer.losia.group_name,
+            _group_of(layer),
             (layer.out_features, layer.in_features),
             _numpy(layer.out_idx),
             _numpy(layer.in_idx),
         )
 
     @classmethod
-    def after(cls, layer: LoSiALinear, subnet: Subnet, step: int) -> "Place":
+    def after(cls, layer: SubnetModule, subnet: Subnet, step: int) -> "Place":
         """Where ``layer``, which has not moved yet, will be. Waits for the GPU."""
         captured = math.nan if subnet.captured is None else float(subnet.captured)
         return cls(
             step,
             layer.name,
-            layer.losia.group_name,
+            _group_of(layer),
             (layer.out_features, layer.in_features),
             _numpy(subnet.out_idx),
             _numpy(subnet.in_idx),
@@ -124,7 +124,7 @@ class SubnetHistory:
     @staticmethod
     def begin(path: Path, timeline: Timeline) -> None:
         """Write the head and every layer's first place."""
-        layers = [layer for layers in [*timeline.groups, timeline.dense] for layer in layers]
+        layers = timeline.layers
         head = {"step": 0, "groups": timeline.group_names, "config": timeline.config.to_dict()}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")
@@ -144,6 +144,11 @@ class SubnetHistory:
         for place in self.places:
             layers.setdefault(place.layer, []).append(place)
         return layers
+
+
+def _group_of(layer: SubnetModule) -> str:
+    assert layer.membership is not None  # of a trained layer
+    return layer.membership.group_name
 
 
 def _numpy(idx: Tensor) -> np.ndarray:

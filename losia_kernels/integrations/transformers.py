@@ -23,7 +23,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
-from ..layers.linear import LoSiALinear
+from ..layers.module import SubnetModule
 from ..layers.subnet import Subnet
 from ..training.calibrate import calibrate, start_from_frequency
 from ..training.optimizer import LoSiAAdamW
@@ -39,7 +39,9 @@ class LoSiAOptimizerFactory:
     """What ``optimizer_cls_and_kwargs`` takes: the Trainer calls ``LoSiAOptimizerFactory()(model,
     **kwargs)``.
 
-    ``kwargs`` are those of ``LoSiAAdamW``; ``model`` is one that ``apply_losia`` has converted.
+    Args:
+        model: one that ``apply_losia`` has converted.
+        kwargs: those of ``LoSiAAdamW``.
     """
 
     def __call__(self, model: nn.Module, **kwargs) -> LoSiAAdamW:
@@ -50,10 +52,10 @@ class LoSiACallback(TrainerCallback):
     """Places the first subnets, tells the timeline the number of steps (``period="auto"``) and how
     ``trainer`` scales each loss, and reports what the subnets do.
 
-    Calibration takes ``calibration_steps`` batches before the first step, on the Trainer's own
-    loss, if the config's ``init_subnet`` is "calibrated"; with ``output_init="frequency"`` the
-    labels of the first 64 batches are counted. Neither moves torch's random state. A resumed run,
-    and one that a second ``train()`` continues, is left where it was.
+    Calibration is on the Trainer's own loss, if the config's ``init_subnet`` is "calibrated"; with
+    ``output_init="frequency"`` the labels of the first 64 batches are counted. Neither moves
+    torch's random state. A resumed run, and one that a second ``train()`` continues, is left where
+    it was. A run that ends before every group has moved once is warned about.
 
     Whatever ``args.report_to`` names (TensorBoard, ...) gets, with each of the Trainer's logs:
     ``losia/lr/<group>``, the group's learning rate with its rewarming; ``losia/observing``, the
@@ -61,12 +63,15 @@ class LoSiACallback(TrainerCallback):
     of the layers that have moved since the last log, averaged, ``losia/overlap`` and
     ``losia/captured`` (see ``history.Place``).
 
-    ``history``: a file that gets every place of every subnet, for ``losia-kernels plot``. A run
-    that ends before every group has moved once is warned about.
+    Args:
+        trainer: the one that the callback is added to.
+        calibration_steps: batches before the first step.
+        history: a file that gets every place of every subnet, for ``losia-kernels plot``.
 
-    Raises ValueError when training begins with an optimizer that is neither LoSiAAdamW nor one
-    ``attach`` was given, with gradients to clip that ``in_backward=True`` has spent, or with
-    several GPUs in one process (DataParallel).
+    Raises:
+        ValueError: when training begins with an optimizer that is neither LoSiAAdamW nor one
+            ``attach`` was given, with gradients to clip that ``in_backward=True`` has spent, or
+            with several GPUs in one process (DataParallel).
     """
 
     def __init__(
@@ -78,7 +83,7 @@ class LoSiACallback(TrainerCallback):
         self.trainer, self.calibration_steps = trainer, calibration_steps
         self.history = None if history is None else Path(history)
         self._training_step = trainer.training_step
-        trainer.training_step = self._tell_divisor_and_train
+        trainer.training_step = self._set_divisor_and_train
 
     # before the first step ------------------------------------------------------------------------
 
@@ -99,19 +104,16 @@ class LoSiACallback(TrainerCallback):
                 f"max_grad_norm={args.max_grad_norm} would find nothing to clip: with in_backward=True the gradients "
                 f"are spent before the step; set max_grad_norm=0"
             )
-        begins = (
-            state.global_step == timeline.step == 0
-        )  # not so in a second train(), which keeps the optimizer
-        if (
-            begins or timeline.config.period == "auto"
-        ):  # a checkpoint without the optimizer's state has no period
+        # not so in a second train(), which keeps the optimizer
+        begins = state.global_step == timeline.step == 0
+        # a checkpoint without the optimizer's state has no period
+        if begins or timeline.config.period == "auto":
             timeline.plan(state.max_steps)
         if begins and timeline.config.init_subnet == "calibrated":
             with _same_random_state(args.device):
                 batches = _first_batches(train_dataloader, self.calibration_steps, args.device)
-                self._calibrate(
-                    model.train(), batches, _loss_scale(optimizer)
-                )  # training checkpoints gradients
+                # training checkpoints gradients
+                self._calibrate(model.train(), batches, _loss_scale(optimizer))
         if begins and timeline.config.output_init == "frequency":
             with _same_random_state(args.device):
                 start_from_frequency(
@@ -137,9 +139,8 @@ class LoSiACallback(TrainerCallback):
 
         def loss_fn(model: nn.Module, batch: dict) -> torch.Tensor:
             with self.trainer.compute_loss_context_manager():
-                return scale * self.trainer.compute_loss(
-                    model, dict(batch)
-                )  # which may take labels out
+                # which may take labels out
+                return scale * self.trainer.compute_loss(model, dict(batch))
 
         try:
             calibrate(model, batches, len(batches), loss_fn, loss_divisor=1 / scale)
@@ -153,7 +154,7 @@ class LoSiACallback(TrainerCallback):
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         self._scale = _loss_scale(optimizer)  # once a step, which is as often as it changes
 
-    def _tell_divisor_and_train(self, model, inputs, num_items_in_batch=None):
+    def _set_divisor_and_train(self, model, inputs, num_items_in_batch=None):
         timeline = losia_timeline(self.trainer.optimizer)
         timeline.loss_divisor = self._divisor(inputs, num_items_in_batch, timeline) / self._scale
         return self._training_step(model, inputs, num_items_in_batch)
@@ -181,9 +182,8 @@ class LoSiACallback(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         timeline = losia_timeline(optimizer)
         self._rates = {}
-        for position, options in enumerate(
-            optimizer.param_groups
-        ):  # LoSiAAdamW's groups first; attach numbers them
+        # LoSiAAdamW's groups first; attach numbers them
+        for position, options in enumerate(optimizer.param_groups):
             group = options.get("layer_group", position)
             if group is not None and group < len(timeline.group_names):
                 self._rates[f"losia/lr/{timeline.group_names[group]}"] = options[
@@ -191,7 +191,7 @@ class LoSiACallback(TrainerCallback):
                 ] * timeline.lr_factor(group)
         self._observing = min(timeline.observing, default=-1)
 
-    def _note(self, layer: LoSiALinear, subnet: Subnet) -> None:
+    def _note(self, layer: SubnetModule, subnet: Subnet) -> None:
         self._moved.append(Place.after(layer, subnet, self.trainer.state.global_step + 1))
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -1,1 +1,1 @@
-"""The Triton kernels: one file an operation, its tiles included."""
+"""The Triton kernels: one file an operation; ``launch`` chooses their tiles."""

@@ -5,21 +5,21 @@ import functools
 import operator
 import struct
 from collections.abc import Sequence
-from itertools import chain
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.rounding import CODE_BLOCK, FIRST_MOMENT, SECOND_MOMENT, dynamic_map
+from .codes import CODE_BLOCK, FIRST_MOMENT, SECOND_MOMENT, dynamic_map
 from .device import stochastic_round, store_as
-from .formats import adamw, join_float, load_moment, split_float, store_moment
+from .formats import join_float, load_moment, split_float, store_moment
 from .launch import LaunchConfig, launch_config
-from .subnet_adamw import signed_32_bits
 from .tiles import tile_offsets, tile_ptrs
 
 DTYPES = {
+    torch.float64: tl.float64,  # a gradient
     torch.float32: tl.float32,
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
@@ -35,24 +35,45 @@ FIRST, SECOND = tl.constexpr(FIRST_MOMENT), tl.constexpr(SECOND_MOMENT)
     GRAD,
     EXP_AVG,
     EXP_AVG_SQ,
+    OUT_IDX,
+    IN_IDX,
     EXP_AVG_SCALE,
     EXP_AVG_SQ_SCALE,
     REMAINDER,
-    OUT_IDX,
-    IN_IDX,
     K_OUT,
     K_IN,
     STRIDE_WEIGHT_OUT,
     STRIDE_WEIGHT_IN,
-    SPLITS,
     FIRST_TILE,
     SEED,
     DECAY,
     STEP_SIZE,
     ROOT_CORRECTION,
-) = (tl.constexpr(field) for field in range(20))
-FIELDS = tl.constexpr(20)
-ROW = struct.Struct("<17q f4x f4x f4x")
+) = (tl.constexpr(field) for field in range(19))
+FIELDS = tl.constexpr(19)
+ROW = struct.Struct("<16q f4x f4x f4x")
+
+
+@triton.jit
+def adamw(
+    value,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    eps,
+    decay,  # 1 - lr * weight_decay
+    step_size,  # lr / (1 - beta1^step)
+    root_correction,  # sqrt(1 - beta2^step)
+):
+    """One step in float32 -> new ``(value, exp_avg, exp_avg_sq)``; eps outside the corrected
+    root."""
+    exp_avg += (grad - exp_avg) * one_minus_beta1
+    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad
+    denom = tl.div_rn(tl.sqrt_rn(exp_avg_sq), root_correction) + eps
+    return value * decay - tl.div_rn(step_size * exp_avg, denom), exp_avg, exp_avg_sq
 
 
 @triton.jit
@@ -98,29 +119,22 @@ def subnets_adamw_kernel(
     mask_out = offs_out < k_out
 
     grad_ptrs = tile_ptrs(load_pointer(row, GRAD, GRAD_DTYPE, ALIGNED), offs_out, offs_in, k_in, 1)
-    grad = tl.zeros((BLOCK_OUT, BLOCK_IN), dtype=tl.float32)
-    for _ in range(tl.load(row + SPLITS).to(tl.int32)):
-        grad += tl.load(grad_ptrs, mask=mask, other=0.0).to(tl.float32)
-        grad_ptrs += tl.cast(k_out, tl.int64) * k_in
+    grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(tl.float32)
 
-    avg_ptrs = tile_ptrs(
-        load_pointer(row, EXP_AVG, MOMENT_DTYPE, ALIGNED), offs_out, offs_in, k_in, 1
-    )
-    sq_ptrs = tile_ptrs(
-        load_pointer(row, EXP_AVG_SQ, MOMENT_DTYPE, ALIGNED), offs_out, offs_in, k_in, 1
-    )
+    avg_ptr = load_pointer(row, EXP_AVG, MOMENT_DTYPE, ALIGNED)
+    sq_ptr = load_pointer(row, EXP_AVG_SQ, MOMENT_DTYPE, ALIGNED)
+    avg_ptrs = tile_ptrs(avg_ptr, offs_out, offs_in, k_in, 1)
+    sq_ptrs = tile_ptrs(sq_ptr, offs_out, offs_in, k_in, 1)
     offs_scale = offs_out * tiles_in + tile_in
     avg_scale_ptrs = load_pointer(row, EXP_AVG_SCALE, tl.float32, False) + offs_scale
     sq_scale_ptrs = load_pointer(row, EXP_AVG_SQ_SCALE, tl.float32, False) + offs_scale
     exp_avg = load_moment(avg_ptrs, avg_scale_ptrs, signed_map_ptr, mask, mask_out)
     exp_avg_sq = load_moment(sq_ptrs, sq_scale_ptrs, unsigned_map_ptr, mask, mask_out)
 
-    subnet_ptrs = tile_ptrs(
-        load_pointer(row, SUBNET, SUBNET_DTYPE, ALIGNED), offs_out, offs_in, k_in, 1
-    )
-    rest_ptrs = tile_ptrs(
-        load_pointer(row, REMAINDER, tl.int16, ALIGNED), offs_out, offs_in, k_in, 1
-    )
+    subnet_ptr = load_pointer(row, SUBNET, SUBNET_DTYPE, ALIGNED)
+    rest_ptr = load_pointer(row, REMAINDER, tl.int16, ALIGNED)
+    subnet_ptrs = tile_ptrs(subnet_ptr, offs_out, offs_in, k_in, 1)
+    rest_ptrs = tile_ptrs(rest_ptr, offs_out, offs_in, k_in, 1)
     value = tl.load(subnet_ptrs, mask=mask, other=0.0)
     if HAS_REMAINDER:
         value = join_float(value, tl.load(rest_ptrs, mask=mask, other=0))
@@ -137,9 +151,7 @@ def subnets_adamw_kernel(
         load_float(row, STEP_SIZE),
         load_float(row, ROOT_CORRECTION),
     )
-    counter = (
-        offs_out[:, None] * k_in + offs_in[None, :]
-    )  # flat position in the subnet, modulo 2^32
+    counter = offs_out[:, None] * k_in + offs_in[None, :]  # position in the subnet, modulo 2^32
     store_moment(
         avg_ptrs,
         avg_scale_ptrs,
@@ -169,80 +181,37 @@ def subnets_adamw_kernel(
         value = stochastic_round(value, counter, seed, SUBNET_DTYPE).to(tl.float32)
     store_as(subnet_ptrs, value, mask)
 
-    weight_out = tl.load(
-        load_pointer(row, OUT_IDX, tl.int64, ALIGNED) + offs_out, mask=mask_out, other=0
-    )
-    weight_in = tl.load(
-        load_pointer(row, IN_IDX, tl.int64, ALIGNED) + offs_in, mask=offs_in < k_in, other=0
-    )
+    out_idx_ptr = load_pointer(row, OUT_IDX, tl.int64, ALIGNED)
+    in_idx_ptr = load_pointer(row, IN_IDX, tl.int64, ALIGNED)
+    weight_out = tl.load(out_idx_ptr + offs_out, mask=mask_out, other=0)
+    weight_in = tl.load(in_idx_ptr + offs_in, mask=offs_in < k_in, other=0)
     weight_ptr = load_pointer(row, WEIGHT, WEIGHT_DTYPE, ALIGNED)
     stride_out, stride_in = tl.load(row + STRIDE_WEIGHT_OUT), tl.load(row + STRIDE_WEIGHT_IN)
     store_as(tile_ptrs(weight_ptr, weight_out, weight_in, stride_out, stride_in), value, mask)
 
 
 def launch_subnets_adamw_(
-    weights,
-    subnets,
-    grads,
-    exp_avgs,
-    exp_avg_sqs,
-    out_idx,
-    in_idx,
-    lr,
-    step,
-    seeds,
-    beta1,
-    beta2,
-    eps,
-    weight_decay,
-    exp_avg_scales,
-    exp_avg_sq_scales,
-    remainders,
+    updates: Sequence[Any], beta1: float, beta2: float, eps: float, weight_decay: float
 ) -> None:
-    """``ops.subnets_adamw_`` on the device: one launch for each device and combination of
-    dtypes."""
-    columns = (
-        weights,
-        subnets,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        exp_avg_scales,
-        exp_avg_sq_scales,
-        remainders,
-        out_idx,
-        in_idx,
-        lr,
-        step,
-        seeds,
-    )
-    kinds: dict[tuple, list[int]] = {}
-    for number, (weight, subnet, grad, exp_avg) in enumerate(
-        zip(weights, subnets, grads, exp_avgs, strict=True)
-    ):
+    """``ops.subnets_adamw_`` on the device, of ``ops.adamw.Update``s: one launch for each device
+    and combination of dtypes."""
+    kinds: dict[tuple, list[Any]] = {}
+    for update in updates:
+        weight, subnet, grad, exp_avg = update[:4]
         kind = weight.device, weight.dtype, subnet.dtype, grad.dtype, exp_avg.dtype
-        kinds.setdefault(kind, []).append(number)
-    for (device, *dtypes), numbers in kinds.items():
-        *tensors, lrs, steps, these_seeds = (
-            [each[n] for n in numbers] if each else [] for each in columns
+        kinds.setdefault(kind, []).append(update)
+    for (device, *dtypes), alike in kinds.items():
+        first = alike[0]
+        has_codes, has_remainder = dtypes[3] == torch.uint8, first.remainder is not None
+        config = launch_config("subnets_adamw_", first.subnet, n_in=CODE_BLOCK)
+        first_tiles, matrix_of_tile = tile_map(
+            tuple(update.subnet.shape for update in alike), config, device
         )
-        has_codes = dtypes[3] == torch.uint8
-        config = launch_config("subnet_adamw_", subnets[numbers[0]], n_in=CODE_BLOCK)
-        shapes = tuple(subnets[n].shape for n in numbers)
-        first_tiles, matrix_of_tile = tile_map(shapes, config, device)
-        table, aligned = make_table(
-            tensors,
-            shapes,
-            first_tiles,
-            [signed_32_bits(seed) for seed in these_seeds] or [0] * len(numbers),
-            [1 - rate * weight_decay for rate in lrs],
-            [rate / (1 - beta1**count) for rate, count in zip(lrs, steps, strict=True)],
-            [(1 - beta2**count) ** 0.5 for count in steps],
-        )
-        compiler = config.compiler | (
-            {"num_warps": 8} if has_codes and not aligned else {}
-        )  # four spill
-        with torch.cuda.device_of(weights[numbers[0]]):
+        table, aligned = make_table(alike, first_tiles, beta1, beta2, weight_decay)
+        compiler = config.compiler
+        if has_codes and not aligned:
+            compiler |= {"num_warps": 8}  # four spill
+        with torch.cuda.device_of(first.weight):
             subnets_adamw_kernel[(len(matrix_of_tile),)](
                 _to_device(table, device),
                 matrix_of_tile,
@@ -252,8 +221,8 @@ def launch_subnets_adamw_(
                 1 - beta2,
                 eps,
                 *(DTYPES[dtype] for dtype in dtypes),
-                STOCHASTIC=bool(seeds) and dtypes[1].itemsize == 2 and not remainders,
-                HAS_REMAINDER=bool(remainders),
+                STOCHASTIC=first.seed is not None and dtypes[1].itemsize == 2 and not has_remainder,
+                HAS_REMAINDER=has_remainder,
                 ALIGNED=aligned,
                 BLOCK_OUT=config.block_out,
                 BLOCK_IN=config.block_in,
@@ -262,23 +231,37 @@ def launch_subnets_adamw_(
 
 
 def make_table(
-    tensors: list[list[Tensor]], shapes: Sequence[tuple[int, int]], *changing: Sequence[float]
+    updates: Sequence[Any],
+    first_tiles: Sequence[int],
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
 ) -> tuple[Tensor, bool]:
     """What the kernel reads about each matrix, on the host, and whether everything is aligned to 16
-    bytes.
+    bytes."""
+    rows, bits = bytearray(), 0
+    for update, first_tile in zip(updates, first_tiles, strict=True):
+        tensors = update[:7] + update[10:]
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        k_out, k_in = update.subnet.shape
+        rows += ROW.pack(
+            *addresses,
+            k_out,
+            k_in,
+            *update.weight.stride(),
+            first_tile,
+            signed_32_bits(update.seed or 0),
+            1 - update.lr * weight_decay,
+            update.lr / (1 - beta1**update.step),
+            (1 - beta2**update.step) ** 0.5,
+        )
+        bits = functools.reduce(operator.or_, addresses, bits | k_in)
+    return torch.frombuffer(rows, dtype=torch.int64).view(-1, FIELDS.value), bits % 16 == 0
 
-    ``tensors``: a column for each address (an empty one is of zeros); ``changing``: the columns
-    from FIRST_TILE on.
-    """
-    addresses = [[tensor.data_ptr() for tensor in each] or [0] * len(shapes) for each in tensors]
-    strides = [weight.stride() for weight in tensors[0]]
-    splits = [grad.shape[0] if grad.dim() == 3 else 1 for grad in tensors[2]]
-    k_out, k_in = zip(*shapes, strict=True)
-    rows = map(ROW.pack, *addresses, k_out, k_in, *zip(*strides, strict=True), splits, *changing)
-    aligned = functools.reduce(operator.or_, chain(k_in, *addresses)) % 16 == 0
-    return torch.frombuffer(bytearray().join(rows), dtype=torch.int64).view(
-        -1, FIELDS.value
-    ), aligned
+
+def signed_32_bits(value: int) -> int:
+    """The low 32 bits as an int32, which the table's field is read as."""
+    return (value + 2**31) % 2**32 - 2**31
 
 
 @functools.lru_cache(maxsize=256)

@@ -39,13 +39,12 @@ def store_grad(
     ignored,
     vocabulary,
     label_smoothing,
-    z_loss,
     softcap,
     logit_scale,
     CAPPED: tl.constexpr,
 ):
     """The gradient of one token's loss, over its logits; zero for an ignored token."""
-    grad = tl.exp(z - lse) * (1 + 2 * z_loss * lse) - label_smoothing / vocabulary
+    grad = tl.exp(z - lse) - label_smoothing / vocabulary
     grad -= tl.where(offs_out == label, 1 - label_smoothing, 0.0)
     if CAPPED:
         ratio = z / softcap
@@ -65,7 +64,6 @@ def cross_entropy_grad_kernel(
     stride_labels_t,
     ignore_index,
     label_smoothing,
-    z_loss,
     softcap,
     logit_scale,
     CAPPED: tl.constexpr,
@@ -95,9 +93,8 @@ def cross_entropy_grad_kernel(
             CAPPED,
         )
         higher = tl.maximum(peak, z)
-        base = tl.where(
-            higher == float("-inf"), 0.0, higher
-        )  # nothing but -inf so far: exp(-inf - 0) is 0
+        # nothing but -inf so far: exp(-inf - 0) is 0
+        base = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp(peak - base) + tl.exp(z - base)
         peak = higher
         if SMOOTHED:
@@ -108,7 +105,7 @@ def cross_entropy_grad_kernel(
 
     target_ptr = logits_ptr + tl.where(in_range, label, 0) * stride_logits_out
     target = load_capped(target_ptr, in_range, softcap, logit_scale, CAPPED)
-    loss = lse - (1 - label_smoothing) * target + z_loss * lse * lse
+    loss = lse - (1 - label_smoothing) * target
     if SMOOTHED:
         loss -= label_smoothing * (tl.sum(z_sum, axis=0) / vocabulary)
     tl.store(losses_ptr + t, tl.where(ignored, 0.0, loss))
@@ -131,7 +128,6 @@ def cross_entropy_grad_kernel(
                 ignored,
                 vocabulary,
                 label_smoothing,
-                z_loss,
                 softcap,
                 logit_scale,
                 CAPPED,
@@ -152,7 +148,6 @@ def cross_entropy_block_grad_kernel(
     stride_lse_t,
     ignore_index,
     label_smoothing,
-    z_loss,
     softcap,
     logit_scale,
     CAPPED: tl.constexpr,
@@ -175,7 +170,6 @@ def cross_entropy_block_grad_kernel(
         label == ignore_index,
         vocabulary,
         label_smoothing,
-        z_loss,
         softcap,
         logit_scale,
         CAPPED,
@@ -187,7 +181,6 @@ def launch_cross_entropy_grad_(
     labels: Tensor,
     ignore_index: int,
     label_smoothing: float,
-    z_loss: float,
     softcap: float | None,
     logit_scale: float,
     write_grad: bool,
@@ -210,7 +203,6 @@ def launch_cross_entropy_grad_(
             *labels.stride(),
             ignore_index,
             float(label_smoothing),
-            float(z_loss),
             float(softcap or 1.0),
             float(logit_scale),
             CAPPED=softcap is not None,
@@ -230,7 +222,6 @@ def launch_cross_entropy_block_grad_(
     vocabulary: int,
     ignore_index: int,
     label_smoothing: float,
-    z_loss: float,
     softcap: float | None,
     logit_scale: float,
 ) -> None:
@@ -252,7 +243,6 @@ def launch_cross_entropy_block_grad_(
             *lse.stride(),
             ignore_index,
             float(label_smoothing),
-            float(z_loss),
             float(softcap or 1.0),
             float(logit_scale),
             CAPPED=softcap is not None,

@@ -25,9 +25,8 @@ def stochastic_round(value, counter, seed, dtype: tl.constexpr):
 
     ``counter`` is the element's flat position in its tensor.
     """
-    DROPPED: tl.constexpr = (
-        16 if dtype == tl.bfloat16 else 13
-    )  # mantissa bits that float32 has and dtype has not
+    # mantissa bits that float32 has and dtype has not
+    DROPPED: tl.constexpr = 16 if dtype == tl.bfloat16 else 13
     noise = hash_u32(counter, seed) & ((1 << DROPPED) - 1)
     bits = ((value.to(tl.uint32, bitcast=True) + noise) >> DROPPED) << DROPPED
     rounded = bits.to(tl.float32, bitcast=True)

@@ -1,32 +1,10 @@
-"""The arithmetic of AdamW in the kernels, and moments in fewer bits:
-``losia_kernels.ops.rounding``, bit for bit."""
+"""Moments in fewer bits, and a float32 in two 16-bit parts: ``losia_kernels.ops.rounding``, bit
+for bit."""
 
 import triton
 import triton.language as tl
 
 from .device import hash_u32, stochastic_round, store_as
-
-
-@triton.jit
-def adamw(
-    value,
-    grad,
-    exp_avg,
-    exp_avg_sq,
-    one_minus_beta1,
-    beta2,
-    one_minus_beta2,
-    eps,
-    decay,  # 1 - lr * weight_decay
-    step_size,  # lr / (1 - beta1^step)
-    root_correction,  # sqrt(1 - beta2^step)
-):
-    """One step in float32 -> new ``(value, exp_avg, exp_avg_sq)``; eps outside the corrected
-    root."""
-    exp_avg += (grad - exp_avg) * one_minus_beta1
-    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad
-    denom = tl.div_rn(tl.sqrt_rn(exp_avg_sq), root_correction) + eps
-    return value * decay - tl.div_rn(step_size * exp_avg, denom), exp_avg, exp_avg_sq
 
 
 @triton.jit

@@ -29,9 +29,8 @@ def gather_features_kernel(
     offs_in = first_in + tl.arange(0, BLOCK_IN)  # [BLOCK_IN]
     idx = load_index(idx_ptr, offs_in, k_in, ALIGN)  # read once for all tokens of the tile
     mask = (offs_t < tokens)[:, None] & (offs_in < k_in)[None, :]
-    x = tl.load(
-        x_ptr + offs_t[:, None] * stride_x_t + (idx * stride_x_in)[None, :], mask=mask
-    )  # [BLOCK_T, BLOCK_IN]
+    ptrs = x_ptr + offs_t[:, None] * stride_x_t + (idx * stride_x_in)[None, :]
+    x = tl.load(ptrs, mask=mask)  # [BLOCK_T, BLOCK_IN]
     # Stored flat, so that the wide stores do not spread the threads of a load: neighbours share its
     # cache lines.
     offs = tl.arange(0, BLOCK_T * BLOCK_IN)

@@ -25,7 +25,7 @@ def load_importance(
     grad_scale,
     KIND: tl.constexpr,
 ):
-    """I of one tile in float32 (``eager.importance_of``), 0 outside the mask."""
+    """I of one tile in float32 (``ops.importance.importance_of``), 0 outside the mask."""
     grad = tl.load(
         tile_ptrs(grad_ptr, offs_out, offs_in, stride_grad_out, stride_grad_in),
         mask=mask,

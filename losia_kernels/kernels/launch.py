@@ -1,24 +1,21 @@
 """Which tile a kernel is launched with: one frozen ``LaunchConfig``, chosen by one function.
-Imports no triton."""
+
+Imports no triton: the tiles stand here and not beside their kernels, because they are counted,
+compared and tested where there is none.
+"""
 
 import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator
 
 import torch
 
 SUBNET_GRAD_VARIANTS = ("fused", "fused_wide", "gathered", "gathered_library")
-MULTIPROCESSORS = {
-    "sm_80": 108,
-    "sm_90": 132,
-    "sm_100": 148,
-    "gfx942": 304,
-}  # A100, H100 and H200, B200, MI300X
-MIN_TOKENS_PER_SPLIT = (
-    256  # below this a split costs more in partial sums than it gains in parallelism
-)
+# A100, H100 and H200, B200, MI300X
+MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+# below this a split costs more in partial sums than it gains in parallelism
+MIN_TOKENS_PER_SPLIT = 256
 MAX_SPLITS = 16
 MAX_VECTOR = 16  # bytes in one load, and more entries than any vector has
 
@@ -72,7 +69,7 @@ def choose_config(
     if kernel == "subnet_grad":
         variant = variant or choose_subnet_grad(arch, dtype, n_in, alignment)
         return _subnet_grad_tiles(variant, arch, dtype, tokens, n_out, n_in, alignment)
-    if kernel in ("subnet_adamw_", "importance_update_"):
+    if kernel in ("subnets_adamw_", "importance_update_"):
         # Four entries a thread (64 threads a warp on AMD): 16-byte accesses in float32; more of
         # them spill on sm_80.
         return LaunchConfig(
@@ -85,16 +82,6 @@ def choose_config(
     if kernel == "cross_entropy_grad_":
         return LaunchConfig(block_out=_tile(n_out, 16, 4096), num_warps=16)
     raise ValueError(f"no launch configuration for kernel {kernel!r}")
-
-
-def subnet_grad_config(
-    dy: torch.Tensor, k_out: int, k_in: int, gathers: bool, alignment: int
-) -> LaunchConfig:
-    """``launch_config`` of "subnet_grad" for ``dy [..., out]``; without ``gathers`` its columns are
-    all taken."""
-    tokens = math.prod(dy.shape[:-1])  # Size.numel() would fix a symbol to one value
-    run = alignment if gathers else MAX_VECTOR
-    return launch_config("subnet_grad", dy, tokens=tokens, n_out=k_out, n_in=k_in, alignment=run)
 
 
 def choose_subnet_grad(arch: str, dtype: torch.dtype, k_in: int, alignment: int) -> str:
@@ -121,53 +108,44 @@ def _subnet_grad_tiles(
     variant: str, arch: str, dtype: torch.dtype, tokens: int, k_out: int, k_in: int, alignment: int
 ) -> LaunchConfig:
     """One tile for each form; as many splits of the tokens as fill the device with the programs it
-    holds at once."""
+    holds ``at_once``."""
     wide_loads = variant.startswith("gathered") or alignment * dtype.itemsize >= MAX_VECTOR
     if variant not in SUBNET_GRAD_VARIANTS:
         raise ValueError(
             f"subnet_grad has the variants {', '.join(SUBNET_GRAD_VARIANTS)}, not {variant!r}"
         )
-    if dtype.itemsize > 2:
-        at_once, tile = 2, LaunchConfig(block_t=16, block_out=64, block_in=64, num_warps=8)
-        if variant == "fused_wide":
-            at_once, tile = (
-                1,
-                LaunchConfig(block_t=16, block_out=32, block_in=_tile(k_in, 16, 128), num_warps=8),
-            )
+    if dtype.itemsize > 2 and variant == "fused_wide":
+        at_once, block_t, block_out, block_in, stages = 1, 16, 32, _tile(k_in, 16, 128), 1
+    elif dtype.itemsize > 2:
+        at_once, block_t, block_out, block_in, stages = 2, 16, 64, 64, 1
     elif variant == "fused_wide":
-        width = _tile(k_in, 128, 512)
-        at_once, tile = (
-            1,
-            LaunchConfig(block_t=32, block_out=64, block_in=width, num_warps=8, num_stages=2),
-        )
+        at_once, block_t, block_out, block_in, stages = 1, 32, 64, _tile(k_in, 128, 512), 2
     elif wide_loads:
-        stages = (
-            2 if arch.startswith("gfx") else 3
-        )  # three fill two programs' shared memory on NVIDIA
-        at_once, tile = (
-            2,
-            LaunchConfig(block_t=64, block_out=128, block_in=128, num_warps=8, num_stages=stages),
-        )
-    else:  # block_out differs from block_in: tiles of one shape share one layout, which spreads the gather over lines
-        at_once, tile = (
-            3,
-            LaunchConfig(block_t=32, block_out=64, block_in=128, num_warps=8, num_stages=2),
-        )
-    tiles = -(-k_out // tile.block_out) * -(-k_in // tile.block_in)
-    programs = at_once * MULTIPROCESSORS.get(arch, 128)
-    splits = (
-        max(1, min(programs // tiles, tokens // MIN_TOKENS_PER_SPLIT, MAX_SPLITS)) if tiles else 1
-    )
-    if variant == "gathered_library":
-        splits = 1
-    return dataclasses.replace(
-        tile, variant=variant, splits=splits, prefetch=not wide_loads and dtype.itemsize == 2
+        at_once, block_t, block_out, block_in, stages = 2, 64, 128, 128, 3
+        if arch.startswith("gfx"):  # three fill two programs' shared memory on NVIDIA alone
+            stages = 2
+    else:
+        # block_out differs from block_in: tiles of one shape share one layout, which spreads the
+        # gather over lines
+        at_once, block_t, block_out, block_in, stages = 3, 32, 64, 128, 2
+    splits, tiles = 1, -(-k_out // block_out) * -(-k_in // block_in)
+    if tiles and variant != "gathered_library":
+        programs = at_once * MULTIPROCESSORS.get(arch, 128)
+        splits = max(1, min(programs // tiles, tokens // MIN_TOKENS_PER_SPLIT, MAX_SPLITS))
+    return LaunchConfig(
+        block_t,
+        block_out,
+        block_in,
+        splits,
+        num_warps=8,
+        num_stages=stages,
+        variant=variant,
+        prefetch=not wide_loads and dtype.itemsize == 2,
     )
 
 
-_remembered_config = functools.lru_cache(maxsize=1024)(
-    choose_config
-)  # it is asked for at every launch
+# it is asked for at every launch
+_remembered_config = functools.lru_cache(maxsize=1024)(choose_config)
 
 
 def launch_config(
@@ -182,10 +160,7 @@ def launch_config(
     replaced."""
     arch = _arch_override[-1] if _arch_override else device_arch(like.device)
     override = _overrides.get(kernel, {})
-    choose = (
-        choose_config if isinstance(tokens, torch.SymInt) else _remembered_config
-    )  # a symbol has no hash
-    config = choose(
+    config = _remembered_config(
         kernel, arch, like.dtype, tokens, n_out, n_in, alignment, override.get("variant")
     )
     return dataclasses.replace(config, **override) if override else config
@@ -194,9 +169,8 @@ def launch_config(
 @functools.lru_cache
 def device_arch(device: torch.device) -> str:
     """ "sm_90" on an NVIDIA device, "gfx942" on an AMD one, "cpu" elsewhere."""
-    if (
-        device.type != "cuda" or not torch.cuda.is_available()
-    ):  # a fake tensor may be on a device that is not there
+    # a fake tensor may be on a device that is not there
+    if device.type != "cuda" or not torch.cuda.is_available():
         return "cpu"
     if torch.version.hip:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]

@@ -1,15 +1,14 @@
 """``dy[:, out_idx].T @ x[:, in_idx]`` (Eq. 9), one partial sum per range of tokens; the forms are
-in ``_launch``."""
+in ``launch.choose_subnet_grad``."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops import eager
 from .device import dot, load_index, store_as
 from .gather import launch_gather_features
-from .launch import LaunchConfig, subnet_grad_config
+from .launch import MAX_VECTOR, LaunchConfig, launch_config
 
 
 @triton.jit
@@ -78,25 +77,43 @@ def subnet_grad_kernel(
 def launch_subnet_grad(
     dy: Tensor, x: Tensor, out_idx: Tensor | None, in_idx: Tensor | None, alignment: int = 1
 ) -> Tensor:
-    """``[splits, k_out, k_in]`` float32, to be summed over the splits; see
-    ``ops.subnet_grad_partials``."""
+    """``ops.subnet_grad`` on the device: the sums of the ranges of tokens, added in fixed order."""
+    partials = launch_partials(dy, x, out_idx, in_idx, alignment)
+    return partials[0] if partials.shape[0] == 1 else partials.sum(0)
+
+
+def launch_partials(
+    dy: Tensor, x: Tensor, out_idx: Tensor | None, in_idx: Tensor | None, alignment: int = 1
+) -> Tensor:
+    """``[splits, k_out, k_in]`` float32, one summand per range of tokens."""
     k_out = dy.shape[-1] if out_idx is None else out_idx.shape[0]
     k_in = x.shape[-1] if in_idx is None else in_idx.shape[0]
     tokens = dy.shape[:-1].numel()
-    config = subnet_grad_config(dy, k_out, k_in, out_idx is not None, alignment)
-    dy = dy.reshape(
-        tokens, dy.shape[-1]
-    )  # copies only where the leading dimensions have no common stride
+    config = launch_config(
+        "subnet_grad",
+        dy,
+        tokens=tokens,
+        n_out=k_out,
+        n_in=k_in,
+        alignment=MAX_VECTOR if out_idx is None else alignment,  # without a gather all is one run
+    )
+    # copies only where the leading dimensions have no common stride
+    dy = dy.reshape(tokens, dy.shape[-1])
     x = x.reshape(tokens, x.shape[-1])
-    if (
-        in_idx is not None and config.variant != "fused"
-    ):  # two gathers in one wide tile would not fit the registers
+    # two gathers in one wide tile would not fit the registers
+    if in_idx is not None and config.variant != "fused":
         x, in_idx = launch_gather_features(x, in_idx, alignment), None
     if out_idx is not None and config.variant.startswith("gathered"):
         dy, out_idx = launch_gather_features(dy, out_idx, alignment), None
     if config.variant == "gathered_library":
-        return eager.subnet_grad_partials(dy, x, None, None)
+        return _library_product(dy, x).unsqueeze(0)
     return _launch_product(dy, x, out_idx, in_idx, k_out, k_in, alignment, config)
+
+
+def _library_product(dy: Tensor, x: Tensor) -> Tensor:
+    if dy.is_cuda and dy.dtype.itemsize == 2:  # elsewhere torch has no product into a wider dtype
+        return torch.mm(dy.T, x, out_dtype=torch.float32)
+    return dy.float().T @ x.float()
 
 
 def _launch_product(

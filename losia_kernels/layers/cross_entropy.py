@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import ops
-from ..ops import eager
+from ..ops.rounding import accumulate_dtype
 
 CHUNK_BYTES = 128 * 2**20  # 1,024 tokens of a vocabulary of 32,000
 
@@ -23,40 +23,43 @@ def losia_linear_cross_entropy(
     bias: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
-    num_items: Tensor | float | None = None,
     label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_bytes: int = CHUNK_BYTES,
     on_gradient: Callable[[Tensor, slice], None] | None = None,
 ) -> Tensor:
     """``cross_entropy(hidden @ weight.T + bias, labels)``, differentiated for ``hidden`` and some
-    rows of the weight.
+    rows of the weight (Section 3.2).
 
-    ``hidden [..., d]`` and ``weight [V, d]`` share a dtype (under autocast, both are computed in
-    its dtype); ``labels [...]`` int64, already shifted. ``subnet`` only carries the weight's
-    gradient: the float32 copy of ``weight[out_idx]`` (``out_idx [k_out]`` int64), or of all rows
-    (``out_idx`` None; the weight itself will do). Without it the weight is frozen and no gradient
-    of it is computed. A trained ``bias [V]`` gets its gradient.
+    With ``z = softcap * tanh(logit_scale * raw / softcap)``, only scaled if ``softcap`` is None.
+    Beyond the gradients themselves one chunk of logits is in memory. The gradients are made with
+    the loss; the backward only scales them. On the CPU ignored tokens have no logits.
 
-    The logits are ``z = softcap * tanh(logit_scale * raw / softcap)``, only scaled if ``softcap``
-    is None; ``z_loss * logsumexp(z)^2`` is added to each token's loss; ``label_smoothing`` and
-    ``ignore_index`` are torch's. ``reduction="mean"`` divides by ``num_items`` (of the accumulated
-    batch) or else by the labels not ignored, "sum" by nothing. Returns the loss, a float32 scalar
-    (float64 for float64).
+    Args:
+        hidden: ``[..., d]`` of the weight's dtype; under autocast both are computed in its dtype.
+        weight: ``[V, d]``; never differentiated itself.
+        labels: int64 ``[...]``, already shifted.
+        subnet: only carries the weight's gradient: the float32 copy of ``weight[out_idx]``, or of
+            all rows (the weight itself will do). None: the weight is frozen.
+        out_idx: int64 ``[k_out]``; None is all rows.
+        bias: ``[V]``; a trained one gets its gradient.
+        ignore_index, label_smoothing: as of torch's cross_entropy.
+        reduction: "mean" divides by the number of labels not ignored, "sum" by nothing.
+        softcap, logit_scale: see above.
+        chunk_bytes: of the logits in memory, in float32 (half of that in 16 bits), at least one
+            token's.
+        on_gradient: called in the backward, ``on_gradient(grad [rows, d] float32, rows)``, for
+            blocks of the vocabulary in order, each of at most ``chunk_bytes``, until all of the
+            dense weight gradient has passed (a layer that observes).
 
-    Memory: beyond the gradients themselves one chunk of logits, at most ``chunk_bytes`` in float32
-    (half of that in 16 bits), at least one token. The gradients are made with the loss; the
-    backward only scales them. On the CPU ignored tokens have no logits.
+    Returns:
+        The loss, a float32 scalar (float64 for float64).
 
-    ``on_gradient(grad [rows, d] float32, rows)`` is called in the backward for blocks of the
-    vocabulary in order, until all of the dense weight gradient has passed (a layer that observes);
-    no block is larger than ``chunk_bytes``.
-
-    Raises ValueError for shapes, dtypes, devices or options that do not fit, and IndexError for a
-    label out of range on the CPU; on a GPU, which nobody waits for here, that makes loss and
-    gradients NaN.
+    Raises:
+        ValueError: shapes, dtypes, devices or options do not fit.
+        IndexError: a label is out of range, on the CPU; on a GPU, which nobody waits for here, that
+            makes loss and gradients NaN.
     """
     if autocast_dtype(hidden) != hidden.dtype:
         hidden, weight = hidden.to(autocast_dtype(hidden)), weight.to(autocast_dtype(hidden))
@@ -65,27 +68,20 @@ def losia_linear_cross_entropy(
         raise ValueError(
             f"linear_cross_entropy: reduction must be 'mean' or 'sum', got {reduction!r}"
         )
-    if num_items is not None and reduction == "sum":
-        raise ValueError(
-            "linear_cross_entropy: num_items divides a mean; with reduction='sum' nothing is divided"
-        )
     if chunk_bytes < 1:
         raise ValueError(f"linear_cross_entropy: chunk_bytes must be at least 1, got {chunk_bytes}")
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    readable = (
-        type(labels) is Tensor and not torch.compiler.is_compiling()
-    )  # a FakeTensor has no values
+    # a FakeTensor has no values
+    readable = type(labels) is Tensor and not torch.compiler.is_compiling()
     if labels.device.type == "cpu" and readable:
         _check_labels(labels, weight.shape[0], ignore_index)
         learned = labels != ignore_index
-        if (
-            not learned.all()
-        ):  # a prompt's tokens need no logits; on a GPU their number is not known without waiting
+        # a prompt's tokens need no logits; on a GPU their number is not known without waiting
+        if not learned.all():
             hidden, labels = hidden[learned], labels[learned]
     formula = {
         "ignore_index": ignore_index,
         "label_smoothing": label_smoothing,
-        "z_loss": z_loss,
         "softcap": softcap,
         "logit_scale": logit_scale,
     }
@@ -101,9 +97,7 @@ def losia_linear_cross_entropy(
         on_gradient,
         torch.is_grad_enabled(),
     )
-    if reduction == "sum":
-        return total
-    return total / ((labels != ignore_index).sum() if num_items is None else num_items)
+    return total if reduction == "sum" else total / (labels != ignore_index).sum()
 
 
 def autocast_dtype(hidden: Tensor) -> torch.dtype:
@@ -140,7 +134,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         differentiable,
     ):
         wanted = [differentiable and needed for needed in ctx.needs_input_grad]
-        dtype = eager.accumulate_dtype(hidden.dtype)
+        dtype = accumulate_dtype(hidden.dtype)
         d_hidden = torch.empty_like(hidden) if wanted[0] else None  # [t, d]
         d_bias = torch.zeros_like(bias, dtype=dtype) if wanted[2] else None  # [V]
         d_subnet = torch.zeros_like(subnet, dtype=dtype) if wanted[3] else None  # [k_out, d]
@@ -149,9 +143,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         buffer = hidden.new_empty(tokens, weight.shape[0])
         for chunk in _slices(hidden.shape[0], tokens):
             x = hidden[chunk]
-            logits = _logits(
-                x, weight, bias, buffer
-            )  # [chunk, V]; from the next line on their gradient
+            # [chunk, V]; from the next line on their gradient
+            logits = _logits(x, weight, bias, buffer)
             losses[chunk], lse[chunk] = ops.cross_entropy_grad_(
                 logits, labels[chunk], **formula, write_grad=any(wanted)
             )
@@ -171,9 +164,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, d_loss):
         labels, d_hidden, d_bias, d_subnet, hidden, weight, bias, lse = ctx.saved_tensors
         learned = (labels != ctx.formula["ignore_index"]).any()
-        d_loss = torch.where(
-            learned, d_loss, 0.0
-        )  # as in torch: nothing learned, no gradient, though 1/0 came in
+        # as in torch: nothing learned, no gradient, though 1/0 came in
+        d_loss = torch.where(learned, d_loss, 0.0)
         if ctx.on_gradient is not None:
             for grad, rows in _weight_grad_blocks(
                 hidden, weight, bias, labels, lse, ctx.formula, ctx.chunk_bytes
@@ -198,7 +190,7 @@ def _weight_grad_blocks(hidden, weight, bias, labels, lse, formula, chunk_bytes)
     for rows in _slices(vocabulary, block):
         size = rows.stop - rows.start
         row_bias = None if bias is None else bias[rows]
-        grad = hidden.new_zeros(size, d, dtype=eager.accumulate_dtype(hidden.dtype))
+        grad = hidden.new_zeros(size, d, dtype=accumulate_dtype(hidden.dtype))
         for chunk in _slices(hidden.shape[0], tokens):
             logits = _logits(
                 hidden[chunk], weight[rows], row_bias, buffer[: tokens * size].view(tokens, size)

@@ -11,9 +11,8 @@ def subnet_size(factor: float, features: int, name: str, alignment: int = 1) -> 
     unless it is all of them. Raises ValueError when that is none."""
     if not 0 < factor <= 1:
         raise ValueError(f"{name}: the rank factor must be in (0, 1], got {factor!r}")
-    k = int(
-        factor * features + 1e-9
-    )  # 1/49 * 49 is 0.999...: rounding noise must not cost a neuron
+    # 1/49 * 49 is 0.999...: rounding noise must not cost a neuron
+    k = int(factor * features + 1e-9)
     if k < features:
         k -= k % alignment
     if k == 0:

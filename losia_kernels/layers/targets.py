@@ -1,61 +1,351 @@
-"""Which linears hold their weight in a quantized form: a subnet is written into the weight itself,
-which they lack."""
+"""What ``apply_losia`` would replace: which modules, in which groups, with which factors. Changes
+nothing."""
 
-import torch
+import re
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
 from torch import nn
 
-_LIBRARIES = (
-    "aqlm",
-    "auto_gptq",
-    "auto_round",
-    "awq",
-    "bitsandbytes",
-    "compressed_tensors",
-    "eetq",
-    "fp_quant",
-    "gptqmodel",
-    "hqq",
-    "optimum",
-    "qqq",
-    "quark",
-    "spqr_quant",
-    "torchao",
-    "transformers.integrations",
-    "torch.ao.nn",
-    "vptq",
-)
-_PACKED = ("qweight", "W_q", "weight_packed", "quant_state", "quantization_scheme")
+from ..config import LoSiAConfig
+from .foreign import check_forward, check_not_quantized
+from .linear import LoSiAConv1D, LoSiALinear
+from .module import Membership, SubnetModule
+from .subnet import subnet_size
+
+KINDS: dict[str, type[LoSiALinear]] = {  # what a module becomes, by its exact class
+    "torch.nn.modules.linear.Linear": LoSiALinear,
+    "transformers.pytorch_utils.Conv1D": LoSiAConv1D,
+}
 
 
-def quantized_as(module: nn.Module) -> str | None:
-    """What kind of quantized linear ``module`` is, with the library that made it; None if it is
-    none."""
-    home = type(module).__module__
-    library = next((name for name in _LIBRARIES if f"{home}.".startswith(f"{name}.")), None)
-    weight = getattr(module, "weight", None)
-    if isinstance(weight, torch.Tensor):
-        kind = type(weight.data)
-        if (
-            kind not in (torch.Tensor, nn.Parameter)
-            and kind.__module__.partition(".")[0] != "torch"
-        ):
-            return f"{type(module).__name__} with a weight of {kind.__module__.partition('.')[0]}'s {kind.__name__}"
-        if isinstance(module, nn.Linear) and (
-            weight.element_size() == 1 or not weight.is_floating_point()
-        ):
-            return f"{type(module).__name__} with a {weight.dtype} weight"
-    packed = next((name for name in _PACKED if getattr(module, name, None) is not None), None)
-    if packed or (library and "linear" in type(module).__name__.lower()):
-        return f"{type(module).__name__} of {library or home.partition('.')[0]}"
+@dataclass(frozen=True)
+class Target:
+    """A module that is to train a subnet of ``factors = (p_out, p_in)``."""
+
+    name: str
+    module: Any
+    factors: tuple[float, float]
+    membership: Membership
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All targets in the order in which their subnets are drawn, what is trained densely beside
+    them, and the name of the output layer, trained or not."""
+
+    targets: list[Target]
+    saved: list[nn.Module]
+    output_layer: str | None
+    blocks: list[str]
+
+
+def find_targets(model: nn.Module, config: LoSiAConfig, output_layer: str | None = None) -> Plan:
+    """Choose as ``config`` says; ``output_layer`` names the vocabulary projection of a model
+    without ``get_output_embeddings``.
+
+    Raises:
+        ValueError: nothing matches, a name or the output layer cannot be found, or a target is
+            quantized, is no plain linear or shares its weight with another.
+    """
+    modules = named_modules(model)
+    output_name = _find_output_layer(model, output_layer, config)
+    names = _find_names(model, config, output_name)
+    if config.target_modules == "all-linear":
+        names = _leave_out_small(names, modules, config)
+    saved = _find_modules_to_save(model, config)
+    targets: list[Target] = []
+    if output_name is not None and config.output_dim_factor > 0:
+        group = None if config.output_dim_factor == 1 else 0
+        place = Membership(group, output_name, config, is_output=True)
+        factors = config.output_dim_factor, 1.0
+        targets.append(Target(output_name, modules[output_name], factors, place))
+    first = sum(target.membership.group is not None for target in targets)
+    blocks = group_by_block(model, names, config.target_modules != "all-linear")
+    for number, (block, members) in enumerate(blocks.items(), start=first):
+        for name in members:
+            factor = find_rank_factor(name, config)
+            place = Membership(number, block, config)
+            targets.append(Target(name, modules[name], (factor, factor), place))
+    check_shared_weights(model, [target.name for target in targets], saved)
+    for target in targets:
+        check_forward(target.name, target.module)
+    return Plan(targets, [modules[name] for name in saved], output_name, list(blocks))
+
+
+def matches(name: str, patterns: str | list[str] | tuple[str, ...] | None) -> bool:
+    """PEFT's rule: a string is a regex for the whole name; a list holds names or their last
+    components."""
+    if patterns is None:
+        return False
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
+
+
+def plain_name(name: str) -> str:
+    """A module's name without what torch.compile adds to it."""
+    return re.sub(r"(^|\.)_orig_mod(?=\.|$)", "", name).removeprefix(".")
+
+
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """``model.named_modules()`` by plain names."""
+    return {plain_name(name): module for name, module in model.named_modules()}
+
+
+def kind_of(module: nn.Module) -> type[LoSiALinear] | None:
+    """What ``module`` becomes; None if it can hold no subnet."""
+    return KINDS.get(f"{type(module).__module__}.{type(module).__qualname__}")
+
+
+def output_name_of(model: nn.Module) -> str | None:
+    """The name of what ``get_output_embeddings`` gives; None without one."""
+    get = getattr(model, "get_output_embeddings", None)
+    found = get() if get is not None else None
+    named = named_modules(model).items()
+    return next((name for name, module in named if module is found), None)
+
+
+def _find_output_layer(model: nn.Module, named: str | None, config: LoSiAConfig) -> str | None:
+    """The name of the vocabulary projection; None if there is none and none is asked for."""
+    modules = named_modules(model)
+    if named is not None and named not in modules:
+        raise ValueError(f"apply_losia: the model has no module {named!r} (output_layer)")
+    name = output_name_of(model) if named is None else named
+    found = None if name is None else modules[name]
+    if type(found) is nn.Linear:
+        return name
+    if config.output_dim_factor > 0 or named is not None:
+        raise ValueError(
+            f"apply_losia: output_dim_factor={config.output_dim_factor} needs a plain nn.Linear "
+            f"output layer, found {type(found).__name__}; name it with output_layer=, or leave "
+            f"output_dim_factor at 0"
+        )
     return None
 
 
-def refuse_quantized(name: str, module: nn.Module) -> None:
-    """Raise ValueError, saying what to do instead, if ``module`` is a quantized linear."""
-    kind = quantized_as(module)
-    if kind is not None:
+def _find_names(model: nn.Module, config: LoSiAConfig, output_name: str | None) -> list[str]:
+    everything = config.target_modules == "all-linear"
+    listed = not isinstance(config.target_modules, str)
+    frozen = listed and config.output_dim_factor == 0
+    if frozen and output_name and matches(output_name, config.target_modules):
         raise ValueError(
-            f"apply_losia: {name!r} is quantized: a {kind}. LoSiA trains the weight itself, which needs 16 or 32 bits: "
-            f"load the original model in bfloat16 (without quantization_config, not its GPTQ, AWQ or FP8 copy) or call "
-            f"transformers' model.dequantize(); or leave such layers out with exclude_modules"
+            f"apply_losia: target_modules names {output_name!r}, the output layer, but it is "
+            f"trained by output_dim_factor, the share of its outputs, which is 0"
+        )
+    left_out = (config.exclude_modules, config.modules_to_save)
+    targets = []
+    for name, module in named_modules(model).items():
+        wanted = name and name != output_name
+        wanted = wanted and (everything or matches(name, config.target_modules))
+        if not wanted or any(matches(name, patterns) for patterns in left_out):
+            continue
+        check_not_quantized(name, module)
+        if kind_of(module) is not None:
+            targets.append(name)
+        elif not everything:
+            computed = isinstance(module, nn.Linear)
+            hint = "; its weight is quantized or computed" if computed else ""
+            raise ValueError(
+                f"apply_losia: target_modules matches {name!r}, a {type(module).__name__}, but "
+                f"only a plain nn.Linear can hold a subnet{hint}; exclude it with exclude_modules"
+            )
+    if not targets:
+        weighted = [m for m in model.modules() if getattr(m, "weight", None) is not None]
+        kinds = sorted({type(module).__name__ for module in weighted})
+        raise ValueError(
+            f"apply_losia: target_modules={config.target_modules!r} matches no nn.Linear; "
+            f"the modules with a weight are of type {', '.join(kinds) or 'none'}"
+        )
+    return targets
+
+
+def _leave_out_small(names: list[str], modules: dict[str, Any], config: LoSiAConfig) -> list[str]:
+    """Without the linears of which the factor selects no neuron, as a router's gate or a head of
+    one output, unless all are such or ``rank_pattern`` names one: a warning names them."""
+    small: dict[str, ValueError] = {}
+    for name in names:
+        kind = kind_of(modules[name])
+        assert kind is not None  # of a target
+        try:
+            for size in kind.features_of(modules[name]):
+                subnet_size(find_rank_factor(name, config), size, name, config.alignment)
+        except ValueError as error:
+            if any(_has_rank(name, pattern) for pattern in config.rank_pattern):
+                raise
+            small[name] = error
+    if len(small) == len(names):
+        raise next(iter(small.values()))
+    if small:
+        warnings.warn(
+            f"LoSiA: {', '.join(small)}: too small for a subnet at a rank factor of "
+            f"{config.rank_factor}, so frozen; give them a factor in rank_pattern, name them in "
+            f"modules_to_save to train them in full, or in exclude_modules if not",
+            stacklevel=4,
+        )
+    return [name for name in names if name not in small]
+
+
+def group_by_block(
+    model: nn.Module, targets: list[str], keep_outside: bool
+) -> dict[str, list[str]]:
+    """Targets by the block that holds them, in model order.
+
+    A block is a child of an outermost ModuleList (of a Sequential in a model without one) that
+    holds targets; a model with neither is one block.
+
+    Args:
+        keep_outside: a target outside all blocks is a group of its own; else no target.
+    """
+    containers: list[str] = []
+    for kind in (nn.ModuleList, nn.Sequential):
+        for name, module in named_modules(model).items():
+            inside = any(_is_within(name, container) for container in containers)
+            holds = any(_is_within(target, name) for target in targets)
+            if isinstance(module, kind) and not inside and holds:
+                containers.append(name)
+        if containers:
+            break
+    if not containers:
+        return {"model": targets}
+    blocks: dict[str, list[str]] = {}
+    for target in targets:
+        container = next((c for c in containers if _is_within(target, c)), None)
+        if container is not None:
+            depth = container.count(".") + 2 if container else 1
+            blocks.setdefault(".".join(target.split(".")[:depth]), []).append(target)
+        elif keep_outside:
+            blocks[target] = [target]
+    return blocks
+
+
+def _is_within(name: str, container: str) -> bool:
+    return name.startswith(container + ".") if container else bool(name)
+
+
+def find_rank_factor(name: str, config: LoSiAConfig) -> float:
+    """The rank factor of the module ``name``: of the first in ``config.rank_pattern`` that
+    matches, or the config's."""
+    patterns = config.rank_pattern.items()
+    return next((f for pattern, f in patterns if _has_rank(name, pattern)), config.rank_factor)
+
+
+def _has_rank(name: str, pattern: str) -> bool:
+    return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
+
+
+def _find_modules_to_save(model: nn.Module, config: LoSiAConfig) -> list[str]:
+    names = [name for name in named_modules(model) if matches(name, config.modules_to_save)]
+    for wanted in config.modules_to_save or []:
+        if not any(matches(name, [wanted]) for name in names):
+            raise ValueError(
+                f"apply_losia: modules_to_save names {wanted!r}, but the model has no such module"
+            )
+    return names
+
+
+def check_shared_weights(model: nn.Module, names: list[str], saved: list[str]) -> None:
+    """Raise ValueError for one storage under two subnets, or under a subnet and a dense update: it
+    would be written by both."""
+    modules: dict[str, Any] = named_modules(model)
+    owner: dict[int, str] = {}
+    for name in names:
+        first = owner.setdefault(id(modules[name].weight), name)
+        if first != name:
+            raise ValueError(
+                f"apply_losia: {first!r} and {name!r} share one weight; exclude one with "
+                f"exclude_modules"
+            )
+    for name in saved:
+        for parameter in modules[name].parameters():
+            if id(parameter) in owner:
+                raise ValueError(
+                    f"apply_losia: {name!r} (modules_to_save) shares its weight with "
+                    f"{owner[id(parameter)]!r}, which has a subnet; train it one way only"
+                )
+
+
+def warn_of_unmatched(model: nn.Module, plan: Plan, config: LoSiAConfig) -> None:
+    """Warn of patterns in ``target_modules``, ``exclude_modules`` and ``rank_pattern`` that match
+    nothing."""
+    with_matrices = [
+        name
+        for name, module in named_modules(model).items()
+        if any(p.dim() > 1 for p in module.parameters(False))
+    ]
+    excluded = config.exclude_modules or []
+    # a string is one regex, a list one pattern after the other
+    patterns = [(excluded, excluded)] if isinstance(excluded, str) else [(e, [e]) for e in excluded]
+    unmatched = [
+        ("exclude_modules", pattern, "module with a weight")
+        for pattern, rule in patterns
+        if not any(matches(name, rule) for name in with_matrices)
+    ]
+    named = config.target_modules if isinstance(config.target_modules, (list, tuple)) else []
+    unmatched += [
+        ("target_modules", pattern, "module")
+        for pattern in named
+        if not any(matches(name, [pattern]) for name in with_matrices)
+    ]
+    unmatched += [
+        ("rank_pattern", pattern, "trained layer")
+        for pattern in config.rank_pattern
+        if not any(_has_rank(target.name, pattern) for target in plan.targets)
+    ]
+    for option, pattern, what in unmatched:
+        warnings.warn(f"LoSiA: {option} names {pattern!r}, which matches no {what}", stacklevel=3)
+
+
+def warn_of_frozen(model: nn.Module, plan: Plan, config: LoSiAConfig) -> None:
+    """Warn, with names, of matrices inside the blocks that can hold no subnet: fused experts,
+    routers, convolutions."""
+    inside = tuple(f"{block}." for block in plan.blocks)
+    frozen: dict[str, int] = {}
+    trainable = 0
+    for name, module in named_modules(model).items():
+        skipped = isinstance(module, nn.Embedding) or matches(name, config.exclude_modules)
+        if skipped or not name.startswith(inside):
+            continue
+        matrices = {k: p for k, p in module.named_parameters(recurse=False) if p.dim() > 1}
+        if isinstance(module, SubnetModule):
+            trainable += module.weight.numel()
+        elif matrices and not any(p.requires_grad for p in matrices.values()):
+            anonymous = re.sub(r"[.][0-9]+(?=[.])", ".*", name)
+            kind = f"{anonymous} ({type(module).__name__}: {', '.join(matrices)})"
+            frozen[kind] = frozen.get(kind, 0) + sum(p.numel() for p in matrices.values())
+    if frozen:
+        share = sum(frozen.values()) / (sum(frozen.values()) + trainable)
+        warnings.warn(
+            f"LoSiA: {share:.1%} of the blocks' weights stay frozen, for only linear layers can "
+            f"hold a subnet: {'; '.join(frozen)}. Name them in modules_to_save to train them in "
+            f"full, in exclude_modules if not",
+            stacklevel=3,
+        )
+
+
+def warn_of_idle_fields(config: LoSiAConfig, layers: Iterable[SubnetModule]) -> None:
+    """Warn of what a config says that cannot act on ``layers``, which were placed by hand."""
+    usual = LoSiAConfig()
+    idle = [
+        name
+        for name in (
+            "rank_factor",
+            "output_dim_factor",
+            "rank_pattern",
+            "alignment",
+            "target_modules",
+            "exclude_modules",
+            "modules_to_save",
+        )
+        if getattr(config, name) != getattr(usual, name)
+    ]
+    if config.master == "none" and any(layer.master for layer in layers):
+        idle.append("master")
+    if idle:
+        warnings.warn(
+            f"LoSiA: {', '.join(idle)} cannot act on layers that were placed by hand and are what "
+            f"they are",
+            stacklevel=4,
         )

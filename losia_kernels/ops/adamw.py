@@ -1,16 +1,61 @@
 """AdamW on subnets, written into their weights in the same pass: of one layer, and of all of a
 model at once."""
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import eager
-from .registry import check, refuse, register
-from .rounding import code_blocks
+from ..kernels.codes import FIRST_MOMENT, SECOND_MOMENT
+from .registry import check, invalid, register
+from .rounding import (
+    accumulate_dtype,
+    code_blocks,
+    decode,
+    encode,
+    join_float,
+    split_float,
+    stochastic_round,
+)
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+
+
+class Update(NamedTuple):
+    """What one step of AdamW on one subnet takes, in the order of ``subnets_adamw_``.
+
+    The new values go into ``subnet``, the moments (with their scales and the remainder), and
+    ``weight[out_idx][:, in_idx]``. All but ``weight`` are contiguous.
+    """
+
+    weight: Tensor  # [out, in]
+    subnet: Tensor  # [k_out, k_in], as are grad, the moments and the remainder
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    out_idx: Tensor  # [k_out] int64
+    in_idx: Tensor  # [k_in] int64
+    lr: float
+    step: int  # this subnet's updates, from 1
+    seed: int | None = None  # of what is rounded stochastically
+    exp_avg_scale: Tensor | None = None  # [k_out, ceil(k_in / 256)] float32, of uint8 moments
+    exp_avg_sq_scale: Tensor | None = None
+    remainder: Tensor | None = None  # int16: what a bfloat16 subnet lacks of float32
+
+
+def update_subnets_(
+    updates: Sequence[Update], beta1: float, beta2: float, eps: float, weight_decay: float
+) -> None:
+    """``subnets_adamw_`` on ``updates``, whichever of the optional fields each of them has."""
+    alike: dict[tuple[bool, bool, bool], list[Update]] = {}
+    for update in updates:
+        lacks = update.seed is None, update.exp_avg_scale is None, update.remainder is None
+        alike.setdefault(lacks, []).append(update)
+    for group in alike.values():
+        columns = [[] if each[0] is None else list(each) for each in zip(*group, strict=True)]
+        arguments: list[Any] = [*columns[:10], beta1, beta2, eps, weight_decay, *columns[10:]]
+        subnets_adamw_(*arguments)
 
 
 @register("losia::subnet_adamw_", mutates_args=("weight", "subnet", "exp_avg", "exp_avg_sq"))
@@ -33,22 +78,37 @@ def subnet_adamw_(
     """One AdamW step on ``subnet`` and, in the same pass, its new values into ``weight[out_idx][:,
     in_idx]``.
 
-    ``weight [out, in]`` float32 / float16 / bfloat16; ``exp_avg``, ``exp_avg_sq`` ``[k_out, k_in]``
-    float32; ``grad`` ``[k_out, k_in]``, or ``[splits, k_out, k_in]`` as ``subnet_grad_partials``
-    returns it; ``step`` counts this matrix's updates from 1. Decoupled decay, eps outside the
-    square root of the corrected second moment (torch.optim.AdamW).
+    Decoupled decay, eps outside the square root of the corrected second moment (torch.optim.AdamW):
+    ``m <- beta1 m + (1 - beta1) g``, ``v <- beta2 v + (1 - beta2) g^2``, ``w <- (1 - lr
+    weight_decay) w - lr / (1 - beta1^step) m / (sqrt(v / (1 - beta2^step)) + eps)``.
 
-    ``subnet [k_out, k_in]`` in float32 is the master copy, and the weight gets it rounded to
-    nearest. In the weight's 16-bit dtype there is no master: with ``seed`` the new values are
-    rounded stochastically, without it to nearest (the reference's behaviour, which loses small
-    updates).
+    Args:
+        weight: ``[out, in]`` float32, float16, bfloat16 or float64, any strides.
+        subnet: ``[k_out, k_in]``; in float32 the master copy, which the weight gets rounded to
+            nearest, in the weight's 16-bit dtype there is no master.
+        grad: ``[k_out, k_in]``, any floating-point dtype.
+        exp_avg: ``[k_out, k_in]`` float32 (float64 for float64), the first moment m.
+        exp_avg_sq: as ``exp_avg``, the second moment v.
+        out_idx: ``[k_out]`` int64, the subnet's rows of the weight.
+        in_idx: ``[k_in]`` int64, its columns.
+        lr: learning rate of this step.
+        beta1, beta2, eps, weight_decay: those of torch.optim.AdamW.
+        step: this matrix's updates, counted from 1.
+        seed: of the stochastic rounding of a 16-bit subnet; without it to nearest (the reference's
+            behaviour, which loses small updates).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, a step below 1, a seed for a subnet
+            that is not rounded. Nothing has changed then.
+        RuntimeError: a GPU's stream is being captured, whose graph would repeat this step.
     """
     op = "subnet_adamw_"
-    _check_matrix(op, weight, subnet, grad, exp_avg, exp_avg_sq, out_idx, in_idx)
+    update = Update(weight, subnet, grad, exp_avg, exp_avg_sq, out_idx, in_idx, lr, step, seed)
+    _check_matrix(op, update)
     check(
-        exp_avg.dtype == exp_avg_sq.dtype == eager.accumulate_dtype(weight.dtype),
+        exp_avg.dtype == exp_avg_sq.dtype == accumulate_dtype(weight.dtype),
         op,
-        f"moments must be {eager.accumulate_dtype(weight.dtype)}, got {exp_avg.dtype}, {exp_avg_sq.dtype}",
+        f"moments must be {accumulate_dtype(weight.dtype)}, got {exp_avg.dtype}, {exp_avg_sq.dtype}",
     )
     check(
         seed is None or subnet.dtype in SIXTEEN_BITS,
@@ -56,45 +116,26 @@ def subnet_adamw_(
         f"seed asks for stochastic rounding of a 16-bit subnet, but subnet is {subnet.dtype}",
     )
     check(step >= 1, op, f"step counts from 1, got {step}")
-    if weight.is_cuda and weight.dtype != torch.float64 and weight.numel():
-        from ..kernels.subnet_adamw import launch_subnet_adamw_ as run
-    else:
-        run = eager.subnet_adamw_
-    run(
-        weight,
-        subnet,
-        grad,
-        exp_avg,
-        exp_avg_sq,
-        out_idx,
-        in_idx,
-        lr,
-        beta1,
-        beta2,
-        eps,
-        weight_decay,
-        step,
-        seed,
+    whole = update._replace(
+        subnet=subnet.contiguous(),
+        grad=grad.contiguous(),
+        exp_avg=exp_avg.contiguous(),
+        exp_avg_sq=exp_avg_sq.contiguous(),
+        out_idx=out_idx.contiguous(),
+        in_idx=in_idx.contiguous(),
     )
+    _form_for(weight)([whole], beta1, beta2, eps, weight_decay)
+    for values, tensor in (
+        (whole.subnet, subnet),
+        (whole.exp_avg, exp_avg),
+        (whole.exp_avg_sq, exp_avg_sq),
+    ):
+        if values is not tensor:
+            tensor.copy_(values)
 
 
 @subnet_adamw_.register_fake
-def _(
-    weight,
-    subnet,
-    grad,
-    exp_avg,
-    exp_avg_sq,
-    out_idx,
-    in_idx,
-    lr,
-    beta1,
-    beta2,
-    eps,
-    weight_decay,
-    step,
-    seed=None,
-):
+def _(*args, **kwargs):
     return None
 
 
@@ -132,101 +173,141 @@ def subnets_adamw_(
     """``subnet_adamw_`` on many matrices, in one launch for each combination of dtypes; the same
     bits.
 
-    One entry a matrix in every list; an empty list is none for all. All but weights are contiguous.
-    ``seeds`` are needed for all that is rounded stochastically: 16-bit subnets (without seeds to
-    nearest) and moments that are not float32. Moments are float32, bfloat16, or uint8 codes of
-    ``losia_kernels.ops.rounding`` with ``exp_avg_scales``, ``exp_avg_sq_scales`` ``[k_out,
-    ceil(k_in / 256)]`` float32. With ``remainders`` ``[k_out, k_in]`` int16 a bfloat16 subnet and
-    its remainder are the float32 master, exactly, and the weight gets it rounded to nearest, ties
-    away from zero.
+    One entry a matrix in every list (``Update`` says what each is); an empty list is none for all.
+    All but weights are contiguous.
+
+    Args:
+        weights, subnets, grads, out_idx, in_idx, lr, step, beta1, beta2, eps, weight_decay: as in
+            ``subnet_adamw_``.
+        exp_avgs, exp_avg_sqs: ``[k_out, k_in]`` float32, bfloat16, or uint8 codes of
+            ``losia_kernels.ops.rounding``.
+        seeds: of all that is rounded stochastically: 16-bit subnets (without seeds to nearest) and
+            moments that are not float32.
+        exp_avg_scales, exp_avg_sq_scales: ``[k_out, ceil(k_in / 256)]`` float32, of uint8 moments.
+        remainders: ``[k_out, k_in]`` int16; a bfloat16 subnet and its remainder are the float32
+            master, exactly, and the weight gets it rounded to nearest, ties away from zero.
+
+    Raises:
+        ValueError: what ``subnet_adamw_`` refuses, lists of unlike lengths, or state of another
+            form. Nothing has changed then.
+        RuntimeError: as in ``subnet_adamw_``.
     """
     op = "subnets_adamw_"
     if not weights:
         return
-    lists = (subnets, grads, exp_avgs, exp_avg_sqs, out_idx, in_idx, lr, step)
+    needed = (weights, subnets, grads, exp_avgs, exp_avg_sqs, out_idx, in_idx, lr, step)
     optional = (seeds, exp_avg_scales, exp_avg_sq_scales, remainders)
-    if any(len(each) != len(weights) for each in lists) or any(
+    if any(len(each) != len(weights) for each in needed) or any(
         len(each) not in (0, len(weights)) for each in optional
     ):
-        refuse(
+        raise invalid(
             op,
             f"the lists must have one entry for each of the {len(weights)} weights, got "
-            f"{[len(each) for each in (*lists, *optional)]}",
+            f"{[len(each) for each in (*needed[1:], *optional)]}",
         )
     none = [None] * len(weights)
-    extras: list[list[Any]] = [
-        each or none for each in (exp_avg_scales, exp_avg_sq_scales, remainders)
-    ]
-    for matrix in zip(weights, *lists[:6], *extras, strict=True):
-        _check_matrix(op, *matrix[:7])
-        _check_state(op, bool(seeds), *matrix[1:])
+    updates = list(map(Update, *needed, *(each or none for each in optional)))
+    for update in updates:
+        _check_matrix(op, update)
+        _check_state(op, update)
     if min(step) < 1:
-        refuse(op, f"step counts from 1, got {min(step)}")
-    if weights[0].is_cuda and weights[0].dtype != torch.float64:
-        from ..kernels.adamw import launch_subnets_adamw_ as run
-    else:
-        run = eager.subnets_adamw_
-    run(
-        weights,
-        subnets,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        out_idx,
-        in_idx,
-        lr,
-        step,
-        seeds,
-        beta1,
-        beta2,
-        eps,
-        weight_decay,
-        exp_avg_scales,
-        exp_avg_sq_scales,
-        remainders,
-    )
+        raise invalid(op, f"step counts from 1, got {min(step)}")
+    _form_for(weights[0])(updates, beta1, beta2, eps, weight_decay)
 
 
 @subnets_adamw_.register_fake
-def _(
-    weights,
-    subnets,
-    grads,
-    exp_avgs,
-    exp_avg_sqs,
-    out_idx,
-    in_idx,
-    lr,
-    step,
-    seeds,
-    beta1,
-    beta2,
-    eps,
-    weight_decay,
-    exp_avg_scales,
-    exp_avg_sq_scales,
-    remainders,
-):
+def _(*args, **kwargs):
     return None
 
 
-def _check_matrix(op, weight, subnet, grad, exp_avg, exp_avg_sq, out_idx, in_idx) -> None:
+def _form_for(weight: Tensor) -> Callable[..., None]:
+    if weight.is_cuda and weight.dtype != torch.float64 and weight.numel():
+        from ..kernels.adamw import launch_subnets_adamw_
+
+        return launch_subnets_adamw_
+    return subnets_adamw_plain_
+
+
+def subnets_adamw_plain_(
+    updates: Sequence[Update], beta1: float, beta2: float, eps: float, weight_decay: float
+) -> None:
+    for update in updates:
+        _update_plain_(update, beta1, beta2, eps, weight_decay)
+
+
+def _update_plain_(
+    update: Update, beta1: float, beta2: float, eps: float, weight_decay: float
+) -> None:
+    weight, subnet, grad, exp_avg, exp_avg_sq, out_idx, in_idx, lr, step, seed, *extra = update
+    exp_avg_scale, exp_avg_sq_scale, remainder = extra
+    dtype = accumulate_dtype(weight.dtype)
+    grad = grad.to(dtype)  # [k_out, k_in]
+    first = _load_moment(exp_avg, exp_avg_scale, signed=True).lerp_(grad, 1 - beta1)
+    second = _load_moment(exp_avg_sq, exp_avg_sq_scale, signed=False).mul_(beta2)
+    second.addcmul_(grad, grad, value=1 - beta2)
+    denom = second.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
+    # the master itself, or a copy
+    value = subnet.to(dtype) if remainder is None else join_float(subnet, remainder)
+    if weight_decay:
+        value *= 1 - lr * weight_decay
+    value.addcdiv_(first, denom, value=-lr / (1 - beta1**step))
+    if remainder is not None:
+        value, rest = split_float(value)
+        remainder.copy_(rest)
+    elif seed is not None and subnet.dtype in SIXTEEN_BITS:
+        value = stochastic_round(value, subnet.dtype, seed)
+    subnet.copy_(value)
+    write_subnet_(weight, out_idx, in_idx, subnet)
+    if first is not exp_avg and seed is not None:  # without a seed there are no such moments
+        _store_moment(exp_avg, exp_avg_scale, first, signed=True, seed=seed ^ FIRST_MOMENT)
+        _store_moment(exp_avg_sq, exp_avg_sq_scale, second, signed=False, seed=seed ^ SECOND_MOMENT)
+
+
+def write_subnet_(weight: Tensor, out_idx: Tensor, in_idx: Tensor, values: Tensor) -> None:
+    """``weight[out_idx][:, in_idx] = values``; of a contiguous weight in half the time of two
+    indices."""
+    if not weight.is_contiguous():
+        weight[out_idx[:, None], in_idx] = values.to(weight.dtype)
+        return
+    positions = torch.add(in_idx, out_idx[:, None], alpha=weight.shape[1])  # [k_out, k_in]
+    weight.view(-1).scatter_(0, positions.view(-1), values.to(weight.dtype).reshape(-1))
+
+
+def _load_moment(moment: Tensor, scale: Tensor | None, signed: bool) -> Tensor:
+    """In float32: the tensor itself if it is that already."""
+    return (
+        moment.to(accumulate_dtype(moment.dtype))
+        if scale is None
+        else decode(moment, scale, signed)
+    )
+
+
+def _store_moment(
+    moment: Tensor, scale: Tensor | None, value: Tensor, signed: bool, seed: int
+) -> None:
+    if scale is None:
+        moment.copy_(stochastic_round(value, moment.dtype, seed))
+        return
+    codes, scales = encode(value, signed, seed)
+    moment.copy_(codes)
+    scale.copy_(scales)
+
+
+def _check_matrix(op: str, update: Update) -> None:
     """Comparisons alone, words only once one fails: this runs for every matrix in every step."""
+    weight, subnet, grad, exp_avg, exp_avg_sq, out_idx, in_idx = tensors = update[:7]
     if not out_idx.dtype == in_idx.dtype == torch.int64:
-        refuse(op, f"out_idx and in_idx must be int64, got {out_idx.dtype}, {in_idx.dtype}")
+        raise invalid(op, f"out_idx and in_idx must be int64, got {out_idx.dtype}, {in_idx.dtype}")
     indexed = out_idx.shape + in_idx.shape
-    if (
-        not subnet.shape == exp_avg.shape == exp_avg_sq.shape == grad.shape[-2:] == indexed
-        or grad.dim() > 3
-    ):
-        refuse(
+    if not subnet.shape == exp_avg.shape == exp_avg_sq.shape == grad.shape == indexed:
+        raise invalid(
             op,
             f"out_idx and in_idx are {tuple(out_idx.shape)} and {tuple(in_idx.shape)}, so subnet, exp_avg, "
-            f"exp_avg_sq and grad must be {tuple(indexed)} (or grad [splits, k_out, k_in]), "
+            f"exp_avg_sq and grad must be {tuple(indexed)} each, "
             f"got {[tuple(tensor.shape) for tensor in (subnet, exp_avg, exp_avg_sq, grad)]}",
         )
     if weight.dim() != 2:
-        refuse(op, f"weight must be [out, in], got {tuple(weight.shape)}")
+        raise invalid(op, f"weight must be [out, in], got {tuple(weight.shape)}")
     if not (
         weight.device
         == subnet.device
@@ -236,68 +317,51 @@ def _check_matrix(op, weight, subnet, grad, exp_avg, exp_avg_sq, out_idx, in_idx
         == out_idx.device
         == in_idx.device
     ):
-        devices = [
-            str(each.device)
-            for each in (weight, subnet, grad, exp_avg, exp_avg_sq, out_idx, in_idx)
-        ]
-        refuse(
+        raise invalid(
             op,
-            f"weight, subnet, grad, exp_avg, exp_avg_sq, out_idx, in_idx are on {', '.join(devices)}",
+            "weight, subnet, grad, exp_avg, exp_avg_sq, out_idx, in_idx are on "
+            f"{', '.join(str(tensor.device) for tensor in tensors)}",
         )
-    master = eager.accumulate_dtype(weight.dtype)
+    master = accumulate_dtype(weight.dtype)
     if subnet.dtype != master and subnet.dtype != weight.dtype:
-        refuse(
+        raise invalid(
             op,
             f"subnet must be {master} (master) or {weight.dtype} (weight's dtype), got {subnet.dtype}",
         )
 
 
-def _check_state(
-    op,
-    seeded,
-    subnet,
-    grad,
-    exp_avg,
-    exp_avg_sq,
-    out_idx,
-    in_idx,
-    exp_avg_scale,
-    exp_avg_sq_scale,
-    remainder,
-) -> None:
-    exact, dtype = eager.accumulate_dtype(subnet.dtype), exp_avg.dtype
-    if dtype != exp_avg_sq.dtype or dtype not in (exact, torch.bfloat16, torch.uint8):
-        refuse(
+def _check_state(op: str, update: Update) -> None:
+    subnet, remainder = update.subnet, update.remainder
+    scales = [scale for scale in update[10:12] if scale is not None]
+    exact, dtype = accumulate_dtype(subnet.dtype), update.exp_avg.dtype
+    if dtype != update.exp_avg_sq.dtype or dtype not in (exact, torch.bfloat16, torch.uint8):
+        raise invalid(
             op,
-            f"moments must both be {exact}, torch.bfloat16 or torch.uint8, got {dtype}, {exp_avg_sq.dtype}",
+            f"moments must both be {exact}, torch.bfloat16 or torch.uint8, got {dtype}, "
+            f"{update.exp_avg_sq.dtype}",
         )
-    if dtype != exact and (subnet.dtype == torch.float64 or not seeded):
-        refuse(op, f"{dtype} moments need seeds for their rounding, and no float64 subnet")
-    addressed = [subnet, grad, exp_avg, exp_avg_sq, out_idx, in_idx]
+    if dtype != exact and (subnet.dtype == torch.float64 or update.seed is None):
+        raise invalid(op, f"{dtype} moments need seeds for their rounding, and no float64 subnet")
     if dtype == torch.uint8:
-        scales = [exp_avg_scale, exp_avg_sq_scale]
         shape = (subnet.shape[0], code_blocks(subnet.shape[1]))
-        if any(
-            scale is None or scale.shape != shape or scale.dtype != torch.float32
-            for scale in scales
+        if len(scales) < 2 or any(
+            scale.shape != shape or scale.dtype != torch.float32 for scale in scales
         ):
-            refuse(op, f"uint8 moments need float32 scales of shape {shape}")
-        addressed += scales
-    elif exp_avg_scale is not None or exp_avg_sq_scale is not None:
-        refuse(op, f"scales belong to uint8 moments, got {dtype}")
+            raise invalid(op, f"uint8 moments need float32 scales of shape {shape}")
+    elif scales:
+        raise invalid(op, f"scales belong to uint8 moments, got {dtype}")
     if remainder is not None:
         if subnet.dtype != torch.bfloat16:
-            refuse(op, f"a remainder belongs to a bfloat16 subnet, got {subnet.dtype}")
+            raise invalid(op, f"a remainder belongs to a bfloat16 subnet, got {subnet.dtype}")
         if remainder.dtype != torch.int16 or remainder.shape != subnet.shape:
-            refuse(
+            raise invalid(
                 op,
                 f"the remainder must be int16 {tuple(subnet.shape)}, got {remainder.dtype} "
                 f"{tuple(remainder.shape)}",
             )
-        addressed.append(remainder)
-    for tensor in addressed:
-        if not tensor.is_contiguous():
-            refuse(
+    for tensor in (*update[1:7], *update[10:]):
+        if tensor is not None and not tensor.is_contiguous():
+            raise invalid(
                 op,
                 f"subnets, gradients, state and indices must be contiguous, got strides {tensor.stride()} of "
                 f"{tuple(tensor.shape)}",

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from . import eager
 from .registry import check, register
+from .rounding import accumulate_dtype
 
 
 def _check_logits(op: str, logits: Tensor, labels: Tensor, softcap: float | None) -> None:
@@ -28,28 +28,38 @@ def cross_entropy_grad_(
     labels: Tensor,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     write_grad: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of every token, ``logits [t, V]`` replaced by the gradient of the losses' sum.
+    """Cross-entropy of every token, ``logits`` replaced by the gradient of the losses' sum.
 
     With ``z = softcap * tanh(logit_scale * logits / softcap)`` (scaled only, if ``softcap`` is
     None) and ``lse = logsumexp(z)``: ``loss = lse - (1 - label_smoothing) z[label] -
-    label_smoothing mean(z) + z_loss lse^2``. ``labels [t]`` int64; ``ignore_index`` gives no loss
-    and no gradient. Returns ``(losses [t], lse [t])`` in float32. ``write_grad=False`` leaves the
-    logits as they are. A label out of range raises on the CPU; on a GPU, which nobody waits for
-    here, its loss and gradient are NaN.
+    label_smoothing mean(z)``.
+
+    Args:
+        logits: ``[t, V]`` of any floating-point dtype and strides, written.
+        labels: ``[t]`` int64. One out of range raises on the CPU; on a GPU, which nobody waits for
+            here, its loss and gradient are NaN.
+        ignore_index: the label of tokens without loss and gradient.
+        label_smoothing: the share of the target that is spread over the vocabulary.
+        softcap: the bound of the logits, positive, or None.
+        logit_scale: multiplies the logits before the cap.
+        write_grad: False leaves the logits as they are.
+
+    Returns:
+        ``(losses [t], lse [t])`` float32 (float64 for float64).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; a ``softcap`` that is not positive.
     """
     _check_logits("cross_entropy_grad_", logits, labels, softcap)
     if logits.is_cuda and logits.dtype != torch.float64:
         from ..kernels.cross_entropy import launch_cross_entropy_grad_ as run
     else:
-        run = eager.cross_entropy_grad_
-    return run(
-        logits, labels, ignore_index, label_smoothing, z_loss, softcap, logit_scale, write_grad
-    )
+        run = cross_entropy_grad_plain_
+    return run(logits, labels, ignore_index, label_smoothing, softcap, logit_scale, write_grad)
 
 
 @cross_entropy_grad_.register_fake
@@ -58,12 +68,11 @@ def _(
     labels,
     ignore_index=-100,
     label_smoothing=0.0,
-    z_loss=0.0,
     softcap=None,
     logit_scale=1.0,
     write_grad=True,
 ):
-    dtype = eager.accumulate_dtype(logits.dtype)
+    dtype = accumulate_dtype(logits.dtype)
     return logits.new_empty(logits.shape[0], dtype=dtype), logits.new_empty(
         logits.shape[0], dtype=dtype
     )
@@ -78,20 +87,28 @@ def cross_entropy_block_grad_(
     vocabulary: int,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> None:
-    """The gradient of ``cross_entropy_grad_`` for a block of the vocabulary, in place, once ``lse
-    [t]`` is known.
+    """The gradient of ``cross_entropy_grad_`` for a block of the vocabulary, in place, once ``lse``
+    is known.
 
-    ``logits [t, block]`` are those of the outputs from ``first_out`` on, of ``vocabulary`` in all.
+    Args:
+        logits: ``[t, block]``, those of the outputs from ``first_out`` on, written.
+        labels: ``[t]`` int64, into the whole vocabulary.
+        lse: ``[t]`` float32, as ``cross_entropy_grad_`` returns it.
+        first_out: the block's first output.
+        vocabulary: how many outputs there are in all.
+        ignore_index, label_smoothing, softcap, logit_scale: those of ``cross_entropy_grad_``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; a ``softcap`` that is not positive.
     """
     _check_logits("cross_entropy_block_grad_", logits, labels, softcap)
     if logits.is_cuda and logits.dtype != torch.float64:
         from ..kernels.cross_entropy import launch_cross_entropy_block_grad_ as run
     else:
-        run = eager.cross_entropy_block_grad_
+        run = cross_entropy_block_grad_plain_
     run(
         logits,
         labels,
@@ -100,23 +117,120 @@ def cross_entropy_block_grad_(
         vocabulary,
         ignore_index,
         label_smoothing,
-        z_loss,
         softcap,
         logit_scale,
     )
 
 
 @cross_entropy_block_grad_.register_fake
-def _(
+def _(*args, **kwargs):
+    return None
+
+
+def cross_entropy_grad_plain_(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    logit_scale: float,
+    write_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    z = capped_logits(logits, softcap, logit_scale)  # [t, V]
+    ignored = labels == ignore_index
+    target = z.gather(1, labels.masked_fill(ignored, 0)[:, None])[:, 0]
+    mean = z.mean(-1) if label_smoothing else 0.0
+    if write_grad:
+        probability = z if softcap is None else z.clone()  # in place: a chunk is most of the memory
+        lse = softmax_(probability)
+        _write_cross_entropy_grad(
+            logits,
+            probability,
+            z,
+            labels,
+            lse,
+            0,
+            logits.shape[1],
+            ignore_index,
+            label_smoothing,
+            softcap,
+            logit_scale,
+        )
+    else:
+        lse = z.logsumexp(-1)
+    losses = lse - (1 - label_smoothing) * target - label_smoothing * mean
+    return losses.masked_fill_(ignored, 0.0), lse
+
+
+def softmax_(z: Tensor) -> Tensor:
+    """``z [t, V]`` becomes its softmax; returns its logsumexp ``[t]``. One pass of exponentials for
+    both."""
+    largest = z.amax(-1)
+    torch.softmax(z, -1, out=z)
+    return largest - z.amax(-1).log_()  # the largest probability is exp(largest - logsumexp)
+
+
+def cross_entropy_block_grad_plain_(
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    first_out: int,
+    vocabulary: int,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    logit_scale: float,
+) -> None:
+    z = capped_logits(logits, softcap, logit_scale)  # [t, block]
+    probability = (z.sub_(lse[:, None]) if softcap is None else z - lse[:, None]).exp_()
+    _write_cross_entropy_grad(
+        logits,
+        probability,
+        z,
+        labels,
+        lse,
+        first_out,
+        vocabulary,
+        ignore_index,
+        label_smoothing,
+        softcap,
+        logit_scale,
+    )
+
+
+def _write_cross_entropy_grad(
     logits,
+    probability,
+    z,
     labels,
     lse,
     first_out,
     vocabulary,
-    ignore_index=-100,
-    label_smoothing=0.0,
-    z_loss=0.0,
-    softcap=None,
-    logit_scale=1.0,
+    ignore_index,
+    label_smoothing,
+    softcap,
+    logit_scale,
 ):
-    return None
+    grad = probability
+    if label_smoothing:
+        grad -= label_smoothing / vocabulary
+    position = labels - first_out
+    here = (position >= 0) & (position < logits.shape[1])
+    share = here.to(grad.dtype) * (label_smoothing - 1)
+    grad.scatter_add_(1, position.masked_fill(~here, 0)[:, None], share[:, None])
+    if softcap is not None:
+        grad *= 1 - (z / softcap).square_()
+    if logit_scale != 1:
+        grad *= logit_scale
+    if grad is not logits:
+        logits.copy_(grad)
+    logits.index_fill_(0, (labels == ignore_index).nonzero()[:, 0], 0.0)
+
+
+def capped_logits(logits: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
+    """``softcap * tanh(logit_scale * logits / softcap)`` in float32; ``logits`` itself where that
+    changes nothing."""
+    z = logits.to(accumulate_dtype(logits.dtype))
+    if logit_scale != 1:
+        z = z * logit_scale
+    return z if softcap is None else (z / softcap).tanh_().mul_(softcap)

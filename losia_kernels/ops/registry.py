@@ -3,12 +3,10 @@
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NoReturn, ParamSpec, Protocol, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-
-from . import eager
 
 P = ParamSpec("P")
 Result = TypeVar("Result")
@@ -64,15 +62,15 @@ def _is_plain(args: tuple) -> bool:
     return type(first) in (Tensor, nn.Parameter) and not torch._C._len_torch_dispatch_stack()
 
 
-def refuse(op: str, problem: str) -> NoReturn:
-    raise ValueError(f"losia_kernels.ops.{op}: {problem}")
+def invalid(op: str, problem: str) -> ValueError:
+    return ValueError(f"losia_kernels.ops.{op}: {problem}")
 
 
 def check(condition: bool, op: str, problem: str) -> None:
-    """For what is cheap to say; on a hot path ``if ...: refuse(...)`` words the problem only when
-    there is one."""
+    """For what is cheap to say; on a hot path ``if ...: raise invalid(...)`` words the problem only
+    when there is one."""
     if not condition:
-        refuse(op, problem)
+        raise invalid(op, problem)
 
 
 def check_index(op: str, name: str, idx: Tensor | None, like: Tensor) -> None:
@@ -81,21 +79,19 @@ def check_index(op: str, name: str, idx: Tensor | None, like: Tensor) -> None:
     if idx is None:
         return
     if idx.dim() != 1 or idx.dtype != torch.int64:
-        refuse(op, f"{name} must be a 1-D int64 tensor, got {tuple(idx.shape)} {idx.dtype}")
+        raise invalid(op, f"{name} must be a 1-D int64 tensor, got {tuple(idx.shape)} {idx.dtype}")
     if idx.device != like.device:
-        refuse(op, f"{name} is on {idx.device}, the data on {like.device}")
+        raise invalid(op, f"{name} is on {idx.device}, the data on {like.device}")
 
 
 def check_same(op: str, names: str, *tensors: Tensor, dtype: bool = True) -> None:
     first = tensors[0]
     for tensor in tensors[1:]:
         if tensor.shape != first.shape:
-            refuse(op, f"{names} must have one shape, got {[tuple(t.shape) for t in tensors]}")
+            raise invalid(
+                op, f"{names} must have one shape, got {[tuple(t.shape) for t in tensors]}"
+            )
         if tensor.device != first.device:
-            refuse(op, f"{names} are on {[str(t.device) for t in tensors]}")
+            raise invalid(op, f"{names} are on {[str(t.device) for t in tensors]}")
         if dtype and tensor.dtype != first.dtype:
-            refuse(op, f"{names} have dtypes {[t.dtype for t in tensors]}")
-
-
-def check_kind(op: str, kind: str) -> None:
-    check(kind in eager.KINDS, op, f"kind must be one of {eager.KINDS}, got {kind!r}")
+            raise invalid(op, f"{names} have dtypes {[t.dtype for t in tensors]}")

@@ -5,17 +5,16 @@ Random bits depend on a seed and an element's flat position only: the same in ev
 and in the kernels.
 """
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CODE_BLOCK = 256  # neighbours along the inputs that share one scale, as in bitsandbytes and torchao
-FIRST_MOMENT, SECOND_MOMENT = (
-    0x3C6EF372,
-    0x5A827999,
-)  # xor of the seed: three roundings of an element are independent
+from ..kernels.codes import CODE_BLOCK, dynamic_map
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays float64; everything else is computed in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def hash_u32(counter: Tensor, seed: int) -> Tensor:
@@ -33,9 +32,8 @@ def stochastic_round(value: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
 
     Non-finite values pass unchanged.
     """
-    dropped = {torch.bfloat16: 16, torch.float16: 13}[
-        dtype
-    ]  # mantissa bits that float32 has and dtype has not
+    # mantissa bits that float32 has and dtype has not
+    dropped = {torch.bfloat16: 16, torch.float16: 13}[dtype]
     noise = hash_u32(_positions(value), seed) & ((1 << dropped) - 1)
     bits = value.contiguous().view(torch.int32).to(torch.int64) + noise
     bits = (bits >> dropped) << dropped
@@ -48,24 +46,6 @@ def _positions(value: Tensor) -> Tensor:
 
 
 # 8 bits -------------------------------------------------------------------------------------------
-
-
-@functools.lru_cache
-def dynamic_map(signed: bool, device: torch.device) -> Tensor:
-    """The 256 values in [-1, 1] or [0, 1] that codes stand for, ascending: bitsandbytes' dynamic
-    map, float32.
-
-    Seven decades, each cut into twice as many equal cells as the one below it; the values are the
-    cells' centres, and 0 and 1.
-    """
-    values = [0.0, 1.0]
-    for decade in range(7):
-        cells = 2**decade if signed else 2 ** (decade + 1)
-        centres = [
-            10.0 ** (decade - 6) * (0.1 + 0.9 * (cell + 0.5) / cells) for cell in range(cells)
-        ]
-        values += centres + [-centre for centre in centres if signed]
-    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
 def code_blocks(k_in: int) -> int:
@@ -83,13 +63,11 @@ def encode(value: Tensor, signed: bool, seed: int) -> tuple[Tensor, Tensor]:
     """
     k_in = value.shape[1]
     map_ = dynamic_map(signed, value.device)
-    padded = F.pad(value, (0, -k_in % CODE_BLOCK)).unflatten(
-        1, (-1, CODE_BLOCK)
-    )  # [k_out, blocks, CODE_BLOCK]
-    scale = padded.abs().amax(-1)
-    relative = (
-        (padded / torch.where(scale > 0, scale, 1.0)[..., None]).flatten(1)[:, :k_in].contiguous()
-    )
+    padded = F.pad(value, (0, -k_in % CODE_BLOCK))
+    blocks = padded.unflatten(1, (-1, CODE_BLOCK))  # [k_out, blocks, CODE_BLOCK]
+    scale = blocks.abs().amax(-1)
+    relative = blocks / torch.where(scale > 0, scale, 1.0)[..., None]
+    relative = relative.flatten(1)[:, :k_in].contiguous()
     lower = (torch.searchsorted(map_, relative, right=True) - 1).clamp_(min=0)
     upper = (lower + 1).clamp_(max=255)
     share = (hash_u32(_positions(value), seed) >> 8).float() * 2.0**-24  # uniform in [0, 1)

@@ -2,18 +2,20 @@
 size."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..config import LoSiAConfig
 from ..layers.convert import trained_parameters
-from ..layers.linear import LoSiALinear, losia_layers
+from ..layers.module import SubnetModule, losia_layers
 from ..layers.subnet import Subnet
-from ..parallel.placement import move_subnets_, uses_fully_shard
-from ..parallel.ranks import Ranks, Rows
-from .importance import ALL, MarginalObserver, new_subnet
+from ..parallel.placement import Placement, find_placement
+from ..parallel.ranks import Ranks
+from .importance import ALL, Observer, make_observer, new_subnet
 from .selection import top_neurons
 
 
@@ -25,24 +27,31 @@ def calibrate(
     process_group: "dist.ProcessGroup | None" = None,
     loss_divisor: float = 1.0,
 ) -> nn.Module:
-    """Move every subnet to the neurons of largest summed importance over the first ``steps`` of
-    ``batches``.
+    """Move every subnet to the neurons of largest summed importance over the first batches.
 
     At random, a layer learns in the wrong place until its first turn, up to a whole cycle later.
     Each batch is one forward and backward of all layers; the row and column sums of I (Eq. 3) are
     smoothed over the batches as in the timeline: ``out + in`` floats a layer, and one dense weight
-    gradient at a time.
+    gradient at a time. Call it before the first optimizer step. Leaves gradients None and the
+    training mode as it was. A layer that no batch reaches stays where it is.
 
-    ``loss_fn(model, batch)`` returns the mean loss divided by ``loss_divisor`` (in float16,
-    1/scale: importance is not linear in the gradient); by default ``model(**batch).loss``. Of
-    several processes (``process_group``, by default as in ``LoSiAAdamW``) each brings its own
-    batches, as many on each, and the importance is that of their averaged gradients. Call it before
-    the first optimizer step. Leaves gradients None and the training mode as it was. Returns the
-    model.
+    Args:
+        batches: dicts of the model's arguments, or what ``loss_fn`` takes. Of several processes
+            each brings its own, as many on each, and the importance is that of their averaged
+            gradients.
+        steps: how many of them.
+        loss_fn: ``(model, batch)`` -> the mean loss divided by ``loss_divisor``; by default
+            ``model(**batch).loss``.
+        process_group: by default as in ``LoSiAAdamW``.
+        loss_divisor: in float16 1/scale, for importance is not linear in the gradient.
 
-    A layer that no batch reaches stays where it is. Raises ValueError if there is nothing to
-    calibrate, no batch, no loss, or a non-finite importance (naming the layer), TypeError for a
-    batch that is no mapping (without ``loss_fn``); the subnets are then where they were.
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: there is nothing to calibrate, no batch, no loss, or a non-finite importance
+            (naming the layer); the subnets are then where they were.
+        TypeError: a batch is no mapping, without ``loss_fn``.
     """
     layers = [layer for _, layer in losia_layers(model) if layer.subnet.shape != layer.matrix.shape]
     if not layers:
@@ -51,13 +60,12 @@ def calibrate(
         )
     if steps < 1:
         raise ValueError(f"calibrate: steps must be at least 1, got {steps}")
-    ranks = Ranks.of(model, process_group)
-    sharded = ranks.group is not None and uses_fully_shard(model)
-    rows = {layer: Rows(ranks, layer.out_features) if sharded else None for layer in layers}
-    observers = {layer: MarginalObserver(beta1=0.85) for layer in layers}
+    placement = find_placement(model, layers, Ranks.of(model, process_group))
+    config = LoSiAConfig(importance="marginal")
+    observers = {layer: make_observer(config) for layer in layers}
     observing_before = {layer: layer.observe_callback for layer in layers}
     for layer, observer in observers.items():
-        layer.observe_(_update(layer, observer, ranks, rows[layer], loss_divisor))
+        layer.observe_(partial(_observed, placement, layer, observer, loss_divisor))
     try:
         seen = 0
         for batch in batches:
@@ -70,19 +78,14 @@ def calibrate(
         if seen == 0:
             raise ValueError("calibrate: there is no batch to calibrate with")
         found = [
-            (layer, new_subnet(layer, observer, rows[layer]))
+            (layer, new_subnet(layer, observer, placement.rows(layer)))
             for layer, observer in observers.items()
         ]
     finally:
         for layer, callback in observing_before.items():
             layer.observe_(callback)
         _drop_gradients(model)
-    moves = [(layer, subnet) for layer, subnet in found if subnet is not None]
-    if sharded:
-        move_subnets_(moves, ranks)
-        return model
-    for layer, subnet in moves:
-        layer.move_subnet_(subnet)
+    placement.move_([(layer, subnet) for layer, subnet in found if subnet is not None])
     return model
 
 
@@ -91,17 +94,27 @@ def start_from_frequency(
     batches: Iterable[dict[str, Tensor]],
     process_group: "dist.ProcessGroup | None" = None,
 ) -> nn.Module:
-    """Move the output layer's subnet to the tokens that ``batch["labels"]`` hold most often
-    (negative ones ignored).
+    """Move the output layer's subnet to the tokens that the labels hold most often.
 
     No forward is run. Where fewer tokens occur than the subnet has room for, it keeps what it has
-    drawn. Of several processes each counts its own batches. Call it before the first optimizer
-    step. Returns the model.
+    drawn. Call it before the first optimizer step.
 
-    Raises ValueError if no output layer has a subnet to place, or if no batch has a label.
+    Args:
+        batches: with int64 ``"labels"``, negative ones ignored. Of several processes each counts
+            its own.
+        process_group: by default as in ``LoSiAAdamW``.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: no output layer has a subnet to place, or no batch has a label.
     """
-    members = [(layer, layer.losia) for _, layer in losia_layers(model) if hasattr(layer, "losia")]
-    heads = [layer for layer, member in members if member.is_output and member.group is not None]
+    heads = [
+        layer
+        for _, layer in losia_layers(model)
+        if layer.membership and layer.membership.is_output and layer.membership.group is not None
+    ]
     if not heads:
         raise ValueError(
             "start_from_frequency: no output layer has a subnet; set output_dim_factor between 0 and 1"
@@ -112,16 +125,13 @@ def start_from_frequency(
     for batch in batches:
         labels = batch["labels"].to(count.device).flatten()
         count += torch.bincount(labels[labels >= 0], minlength=head.out_features)
-    ranks.sum_([count])
+    ranks.all_reduce_([count])
     if not count.any():
         raise ValueError("start_from_frequency: the batches have no labels to count")
     score = 2 * count
     score[head.out_idx] += 1  # of equally frequent tokens those drawn
     subnet = Subnet(top_neurons(score, head.subnet.shape[0], head.alignment), head.in_idx.clone())
-    if ranks.group is not None and uses_fully_shard(model):
-        move_subnets_([(head, subnet)], ranks)
-    else:
-        head.move_subnet_(subnet)
+    find_placement(model, [head], ranks).move_([(head, subnet)])
     return model
 
 
@@ -140,16 +150,16 @@ def _model_loss(model: nn.Module, batch: Any) -> Tensor:
     return loss
 
 
-def _update(
-    layer: LoSiALinear, observer: MarginalObserver, ranks: Ranks, rows: Rows | None, scale: float
-) -> Callable[..., None]:
-    def update(grad: Tensor, outputs: slice = ALL) -> None:
-        if rows is None:
-            observer.update(layer.matrix, ranks.mean_(grad), scale, outputs=outputs)
-        else:
-            observer.update(rows.of(layer.matrix), rows.scatter_mean(grad), scale, rows=rows)
-
-    return update
+def _observed(
+    placement: Placement,
+    layer: SubnetModule,
+    observer: Observer,
+    grad_scale: float,
+    grad: Tensor,
+    outputs: slice = ALL,
+) -> None:
+    weight, grad = placement.observed(layer, grad)
+    observer.observe(weight, grad, grad_scale, placement.rows(layer), outputs)
 
 
 def _drop_gradients(model: nn.Module) -> None:

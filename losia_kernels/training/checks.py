@@ -1,43 +1,121 @@
-"""What a first step shows: whether the loss reaches every subnet."""
+"""What an optimizer finds in a model before its first step, and what the first step shows."""
 
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict
 
-from ..layers.linear import LoSiALinear
+import torch
+from torch import Tensor
+
+from ..layers.module import Membership, SubnetModule
+
+SELECTING = ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern")  # of a config
 
 
-def check_gradients(layers: Iterable[LoSiALinear], updated: Collection[LoSiALinear] = ()) -> None:
-    """Warn of subnets that the first backward has left without a gradient; RuntimeError if the
-    output layer's is one.
+def check_alike(members: Mapping[SubnetModule, Membership]) -> None:
+    """Raise ValueError for layers of several configs, which differ in more than which layers they
+    select."""
+    shared = [
+        {key: value for key, value in asdict(member.config).items() if key not in SELECTING}
+        for member in members.values()
+    ]
+    names = {member.group: member.group_name for member in members.values()}
+    first = next(iter(members))
+    for (layer, member), config in zip(members.items(), shared, strict=True):
+        if config != shared[0] or member.group_name != names[member.group]:
+            raise ValueError(
+                f"{first.name} and {layer.name} were converted apart, with configs or groups "
+                f"that do not go together; one optimizer drives one config: convert the whole "
+                f"model at once"
+            )
+
+
+def check_flags(layers: Sequence[SubnetModule]) -> None:
+    """Raise ValueError for weights that were set to train beside their subnets, or if every subnet
+    is frozen; warn of some that are. ``requires_grad_`` after the conversion does that."""
+    for layer in layers:
+        if layer.weight.requires_grad:
+            raise ValueError(
+                f"{layer.name}: its weight requires a gradient, as after requires_grad_(True), "
+                f"and would be trained beside its subnet: set weight.requires_grad_(False); "
+                f"modules_to_save trains modules in full"
+            )
+    frozen = [layer.name for layer in layers if not layer.subnet.requires_grad]
+    if len(frozen) == len(layers):
+        raise ValueError(
+            f"no subnet requires a gradient, as after requires_grad_(False): set "
+            f"subnet.requires_grad_(True) on the layers that are to train, such as {frozen[0]}"
+        )
+    if frozen:
+        warnings.warn(
+            f"LoSiA: {_some(frozen)}: frozen, for {len(frozen)} of {len(layers)} subnets require "
+            f"no gradient",
+            stacklevel=4,
+        )
+
+
+def check_held(optimizer: torch.optim.Optimizer, layers: Iterable[SubnetModule]) -> None:
+    """Raise RuntimeError if the optimizer would step subnets that the model no longer has."""
+    held = {id(parameter) for parameter in parameters_of(optimizer)}
+    for layer in layers:
+        if layer.subnet.grad is not None and layer.membership is None:
+            raise RuntimeError(
+                f"{layer.name}: its subnet has a gradient, but its adapter is not in the weight: "
+                f"step before another adapter is activated, or this one disabled"
+            )
+        if id(layer.subnet) not in held:
+            raise RuntimeError(
+                f"{layer.name}: the optimizer holds another subnet than the model; make the "
+                f"optimizer after fully_shard or whatever else exchanges parameters (DeepSpeed is "
+                f"not supported: use FSDP2 or DDP)"
+            )
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """In the order of ``state_dict()["param_groups"]``."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def check_gradients(layers: Iterable[SubnetModule], updated: Collection[SubnetModule] = ()) -> None:
+    """Warn of subnets that the first backward has left without a gradient.
 
     Costs nothing but a look at each ``grad``. A layer that a batch does not use (an expert that got
     no token) is no mistake, an output layer without a gradient always is: the loss reads its weight
-    past it. ``updated`` have had one.
+    past it.
+
+    Args:
+        updated: layers that have had one, used and freed inside the backward.
+
+    Raises:
+        RuntimeError: the output layer is one.
     """
     layers = [layer for layer in layers if layer.subnet.requires_grad]
     without = [layer for layer in layers if layer.subnet.grad is None and layer not in updated]
     if len(without) == len(layers):
         warnings.warn(
-            "LoSiA: no subnet has a gradient in the first step: was there a backward before it, and is the "
-            "loss one of this model's?",
+            "LoSiA: no subnet has a gradient in the first step: was there a backward before it, "
+            "and is the loss one of this model's?",
             stacklevel=4,
         )
         return
     for layer in without:
-        if layer.losia.is_output:
+        if layer.membership is not None and layer.membership.is_output:
             raise RuntimeError(
-                f"{layer.name}: the loss gave the output layer's subnet no gradient, so it reads {layer.name}.weight "
-                f"past the layer, as fused losses do, SFTTrainer's and Liger's among them. Turn that off (Liger: "
-                f"fused_linear_cross_entropy=False; apply_losia's own fused loss needs no logits either), or set "
+                f"{layer.name}: the loss gave the output layer's subnet no gradient, so it reads "
+                f"{layer.name}.weight past the layer, as fused losses do, SFTTrainer's and "
+                f"Liger's among them. Turn that off (Liger: fused_linear_cross_entropy=False; "
+                f"apply_losia's own fused loss needs no logits either), or set "
                 f"output_dim_factor=0 to leave the layer frozen"
             )
     if without:
-        names = ", ".join(layer.name for layer in without[:5]) + (
-            ", ..." if len(without) > 5 else ""
-        )
         warnings.warn(
-            f"LoSiA: {len(without)} of {len(layers)} subnets got no gradient in the first step: {names}. They train "
-            f"only if later batches reach them; a kernel that reads weight itself, or a loss that leaves part of the "
-            f"model out, never will",
+            f"LoSiA: {len(without)} of {len(layers)} subnets got no gradient in the first step: "
+            f"{_some([layer.name for layer in without])}. They train only if later batches reach "
+            f"them; a kernel that reads weight itself, or a loss that leaves part of the model "
+            f"out, never will",
             stacklevel=4,
         )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

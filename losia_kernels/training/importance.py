@@ -1,50 +1,107 @@
 """Observe a layer's dense gradients, then say where its subnet belongs: importance -> scores ->
-selection.
-
-One observer a layer and slot. ``update`` takes the dense gradient ``[out, in]`` of one micro-batch;
-``select`` gives the new subnet; ``tensors`` is the state a checkpoint needs, made at the first
-update on the gradient's device. Where fully_shard has cut the weight, ``update`` and ``tensors``
-are of this rank's ``rows``, and only sums are exchanged. The output layer's gradient comes in
-blocks ``[outputs, in]``, from the first output to the last.
+selection. A kind of importance is one class here.
 """
+
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..config import LoSiAConfig
-from ..layers.linear import LoSiALinear
+from ..config import IMPORTANCES, LoSiAConfig
+from ..layers.module import SubnetModule
 from ..layers.subnet import Subnet
-from ..ops import eager
-from ..parallel.ranks import Rows
+from ..ops.rounding import accumulate_dtype
+from ..parallel.ranks import RowShard
 from .selection import NonFiniteScoreError, select_from_importance, select_from_marginals
 
 ALL = slice(None)
+OBSERVERS: dict[str, type["Observer"]] = {}
 
 
-class SensitivityObserver:
-    """Importance and uncertainty of every weight (Eqs. 3-6): two tensors ``[out, in]`` of
-    ``dtype``.
+class Observer:
+    """What the gradients of one layer in one slot say of its weights.
 
-    ``dtype`` None is float32 (float64 of a float64 weight).
+    A kind is a subclass, ``class Mine(Observer, kind="mine")``, which ``config.importance="mine"``
+    then names. Of a weight that is cut, all tensors are of the rows here, and only sums are
+    exchanged.
+
+    Attributes:
+        last_step_only: it looks at the last step of the slot alone.
+        replicated: names of the tensors that every rank holds whole.
+        bytes_per_weight: of its state.
+        tensors: the state that a checkpoint needs; made by the first gradient.
+        seen: whether there was a gradient.
     """
 
-    def __init__(self, beta1: float, beta2: float, dtype: torch.dtype | None = None):
-        self.beta1, self.beta2, self.dtype = beta1, beta2, dtype
+    last_step_only: ClassVar[bool] = False
+    replicated: ClassVar[tuple[str, ...]] = ()
+    bytes_per_weight: ClassVar[int]
+
+    def __init_subclass__(cls, kind: str):
+        OBSERVERS[kind] = cls
+        IMPORTANCES.append(kind)
+
+    def __init__(self, config: LoSiAConfig):
+        self.beta1, self.beta2 = config.importance_beta1, config.importance_beta2
         self.tensors: dict[str, Tensor] = {}
+        self.seen = False
+
+    def make_state(self, weight: Tensor) -> dict[str, Tensor]:
+        """``tensors`` before the first gradient, zeros, for ``weight [out, in]``."""
+        raise NotImplementedError
 
     def update(
+        self, weight: Tensor, grad: Tensor, grad_scale: float, rows: RowShard, outputs: slice
+    ) -> None:
+        """Take the gradient of one micro-batch into ``tensors``.
+
+        Args:
+            weight: ``[out, in]``, whose outputs are ``rows`` of the layer's.
+            grad: ``[out, in]``; the output layer's comes in blocks, from the first output to the
+                last.
+            grad_scale: what undoes a scaling of the loss: importance is not linear in the gradient.
+            outputs: those that ``grad`` has.
+        """
+        raise NotImplementedError
+
+    def select(self, k_out: int, k_in: int, rows: RowShard, alignment: int) -> Subnet:
+        """Where the subnet belongs."""
+        raise NotImplementedError
+
+    def observe(
         self,
         weight: Tensor,
         grad: Tensor,
         grad_scale: float,
-        rows: Rows | None = None,
+        rows: RowShard,
         outputs: slice = ALL,
     ) -> None:
-        if not self.tensors:
-            dtype = self.dtype or eager.accumulate_dtype(weight.dtype)
-            for name in ("importance", "uncertainty"):
-                self.tensors[name] = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+        """``update``, with state from the first gradient on: zeros that were loaded before are made
+        anew, for the weight may have been cut since."""
+        if not self.seen:
+            self.tensors = self.make_state(weight)
+        self.seen = True
+        self.update(weight, grad, grad_scale, rows, outputs)
+
+
+class SensitivityObserver(Observer, kind="sensitivity"):
+    """Importance and uncertainty of every weight (Eqs. 3-6): two float32 tensors ``[out, in]``
+    (float64 of a float64 weight)."""
+
+    bytes_per_weight = 8
+    dtype: ClassVar[torch.dtype | None] = None
+
+    def make_state(self, weight: Tensor) -> dict[str, Tensor]:
+        dtype = self.dtype or accumulate_dtype(weight.dtype)
+        return {
+            name: torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+            for name in ("importance", "uncertainty")
+        }
+
+    def update(
+        self, weight: Tensor, grad: Tensor, grad_scale: float, rows: RowShard, outputs: slice
+    ) -> None:
         ops.importance_update_(
             self.tensors["importance"][outputs],
             self.tensors["uncertainty"][outputs],
@@ -55,92 +112,88 @@ class SensitivityObserver:
             grad_scale=grad_scale,
         )
 
-    def select(self, k_out: int, k_in: int, rows: Rows | None = None, alignment: int = 1) -> Subnet:
+    def select(self, k_out: int, k_in: int, rows: RowShard, alignment: int) -> Subnet:
         return select_from_importance(
             **self.tensors, k_out=k_out, k_in=k_in, rows=rows, alignment=alignment
         )
 
 
-class GradientObserver:
+class Bfloat16Observer(SensitivityObserver, kind="sensitivity_bfloat16"):
+    """The same in half the memory."""
+
+    bytes_per_weight = 4
+    dtype = torch.bfloat16
+
+
+class GradientObserver(Observer, kind="gradient"):
     """|g| of one optimizer step (ablation GL): the sum of its micro-batches' gradients, no
     smoothing."""
 
-    def __init__(self) -> None:
-        self.tensors: dict[str, Tensor] = {}
+    last_step_only = True
+    bytes_per_weight = 4
+
+    def make_state(self, weight: Tensor) -> dict[str, Tensor]:
+        dtype = accumulate_dtype(weight.dtype)
+        return {"gradient": torch.zeros(weight.shape, dtype=dtype, device=weight.device)}
 
     def update(
-        self,
-        weight: Tensor,
-        grad: Tensor,
-        grad_scale: float,
-        rows: Rows | None = None,
-        outputs: slice = ALL,
+        self, weight: Tensor, grad: Tensor, grad_scale: float, rows: RowShard, outputs: slice
     ) -> None:
-        if not self.tensors:
-            dtype = eager.accumulate_dtype(weight.dtype)
-            self.tensors["gradient"] = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
         self.tensors["gradient"][outputs] += grad
 
-    def select(self, k_out: int, k_in: int, rows: Rows | None = None, alignment: int = 1) -> Subnet:
-        return select_from_importance(
-            self.tensors["gradient"].abs(), None, k_out, k_in, rows, alignment
-        )
+    def select(self, k_out: int, k_in: int, rows: RowShard, alignment: int) -> Subnet:
+        size = self.tensors["gradient"].abs()
+        return select_from_importance(size, None, k_out, k_in, rows, alignment)
 
 
-class MarginalObserver:
+class MarginalObserver(Observer, kind="marginal"):
     """Row and column sums of the smoothed importance, ``out + in`` floats: sums of an EMA are the
     EMA of the sums."""
 
-    def __init__(self, beta1: float):
-        self.beta1 = beta1
-        self.tensors: dict[str, Tensor] = {}
+    replicated = ("in_importance",)
+    bytes_per_weight = 0
+
+    def make_state(self, weight: Tensor) -> dict[str, Tensor]:
+        dtype = accumulate_dtype(weight.dtype)
+        return {
+            name: torch.zeros(size, dtype=dtype, device=weight.device)
+            for name, size in zip(("out_importance", "in_importance"), weight.shape, strict=True)
+        }
 
     def update(
-        self,
-        weight: Tensor,
-        grad: Tensor,
-        grad_scale: float,
-        rows: Rows | None = None,
-        outputs: slice = ALL,
+        self, weight: Tensor, grad: Tensor, grad_scale: float, rows: RowShard, outputs: slice
     ) -> None:
         out_sums, in_sums = ops.importance_marginals(weight[outputs], grad, grad_scale=grad_scale)
-        if rows is not None:
-            in_sums = rows.sum(in_sums)
-        if not self.tensors:
-            sizes = {"out_importance": weight.shape[0], "in_importance": weight.shape[1]}
-            self.tensors = {name: out_sums.new_zeros(size) for name, size in sizes.items()}
+        in_sums = rows.all_reduce(in_sums)
         self.tensors["out_importance"][outputs] *= self.beta1
         self.tensors["out_importance"][outputs] += (1 - self.beta1) * out_sums
         if not outputs.start:  # the first block: the column sums of the others add to it
             self.tensors["in_importance"] *= self.beta1
         self.tensors["in_importance"] += (1 - self.beta1) * in_sums
 
-    def select(self, k_out: int, k_in: int, rows: Rows | None = None, alignment: int = 1) -> Subnet:
-        out_sums = self.tensors["out_importance"]
-        out_sums = out_sums if rows is None else rows.gather(out_sums)
-        return select_from_marginals(
-            out_sums, self.tensors["in_importance"], k_out, k_in, alignment
-        )
-
-
-Observer = SensitivityObserver | GradientObserver | MarginalObserver
+    def select(self, k_out: int, k_in: int, rows: RowShard, alignment: int) -> Subnet:
+        out_sums = rows.all_gather(self.tensors["out_importance"])
+        in_sums = self.tensors["in_importance"]
+        subnet = select_from_marginals(out_sums, in_sums, k_out, k_in, alignment)
+        if in_sums.any():
+            return subnet
+        return Subnet(subnet.out_idx, subnet.in_idx, captured=in_sums.new_tensor(torch.nan))
 
 
 def make_observer(config: LoSiAConfig) -> Observer:
     """The observer that ``config.importance`` names."""
-    if config.importance == "gradient":
-        return GradientObserver()
-    if config.importance == "marginal":
-        return MarginalObserver(config.importance_beta1)
-    dtype = torch.bfloat16 if config.importance == "sensitivity_bfloat16" else None
-    return SensitivityObserver(config.importance_beta1, config.importance_beta2, dtype)
+    return OBSERVERS[config.importance](config)
 
 
-def new_subnet(layer: LoSiALinear, observer: Observer, rows: Rows | None = None) -> Subnet | None:
-    """Where ``layer`` should move; None if it stays: its slot had no gradient (it was not used), or
-    an importance of zero everywhere, as a weight has that is zero.
+def new_subnet(layer: SubnetModule, observer: Observer, rows: RowShard) -> Subnet | None:
+    """Where ``layer`` should move. Changes nothing.
 
-    Raises NonFiniteScoreError naming the layer. Changes nothing.
+    Returns:
+        None if it stays: its slot had no gradient (it was not used), or an importance of zero
+        everywhere, as a weight has that is zero.
+
+    Raises:
+        NonFiniteScoreError: naming the layer.
     """
     if not observer.tensors:
         return None
@@ -149,8 +202,5 @@ def new_subnet(layer: LoSiALinear, observer: Observer, rows: Rows | None = None)
         subnet = observer.select(k_out, k_in, rows, layer.alignment)
     except NonFiniteScoreError as error:
         raise NonFiniteScoreError(f"{layer.name}: {error}; its subnet stays where it was") from None
-    if subnet.captured is None:
-        scored = observer.tensors["in_importance"].any()
-    else:
-        scored = ~subnet.captured.isnan()  # 0 / 0 else
-    return subnet if bool(scored) else None
+    nothing = subnet.captured is not None and bool(subnet.captured.isnan())  # 0 / 0
+    return None if nothing else subnet

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layers.linear import LoSiALinear
+from ..layers.module import SubnetModule
 from .timeline import Timeline
 
 
@@ -21,7 +21,7 @@ class InBackward:
     gradients after the backward.
     """
 
-    def __init__(self, timeline: Timeline, update: Callable[[int, LoSiALinear], None]):
+    def __init__(self, timeline: Timeline, update: Callable[[int, SubnetModule], None]):
         if timeline.ranks.group is not None:
             raise ValueError(
                 "LoSiAAdamW: in_backward=True would update before the gradients of several processes are "
@@ -29,7 +29,7 @@ class InBackward:
             )
         self._timeline = timeline
         self._update = update
-        self._updated: set[LoSiALinear] = set()
+        self._updated: set[SubnetModule] = set()
         for number, layers in enumerate(timeline.groups):
             for layer in layers:
                 if layer.weight.dtype == torch.float16:
@@ -37,12 +37,11 @@ class InBackward:
                         f"LoSiAAdamW: {layer.name} is float16, whose loss must be scaled, and "
                         f"in_backward=True would update by scaled gradients; use bfloat16"
                     )
-                if (
-                    layer.subnet.shape != layer.matrix.shape
-                ):  # a full one does not observe while ``calibrate`` looks
+                # a full one does not observe while ``calibrate`` looks
+                if layer.subnet.shape != layer.matrix.shape:
                     timeline.handles.append(self._hook_up(number, layer))
 
-    def _hook_up(self, group: int, layer: LoSiALinear) -> Any:
+    def _hook_up(self, group: int, layer: SubnetModule) -> Any:
         # Python's garbage collector does not see what a tensor's hook holds: it must not hold the
         # run
         update, owner = weakref.WeakMethod(self._when_whole), weakref.ref(layer)
@@ -54,13 +53,13 @@ class InBackward:
 
         return layer.subnet.register_post_accumulate_grad_hook(hook)
 
-    def take_updated(self) -> set[LoSiALinear]:
+    def take_updated(self) -> set[SubnetModule]:
         """The layers updated since the last call: at the end of the step."""
         updated, self._updated = self._updated, set()
         return updated
 
     @torch.no_grad()
-    def _when_whole(self, group: int, layer: LoSiALinear, subnet: Tensor) -> None:
+    def _when_whole(self, group: int, layer: SubnetModule, subnet: Tensor) -> None:
         if layer.observe_callback is not None:
             return
         if self._timeline.loss_divisor != 1:

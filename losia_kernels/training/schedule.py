@@ -1,7 +1,11 @@
 """The timeline of Section 3.3 in integers: optimizer step -> who observes, who moves, how far it is
 rewarmed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Integral
+from typing import Any
+
+from ..config import LoSiAConfig
 
 PAPER_PERIOD = 100  # A.3
 CYCLES = 2  # of a short run: against a period of 100 no worse on any task of bench/quality
@@ -71,9 +75,8 @@ class Schedule:
 
         The paper's ARC-C run left 4 of 32 blocks on their first subnet.
         """
-        turns = (
-            self.groups if self.update_type == "async" else 1
-        )  # slots until every group has moved
+        # slots until every group has moved
+        turns = self.groups if self.update_type == "async" else 1
         if self.groups == 0 or total_steps >= turns * self.period:
             return None
         left = self.groups - total_steps // self.period
@@ -91,3 +94,88 @@ def auto_period(total_steps: int, groups: int) -> int:
     """T of ``period="auto"``: two cycles in a run of ``total_steps``, T at most the paper's 100 and
     at least 1."""
     return max(1, min(PAPER_PERIOD, total_steps // (CYCLES * max(1, groups))))
+
+
+def check_steps(total_steps: Any) -> None:
+    """Raise ValueError unless it is a whole number of at least 1."""
+    if not isinstance(total_steps, Integral) or total_steps < 1:
+        raise ValueError(
+            f"total_steps must be a whole number of optimizer steps, at least 1, got "
+            f"{total_steps!r}"
+        )
+
+
+class Clock:
+    """Where a run stands: the steps taken, and the schedule once its period is known.
+
+    Attributes:
+        step: optimizer steps taken.
+        config: with the period that ``period="auto"`` has become.
+        auto: whether the config said "auto".
+    """
+
+    def __init__(self, config: LoSiAConfig, groups: int, last_step_only: bool):
+        self.step, self.config, self.auto = 0, config, config.period == "auto"
+        self._groups, self._last_step_only = groups, last_step_only
+        self._schedule: Schedule | None = None
+        if config.period != "auto":
+            self.settle(config.period)
+
+    def settle(self, period: int) -> None:
+        """From here on that is T."""
+        self.config = replace(self.config, period=period)
+        self._schedule = self.schedule_of(period)
+
+    def settle_auto(self, total_steps: int) -> bool:
+        """Make T of ``period="auto"`` that of a run of ``total_steps``, unless the run has begun;
+        whether it did."""
+        waits = self.auto and (not self.settled or self.step == 0)
+        if waits:
+            self.settle(auto_period(total_steps, self._groups))
+        return waits
+
+    def schedule_of(self, period: int) -> Schedule:
+        """The schedule with that T, whatever is settled."""
+        return Schedule(
+            groups=self._groups,
+            period=period,
+            update_type=self.config.update_type,
+            warmup_steps=self.config.warmup_steps,
+            rewarm=self.config.rewarm,
+            last_step_only=self._last_step_only,
+        )
+
+    @property
+    def settled(self) -> bool:
+        """Whether T is known."""
+        return self._schedule is not None
+
+    @property
+    def schedule(self) -> Schedule:
+        """Raises RuntimeError as long as ``period="auto"`` waits for the number of steps."""
+        self.check_settled()
+        assert self._schedule is not None
+        return self._schedule
+
+    def check_settled(self) -> None:
+        """Raise RuntimeError as long as ``period="auto"`` waits for the number of steps."""
+        if self._schedule is None:
+            raise RuntimeError(
+                "LoSiAConfig.period is 'auto', and nothing has said how many optimizer steps the "
+                "run has: give LoSiAAdamW or attach total_steps=..., the Trainer a LoSiACallback, "
+                "or call timeline.plan(total_steps)"
+            )
+
+    @property
+    def observing(self) -> tuple[int, ...]:
+        """The groups that observe in the step now beginning."""
+        return self.schedule.observing(self.step)
+
+    @property
+    def moving(self) -> tuple[int, ...]:
+        """The groups that move after this step's update."""
+        return self.schedule.moving(self.step)
+
+    def lr_factor(self, group: int) -> float:
+        """What this step multiplies the group's learning rate with (Eq. 8)."""
+        return self.schedule.lr_factor(group, self.step)

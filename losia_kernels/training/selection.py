@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import ops
 from ..layers.subnet import Subnet, neurons_of_runs, run_length
-from ..parallel.ranks import Rows
+from ..parallel.ranks import Ranks, RowShard
 
 
 class NonFiniteScoreError(ValueError):
@@ -37,7 +37,7 @@ def select_from_importance(
     uncertainty: Tensor | None,
     k_out: int,
     k_in: int,
-    rows: Rows | None = None,
+    rows: RowShard | None = None,
     alignment: int = 1,
 ) -> Subnet:
     """The subnet with the largest sum of the score ``importance * uncertainty`` (``[out, in]``),
@@ -45,21 +45,23 @@ def select_from_importance(
 
     ``in_then_out`` (the paper's Row2Column) takes the ``k_in`` inputs with the largest column sums,
     then the ``k_out`` outputs with the largest sums within them; ``out_then_in`` is the mirror. The
-    larger block sum wins; on a tie the former. Of a sharded weight both tensors are this rank's
-    ``rows``. With ``alignment`` runs of that many neighbours take the place of single neurons.
-    Raises NonFiniteScoreError.
+    larger block sum wins; on a tie the former. With ``alignment`` runs of that many neighbours take
+    the place of single neurons.
+
+    Args:
+        rows: those of the score that both tensors hold; None: all.
+
+    Raises:
+        NonFiniteScoreError: a score is not finite.
     """
+    rows = rows or RowShard(Ranks(), importance.shape[0])
     out_sums, in_sums = _marginals(importance, uncertainty, None, None, rows)  # [out], [in]
     check_finite(out_sums)
-    out_first, in_first = (
-        top_neurons(out_sums, k_out, alignment),
-        top_neurons(in_sums, k_in, alignment),
-    )
+    out_first = top_neurons(out_sums, k_out, alignment)
+    in_first = top_neurons(in_sums, k_in, alignment)
     out_within, in_within = _marginals(importance, uncertainty, out_first, in_first, rows)
-    out_second, in_second = (
-        top_neurons(out_within, k_out, alignment),
-        top_neurons(in_within, k_in, alignment),
-    )
+    out_second = top_neurons(out_within, k_out, alignment)
+    in_second = top_neurons(in_within, k_in, alignment)
     in_then_out_sum, out_then_in_sum = out_within[out_second].sum(), in_within[in_second].sum()
     in_then_out = in_then_out_sum >= out_then_in_sum
     return Subnet(
@@ -74,25 +76,30 @@ def _marginals(
     uncertainty: Tensor | None,
     out_idx: Tensor | None,
     in_idx: Tensor | None,
-    rows: Rows | None,
+    rows: RowShard,
 ) -> tuple[Tensor, Tensor]:
     """``ops.score_marginals`` of the whole score, whose rows may lie on several ranks: only sums
     are exchanged."""
-    if rows is None:
-        return ops.score_marginals(importance, uncertainty, out_idx, in_idx)
     if out_idx is not None:
-        first, last = rows.span(out_idx)
-        out_idx = out_idx[first:last] - rows.start
+        _, out_idx = rows.find(out_idx)
     out_sums, in_sums = ops.score_marginals(importance, uncertainty, out_idx, in_idx)
-    return rows.gather(out_sums), rows.sum(in_sums)
+    return rows.all_gather(out_sums), rows.all_reduce(in_sums)
 
 
 def select_subnet(score: Tensor, k_out: int, k_in: int, alignment: int = 1) -> Subnet:
-    """Algorithm 1 on a score matrix ``[out, in]`` (float32, bfloat16 or float64): the greedy best
-    of both orders.
+    """The greedy best of both orders of choosing from a score matrix (Algorithm 1).
 
-    ``alignment``: runs of that many neighbours are chosen by their summed score; 1 is the paper.
-    Raises ValueError for sizes that cannot be selected.
+    Args:
+        score: ``[out, in]``, float32, bfloat16 or float64.
+        k_out, k_in: how many outputs and inputs to choose.
+        alignment: choose runs of that many neighbours by their summed score; 1 is the paper.
+
+    Returns:
+        The subnet, with its share of the score in ``captured``.
+
+    Raises:
+        ValueError: these sizes cannot be selected.
+        NonFiniteScoreError: a score is not finite.
     """
     if score.dim() != 2:
         raise ValueError(f"select_subnet: score must be [out, in], got {tuple(score.shape)}")

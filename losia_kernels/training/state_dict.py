@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layers.linear import LoSiALinear
-from ..parallel.placement import as_shard, own
-from ..parallel.ranks import is_sharded
-from .importance import Observer, make_observer
-from .timeline import SELECTING, Timeline, parameters_of
+from ..layers.module import SubnetModule
+from ..parallel.placement import local, placed_as
+from .checks import SELECTING, parameters_of
+from .importance import Observer
+from .timeline import Timeline
 
 # What a resumed run may choose anew: all other fields say where the timeline stands or what the
 # state means.
@@ -36,7 +36,7 @@ class TimelineState:
             f"{type(optimizer).__name__}.{name}": value
             for name, value in optimizer.defaults.items()
         }
-        timeline.ranks.check_same(options, {})
+        timeline.ranks.check_same(options)
         self._load_hooks: list[Any] = [
             optimizer.register_load_state_dict_pre_hook(self._check_loaded),
             optimizer.register_load_state_dict_post_hook(self._load),
@@ -64,32 +64,14 @@ class TimelineState:
         position = {parameter: i for i, parameter in enumerate(parameters_of(optimizer))}
         state = dict(state_dict["state"])
         for layer, observer in timeline.observers.items():
-            tensors = self._shards(layer, observer) if timeline.sharded else observer.tensors
-            if tensors:
-                i = position[layer.subnet]
-                state[i] = {
-                    **state.get(i, {}),
-                    **{f"losia_{k}": tensor for k, tensor in tensors.items()},
-                }
+            i = position[layer.subnet]
+            tensors = _tensors_of(layer, observer)
+            state[i] = {**state.get(i, {}), **{f"losia_{k}": v for k, v in tensors.items()}}
         groups = [
             {**group, "losia_step": timeline.step, "losia_config": asdict(timeline.config)}
             for group in state_dict["param_groups"]
         ]
         return {**state_dict, "state": state, "param_groups": groups}
-
-    def _shards(self, layer: LoSiALinear, observer: Observer) -> dict[str, Tensor]:
-        """The observer's tensors, zeros before the first: torch.distributed.checkpoint wants one
-        set of keys a step."""
-        timeline = self._timeline
-        if not observer.tensors:
-            weight, observer = own(layer.weight), make_observer(timeline.config)
-            observer.update(weight, torch.zeros_like(weight), 1.0, timeline.rows_of(layer))
-        return {
-            name: tensor
-            if name == "in_importance"
-            else as_shard(tensor, layer.out_features, layer.weight)
-            for name, tensor in observer.tensors.items()
-        }
 
     def _check_loaded(self, optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
         """Take out what is ours, after checking that it fits; the optimizer loads the rest."""
@@ -100,7 +82,7 @@ class TimelineState:
             )
         for name, now in asdict(timeline.config).items():
             then = saved["losia_config"].get(name, now)
-            if name == "period" and (timeline.auto or then == "auto"):
+            if name == "period" and (timeline.clock.auto or then == "auto"):
                 continue  # with "auto" it becomes the checkpoint's
             if then != now and name not in _FREE_FIELDS:
                 raise ValueError(
@@ -108,9 +90,8 @@ class TimelineState:
                     f"resume with the same config, or start anew from the exported weights"
                 )
         index = [i for group in state_dict["param_groups"] for i in group["params"]]
-        layers = [layer for group in [*timeline.groups, timeline.dense] for layer in group]
-        subnets: dict[Tensor, LoSiALinear] = {layer.subnet: layer for layer in layers}
-        observed: dict[LoSiALinear, dict[str, Tensor]] = {}
+        subnets: dict[Tensor, SubnetModule] = {layer.subnet: layer for layer in timeline.layers}
+        observed: dict[SubnetModule, dict[str, Tensor]] = {}
         state = {}
         for i, parameter in zip(index, parameters_of(optimizer), strict=False):
             entries = state_dict["state"].get(i, {})
@@ -125,22 +106,17 @@ class TimelineState:
                     observed[layer] = ours
             if rest:
                 state[i] = rest
-        period = saved["losia_config"]["period"] if timeline.auto else timeline.config.period
-        due = (
-            () if period == "auto" else timeline.schedule_of(period).observing(saved["losia_step"])
-        )
-        partial = timeline.sharded and not saved.get(
-            "losia_whole"
-        )  # what a whole one lacks nobody had seen
-        if partial and any(
-            layer not in observed for group in due for layer in timeline.groups[group]
-        ):
+        clock, step = timeline.clock, saved["losia_step"]
+        period = saved["losia_config"]["period"] if clock.auto else clock.config.period
+        due = () if period == "auto" else clock.schedule_of(period).observing(step)
+        if any(layer not in observed for group in due for layer in timeline.groups[group]):
             raise ValueError(
-                f"the loaded state lacks the importance of the layers that observe at step {saved['losia_step']}: "
-                f"before loading call timeline.resume_at({saved['losia_step']}), or load by losia_kernels.checkpoint"
+                f"the loaded state lacks the importance of the layers that observe at step {step}: "
+                f"before loading call timeline.resume_at({step}), or load by "
+                f"losia_kernels.checkpoint"
             )
         self._loaded = {
-            "step": saved["losia_step"],
+            "step": step,
             "period": saved["losia_config"]["period"],
             "observed": observed,
         }
@@ -152,29 +128,29 @@ class TimelineState:
 
     def _load(self, optimizer: torch.optim.Optimizer) -> None:
         timeline, loaded, self._loaded = self._timeline, self._loaded, {}
-        if timeline.auto and loaded["period"] != "auto":
+        if timeline.clock.auto and loaded["period"] != "auto":
             timeline.settle_period(loaded["period"])
         timeline.resume_at(loaded["step"])
         for layer, tensors in loaded["observed"].items():
-            device = layer.out_idx.device
-            tensors = {
-                k: own(tensor) if is_sharded(tensor) else tensor for k, tensor in tensors.items()
-            }
-            timeline.observers[layer].tensors = {
-                k: tensor.to(device, copy=True) for k, tensor in tensors.items()
-            }
-        if timeline.sharded:  # zeros stand for an observer that has seen nothing yet
-            observers = [timeline.observers[layer] for layer in loaded["observed"]]
-            seen = timeline.ranks.any(
-                [any(bool(t.any()) for t in observer.tensors.values()) for observer in observers]
-            )
-            for observer, anywhere in zip(observers, seen, strict=True):
-                if not anywhere:
-                    observer.tensors = {}
-        timeline.check_position([layer for layers in timeline.groups for layer in layers])
+            observer, device = timeline.observers[layer], layer.out_idx.device
+            observer.tensors = {k: local(v).to(device, copy=True) for k, v in tensors.items()}
+            observer.seen = any(bool(tensor.any()) for tensor in observer.tensors.values())
+        timeline.check_position(timeline.layers)
 
 
-def _check_shapes(layer: LoSiALinear, state: dict, observed: dict) -> None:
+def _tensors_of(layer: SubnetModule, observer: Observer) -> dict[str, Tensor]:
+    """The importance of a layer that observes: zeros before its first gradient, for
+    torch.distributed.checkpoint wants one set of keys a step."""
+    tensors = observer.tensors or observer.make_state(local(layer.matrix))
+    return {
+        name: tensor
+        if name in observer.replicated
+        else placed_as(tensor, layer.out_features, layer.weight)
+        for name, tensor in tensors.items()
+    }
+
+
+def _check_shapes(layer: SubnetModule, state: dict, observed: dict) -> None:
     for key, value in state.items():
         alike = isinstance(value, Tensor) and value.dim() == 2 and not key.endswith("_scale")
         if alike and any(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench.speed import host
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 
 pytest.importorskip("triton")
 

@@ -14,7 +14,7 @@ from bench.methods.importance import (
     rank_pattern_of,
 )
 from losia_kernels import LoSiAConfig, apply_losia
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 from losia_kernels.layers.subnet import subnet_size
 from tests.bench.quality_tiny import tiny_base, tiny_tasks
 

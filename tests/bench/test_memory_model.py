@@ -24,7 +24,7 @@ from losia_kernels.finetune.estimate import (
     estimate,
     largest,
 )
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
@@ -111,15 +111,12 @@ def test_state_is_exact(tiny, method):
 
 
 @pytest.mark.parametrize("in_backward", [False, True])
-@pytest.mark.parametrize("master", ["float32", "remainder", "none"])
+@pytest.mark.parametrize("master", ["float32", "split", "none"])
 @pytest.mark.parametrize("moments", ["float32", "bfloat16", "int8"])
 def test_state_in_fewer_bits_is_exact(tiny, moments, master, in_backward):
-    form = {"moments": moments, "remainder": master == "remainder", "in_backward": in_backward}
+    form = {"moments": moments, "in_backward": in_backward}
     module = build_model(tiny, CPU, BF16)
-    apply_losia(
-        module,
-        LoSiAConfig(output_dim_factor=0.5, master_weights=master == "float32", fused_loss=False),
-    )
+    apply_losia(module, LoSiAConfig(output_dim_factor=0.5, master=master, fused_loss=False))
     optimizer = LoSiAAdamW(module, **form)
     tokens = torch.zeros(2, 8, dtype=torch.long)
     module(input_ids=tokens, labels=tokens).loss.backward()
@@ -132,7 +129,7 @@ def test_state_in_fewer_bits_is_exact(tiny, moments, master, in_backward):
     observed = [t for o in optimizer.timeline.observers.values() for t in o.tensors.values()]
     importance = sum(tensor.nbytes for tensor in observed)
     optimizer.step()
-    setting = LoSiA(output_dim_factor=0.5, master_weights=master == "float32", **form)
+    setting = LoSiA(output_dim_factor=0.5, master=master, **form)
     state = setting.state(shape_of(tiny))
     assert (
         state["values"] == sum(subnet.numel() for subnet in subnets) and state["gradients"] == kept
@@ -159,13 +156,12 @@ def test_with_the_smallest_state_table_14_is_met(p, paper_gb):
         checkpointing=True,
         fused_loss=True,
         moments="int8",
-        master_weights=False,
+        master="none",
         in_backward=True,
     )
     assert estimate(LLAMA_7B, setting).total <= paper_gb * 1e9
-    exact = dataclasses.replace(
-        setting, remainder=True, importance="sensitivity_bfloat16"
-    )  # losia-pro-lean's
+    lean = {"master": "split", "importance": "sensitivity_bfloat16"}  # losia-pro-lean's
+    exact = dataclasses.replace(setting, **lean)
     assert (
         estimate(LLAMA_7B, exact).total
         <= paper_gb * 1e9
@@ -277,7 +273,8 @@ def test_settings_out_of_range(model_folder, capsys):
     for wrong, problem in (
         ({"batch": 0}, "batch must be at least 1"),
         ({"moments": "int4"}, "moments must be one of float32, bfloat16, int8, got 'int4'"),
-        ({"remainder": True}, "a remainder completes 16-bit subnets"),
+        ({"master": "half"}, "master must be one of float32, split, none, got 'half'"),
+        ({"master": "split", "weight_bytes": 4}, "completes 16-bit weights"),
     ):
         with pytest.raises(ValueError, match=problem):
             LoSiA(**wrong)

@@ -92,9 +92,8 @@ def test_after_relocalizations_it_is_exact_at_the_rank_of_what_was_touched(pair,
         touched = pair.touched[layer]
         assert error.rank <= min(touched.any(1).sum(), touched.any(0).sum())
         assert error.relative_error < 1e-7
-        assert (
-            error.merged_error == 0 or dtype == "float32"
-        )  # in bfloat16 the sum is rounded to what it was
+        # in bfloat16 the sum is rounded to what it was
+        assert error.merged_error == 0 or dtype == "float32"
     assert_merged_is_trained(pair, tmp_path / "lora")
 
 
@@ -102,7 +101,7 @@ def test_a_smaller_rank_is_the_best_of_that_rank_and_says_its_error(pair, tmp_pa
     rank = 5
     arguments = [str(pair.base), str(pair.trained), str(tmp_path / "lora"), "--rank", str(rank)]
     assert cli.main(["lora", *arguments]) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     stated = json.loads((tmp_path / "lora" / "lora_error.json").read_text())
     base, trained = load(pair.base), load(pair.trained)
     adapter = load_file(tmp_path / "lora" / "adapter_model.safetensors")
@@ -119,11 +118,11 @@ def test_a_smaller_rank_is_the_best_of_that_rank_and_says_its_error(pair, tmp_pa
         lost, total = lost + distance**2, total + change.norm() ** 2
     assert math.isclose(stated["relative_error"], (lost / total) ** 0.5, rel_tol=1e-5)
     assert (
-        f"error    {stated['relative_error']:.2e} of the change" in said
-        and "15 layers, rank 5, " in said
+        f"error    {stated['relative_error']:.2e} of the change" in printed
+        and "15 layers, rank 5, " in printed
     )
     assert cli.main(["inspect", str(tmp_path / "lora")]) == 0
-    assert capsys.readouterr().out == said
+    assert capsys.readouterr().out == printed
     result = merged(pair.base, tmp_path / "lora")
     name = "model.layers.0.mlp.up_proj.weight"
     off = (result[name] - trained[name]).norm() / (trained[name] - base[name]).norm()
@@ -197,8 +196,8 @@ def changed_by_hand(pair, folder, name, change):
 def test_what_no_lora_holds_is_refused_by_name(one_subnet, tmp_path, capsys, name, change, problem):
     trained = changed_by_hand(one_subnet, tmp_path / "trained", name, change)
     assert cli.main(["lora", str(one_subnet.base), str(trained), str(tmp_path / "out")]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and problem in said
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and problem in printed
     assert [path.name for path in tmp_path.iterdir()] == ["trained"]
 
 
@@ -221,6 +220,6 @@ def test_bad_arguments(one_subnet, capsys, monkeypatch, tmp_path, arguments, pro
     monkeypatch.chdir(tmp_path)
     folders = {"base": one_subnet.base, "trained": one_subnet.trained}
     assert cli.main(["lora", *(text.format(**folders) for text in arguments)]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and problem in said
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and problem in printed
     assert not list(tmp_path.iterdir())

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, remove_losia
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 from tests.integrations.tiny_llama import make_model, make_tokenizer
 
 STEPS = 7  # at period 1 and three groups, every layer moves twice
@@ -70,6 +70,19 @@ def load(folder: Path) -> dict[str, Tensor]:
         for file in sorted(folder.glob("*.safetensors"))
         for name, tensor in load_file(file).items()
     }
+
+
+def change(folder: Path, **tensors: Tensor | None) -> None:
+    """Write ``model.safetensors`` anew with other tensors (None: without) and remove what was
+    there."""
+    values = {
+        **load_file(folder / "model.safetensors"),
+        **{name.replace("__", "."): t for name, t in tensors.items()},
+    }
+    save_file(
+        {name: tensor for name, tensor in values.items() if tensor is not None},
+        folder / "model.safetensors",
+    )
 
 
 def assert_same_model(one: Path, other: Path) -> None:

@@ -1,8 +1,8 @@
-"""One process a job, of which some kill themselves with SIGKILL in the middle of writing.
+"""One process a run, of which some kill themselves with SIGKILL in the middle of writing.
 
-    python doomed_process.py    reads lines ["job", argument, ...] on stdin, answers each with its exit status
+    python doomed_process.py    reads lines [argument of ``run``, ...] on stdin, answers each with its exit status
 
-transformers is imported once; each job runs in a fork of this process, which itself never computes
+transformers is imported once; each run runs in a fork of this process, which itself never computes
 anything.
 """
 
@@ -17,49 +17,29 @@ from unittest import mock
 import torch
 import transformers.modeling_utils
 import transformers.trainer_utils
-from torch import Tensor
 
-from losia_kernels.checkpoint import delta
-from losia_kernels.checkpoint import folder as model_folder
-from losia_kernels.finetune import folder as checkpoints
+from losia_kernels.finetune import folder as run_folder
 from losia_kernels.finetune import progress
 from losia_kernels.finetune.run import finetune
-from tests.finetune.test_run import options
+from tests.finetune.tiny_run import options
 
 SAVE_STEPS, STEPS = 2, 6  # checkpoints 2, 4, 6; 2 goes when 6 is written
 
 
 def run(folder: str, model: str, moment: str = "", resume: bool = False) -> None:
     """A fine-tuning run in ``folder`` that dies at ``moment``, or never."""
-    with open(Path(folder) / "said.txt", "a") as said, mock.patch.object(sys, "stdout", said):
+    with (
+        open(Path(folder) / "printed.txt", "a") as printed,
+        mock.patch.object(sys, "stdout", printed),
+    ):
         if moment:
             DOOMS[moment]()
-        mock.patch.object(
-            progress, "draw_loss_curve"
-        ).start()  # slow, and not what is looked at here
+        # slow, and not what is looked at here
+        mock.patch.object(progress, "draw_loss_curve").start()
         changes = dict(steps=STEPS, save_steps=SAVE_STEPS, period=2, eval_data=None, resume=resume)
-        changes |= dict(
-            gradient_accumulation=1, lr_scheduler="constant"
-        )  # a step too many would show
+        # a step too many would show
+        changes |= dict(gradient_accumulation=1, lr_scheduler="constant")
         finetune(options(Path(folder), Path(model), **changes))
-
-
-def convert(action: str, dies_at: int, *folders: str) -> None:
-    """Make or apply a delta, and die after hashing or writing so many tensors since the first file
-    was begun."""
-    raw_bytes, beside, count = (
-        model_folder.raw_bytes,
-        Path(folders[-1] + ".tmp"),
-        iter(range(dies_at)),
-    )
-
-    def raw_bytes_or_die(tensor: Tensor) -> memoryview:
-        if any(beside.rglob("*.safetensors")) and next(count, None) is None:
-            die()
-        return raw_bytes(tensor)
-
-    with mock.patch.object(model_folder, "raw_bytes", raw_bytes_or_die):
-        {"make": delta.make_delta, "apply": delta.apply_delta}[action](*folders)
 
 
 def die(*args, **kwargs):
@@ -104,17 +84,17 @@ DOOMS = {
     "old one's removal": lambda: mock.patch.object(
         transformers.trainer_utils.shutil, "rmtree", dies_removing
     ).start(),
-    "marker": lambda: dies_before(checkpoints, "write_json", "checkpoint-6/losia"),
+    "marker": lambda: dies_before(run_folder, "write_json", "checkpoint-6/losia"),
     "export": lambda: dies_writing(transformers.modeling_utils, "safe_save_file", "model.tmp"),
 }
 
 if __name__ == "__main__":
     for line in sys.stdin:
-        job, *arguments = json.loads(line)
+        arguments = json.loads(line)
         child = os.fork()
         if child == 0:
             try:
-                {"run": run, "convert": convert}[job](*arguments)
+                run(*arguments)
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)

@@ -38,9 +38,6 @@ def write(path, *lines):
     return path
 
 
-# labels -------------------------------------------------------------------------------------------
-
-
 def test_of_prompt_and_completion_the_completion_and_the_end_are_learned(tokenizer):
     text, target = learned(tokenizer, {"prompt": "Say hi:", "completion": " hello"})
     assert text == "Say hi: hello<eos>"
@@ -105,7 +102,7 @@ def test_of_a_chat_the_assistants_turns_and_their_ends_are_learned(tokenizer):
 def test_what_follows_the_assistants_last_turn_is_left_out(tokenizer):
     turns = [("user", "Hi"), ("assistant", "Yes?"), ("user", "Bye")]
     text, target = learned(
-        tokenizer, {"messages": [{"role": role, "content": said} for role, said in turns]}
+        tokenizer, {"messages": [{"role": role, "content": text} for role, text in turns]}
     )
     assert text == "<|user|>Hi<|end|>\n<|assistant|>Yes?<|end|>"
     assert target == "Yes?<|end|>"
@@ -156,9 +153,6 @@ def test_a_chat_template_that_raises_names_the_line(tokenizer):
         learned(tokenizer, {"messages": [{"role": "assistant", "content": "x"}]})
 
 
-# truncation and padding ---------------------------------------------------------------------------
-
-
 def test_a_long_sample_loses_its_end_and_learns_no_end(tokenizer):
     assert learned(tokenizer, {"prompt": "abc", "completion": "defgh"}, max_length=5) == (
         "abcde",
@@ -190,9 +184,6 @@ def test_padding_is_masked_by_position_and_the_end_stays_learned(tokenizer):
     assert all(values.dtype == torch.int64 for values in batch.values())
 
 
-# packing ------------------------------------------------------------------------------------------
-
-
 def test_packed_rows_hold_whole_samples_in_order():
     samples = [
         {"input_ids": np.full(n, n, np.int32), "labels": np.full(n, n, np.int32)}
@@ -217,9 +208,6 @@ def test_a_packed_row_gives_the_loss_of_its_samples_alone(tokenizer):
     assert len(rows) == 2  # of different lengths: one is padded
     together = model(**collate(rows), num_items_in_batch=1, use_cache=False).loss
     torch.testing.assert_close(together, apart)
-
-
-# order --------------------------------------------------------------------------------------------
 
 
 def test_length_groups_depend_on_seed_and_epoch_alone():

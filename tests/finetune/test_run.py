@@ -1,10 +1,8 @@
 """The whole job on a tiny model: what a run leaves, that it is plain, that a killed run resumes to
 the same bits."""
 
-import dataclasses
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,63 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
-from transformers.testing_utils import CaptureLogger
-from transformers.utils import logging
+from transformers import AutoModelForCausalLM, TrainerCallback
 
-from losia_kernels import cli
-from losia_kernels.finetune.data import Collator, load_samples
-from losia_kernels.finetune.folder import last_checkpoint, save_model
-from losia_kernels.finetune.options import FinetuneOptions, InputError
-from losia_kernels.finetune.progress import read_log, rewind_log
-from losia_kernels.finetune.run import convert_model, finetune, training_arguments
-from tests.integrations.tiny_llama import make_model, make_tokenizer
+from losia_kernels.finetune.folder import last_checkpoint
+from losia_kernels.finetune.run import finetune
+from losia_kernels.integrations.history import read_log
+from tests.finetune.tiny_run import STEPS, loss_on, options
 
-STEPS, KILLED_AT = (
-    14,
-    10,
-)  # one epoch is 5 steps; the last checkpoint before the kill, 8, is in the middle of a slot
-
-
-def write_data(path: Path, count: int, first: int = 0) -> Path:
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = [letters[i % 26] * (i % 5 + 1) for i in range(first, first + count)]
-    path.write_text(
-        "".join(json.dumps({"prompt": f"{w}:", "completion": w.upper()}) + "\n" for w in words)
-    )
-    return path
-
-
-def options(folder: Path, model: Path, **changes) -> FinetuneOptions:
-    """A run that uses every moving part: accumulation, length groups, output layer, warm-up,
-    evaluation."""
-    values = dict(
-        model=str(model),
-        data=str(write_data(folder / "train.jsonl", 38)),
-        output=str(folder / "run"),
-        eval_data=str(write_data(folder / "eval.jsonl", 6, first=40)),
-        rank_factor=1 / 4,
-        output_dim_factor=1 / 8,
-        period=3,
-        lr=1e-2,
-        steps=STEPS,
-        batch_size=4,
-        gradient_accumulation=2,
-        group_by_length=True,
-        save_steps=4,
-        eval_steps=5,
-        print_every=4,
-        max_length=64,
-    )
-    return FinetuneOptions(**{**values, **changes})
-
-
-@torch.no_grad()
-def loss_on(data: Path, model_folder: Path) -> float:
-    """The mean loss of a saved model over a file."""
-    samples, _ = load_samples(data, make_tokenizer(), 64)
-    model = AutoModelForCausalLM.from_pretrained(model_folder)
-    return float(model(**Collator(256)(samples)).loss)
+KILLED_AT = 10  # the last checkpoint before it, 8, is in the middle of a slot
 
 
 class FirstStep(TrainerCallback):
@@ -99,9 +48,8 @@ def test_the_model_is_plain(whole_run, model_folder):
         k: (v.shape, v.dtype) for k, v in original.items()
     }
     changed = {key for key in trained if not torch.equal(trained[key], original[key])}
-    assert changed == {
-        key for key in trained if "_proj" in key or "embed" in key
-    }  # the output layer is tied
+    # the output layer is tied to the embedding
+    assert changed == {key for key in trained if "_proj" in key or "embed" in key}
     assert not list(whole_run.glob("*.tmp"))
     ours, theirs = (
         json.loads((folder / "config.json").read_text())
@@ -181,95 +129,11 @@ def test_a_killed_run_resumes_to_the_same_bits(whole_run, tmp_path, model_folder
     assert losses[0] == losses[1]
 
 
-def test_resume_with_other_options_or_data_is_refused(whole_run, tmp_path, model_folder):
-    shutil.copytree(whole_run, tmp_path / "run")
-    for path in ("train.jsonl", "eval.jsonl"):
-        shutil.copy(whole_run.parent / path, tmp_path)
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
-    first = {
-        **record,
-        "data": str(tmp_path / "train.jsonl"),
-        "eval_data": str(tmp_path / "eval.jsonl"),
-    }
-    (tmp_path / "run" / "run.json").write_text(json.dumps(first))
-    with pytest.raises(
-        InputError, match=r"with other options: lr was 0.01, now 0.02, period was 3, now 4"
-    ):
-        finetune(options(tmp_path, model_folder, resume=True, lr=2e-2, period=4))
-    changed = options(tmp_path, model_folder, resume=True)
-    with open(tmp_path / "train.jsonl", "a") as file:
-        file.write('{"text": "more"}\n')
-    with pytest.raises(InputError, match="with other options: data_sha256"):
-        finetune(changed)
-
-
 def test_resuming_a_finished_run_changes_nothing(whole_run, model_folder, capsys):
     before = {path: path.stat().st_mtime_ns for path in (whole_run / "model").iterdir()}
     assert finetune(options(whole_run.parent, model_folder, resume=True)) == whole_run / "model"
     assert "is finished" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in (whole_run / "model").iterdir()}
-
-
-def test_a_model_is_written_whole_or_not_at_all(tmp_path):
-    class Full:
-        def save_pretrained(self, folder):
-            raise OSError("no space left on device")
-
-    with pytest.raises(OSError, match="no space"):
-        save_model(make_model(), Full(), tmp_path / "model")
-    assert not (tmp_path / "model").exists()
-    save_model(make_model(), make_tokenizer(), tmp_path / "model")
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_export_is_the_model_at_that_step(whole_run, tmp_path):
-    last = whole_run / "checkpoints" / f"checkpoint-{STEPS}"
-    assert cli.main(["export", str(last), str(tmp_path / "exported")]) == 0
-    exported, final = (
-        load_file(f / "model.safetensors") for f in (tmp_path / "exported", whole_run / "model")
-    )
-    assert exported.keys() == final.keys() and all(
-        torch.equal(exported[key], final[key]) for key in final
-    )
-    assert (tmp_path / "exported" / "tokenizer.json").exists()
-
-
-def test_inspect_says_what_a_checkpoint_holds(whole_run, capsys):
-    assert cli.main(["inspect", str(whole_run / "checkpoints" / "checkpoint-12")]) == 0
-    said = capsys.readouterr().out
-    for line in (
-        "step            12",
-        "observing       model.layers.0",
-        "groups          3, period 3, update async",
-        "layers          15",
-        "   1 x lm_head  weight 261 x 32  subnet 32 x 32",
-        "   2 x model.layers.*.mlp.down_proj  weight 32 x 48  subnet 8 x 12",
-    ):
-        assert line in said.splitlines(), said
-
-
-def test_the_terminal_says_what_runs_and_how_far_it_is(tmp_path, model_folder, capsys):
-    chosen = {
-        "steps": 8,
-        "period": "auto",
-        "output_dim_factor": 0.0,
-        "save_steps": 0,
-        "eval_data": None,
-    }
-    finetune(options(tmp_path, model_folder, **chosen))
-    said = capsys.readouterr().out
-    assert "14 layers in 2 groups" in said and "period 2 steps (auto), 2.0 cycles" in said
-    assert (
-        "38 samples" in said
-        and "8 steps of 4 x 2 samples, lr 0.01 cosine, 1 steps of warm-up" in said
-    )
-    lines = [line for line in said.splitlines() if line.startswith("step ")]
-    assert [line.split()[1] for line in lines] == ["4/8", "8/8"]
-    for part in ("loss ", "lr ", " tokens/s ", " GiB ", "left 0:00:0", "observing model.layers.1"):
-        assert part in lines[0], lines
-    assert not (tmp_path / "run" / "checkpoints").exists() or not list(
-        (tmp_path / "run" / "checkpoints").iterdir()
-    )
 
 
 def test_a_run_shorter_than_a_cycle_is_warned_about(tmp_path, model_folder):
@@ -307,13 +171,6 @@ def test_options_run_and_learn(tmp_path, model_folder, extra):
     assert loss_on(data, tmp_path / "run" / "model") < loss_on(data, model_folder)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype="auto")
     assert model.dtype == (torch.bfloat16 if extra.get("dtype") else torch.float32)
-
-
-def test_a_constant_rate_has_no_warm_up_and_rewarms_from_the_first_move(tmp_path, model_folder):
-    for scheduler, expected in (("constant", 0), ("constant_with_warmup", 2), ("cosine", 2)):
-        chosen = options(tmp_path, model_folder, lr_scheduler=scheduler, warmup_ratio=0.1)
-        assert convert_model(make_model(), chosen, steps=20).warmup_steps == expected
-        assert training_arguments(chosen, steps=20).warmup_steps == expected
 
 
 def test_the_first_subnets_are_calibrated_unless_told_not_to(tmp_path, model_folder):
@@ -354,44 +211,3 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path, model_folde
         weights.append(load_file(folder / "run" / "model" / "model.safetensors"))
     for key, weight in weights[0].items():
         torch.testing.assert_close(weights[1][key], weight)
-
-
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
-    model = make_model()
-    model.model.norm.weight.data.fill_(float("nan"))
-    model.save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
-    with pytest.raises(FloatingPointError, match="the loss is nan at step 1"):
-        finetune(options(tmp_path, tmp_path / "model", init_subnet="random"))
-    assert not (tmp_path / "run" / "model").exists()
-
-
-def test_rewinding_a_log_drops_later_steps_and_a_torn_line(tmp_path):
-    path = tmp_path / "log.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    rewind_log(path, 2)
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
-
-
-def test_a_sample_longer_than_learned_positions_is_told_before_the_run(tmp_path):
-    """GPT-2 fails in the middle, at the step that draws the sample."""
-    torch.manual_seed(0)
-    GPT2LMHeadModel(
-        GPT2Config(vocab_size=261, n_positions=16, n_embd=16, n_layer=1, n_head=2)
-    ).save_pretrained(tmp_path / "gpt2")
-    make_tokenizer().save_pretrained(tmp_path / "gpt2")
-    given = options(tmp_path, tmp_path / "gpt2", steps=2)
-    Path(given.data).write_text('{"text": "short"}\n{"text": "seventeen tokens"}\n')
-    with pytest.raises(
-        InputError, match="a sample has 17 tokens, but GPT2LMHeadModel has learned 16 positions"
-    ):
-        finetune(given)
-    assert not (tmp_path / "run").exists()
-    finetune(dataclasses.replace(given, max_length=16))
-    assert (tmp_path / "run" / "model").exists()
-
-
-def test_packing_says_nothing_at_every_step(tmp_path, model_folder):
-    with CaptureLogger(logging.get_logger("transformers.trainer")) as said:
-        finetune(options(tmp_path, model_folder, packing=True, group_by_length=False, steps=2))
-    assert "Could not determine" not in said.out

@@ -83,9 +83,8 @@ def pytest_collection_modifyitems(config, items):
 def main(folder: Path, *arguments: str) -> int:
     here = Path(__file__).resolve().parent
     with tempfile.TemporaryDirectory() as scratch:
-        package = (
-            Path(scratch) / "peft_tests"
-        )  # an sdist lacks the __init__.py that their relative imports need
+        # an sdist lacks the __init__.py that their relative imports need
+        package = Path(scratch) / "peft_tests"
         package.mkdir()
         (package / "__init__.py").touch()
         for file in folder.glob("test*.py"):

@@ -9,8 +9,8 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia
-from losia_kernels.layers import fused_loss
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers import lazy_logits
+from losia_kernels.layers.module import losia_layers
 from tests.tolerance import assert_within
 
 VOCABULARY = 97
@@ -63,9 +63,9 @@ def make_batch() -> dict:
 def calls(monkeypatch) -> list:
     """One entry for each loss that was computed without logits."""
     seen = []
-    original = fused_loss.losia_linear_cross_entropy
+    original = lazy_logits.losia_linear_cross_entropy
     monkeypatch.setattr(
-        fused_loss,
+        lazy_logits,
         "losia_linear_cross_entropy",
         lambda *a, **k: seen.append(k) or original(*a, **k),
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from losia_kernels.finetune.run import finetune
-from tests.finetune.test_run import options
+from tests.finetune.tiny_run import options
 from tests.integrations.tiny_llama import make_model
 
 pytest.importorskip(

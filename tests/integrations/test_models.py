@@ -9,8 +9,10 @@ import transformers
 from torch import nn
 
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, export_state_dict, remove_losia
-from losia_kernels.layers.linear import LoSiAConv1D, losia_layers
-from losia_kernels.parallel.placement import uses_fully_shard
+from losia_kernels.layers.linear import LoSiAConv1D
+from losia_kernels.layers.module import losia_layers
+from losia_kernels.parallel.placement import Sharded, Whole, find_placement
+from losia_kernels.parallel.ranks import Ranks
 from tests.integrations.tiny_models import FAMILIES, Family
 
 
@@ -49,7 +51,7 @@ def test_what_is_trained_and_how_it_is_grouped(name):
         model = apply_losia(family.make(), LoSiAConfig(rank_factor=0.25))
     groups: dict[str, set[str]] = {}
     for path, layer in losia_layers(model):
-        block = layer.losia.group_name
+        block = layer.membership.group_name
         groups.setdefault(block, set()).add(path.removeprefix(f"{block}."))
     assert groups == {
         block: (family.decoder_linears if block.startswith("decoder.") else family.linears)
@@ -69,9 +71,8 @@ def test_the_model_computes_what_it_did_bit_for_bit(name, dtype):
     family = FAMILIES[name]
     model = family.make().to(dtype)
     for module in model.modules():
-        if isinstance(
-            module, nn.Embedding
-        ):  # to an attention bias that is trained (T5) torch gives another kernel
+        # to an attention bias that is trained (T5) torch gives another kernel
+        if isinstance(module, nn.Embedding):
             module.requires_grad_(False)
     batch = {
         key: value.to(dtype) if value.is_floating_point() else value
@@ -114,7 +115,7 @@ def test_training_moves_only_subnets_and_the_result_loads_in_plain_transformers(
     optimizer = LoSiAAdamW(model, lr=0.01)
     train(model, optimizer, family, optimizer.timeline.schedule.cycle + 1, note)
     moved = {
-        layer.losia.group
+        layer.membership.group
         for path, layer in layers.items()
         if first[path] != (layer.out_idx.tolist(), layer.in_idx.tolist())
     }
@@ -147,13 +148,20 @@ def test_training_moves_only_subnets_and_the_result_loads_in_plain_transformers(
         assert torch.equal(logits(loaded.eval(), batch), expected)
 
 
+def placement_of(model):
+    """As if several processes trained it."""
+    several = Ranks(group="any")
+    return find_placement(model, [layer for _, layer in losia_layers(model)], several)
+
+
 def test_conv1d_cut_by_fully_shard_is_refused(monkeypatch):
     """Its rows are inputs. (Here every module passes for one that fully_shard has seen.)"""
     model = convert(FAMILIES["gpt2"], FAMILIES["gpt2"].make())
-    assert not uses_fully_shard(model)
+    assert isinstance(placement_of(model), Whole)
     monkeypatch.setattr("torch.distributed.fsdp.FSDPModule", nn.Module)
     with pytest.raises(
         ValueError, match=r"transformer.h.0.attn.c_attn: fully_shard would cut .* Conv1D.*use DDP"
     ):
-        uses_fully_shard(model)
-    assert uses_fully_shard(convert(FAMILIES["llama"], FAMILIES["llama"].make()))
+        placement_of(model)
+    llama = convert(FAMILIES["llama"], FAMILIES["llama"].make())
+    assert isinstance(placement_of(llama), Sharded)

@@ -299,7 +299,7 @@ def test_the_config_has_losias_fields_and_defaults():
     assert LoSiAPeftConfig().losia_config() == dataclasses.replace(LoSiAConfig(), fused_loss=False)
     listed = {field.name for field in dataclasses.fields(LoSiAPeftConfig)}
     assert {field.name for field in dataclasses.fields(LoSiAConfig)} - listed == {
-        "master_weights",
+        "master",
         "fused_loss",
     }
 

@@ -27,7 +27,7 @@ from peft import PeftModel, get_peft_model  # noqa: E402
 
 from losia_kernels import LoSiAAdamW, LoSiALinear
 from losia_kernels.integrations.peft import LoSiAPeftConfig
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 
 
 def adapted(model):

@@ -11,11 +11,10 @@ pytest.importorskip("peft")
 from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach
+from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach, calibrate
 from losia_kernels.checkpoint.resumable import load_checkpoint, save_checkpoint
 from losia_kernels.integrations.peft import LoSiAPeftConfig
 from losia_kernels.integrations.transformers import LoSiACallback, LoSiAOptimizerFactory
-from losia_kernels.training import calibrate
 
 CHOICES = dict(rank_factor=1 / 4, period=2, rank_pattern={"v_proj": 0.5}, seed=3)
 LR = 1e-2
@@ -84,9 +83,9 @@ def test_a_16_bit_subnet_is_rounded_stochastically():
         make_model().bfloat16(), LoSiAPeftConfig(**CHOICES), autocast_adapter_dtype=False
     )
     optimizer = LoSiAAdamW(model, lr=LR)
-    assert not optimizer.timeline.config.master_weights
+    assert optimizer.timeline.config.master == "none"
     other = apply_losia(
-        make_model().bfloat16(), LoSiAConfig(**CHOICES, fused_loss=False, master_weights=False)
+        make_model().bfloat16(), LoSiAConfig(**CHOICES, fused_loss=False, master="none")
     )
     assert train(model, optimizer, batches(5)) == train(other, LoSiAAdamW(other, lr=LR), batches(5))
 
@@ -127,10 +126,11 @@ def test_an_optimizer_that_knows_nothing_of_losia_trains_the_first_subnets():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     losses = train(model, optimizer, batches(1) * 5)
     assert losses[-1] < losses[0]
+    # the last step, too, which no forward has seen
     assert torch.equal(
         model.state_dict()["base_model.model.model.layers.0.mlp.up_proj.base_layer.weight"],
         _written(model),
-    )  # the last step, too, which no forward has seen
+    )
 
 
 def _written(model):

@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach
+from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach, calibrate
 from losia_kernels.finetune.data import IGNORE, Collator
+from losia_kernels.finetune.model import check_packing
 from losia_kernels.finetune.options import FinetuneOptions, InputError
-from losia_kernels.finetune.run import FinetuneTrainer, check_packing, training_arguments
+from losia_kernels.finetune.trainer import FinetuneTrainer, training_arguments
 from losia_kernels.integrations.transformers import LoSiACallback, LoSiAOptimizerFactory
-from losia_kernels.training import calibrate
 from tests.integrations.tiny_llama import make_model
 from tests.tiny import same_tensors
 
@@ -132,9 +132,8 @@ def test_the_importance_is_told_what_the_loss_was_divided_by(tmp_path, monkeypat
     )
     make_trainer(apply_losia(make_model(), CONFIG), tmp_path).train()
     assert len(divisors) == STEPS
-    assert len(set(divisors)) > 1 and all(
-        1 < divisor < 6 for divisor in divisors
-    )  # about 2, by learned tokens
+    # about 2, by learned tokens
+    assert len(set(divisors)) > 1 and all(1 < divisor < 6 for divisor in divisors)
 
 
 class Snapshot(TrainerCallback):
@@ -302,9 +301,8 @@ def test_packing_is_refused_where_packed_samples_see_each_other():
     check_packing(make_model())
     blind = make_model()
     forward = blind.forward
-    blind.forward = lambda position_ids=None, **kwargs: forward(
-        **kwargs
-    )  # a model that has no use for positions
+    # a model that has no use for positions
+    blind.forward = lambda position_ids=None, **kwargs: forward(**kwargs)
     with pytest.raises(InputError, match="packed row see each other"):
         check_packing(blind)
 

@@ -14,11 +14,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, remove_losia
+from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, calibrate, remove_losia
 from losia_kernels.finetune.data import IGNORE, Collator
 from losia_kernels.integrations.transformers import LoSiACallback, LoSiAOptimizerFactory
-from losia_kernels.layers.linear import losia_layers
-from losia_kernels.training import calibrate
+from losia_kernels.layers.module import losia_layers
 from tests.integrations.test_trainer import LR, samples
 from tests.integrations.tiny_llama import make_model, make_tokenizer
 
@@ -109,9 +108,8 @@ def test_the_logged_grad_norm_is_that_of_the_subnets_before_they_are_clipped(tmp
         tmp_path, callbacks=[watch], max_grad_norm=0.1, max_steps=1, **ACCUMULATED
     )
     places, dense = Places(), make_model(tie_word_embeddings=False)
-    dense.load_state_dict(
-        make_model().state_dict()
-    )  # untied, so that the output layer has a gradient of its own
+    # untied, so that the output layer has a gradient of its own
+    dense.load_state_dict(make_model().state_dict())
     trainer.add_callback(places)  # behind the callback that calibrates
     batches = list(trainer.get_train_dataloader())[:2]
     trainer.train()
@@ -277,9 +275,8 @@ def test_the_rate_falls_on_a_plateau(tmp_path):
     assert all(len(set(groups)) == 1 and len(groups) == 3 for groups in rates.seen)
 
 
-@pytest.mark.parametrize(
-    "stop", [3, 4]
-)  # in the middle of a slot, with importance to save; at a relocalization
+# in the middle of a slot, with importance to save; at a relocalization
+@pytest.mark.parametrize("stop", [3, 4])
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path, stop):
     changes = dict(
         save_strategy="steps",
@@ -362,69 +359,3 @@ def test_what_is_pushed_is_the_plain_model_with_a_card(tmp_path, monkeypatch):
     assert json.loads(pushed["config.json"])["architectures"] == ["LlamaForCausalLM"]
     _, report = AutoModelForCausalLM.from_pretrained(tmp_path / "run", output_loading_info=True)
     assert not any(report.values()), report
-
-
-def test_another_optimizer_is_refused(tmp_path):
-    model = apply_losia(make_model(), CONFIG)
-    trainer = Trainer(
-        model, arguments(tmp_path), data_collator=Collator(256), train_dataset=samples()
-    )
-    trainer.add_callback(LoSiACallback(trainer))
-    with pytest.raises(
-        ValueError, match="the Trainer's optimizer is AdamW.*optimizer_cls_and_kwargs"
-    ):
-        trainer.train()
-
-
-def test_a_loss_that_goes_round_the_output_layer_is_found_in_the_first_step(tmp_path):
-    """As fused losses do that take the weight and leave the layer uncalled."""
-    trainer = make_trainer(tmp_path)
-
-    def fused(model, inputs, **kwargs):
-        hidden = model.model(inputs["input_ids"]).last_hidden_state
-        logits = hidden @ model.lm_head.weight.T
-        return torch.nn.functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten()
-        )
-
-    trainer.compute_loss = fused
-    with pytest.raises(
-        RuntimeError, match="lm_head: the loss gave .* no gradient.*output_dim_factor=0"
-    ):
-        trainer.train()
-
-
-def test_the_last_step_of_an_epoch_has_fewer_micro_batches(tmp_path):
-    """For a model that takes no count of tokens, the Trainer divides by the micro-batches that
-    there are."""
-    divisors = Watch(lambda optimizer, model: optimizer.optimizer.timeline.loss_divisor)
-    trainer = make_trainer(
-        tmp_path, callbacks=[divisors], train=samples(10), max_steps=6, **ACCUMULATED
-    )
-    trainer.model_accepts_loss_kwargs = False
-    trainer.train()
-    assert divisors.seen == [2, 2, 1] * 2
-
-
-def test_updates_inside_the_backward_and_clipping_exclude_each_other(tmp_path):
-    trainer = make_trainer(tmp_path, max_grad_norm=1.0, gradient_accumulation_steps=1)
-    trainer.optimizer_cls_and_kwargs = (LoSiAOptimizerFactory, {"lr": LR, "in_backward": True})
-    with pytest.raises(ValueError, match="max_grad_norm=1.0 would find nothing to clip"):
-        trainer.train()
-
-
-def test_several_gpus_in_one_process_are_refused(tmp_path):
-    """DataParallel's copies of a layer are on other devices than what it observes with."""
-    trainer = make_trainer(tmp_path)
-    trainer.args._n_gpu = 2  # what the Trainer finds on a machine with two
-    with pytest.raises(ValueError, match="2 GPUs by DataParallel.*torchrun"):
-        trainer.train()
-
-
-def test_only_the_first_process_writes_the_history(tmp_path, monkeypatch):
-    """On another node the folder may not even exist."""
-    monkeypatch.setattr(Trainer, "is_world_process_zero", lambda self: False)
-    trainer = make_trainer(tmp_path)
-    trainer.callback_handler.callbacks[-1].history = tmp_path / "elsewhere" / "subnets.jsonl"
-    trainer.train()
-    assert not (tmp_path / "elsewhere").exists()

@@ -10,7 +10,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, export_state_dict, remove_losia
 from losia_kernels.checkpoint.resumable import full_state_dict
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 from tests.integrations.tiny_models import FAMILIES
 
 LLAMA = FAMILIES["llama"]

@@ -51,62 +51,34 @@ def subnet_grad(
         )
 
 
-def subnet_adamw(
-    dtype: torch.dtype, master: bool = True, lr=1e-4, step=1, seed: int | None = None
-) -> None:
-    from losia_kernels.kernels.subnet_adamw import launch_subnet_adamw_
-
-    moments = [meta(K_INTERMEDIATE, K_HIDDEN, dtype=torch.float32) for _ in range(2)]
-    launch_subnet_adamw_(
-        meta(INTERMEDIATE, HIDDEN, dtype=dtype),
-        meta(K_INTERMEDIATE, K_HIDDEN, dtype=torch.float32 if master else dtype),
-        meta(4, K_INTERMEDIATE, K_HIDDEN, dtype=torch.float32),
-        *moments,
-        index(K_INTERMEDIATE),
-        index(K_HIDDEN),
-        lr,
-        0.9,
-        0.999,
-        1e-8,
-        0.0,
-        step,
-        seed,
-    )
-
-
 def subnets_adamw(
     dtype: torch.dtype,
     moments: torch.dtype = torch.float32,
     master: str = "float32",
     k_in: int = K_HIDDEN,
+    scalars: tuple[float, int, int | None] = (1e-4, 1, 3),  # lr, step, seed
 ) -> None:
     from losia_kernels.kernels.adamw import launch_subnets_adamw_
+    from losia_kernels.ops.adamw import Update
 
-    subnet_dtype = torch.float32 if master == "float32" else dtype
-    sizes = [((INTERMEDIATE, HIDDEN), (K_INTERMEDIATE, k_in)), ((HIDDEN, HIDDEN), (K_HIDDEN, k_in))]
-    scales = (
-        [meta(k[0], -(-k[1] // 256), dtype=torch.float32) for _, k in sizes]
-        if moments == torch.uint8
-        else []
-    )
-    launch_subnets_adamw_(
-        [meta(*size, dtype=dtype) for size, _ in sizes],
-        [meta(*k, dtype=subnet_dtype) for _, k in sizes],
-        [meta(4, *k, dtype=subnet_dtype) for _, k in sizes],
-        *([meta(*k, dtype=moments) for _, k in sizes] for _ in range(2)),
-        [index(k[0]) for _, k in sizes],
-        [index(k[1]) for _, k in sizes],
-        [1e-4] * 2,
-        [1] * 2,
-        [3] * 2,
-        0.9,
-        0.999,
-        1e-8,
-        0.0,
-        scales,
-        scales,
-        [meta(*k, dtype=torch.int16) for _, k in sizes] if master == "remainder" else [],
-    )
+    def update(size: tuple[int, int], k: tuple[int, int]) -> Update:
+        subnet_dtype = torch.float32 if master == "float32" else dtype
+        scales = [None, None]
+        if moments == torch.uint8:
+            scales = [meta(k[0], -(-k[1] // 256), dtype=torch.float32) for _ in range(2)]
+        return Update(
+            meta(*size, dtype=dtype),
+            meta(*k, dtype=subnet_dtype),
+            meta(*k, dtype=subnet_dtype),
+            *(meta(*k, dtype=moments) for _ in range(2)),
+            *map(index, k),
+            *scalars,
+            *scales,
+            meta(*k, dtype=torch.int16) if master == "remainder" else None,
+        )
+
+    sizes = ((INTERMEDIATE, HIDDEN), (K_INTERMEDIATE, k_in)), ((HIDDEN, HIDDEN), (K_HIDDEN, k_in))
+    launch_subnets_adamw_([update(*each) for each in sizes], 0.9, 0.999, 1e-8, 0.0)
 
 
 def importance_update(
@@ -141,7 +113,6 @@ def cross_entropy_grad(dtype: torch.dtype, vocabulary: int = VOCAB, **options) -
     settings = {
         "ignore_index": -100,
         "label_smoothing": 0.0,
-        "z_loss": 0.0,
         "softcap": None,
         "logit_scale": 1.0,
     }
@@ -154,7 +125,7 @@ def cross_entropy_block_grad(dtype: torch.dtype, softcap: float | None = None) -
 
     logits, lse = meta(TOKENS, CHUNK, dtype=dtype), meta(TOKENS, dtype=torch.float32)
     launch_cross_entropy_block_grad_(
-        logits, index(TOKENS), lse, CHUNK, VOCAB, -100, 0.0, 0.0, softcap, 1.0
+        logits, index(TOKENS), lse, CHUNK, VOCAB, -100, 0.0, softcap, 1.0
     )
 
 
@@ -181,19 +152,16 @@ for name, dtype in DTYPES.items():
     CASES[f"subnet_grad-aligned-{name}"] = lambda dtype=dtype: subnet_grad(
         dtype, gather_in=True, alignment=16
     )
-    CASES[f"subnet_adamw-{name}"] = lambda dtype=dtype: subnet_adamw(dtype)
     CASES[f"subnets_adamw-{name}"] = lambda dtype=dtype: subnets_adamw(dtype)
     CASES[f"importance_update-{name}"] = lambda dtype=dtype: importance_update(dtype, torch.float32)
     CASES[f"importance_marginals-{name}"] = lambda dtype=dtype: importance_marginals(dtype)
     CASES[f"cross_entropy_grad-{name}"] = lambda dtype=dtype: cross_entropy_grad(dtype)
     CASES[f"cross_entropy_block_grad-{name}"] = lambda dtype=dtype: cross_entropy_block_grad(dtype)
     if dtype != torch.float32:
-        CASES[f"subnet_adamw-nearest-{name}"] = lambda dtype=dtype: subnet_adamw(
-            dtype, master=False
-        )
-        CASES[f"subnet_adamw-stochastic-{name}"] = lambda dtype=dtype: subnet_adamw(
-            dtype, master=False, seed=0
-        )
+        for way, seed in {"nearest": None, "stochastic": 3}.items():
+            CASES[f"subnets_adamw-{way}-{name}"] = lambda dtype=dtype, seed=seed: subnets_adamw(
+                dtype, master="none", scalars=(1e-4, 1, seed)
+            )
 for model, shape in {"13b": (13824, 5120), "70b": (28672, 8192), "70b-down": (8192, 28672)}.items():
     CASES[f"subnet_grad-{model}"] = lambda shape=shape: subnet_grad(torch.bfloat16, shape=shape)
     CASES[f"subnet_grad-aligned-{model}"] = lambda shape=shape: subnet_grad(
@@ -226,7 +194,6 @@ CASES["cross_entropy_grad-all_options"] = lambda: cross_entropy_grad(
     torch.bfloat16,
     vocabulary=256000,
     label_smoothing=0.1,
-    z_loss=1e-4,
     softcap=30.0,
     logit_scale=0.5,
 )

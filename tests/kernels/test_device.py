@@ -27,9 +27,8 @@ def value(device) -> torch.Tensor:
     bits = torch.randint(-(2**31), 2**31, (N,))
     bits[:256] = (bits[:256] >> 16 << 16) + 0x8000  # halfway between two bfloat16
     bits[256:512] = (bits[256:512] >> 13 << 13) + 0x1000  # halfway between two float16
-    bits[512:515] = torch.tensor(
-        [0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF]
-    )  # NaN that rounding could carry to inf or zero
+    # NaN that rounding could carry to inf or zero
+    bits[512:515] = torch.tensor([0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF])
     value = bits.to(torch.int32).view(torch.float32)
     value[520:1024] = torch.randn(504)
     value[1024:1536] = torch.randn(512) * 1e-6

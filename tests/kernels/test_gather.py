@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from csrc_ref.kernels import gather_features_ref
+from csrc_ref.gather import gather_features_ref
 from losia_kernels.kernels.gather import launch_gather_features
 from losia_kernels.kernels.launch import override_config
 
@@ -51,12 +51,10 @@ def test_any_strides(device):
     check(torch.randn(12, n, device=device)[::2], idx)  # every second token
     check(torch.randn(n, device=device).expand(4, 5, n), idx)  # one row for all tokens
     check(torch.randn(5, 1, device=device).expand(5, n), idx)  # one value for all features
-    check(
-        torch.randn(3, 4, n, device=device).transpose(0, 1), idx
-    )  # leading dimensions without a common stride
-    check(
-        torch.randn(6, 7, device=device)[:, 1:], random_index(6, 3, device)
-    )  # start that is not aligned
+    # leading dimensions without a common stride
+    check(torch.randn(3, 4, n, device=device).transpose(0, 1), idx)
+    # start that is not aligned
+    check(torch.randn(6, 7, device=device)[:, 1:], random_index(6, 3, device))
 
 
 def test_index_may_be_strided_repeated_and_unsorted(device):
@@ -73,12 +71,10 @@ def test_runs_of_neighbours(device, dtype, alignment):
         + torch.arange(alignment, device=device)
     ).flatten()
     check(torch.randn(2, 9, 96, device=device).to(dtype), idx, alignment)
-    check(
-        torch.randn(7, 101, device=device).to(dtype)[:, 5:], idx, alignment
-    )  # start that is not aligned
-    check(
-        torch.randn(96, 6, device=device).to(dtype).T, idx, alignment
-    )  # neighbours are not next to each other
+    # start that is not aligned
+    check(torch.randn(7, 101, device=device).to(dtype)[:, 5:], idx, alignment)
+    # neighbours are not next to each other
+    check(torch.randn(96, 6, device=device).to(dtype).T, idx, alignment)
 
 
 def test_empty(device):

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from csrc_ref.kernels import importance_marginals_ref, importance_update_ref
+from csrc_ref.importance import importance_marginals_ref, importance_update_ref
 from losia_kernels.kernels.launch import override_config
-from losia_kernels.ops import eager
+from losia_kernels.ops.importance import KINDS, importance_marginals_plain, importance_update_plain_
 from tests.kernels.offline import run_offline
 from tests.tolerance import assert_within
 
@@ -37,7 +37,7 @@ def check_update(args, kind="sensitivity", grad_scale=0.5, beta1=0.85, beta2=0.7
     before = [arg.clone() for arg in args]
     expected = [arg.clone() for arg in args]
     truth = importance_update_ref(*(arg.cpu() for arg in args), *scalars)
-    eager.importance_update_(*expected, *scalars)
+    importance_update_plain_(*expected, *scalars)
     launch_update(*args, *scalars)
     for kernel, plain, exact in zip(args[:2], expected[:2], truth, strict=True):
         assert_within(kernel, plain, exact)
@@ -46,7 +46,7 @@ def check_update(args, kind="sensitivity", grad_scale=0.5, beta1=0.85, beta2=0.7
 
 def check_marginals(weight, grad, kind="sensitivity", grad_scale=0.5):
     truth = importance_marginals_ref(weight.cpu(), grad.cpu(), kind, grad_scale)
-    expected = eager.importance_marginals(weight, grad, kind, grad_scale)
+    expected = importance_marginals_plain(weight, grad, kind, grad_scale)
     # numpy adds the outputs of a tile one after the other, a GPU in a tree: short tiles keep the
     # two alike.
     tile = {"block_out": 16} if weight.device.type == "cpu" else {}
@@ -78,7 +78,7 @@ def test_marginals(device, shape, dtype):
     check_marginals(*make_args(shape, device, dtype)[2:])
 
 
-@pytest.mark.parametrize("kind", eager.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("grad_scale", [1.0, 0.125, 3.0])
 def test_kinds(device, kind, grad_scale):
     args = make_args((37, 53), device, torch.bfloat16)
@@ -123,7 +123,7 @@ def test_slot_from_zero(device):
     for micro_batch in range(3):
         grad = args[3] * (micro_batch + 1)
         launch_update(*kernel, args[2], grad, 0.85, 0.85, "sensitivity", 1.0)
-        eager.importance_update_(*plain, args[2], grad, 0.85, 0.85, "sensitivity", 1.0)
+        importance_update_plain_(*plain, args[2], grad, 0.85, 0.85, "sensitivity", 1.0)
         truth = importance_update_ref(*truth, args[2].cpu(), grad.cpu(), 0.85, 0.85)
     for index in range(2):
         assert_within(kernel[index], plain[index], truth[index])

@@ -16,7 +16,7 @@ from losia_kernels.kernels.launch import (
 KERNELS = (
     "gather_features",
     "subnet_grad",
-    "subnet_adamw_",
+    "subnets_adamw_",
     "importance_update_",
     "importance_marginals",
     "score_marginals",
@@ -56,10 +56,10 @@ def test_override_nests_and_ends():
 def test_arch_can_be_pretended():
     sizes = {"tokens": 1, "n_out": 512, "n_in": 512}
     with override_arch("gfx942"):
-        pretended = launch_config("subnet_adamw_", torch.zeros(1), **sizes)
-    assert pretended == choose_config("subnet_adamw_", "gfx942", torch.float32, **sizes)
-    assert launch_config("subnet_adamw_", torch.zeros(1), **sizes) == choose_config(
-        "subnet_adamw_", "cpu", torch.float32, **sizes
+        pretended = launch_config("subnets_adamw_", torch.zeros(1), **sizes)
+    assert pretended == choose_config("subnets_adamw_", "gfx942", torch.float32, **sizes)
+    assert launch_config("subnets_adamw_", torch.zeros(1), **sizes) == choose_config(
+        "subnets_adamw_", "cpu", torch.float32, **sizes
     )
 
 

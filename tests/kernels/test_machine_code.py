@@ -62,9 +62,8 @@ def test_single_entries_are_read_2_bytes_at_a_time_and_one_tile_ahead(found):
     """A tile's loads are there twice: before the loop, and in it for the next tile. x beside it
     comes in vectors."""
     nvidia = found["arch"] != "gfx942"
-    once = (
-        32 * 64 // (8 * (32 if nvidia else 64))
-    )  # tokens * outputs of a tile, over the threads of 8 warps
+    # tokens * outputs of a tile, over the threads of 8 warps
+    once = 32 * 64 // (8 * (32 if nvidia else 64))
     for name in ("fused", "fused_wide"):
         (kernel,) = found[name]
         assert kernel["load"]["2"] >= 2 * once

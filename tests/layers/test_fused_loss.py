@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, remove_losia
-from losia_kernels.layers import fused_loss
-from losia_kernels.layers.fused_loss import LazyLogits, fuse_loss, unfuse_loss
-from losia_kernels.layers.linear import losia_layers
-from losia_kernels.training import calibrate
+from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, calibrate, remove_losia
+from losia_kernels.layers import lazy_logits
+from losia_kernels.layers.fused_loss import fuse_loss, unfuse_loss
+from losia_kernels.layers.lazy_logits import LazyLogits
+from losia_kernels.layers.module import losia_layers
 from tests.tiny import TinyLM, make_batches, same_tensors, take_step, tiny_lm
 
 EVERY_HEAD = [0.0, 0.5, 1.0]
@@ -21,7 +21,7 @@ EVERY_HEAD = [0.0, 0.5, 1.0]
 
 @pytest.fixture(autouse=True)
 def tell_again():
-    fused_loss.tell_once.cache_clear()
+    lazy_logits.warn_once.cache_clear()
 
 
 class ExactLM(TinyLM):
@@ -52,9 +52,9 @@ def pair(**options) -> tuple[nn.Module, nn.Module]:
 def calls(monkeypatch) -> list:
     """One entry for each loss that was computed without logits."""
     seen = []
-    original = fused_loss.losia_linear_cross_entropy
+    original = lazy_logits.losia_linear_cross_entropy
     monkeypatch.setattr(
-        fused_loss,
+        lazy_logits,
         "losia_linear_cross_entropy",
         lambda *a, **k: seen.append(k) or original(*a, **k),
     )

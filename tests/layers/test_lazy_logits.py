@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from losia_kernels import LoSiAConfig, apply_losia
-from losia_kernels.layers import fused_loss
-from tests.layers.test_fused_loss import pair
+from losia_kernels.layers import lazy_logits
+from tests.layers.test_fused_loss import calls, pair, tell_again  # noqa: F401
 from tests.tiny import TinyLM, make_batches
 
 
@@ -33,10 +33,9 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_an_evaluation_computes_logits_only_if_they_are_read(calls, mode, monkeypatch):  # noqa: F811
-    chunked = functools.partial(
-        fused_loss.losia_linear_cross_entropy, chunk_bytes=2 * 13 * 8
-    )  # two tokens
-    monkeypatch.setattr(fused_loss, "losia_linear_cross_entropy", chunked)
+    # two tokens
+    chunked = functools.partial(lazy_logits.losia_linear_cross_entropy, chunk_bytes=2 * 13 * 8)
+    monkeypatch.setattr(lazy_logits, "losia_linear_cross_entropy", chunked)
     fused, plain = (model.eval() for model in pair(output_dim_factor=0.5))
     batch = {key: value.repeat(40, 1) for key, value in make_batches(1)[0].items()}
     with mode(), warnings.catch_warnings():

@@ -20,7 +20,7 @@ def make_layer(in_features=10, out_features=7, rank_factor=0.5, seed=0, **option
 
 def dense_twin(layer: LoSiALinear) -> nn.Linear:
     """The same linear with an ordinary trainable weight."""
-    linear = copy.deepcopy(layer).to_linear()
+    linear = copy.deepcopy(layer).to_plain()
     return linear.requires_grad_(True)
 
 

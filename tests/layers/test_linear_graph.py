@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from losia_kernels import LoSiAAdamW, LoSiAConfig, LoSiALinear, apply_losia
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 from tests.tiny import HIDDEN, Block
 
 
@@ -197,9 +197,8 @@ def test_a_captured_backward_replays_and_observes_until_it_is_captured_anew():
             beside = torch.cuda.Stream()
             beside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(beside):
-                backward(
-                    captured
-                )  # compiles the kernels; the importance counts it, so the other one does the same
+                # compiles the kernels; the importance counts it, so the other one does the same
+                backward(captured)
             torch.cuda.current_stream().wait_stream(beside)
             backward(plain)
             with torch.cuda.graph(graph):

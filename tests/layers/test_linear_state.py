@@ -30,7 +30,7 @@ def test_from_linear_shares_the_weight_and_freezes_it():
         and layer.subnet.requires_grad
     )
     assert not layer.training and isinstance(layer, nn.Linear)
-    back = layer.to_linear()
+    back = layer.to_plain()
     assert type(back) is nn.Linear and back.weight is linear.weight and back.bias is linear.bias
     assert back.state_dict().keys() == {"weight", "bias"} and not back.training
 
@@ -118,9 +118,8 @@ def test_a_move_writes_the_old_subnet_back_and_reads_the_new_one():
     assert torch.equal(layer.weight, expected)
     assert torch.equal(layer.out_idx, OUT) and torch.equal(layer.in_idx, IN)
     assert torch.equal(layer.subnet, expected[OUT][:, IN].float())
-    assert (
-        layer.subnet is parameter and layer.out_idx is buffer
-    )  # optimizers and compiled code go on
+    # optimizers and compiled code go on
+    assert layer.subnet is parameter and layer.out_idx is buffer
 
 
 def test_the_callers_indices_are_copied():

@@ -92,13 +92,13 @@ def adamw_arguments(dtype=torch.bfloat16) -> dict:
         ({"weight": torch.randn(OUT)}, r"weight must be \[out, in\], got \(8,\)"),
         (
             {"subnet": torch.zeros(2, 2)},
-            r"are \(3,\) and \(2,\), so .* must be \(3, 2\) .*, got \[\(2, 2\), \(3, 2\)",
+            r"are \(3,\) and \(2,\), so .* must be \(3, 2\) each, got \[\(2, 2\), \(3, 2\)",
         ),
         (
             {"grad": torch.zeros(2, 3)},
             r"so subnet, exp_avg, exp_avg_sq and grad must be \(3, 2\) .*, \(2, 3\)\]$",
         ),
-        ({"grad": torch.zeros(1, 1, 3, 2)}, r"grad must be \(3, 2\) .*, \(1, 1, 3, 2\)\]$"),
+        ({"grad": torch.zeros(1, 3, 2)}, r"grad must be \(3, 2\) .*, \(1, 3, 2\)\]$"),
         ({"exp_avg": torch.zeros(2, 3)}, r"must be \(3, 2\) .*, got \[\(3, 2\), \(2, 3\)"),
         (
             {"exp_avg_sq": torch.zeros(3, 2).bfloat16()},

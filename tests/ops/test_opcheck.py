@@ -8,7 +8,6 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.library import opcheck
 
 from losia_kernels import ops
-from losia_kernels.kernels.launch import subnet_grad_config
 
 losia = torch.ops.losia
 OUT, IN, TOKENS = 13, 11, 6
@@ -35,21 +34,16 @@ def test_gather_features(make, in_idx):
     opcheck(losia.gather_features.default, (make(2, 3, IN).transpose(0, 1), in_idx))
 
 
-def test_subnet_grad_partials(make, out_idx, in_idx):
-    opcheck(
-        losia.subnet_grad_partials.default, (make(TOKENS, OUT), make(TOKENS, IN), out_idx, in_idx)
-    )
-    opcheck(losia.subnet_grad_partials.default, (make(2, 3, OUT), make(2, 3, 3), out_idx))
-    opcheck(losia.subnet_grad_partials.default, (make(TOKENS, OUT), make(TOKENS, IN)))
-    opcheck(
-        losia.subnet_grad_partials.default, (make(1024, OUT), make(1024, IN))
-    )  # several splits on a GPU
+def test_subnet_grad(make, out_idx, in_idx):
+    opcheck(losia.subnet_grad.default, (make(TOKENS, OUT), make(TOKENS, IN), out_idx, in_idx))
+    opcheck(losia.subnet_grad.default, (make(2, 3, OUT), make(2, 3, 3), out_idx))
+    opcheck(losia.subnet_grad.default, (make(TOKENS, OUT), make(TOKENS, IN)))
+    opcheck(losia.subnet_grad.default, (make(1024, OUT), make(1024, IN)))  # several splits on a GPU
 
 
-@pytest.mark.parametrize("splits", [(), (3,)], ids=["finished", "partials"])
-def test_subnet_adamw_(make, out_idx, in_idx, splits):
+def test_subnet_adamw_(make, out_idx, in_idx):
     weight = make(OUT, IN)
-    subnet, grad, exp_avg = (make(*shape, 4, 3, dtype=torch.float32) for shape in ((), splits, ()))
+    subnet, grad, exp_avg = (make(4, 3, dtype=torch.float32) for _ in range(3))
     state = (weight, subnet, grad, exp_avg, exp_avg.square(), out_idx, in_idx)
     opcheck(losia.subnet_adamw_.default, (*state, 1e-3, 0.9, 0.999, 1e-8, 0.01, 2))
     if weight.dtype == torch.bfloat16:
@@ -97,13 +91,11 @@ def test_score_marginals(make, out_idx, in_idx):
     opcheck(losia.score_marginals.default, (make(OUT, IN),))
 
 
-def test_fake_on_a_gpu_promises_the_splits_of_the_launch():
+def test_fake_on_a_gpu_promises_the_sum_of_the_splits():
     with FakeTensorMode():
         dy, x = (torch.empty(8192, n, dtype=torch.bfloat16, device="cuda") for n in (OUT, IN))
-        partials = ops.subnet_grad_partials(dy, x)
-    splits = subnet_grad_config(dy, OUT, IN, gathers=False, alignment=1).splits
-    assert partials.shape == (splits, OUT, IN) and splits > 1
-    assert partials.dtype == torch.float32
+        grad = ops.subnet_grad(dy, x)
+    assert grad.shape == (OUT, IN) and grad.dtype == torch.float32
 
 
 def test_fake_on_a_gpu_takes_a_symbol_for_the_tokens():
@@ -114,4 +106,4 @@ def test_fake_on_a_gpu_takes_a_symbol_for_the_tokens():
     with mode:
         dy, x = (torch.empty(tokens, n, dtype=torch.bfloat16, device="cuda") for n in (OUT, IN))
         assert isinstance(dy.shape[0], torch.SymInt)
-        assert ops.subnet_grad_partials(dy, x).shape[1:] == (OUT, IN)
+        assert ops.subnet_grad(dy, x).shape == (OUT, IN)

@@ -54,7 +54,11 @@ def main(folder: Path, engine: str, moment: str) -> None:
             model.lm.model.layers[1].down_proj.subnet.register_hook(die)
         loss.backward()
         if last_step and moment == "relocalization":  # step 7 ends the second slot
-            place = (sharded.Ranks, "sum_") if engine == "fsdp" else (LoSiALinear, "read_subnet_")
+            place = (
+                (sharded.Ranks, "all_reduce_")
+                if engine == "fsdp"
+                else (LoSiALinear, "read_subnet_")
+            )
             mock.patch.object(*place, die).start()
         optimizer.step()
         optimizer.zero_grad()

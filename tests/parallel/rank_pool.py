@@ -49,9 +49,8 @@ class RankPool:
 
     def _start(self) -> None:
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(
-            ["torch.distributed.fsdp", "losia_kernels"]
-        )  # imported once for all ranks
+        # imported once for all ranks
+        context.set_forkserver_preload(["torch.distributed.fsdp", "losia_kernels"])
         meeting = tempfile.mktemp()
         self._pipes = []
         for rank in range(self.size):

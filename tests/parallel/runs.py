@@ -14,11 +14,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach
+from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach, calibrate
 from losia_kernels.checkpoint.resumable import full_state_dict, load_checkpoint, save_checkpoint
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 from losia_kernels.parallel.ranks import Ranks
-from losia_kernels.training import calibrate
 from tests.tiny import make_batches, tiny_lm
 
 BLOCKS, PERIOD = 3, 2
@@ -65,9 +64,7 @@ class Outcome:
 
 def convert(run: Run, device: torch.device) -> LossOf:
     model = LossOf(run.dtype).to(device)
-    config = LoSiAConfig(
-        **{"rank_factor": 0.25, "period": PERIOD, "importance_sync": "gradient", **run.config}
-    )
+    config = LoSiAConfig(**{"rank_factor": 0.25, "period": PERIOD, **run.config})
     return apply_losia(
         model, config, output_layer="lm.lm_head" if config.output_dim_factor else None
     )
@@ -200,40 +197,10 @@ def join(device: torch.device) -> str:
     return ""
 
 
-class Detour(nn.Module):
-    """A model whose ranks may leave its last block out."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner = LossOf()
-
-    def forward(self, input_ids: Tensor, labels: Tensor, short: bool) -> Tensor:
-        lm = self.inner.lm
-        x = lm.model.embed_tokens(input_ids)
-        for block in lm.model.layers[: BLOCKS - short]:
-            x = block(x)
-        return nn.functional.cross_entropy(lm.lm_head(x).flatten(0, -2), labels.flatten())
-
-
-def detour(device: torch.device) -> dict[str, Tensor]:
-    """Rank 1 never uses the last block; importance is summed at the end of a slot."""
-    model = apply_losia(
-        Detour().to(device), LoSiAConfig(rank_factor=0.25, period=PERIOD, importance_sync="slot")
-    )
-    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
-    optimizer = LoSiAAdamW(wrapped, lr=1e-2)
-    rank = dist.get_rank()
-    for batch in batches_of(Run(steps=CYCLE), rank, 2, device):
-        wrapped(**batch, short=rank == 1).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return {key: value.cpu() for key, value in model.state_dict().items()}
-
-
 def mean_of_ranks(device: torch.device) -> list[float]:
     """Of the gradients (1, 10) on rank 0, (2, 20) on rank 1 and so on."""
     grad = (1.0 + dist.get_rank()) * torch.tensor([1.0, 10.0], device=device)
-    return Ranks(dist.group.WORLD).mean_(grad).tolist()
+    return Ranks(dist.group.WORLD).all_reduce_mean_(grad).tolist()
 
 
 # fully_shard --------------------------------------------------------------------------------------

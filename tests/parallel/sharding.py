@@ -30,13 +30,12 @@ def refused(device: torch.device, engine: str) -> str:
             fully_shard(model)
         elif engine == "tensor parallel first":
             parallelize_module(model, mesh, {"lm.model.layers.*.up_proj": ColwiseParallel()})
-        model = model.to(torch.bfloat16) if engine == "remainder" else model
+        model = model.to(torch.bfloat16) if engine == "split" else model
         apply_losia(
             model,
             LoSiAConfig(
                 rank_factor=0.25,
-                importance_sync="slot" if engine == "slot" else "gradient",
-                master_weights=engine != "remainder",
+                master="split" if engine == "split" else "float32",
             ),
         )
         if engine == "tensor parallel columns":
@@ -52,9 +51,9 @@ def refused(device: torch.device, engine: str) -> str:
                 device.type, (1, dist.get_world_size()), mesh_dim_names=("replicas", "shards")
             )
             fully_shard(model, mesh=both)
-        elif engine in ("slot", "remainder"):
+        elif engine == "split":
             fully_shard(model)
-        options = {engine: True} if engine in ("in_backward", "remainder") else {}
+        options = {engine: True} if engine == "in_backward" else {}
         optimizer = LoSiAAdamW(model, **options)
         if engine == "shards last":
             fully_shard(model)

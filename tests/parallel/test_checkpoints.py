@@ -59,7 +59,7 @@ def test_from_two_ranks_to_four_and_one(two, four, tmp_path, saved, loaded):
 @pytest.mark.parametrize("moments", ["bfloat16", "int8"])
 def test_shards_with_state_in_fewer_bits_resume(two, tmp_path, moments):
     """Rows of codes and of their scales are in shards as the subnet is."""
-    run = Run({"master_weights": False}, dtype=torch.bfloat16, optimizer={"moments": moments})
+    run = Run({"master": "none"}, dtype=torch.bfloat16, optimizer={"moments": moments})
     two.run(runs.save, "fsdp", run, STEP, str(tmp_path / "a"))
     resumed = two.run(runs.load, "fsdp", run, str(tmp_path / "a"), UNTIL)
     straight = two.run(runs.straight, "fsdp", run, UNTIL)

@@ -40,9 +40,8 @@ def test_bytes_of_shards(two):
 def check_memory(pool, ranks: int) -> None:
     expected = pytest.approx(peak_bytes(STACK, 1 / 8, 4, ranks, scratch=4), rel=0.1)
     least = None
-    for _ in range(
-        4
-    ):  # what gloo's threads free late, on a busy machine, only adds: the least of the runs counts
+    # what gloo's threads free late, on a busy machine, only adds: the least of the runs counts
+    for _ in range(4):
         held, peaks = pool.run(sharding.memory, BLOCKS, NARROW, WIDE)[0]
         assert held == pytest.approx(held_bytes(STACK, 1 / 8, 4, ranks), rel=0.02)
         least = peaks if least is None else [min(pair) for pair in zip(least, peaks, strict=True)]

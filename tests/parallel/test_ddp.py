@@ -4,7 +4,7 @@ bit-identical."""
 import pytest
 import torch
 
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 from tests.parallel import runs, unlike
 from tests.parallel.runs import Run
 
@@ -23,7 +23,6 @@ VARIANTS = {
     "static_graph": Run(ddp={"static_graph": True}),
     "find_unused": Run(ddp={"find_unused_parameters": True}),
     "bucket_view": Run(ddp={"gradient_as_bucket_view": True}),
-    "gradient_summed_per_slot": Run({"importance": "gradient", "importance_sync": "slot"}),
 }
 
 
@@ -62,32 +61,9 @@ def test_four_ranks_are_one_with_four_times_the_batch(four):
     assert_same_run(outcomes[0], runs.train(CPU, Run()))
 
 
-@pytest.mark.parametrize("importance", ["sensitivity", "marginal"])
-def test_importance_summed_once_a_slot(two, importance):
-    """Replicas agree; of the same data, the ranks' sum chooses what each alone would."""
-    config = {"importance": importance, "importance_sync": "slot"}
-    assert_replicas(two.run(runs.train, Run(config)))
-    outcomes = two.run(runs.train, Run(config, same_data=True))
-    assert_same_run(outcomes[0], runs.train(CPU, Run(config, same_data=True)))
-
-
-@pytest.mark.parametrize(
-    "sync, importance",
-    [
-        ("gradient", "sensitivity"),
-        ("slot", "sensitivity"),
-        ("slot", "marginal"),
-    ],
-)
-def test_bytes_on_the_wire(two, sync, importance):
-    """Each step p^2 of the dense gradients; and one group's dense gradients, or its two states or
-    sums once a slot."""
-    run = Run(
-        {"importance_sync": sync, "importance": importance},
-        dtype=torch.float32,
-        accumulation=2,
-        no_sync=True,
-    )
+def test_bytes_on_the_wire(two):
+    """Each step p^2 of the dense gradients; and one group's dense gradients."""
+    run = Run(dtype=torch.float32, accumulation=2, no_sync=True)
     model = runs.convert(run, CPU)
     layers = [layer for _, layer in losia_layers(model)]
     subnets = 4 * sum(layer.subnet.numel() for layer in layers)
@@ -96,11 +72,7 @@ def test_bytes_on_the_wire(two, sync, importance):
     sent = two.run(runs.train, run)[0].sent
     assert sent["subnets"] == run.steps * subnets
     per_group = weights // runs.BLOCKS
-    slots = run.steps // runs.PERIOD
-    sums = 4 * sum(layer.in_features + layer.out_features for layer in layers) // runs.BLOCKS
-    of_a_slot = {"marginal": sums, "sensitivity": 2 * per_group}[importance]
-    expected = run.steps * run.accumulation * per_group if sync == "gradient" else slots * of_a_slot
-    assert sent["importance"] == expected
+    assert sent["importance"] == run.steps * run.accumulation * per_group
 
 
 TOLD = {
@@ -150,10 +122,6 @@ def test_uneven_batches_with_weights(two):
 def test_join_is_refused(two):
     for message in two.run(runs.join):
         assert "join" in message
-
-
-def test_a_layer_that_one_rank_never_uses(two):
-    assert_same_bits(*two.run(runs.detour))
 
 
 def test_mean_of_ranks(four):

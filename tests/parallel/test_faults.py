@@ -35,12 +35,13 @@ def torchrun(folder: Path, engine: str, moment: str, restarts: int) -> subproces
             moment,
         ],
         env=os.environ
+        # else a restart finds its first life's addresses
         | {
             "PYTHONPATH": str(HERE.parents[1]),
             "OMP_NUM_THREADS": "1",
             "GLOO_SOCKET_IFNAME": "lo",
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        },  # else a restart finds its first life's addresses
+        },
         capture_output=True,
         text=True,
         timeout=150,

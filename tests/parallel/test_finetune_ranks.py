@@ -175,9 +175,8 @@ def test_the_accelerate_config_of_fsdp2_and_a_resume_on_four(inputs, whole, tmp_
     assert "checkpoint-5" in said
     torch.testing.assert_close(weights(run), weights(whole), rtol=0, atol=1e-5)
 
-    shutil.rmtree(
-        run / "model"
-    )  # as if the run had been killed when only the model was not written
+    # as if the run had been killed when only the model was not written
+    shutil.rmtree(run / "model")
     said = accelerate(
         "fsdp2", inputs, run, 2, "--batch-size", "4", *RUN, "--save-steps", "5", "--resume"
     )
@@ -187,7 +186,7 @@ def test_the_accelerate_config_of_fsdp2_and_a_resume_on_four(inputs, whole, tmp_
         "checkpoint-5",
         "checkpoint-8",
     }
-    from losia_kernels.finetune.folder import export_checkpoint
+    from losia_kernels.checkpoint.export import export_checkpoint
 
     with pytest.raises(
         ValueError, match="several processes' shards: finetune --resume makes a model of the run"

@@ -16,9 +16,8 @@ VARIANTS = {
     "gradient": Run({"importance": "gradient"}),
     "bfloat16_importance": Run({"importance": "sensitivity_bfloat16"}),
     "sync": Run({"update_type": "sync"}),
-    "head": Run(
-        {"output_dim_factor": 0.25, "fused_loss": False}
-    ),  # the other loss is in float64, this in float32
+    # the other loss is in float64, this in float32
+    "head": Run({"output_dim_factor": 0.25, "fused_loss": False}),
     "dense_head": Run({"output_dim_factor": 1.0, "fused_loss": False}),
     "norms": Run({"modules_to_save": ["norm"]}),
     "accumulated": Run(accumulation=2),

@@ -14,8 +14,7 @@ REFUSED = {
     "shards last": ("make the optimizer after fully_shard",),
     "replicas of shards": ("one mesh dimension",),
     "in_backward": ("in_backward=True", "torch.distributed"),
-    "remainder": ("remainder=True", "fully_shard"),
-    "slot": ("importance_sync", "'gradient'"),
+    "split": ("master='split'", "fully_shard"),
 }
 
 

@@ -7,8 +7,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia
-from losia_kernels.layers.linear import losia_layers
-from losia_kernels.parallel.ranks import RanksDifferError, fingerprint
+from losia_kernels.layers.module import losia_layers
+from losia_kernels.parallel.placement import fingerprint
+from losia_kernels.parallel.ranks import RanksDifferError
 from tests.parallel.runs import PERIOD, LossOf, Run, batches_of
 
 

@@ -7,31 +7,27 @@ import itertools
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, ops
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia
+from losia_kernels.layers.module import losia_layers
+from losia_kernels.ops import adamw
 from losia_kernels.ops.rounding import join_float
-from losia_kernels.training import calibrate
 from losia_kernels.training.adam_state import MOMENTS, SUBNET_STATE
-from tests.tiny import make_batches, same_tensors, snapshot, take_step, tiny_lm
+from tests.tiny import make_batches, same_tensors, take_step, tiny_lm
 
 BF16 = torch.bfloat16
 FORMS = {
-    f"{moments}, {master}": (
-        {"moments": moments, "remainder": master == "remainder"},
-        master == "float32",
-    )
-    for moments, master in itertools.product(MOMENTS, ("float32", "remainder", "none"))
+    f"{moments}, {master}": ({"moments": moments}, master)
+    for moments, master in itertools.product(MOMENTS, ("float32", "split", "none"))
 }
 
 
-def make_run(form=None, master=True, dtype=BF16, seed=0, tied=False, lr=0.01, **options):
+def make_run(form=None, master="float32", dtype=BF16, seed=0, tied=False, lr=0.01, **options):
     config = {
         "rank_factor": 0.5,
         "period": 2,
         "output_dim_factor": 0.5,
-        "master_weights": master,
+        "master": master,
     } | options
     model = apply_losia(tiny_lm(tied=tied).to(dtype), LoSiAConfig(**config, seed=seed))
     return model, LoSiAAdamW(model, lr=lr, weight_decay=0.1, **(form or {}))
@@ -50,13 +46,14 @@ def test_what_is_kept_and_its_bytes(form, master):
     take_step(model, optimizer, make_batches(1)[0])
     layer = model.model.layers[0].up_proj
     state = optimizer.state[layer.subnet]
-    assert set(state) <= set(SUBNET_STATE) and ("remainder" in state) == form["remainder"]
-    per_value = {"float32": 8, "bfloat16": 4, "int8": 2}[form["moments"]] + 2 * form["remainder"]
+    assert set(state) <= set(SUBNET_STATE) and ("remainder" in state) == (master == "split")
+    per_value = {"float32": 8, "bfloat16": 4, "int8": 2}[form["moments"]]
+    per_value += 2 * (master == "split")
     held = sum(
         value.nbytes for key, value in state.items() if key != "step" and not key.endswith("_scale")
     )
     assert held == per_value * layer.subnet.numel()
-    assert layer.subnet.element_size() == (4 if master else 2)
+    assert layer.subnet.element_size() == (4 if master == "float32" else 2)
     assert [key for key in state if key.endswith("_scale")] == (
         ["exp_avg_scale", "exp_avg_sq_scale"] if form["moments"] == "int8" else []
     )
@@ -67,8 +64,8 @@ def test_it_learns_as_with_float32_state(form, master):
     """48 steps on four batches, each group moved four times; the loss falls by more than half of a
     nat either way."""
     losses = {}
-    for name, (options, has_master) in {"float32": ({}, True), "form": (form, master)}.items():
-        model, optimizer = make_run(options, has_master, period=4, lr=0.05)
+    for name, (options, kept) in {"float32": ({}, "float32"), "form": (form, master)}.items():
+        model, optimizer = make_run(options, kept, period=4, lr=0.05)
         batches = make_batches(4)
         run = [take_step(model, optimizer, batches[step % 4]) for step in range(48)]
         losses[name] = sum(run[-4:]) / 4
@@ -101,7 +98,7 @@ def test_importance_in_bfloat16_learns_as_in_float32_and_moves_to_nearly_the_sam
 
 def test_a_remainder_makes_the_run_of_a_float32_master():
     """Given the same (bfloat16) gradients: values, moments, weights, moves."""
-    plain, exact = make_run(), make_run({"remainder": True}, master=False)
+    plain, exact = make_run(), make_run(master="split")
     for batch in make_batches(2 * plain[1].timeline.schedule.cycle):
         for model, _ in (plain, exact):
             model(**batch).loss.backward()
@@ -128,9 +125,7 @@ def test_a_remainder_makes_the_run_of_a_float32_master():
 
 
 def test_a_remainder_collects_what_bf16_cannot_hold():
-    model, optimizer = make_run(
-        {"remainder": True}, master=False, period=1000, output_dim_factor=0.0
-    )
+    model, optimizer = make_run(master="split", period=1000, output_dim_factor=0.0)
     layer = model.model.layers[0].up_proj
     start = layer.subnet.detach().float()
     optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"] = 1e-5, 0.0
@@ -211,10 +206,10 @@ def test_a_checkpoint_of_another_form_is_refused_before_anything_changes():
         take_step(*run, make_batches(1)[0])
     for (name, (_, optimizer)), (other, saved) in itertools.permutations(runs.items(), 2):
         differ = [a != b for a, b in zip(name.split(", "), other.split(", "), strict=True)]
-        if not differ[0] and "remainder" not in name + other:
+        if not differ[0] and "split" not in name + other:
             continue  # what differs is the model's subnet alone
         before = copy.deepcopy(optimizer.state_dict())
-        with pytest.raises(ValueError, match="moments|remainder|master_weights"):
+        with pytest.raises(ValueError, match="moments|master"):
             optimizer.load_state_dict(saved[1].state_dict())
         after = optimizer.state_dict()["state"]
         assert all(same_tensors(after[i], before["state"][i]) for i in after)
@@ -225,12 +220,10 @@ def test_forms_that_cannot_be():
         ValueError, match="moments must be one of float32, bfloat16, int8, got 'fp8'"
     ):
         make_run({"moments": "fp8"})
-    with pytest.raises(
-        ValueError, match="layers.0.up_proj's is torch.float32.*master_weights=False"
-    ):
-        make_run({"remainder": True})
-    with pytest.raises(ValueError, match="remainder=True completes subnets in bfloat16"):
-        make_run({"remainder": True}, master=False, dtype=torch.float16)
+    with pytest.raises(ValueError, match="layers.0.up_proj's is torch.float32.*convert a bfloat16"):
+        make_run(master="split", dtype=torch.float32)
+    with pytest.raises(ValueError, match="master='split' keeps subnets in bfloat16"):
+        make_run(master="split", dtype=torch.float16)
     with pytest.raises(ValueError, match="float64, moments='int8'"):
         make_run({"moments": "int8"}, dtype=torch.float64)
 
@@ -240,13 +233,13 @@ def test_forms_that_cannot_be():
 
 def test_a_step_is_one_call_for_all_layers(monkeypatch):
     model, optimizer = make_run()
-    called, plain = [], ops.subnets_adamw_
+    called, plain = [], adamw.subnets_adamw_
 
     def count(weights, *args):
         called.append(len(weights))
         plain(weights, *args)
 
-    monkeypatch.setattr(ops, "subnets_adamw_", count)
+    monkeypatch.setattr(adamw, "subnets_adamw_", count)
     take_step(model, optimizer, make_batches(1)[0])
     optimizer.param_groups[1]["weight_decay"] = 0.0
     take_step(model, optimizer, make_batches(1)[0])
@@ -262,7 +255,7 @@ def test_no_step_reads_a_value(form, master, in_backward):
         rank_factor=0.5,
         period=100,
         output_dim_factor=0.5,
-        master_weights=master,
+        master=master,
         modules_to_save=["norm"],
         fused_loss=False,
     )
@@ -284,7 +277,7 @@ def test_no_step_reads_a_value(form, master, in_backward):
 @pytest.mark.parametrize("form, master", FORMS.values(), ids=FORMS.keys())
 def test_no_step_waits_for_the_gpu(form, master):
     model = apply_losia(
-        tiny_lm().to(BF16).cuda(), LoSiAConfig(rank_factor=0.5, period=100, master_weights=master)
+        tiny_lm().to(BF16).cuda(), LoSiAConfig(rank_factor=0.5, period=100, master=master)
     )
     optimizer = LoSiAAdamW(model, lr=0.01, **form)
     batch = {key: value.cuda() for key, value in make_batches(1)[0].items()}
@@ -297,145 +290,3 @@ def test_no_step_waits_for_the_gpu(form, master):
         finally:
             torch.cuda.set_sync_debug_mode("default")
         optimizer.zero_grad()
-
-
-# In the backward ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"tied": True},
-        {"update_type": "sync"},
-        {"importance": "marginal"},
-        {"output_dim_factor": 1.0},
-        {"modules_to_save": ["norm"], "fused_loss": False},
-        {"dtype": torch.float32},
-    ],
-)
-def test_in_the_backward_it_is_the_same_run(options):
-    plain, inside = make_run(**options), make_run({"in_backward": True}, **options)
-    for batch in make_batches(2 * plain[1].timeline.schedule.cycle):
-        losses = [take_step(*run, batch) for run in (plain, inside)]
-        assert losses[0] == losses[1] and same_tensors(
-            plain[0].state_dict(), inside[0].state_dict()
-        )
-
-
-@pytest.mark.parametrize("form, master", FORMS.values(), ids=FORMS.keys())
-def test_in_the_backward_with_every_form(form, master):
-    plain, inside = make_run(form, master), make_run(form | {"in_backward": True}, master)
-    for batch in make_batches(7):
-        take_step(*plain, batch)
-        take_step(*inside, batch)
-    assert same_tensors(plain[0].state_dict(), inside[0].state_dict())
-
-
-@pytest.mark.parametrize("form, master", FORMS.values(), ids=FORMS.keys())
-def test_in_the_backward_float32_state_alone_has_a_call_without_a_table(form, master, monkeypatch):
-    model, _ = make_run(form | {"in_backward": True}, master, output_dim_factor=0.0)
-    called = []
-    for name in ("subnet_adamw_", "subnets_adamw_"):
-        monkeypatch.setattr(ops, name, lambda *args, name=name: called.append(name))
-    model(**make_batches(1)[0]).loss.backward()
-    plain = form == {"moments": "float32", "remainder": False}
-    assert (
-        called == ["subnet_adamw_" if plain else "subnets_adamw_"] * 2
-    )  # the other block observes
-
-
-def test_no_gradient_is_left_but_of_the_group_that_observes():
-    model, optimizer = make_run({"in_backward": True}, output_dim_factor=0.0)
-    alive = []
-    for block in model.model.layers:
-        for name in ("up_proj", "down_proj"):
-            subnet = getattr(block, name).subnet
-            subnet.register_hook(lambda grad: alive.append(len(gradients(model))))
-    model(**make_batches(1)[0]).loss.backward()
-    assert gradients(model) == ["model.layers.0.up_proj", "model.layers.0.down_proj"]
-    assert max(alive) <= 1 and len(alive) == 4
-    optimizer.step()
-    assert all(optimizer.state[layer.subnet]["step"] == 1 for _, layer in losia_layers(model))
-
-
-class Twice(nn.Module):
-    """One block used twice, the second time under reentrant or plain checkpointing."""
-
-    def __init__(self, block, reentrant=None):
-        super().__init__()
-        self.block, self.reentrant = block, reentrant
-
-    def forward(self, x):
-        if self.reentrant is None:
-            return self.block(self.block(x))
-        for _ in range(2):
-            x = checkpoint(self.block, x, use_reentrant=self.reentrant)
-        return x
-
-
-def used_twice(reentrant=None, **options):
-    model, optimizer = make_run(
-        {"in_backward": True} if options.pop("inside", True) else {}, output_dim_factor=0.0
-    )
-    model.model.layers[1] = Twice(model.model.layers[1], reentrant)
-    model.model.embed_tokens.weight.requires_grad_(
-        True
-    )  # reentrant checkpointing needs an input with a gradient
-    return model, optimizer
-
-
-@pytest.mark.parametrize("reentrant", [None, False])
-def test_a_layer_used_twice_waits_for_both(reentrant):
-    plain, inside = used_twice(reentrant, inside=False), used_twice(reentrant)
-    for batch in make_batches(6):
-        take_step(*plain, batch)
-        take_step(*inside, batch)
-    assert same_tensors(plain[0].state_dict(), inside[0].state_dict())
-
-
-def test_reentrant_checkpointing_of_a_layer_used_twice_is_refused():
-    model, _ = used_twice(reentrant=True)
-    with pytest.raises(RuntimeError, match="layers.1.down_proj: a second gradient before step"):
-        model(**make_batches(1)[0]).loss.backward()
-
-
-def test_a_weight_that_somebody_else_still_needs_is_an_error_and_not_a_wrong_gradient():
-    model, _ = make_run({"in_backward": True}, output_dim_factor=0.0)
-    block = model.model.layers[1]
-    before = nn.Linear(8, 12, bias=False)
-    before.weight = block.up_proj.weight  # a plain user of the same weight, earlier in the model
-    lower = model.model.layers[0]
-    lower.register_forward_hook(lambda module, args, out: out + before(out) @ before.weight)
-    model.model.embed_tokens.weight.requires_grad_(True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        model(**make_batches(1)[0]).loss.backward()
-
-
-def test_accumulation_scaling_and_float16_are_refused():
-    model, optimizer = make_run({"in_backward": True})
-    first, second = make_batches(2)
-    model(**first).loss.backward()
-    with pytest.raises(
-        RuntimeError, match="a second gradient before step.*no gradient accumulation"
-    ):
-        model(**second).loss.backward()
-    model, optimizer = make_run({"in_backward": True})
-    optimizer.timeline.loss_divisor = 2.0
-    before = snapshot(model)
-    with pytest.raises(RuntimeError, match="loss_divisor is 2.0"):
-        model(**first).loss.backward()
-    assert same_tensors(model.state_dict(), before)
-    with pytest.raises(ValueError, match="lm_head is float16, whose loss must be scaled"):
-        make_run({"in_backward": True}, dtype=torch.float16)
-
-
-def test_calibration_and_detached_optimizers_update_nothing():
-    model, optimizer = make_run({"in_backward": True})
-    weights = {name: layer.weight.clone() for name, layer in losia_layers(model)}
-    calibrate(model, make_batches(3), steps=3)
-    assert all(torch.equal(layer.weight, weights[name]) for name, layer in losia_layers(model))
-    optimizer.timeline.detach()
-    model(**make_batches(1)[0]).loss.backward()
-    assert all(torch.equal(layer.weight, weights[name]) for name, layer in losia_layers(model))
-    assert len(gradients(model)) == 5

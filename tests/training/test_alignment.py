@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from csrc_ref.selection import block_sum, select_marginal_ref, select_ref
-from losia_kernels import LoSiAConfig, LoSiALinear, Subnet, apply_losia, select_subnet
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels import LoSiAConfig, LoSiALinear, Subnet, apply_losia, calibrate, select_subnet
+from losia_kernels.layers.module import losia_layers
 from losia_kernels.layers.subnet import subnet_size
-from losia_kernels.training import calibrate
 from losia_kernels.training.calibrate import start_from_frequency
 from losia_kernels.training.selection import select_from_marginals
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 from tests.tiny import make_batches, same_tensors, snapshot, take_step, tiny_lm
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 from tests.tiny import make_batches, same_tensors, take_step, tiny_lm
 
 ADAFACTOR = {"relative_step": False, "scale_parameter": False, "warmup_init": False}
@@ -63,9 +63,10 @@ def test_the_subnets_move_when_losia_adamws_do_and_the_weights_follow(kind):
         assert timeline.observing == reference.timeline.observing
         scheduler.step()
     lr = 0.01 * 0.5 ** (2 * timeline.schedule.cycle)
+    # or float32
     assert all(
         float(group["lr"]) == pytest.approx(lr, rel=1e-6) for group in optimizer.param_groups
-    )  # or float32
+    )
 
 
 @pytest.mark.parametrize("kind", [kind for kind in OPTIMIZERS if "Lion8bit" not in kind])
@@ -112,9 +113,8 @@ def test_quantized_moments_cannot_be_kept(kind):
     module, name, _ = OPTIMIZERS[kind]
     pytest.importorskip(module.partition(".")[0], exc_type=ImportError)
     config = LoSiAConfig(rank_factor=0.5, period=1, reset_step=False)
-    model = apply_losia(
-        torch.nn.Sequential(torch.nn.Linear(128, 128)), config
-    )  # smaller subnets are not quantized
+    # smaller subnets are not quantized
+    model = apply_losia(torch.nn.Sequential(torch.nn.Linear(128, 128)), config)
     optimizer = getattr(importlib.import_module(module), name)([model[0].subnet], lr=0.01)
     attach(optimizer, model)
     model(torch.randn(3, 128)).square().sum().backward()

@@ -9,7 +9,7 @@ import torch
 
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach
 from losia_kernels.layers.convert import trained_parameters
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 from losia_kernels.training.schedule import Schedule, auto_period
 from tests.tiny import make_batches, same_tensors, snapshot, take_step, tiny_lm
 

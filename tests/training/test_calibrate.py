@@ -7,11 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from csrc_ref.kernels import importance_ref
+from csrc_ref.importance import importance_ref
 from csrc_ref.selection import select_marginal_ref
-from losia_kernels import LoSiAAdamW, LoSiAConfig, NonFiniteScoreError, apply_losia, attach
-from losia_kernels.layers.linear import losia_layers
-from losia_kernels.training import calibrate
+from losia_kernels import (
+    LoSiAAdamW,
+    LoSiAConfig,
+    NonFiniteScoreError,
+    apply_losia,
+    attach,
+    calibrate,
+)
+from losia_kernels.layers.module import losia_layers
 from tests.tiny import make_batches, same_tensors, snapshot, take_step, tiny_lm
 
 
@@ -55,9 +61,8 @@ def test_the_neurons_of_largest_marginals_of_the_first_batches(options, steps):
     assert calibrate(model, batches, steps=steps) is model
     chosen = subnets(model)
     assert chosen == top_marginals(batches[:steps], sizes) and chosen != before
-    assert chosen != top_marginals(
-        batches, sizes
-    )  # the other batches would have said something else
+    # the other batches would have said something else
+    assert chosen != top_marginals(batches, sizes)
     for name, layer in losia_layers(model):
         assert torch.equal(layer.weight, weights[name])
         assert torch.equal(layer.subnet, layer.current_subnet.gather(layer.weight))

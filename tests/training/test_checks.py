@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 from tests.tiny import make_batches, take_step, tiny_lm
 
 

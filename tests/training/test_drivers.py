@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 from tests.tiny import make_batches, same_tensors, snapshot, take_step, tiny_lm
 
 
@@ -97,7 +97,7 @@ def test_layers_of_two_configs_are_refused():
 @pytest.mark.parametrize(
     "refused",
     [
-        lambda model: LoSiAAdamW(model, remainder=True),
+        lambda model: LoSiAAdamW(model, moments="fp8"),
         lambda model: LoSiAAdamW(model, total_steps=0),
         lambda model: attach(torch.optim.AdamW(trainable(model)), model, total_steps=0),
     ],

@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from csrc_ref.kernels import importance_marginals_ref, importance_update_ref
+from csrc_ref.importance import importance_marginals_ref, importance_update_ref
 from csrc_ref.selection import select_marginal_ref, select_ref
 from losia_kernels import LoSiAAdamW, LoSiAConfig, LoSiALinear, apply_losia
 from losia_kernels.config import IMPORTANCES
+from losia_kernels.parallel.ranks import Ranks, RowShard
 from losia_kernels.training.importance import make_observer, new_subnet
 from tests.tiny import make_batches, take_step, tiny_lm
 
@@ -27,11 +28,15 @@ def gradients(layer) -> list[torch.Tensor]:
     return [torch.randn_like(layer.weight) for _ in range(3)]
 
 
+def rows_of(layer) -> RowShard:
+    return RowShard(Ranks(), layer.out_features)
+
+
 def observed(layer, gradients, importance: str):
     observer = make_observer(LoSiAConfig(importance=importance, **BETAS))
     for grad in gradients:
-        observer.update(layer.weight, grad, SCALE)
-    return observer, new_subnet(layer, observer)
+        observer.observe(layer.weight, grad, SCALE, rows_of(layer))
+    return observer, new_subnet(layer, observer, rows_of(layer))
 
 
 @pytest.mark.parametrize("importance", IMPORTANCES)
@@ -71,7 +76,7 @@ def test_sensitivity_in_bfloat16_is_rounded_to_it_and_chooses_as_float32_does_ne
         assert tensor.dtype == torch.bfloat16 and exact.tensors[name].dtype == torch.float32
         torch.testing.assert_close(tensor.float(), exact.tensors[name], rtol=3 * 2**-8, atol=0)
     score = exact.tensors["importance"] * exact.tensors["uncertainty"]
-    best = new_subnet(layer, exact)
+    best = new_subnet(layer, exact, rows_of(layer))
     assert (
         score[subnet.out_idx][:, subnet.in_idx].sum()
         > 0.98 * score[best.out_idx][:, best.in_idx].sum()
@@ -106,7 +111,7 @@ def test_a_layer_that_saw_nothing_does_not_move(layer, importance):
 def test_choosing_changes_nothing(layer, gradients, importance):
     observer, first = observed(layer, gradients, importance)
     before = layer.out_idx.clone(), layer.subnet.clone()
-    assert indices(new_subnet(layer, observer)) == indices(first)
+    assert indices(new_subnet(layer, observer, rows_of(layer))) == indices(first)
     assert torch.equal(layer.out_idx, before[0]) and torch.equal(layer.subnet, before[1])
 
 

@@ -1,6 +1,8 @@
 """In float16 under torch's GradScaler the subnets move as without it, overflows and all."""
 
+import pytest
 import torch
+from torch import nn
 
 from losia_kernels import LoSiAAdamW, LoSiAConfig, LoSiALinear, apply_losia
 from tests.tiny import make_batches, same_tensors, tiny_lm
@@ -55,3 +57,10 @@ def test_the_scale_backs_off_where_the_dense_gradient_overflows():
     with torch.autocast("cpu", torch.float16):
         layer(x).backward(dy.half())
     assert layer.subnet.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("divisor", [0, -1.0, float("inf"), float("nan")])
+def test_a_divisor_that_is_none_is_refused(divisor):
+    timeline = LoSiAAdamW(apply_losia(nn.Sequential(nn.Linear(8, 8)), LoSiAConfig(0.5))).timeline
+    with pytest.raises(ValueError, match="loss_divisor must be a positive number"):
+        timeline.loss_divisor = divisor

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from csrc_ref.timeline import moving_ref, observing_ref, rewarm_ref
+from csrc_ref.schedule import moving_ref, observing_ref, rewarm_ref
 from losia_kernels.training.schedule import Schedule
 
 SCHEDULES = st.builds(

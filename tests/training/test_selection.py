@@ -117,9 +117,8 @@ def test_of_equal_sums_the_lower_indices_win(k_out, k_in):
 
 
 def test_of_equal_blocks_that_of_in_then_out_wins():
-    score = torch.tensor(
-        [[4.0, 0, 0], [0, 4, 0], [0, 3, 0], [2, 0, 4]]
-    )  # out_then_in would say ([3], [2])
+    # out_then_in would say ([3], [2])
+    score = torch.tensor([[4.0, 0, 0], [0, 4, 0], [0, 3, 0], [2, 0, 4]])
     assert lists(select_subnet(score, 1, 1)) == ([1], [1])
 
 

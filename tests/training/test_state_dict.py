@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 from tests.tiny import make_batches, same_tensors, snapshot, take_step, tiny_lm
 
 STEPS = 12  # two cycles of three groups, T = 2
@@ -98,7 +98,7 @@ VARIANTS = {
         "importance": "marginal",
         "update_type": "sync",
     },
-    "no master": {"dtype": torch.bfloat16, "master_weights": False},
+    "no master": {"dtype": torch.bfloat16, "master": "none"},
     "float64": {"dtype": torch.float64},
     "dense head": {"output_dim_factor": 1.0, "dtype": torch.bfloat16},
     "attached": {"attached": True, "modules_to_save": ["norm"]},
@@ -116,7 +116,7 @@ def test_stopped_at_every_step_of_two_cycles(options):
         train(whole, range(step, step + 1))
     assert not same_tensors(make_run(**options)[0].state_dict(), whole[0].state_dict())
     for stop, checkpoint in enumerate(checkpoints):
-        resumed = make_run(seed=0 if options.get("master_weights") is False else 1, **options)
+        resumed = make_run(seed=0 if options.get("master") == "none" else 1, **options)
         if stop % 2:
             train(resumed, range(stop))  # a run that has been elsewhere, not a fresh one
         load(resumed, checkpoint)
@@ -180,9 +180,8 @@ def test_the_state_has_tensors_and_plain_values_only():
     names = [
         name for entries in state["state"].values() for name in entries if name.startswith("losia_")
     ]
-    assert (
-        sorted(names) == ["losia_importance"] * 2 + ["losia_uncertainty"] * 2
-    )  # of the observing block's layers
+    # of the observing block's layers
+    assert sorted(names) == ["losia_importance"] * 2 + ["losia_uncertainty"] * 2
     assert not any(
         name.startswith("losia") for entries in run[1].state.values() for name in entries
     )

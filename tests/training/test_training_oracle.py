@@ -20,7 +20,7 @@ from losia_kernels import (
     attach,
     export_state_dict,
 )
-from losia_kernels.layers.linear import losia_layers
+from losia_kernels.layers.module import losia_layers
 from tests.tolerance import assert_within, max_error
 
 transformers = pytest.importorskip("transformers")
@@ -235,9 +235,8 @@ def test_16_bit_weights_have_the_masters_of_the_oracle(dtype):
     """Masters agree as float32 does. Two that are nearly equal may still round to different
     weights, and scores made from 16-bit gradients may choose differently; so that neither grows,
     the oracle goes on from the package's."""
-    case = CASES[
-        "head_subnet_tied"
-    ]  # without accumulation: dividing the loss by 2 loses digits in float16
+    # without accumulation: dividing the loss by 2 loses digits in float16
+    case = CASES["head_subnet_tied"]
     package = Package(case, dtype)
     oracle = package.oracle(dtype)
     digit = torch.finfo(dtype).eps

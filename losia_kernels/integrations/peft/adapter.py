@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...layers.convert import Membership
 from ...layers.linear import LoSiALinear
+from ...layers.module import Membership
 from ...layers.subnet import Subnet
-from ...parallel.ranks import is_sharded
+from ...parallel.placement import check_whole
 
 BLOCKS = ("block_out_idx", "block_in_idx", "block_values")
 
@@ -25,8 +25,11 @@ class LoSiAAdapter(LoSiALinear):
     trained ones, as in a state dict. Once the blocks would be as large as the weight, one block of
     the whole weight replaces them.
 
-    ``generator`` draws the first subnet. The subnet is float32; see ``set_master_``.
+    ``generator`` draws the first subnet. The subnet is float32; see ``set_master_``. ``place`` is
+    the membership that the adapter has whenever it is trained.
     """
+
+    adoptable = False
 
     def __init__(
         self,
@@ -37,27 +40,22 @@ class LoSiAAdapter(LoSiALinear):
         alignment: int,
     ):
         nn.Module.__init__(self)
-        self._base = (
-            base_layer,
-        )  # in a tuple, so that it is no submodule: it belongs to the tuner layer
+        # in a tuple, so that it is no submodule: it belongs to the tuner layer
+        self._base = (base_layer,)
+        self.name = name
         self.out_features, self.in_features = self.matrix.shape
-        self._add_subnet(rank_factor, True, generator, name, alignment)
+        self.keeps_input = False
         self.in_weight = False
-        self.membership: Membership | None = None
+        self.add_subnet_(rank_factor, True, generator, name, alignment)
         # no buffers: DistributedDataParallel would send them round at every forward
-        self.block_out_idx, self.block_in_idx = (
-            self.out_idx[None].clone(),
-            self.in_idx[None].clone(),
-        )
+        self.block_out_idx = self.out_idx[None].clone()
+        self.block_in_idx = self.in_idx[None].clone()
         self.block_values = self.current_subnet.gather(self.matrix.detach())[None]
 
     @property
     def weight(self) -> Tensor:
         weight = self._base[0].weight
-        if is_sharded(weight):
-            raise ValueError(
-                f"{self.name}: LoSiA does not train under fully_shard through PEFT; use apply_losia"
-            )
+        check_whole(weight, self.name, "through PEFT LoSiA trains whole ones: use apply_losia")
         return weight
 
     @property
@@ -69,27 +67,29 @@ class LoSiAAdapter(LoSiALinear):
         return self.weight.T if isinstance(self._base[0], Conv1D) else self.weight
 
     @property
-    def losia(self) -> Membership:
+    def membership(self) -> Membership | None:  # type: ignore[override]
         """The place in the timeline, which only an adapter has that is in the weight and
         trained."""
-        if self.in_weight and self.subnet.requires_grad and self.membership is not None:
-            return self.membership
-        raise AttributeError(f"{self.name}: this adapter is not being trained")
+        return self.place if self.in_weight and self.subnet.requires_grad else None
+
+    @membership.setter
+    def membership(self, place: Membership | None) -> None:
+        self.place = place
 
     # the subnet and the weight --------------------------------------------------------------------
 
-    def sync_(self) -> None:
+    def finish_step_(self) -> None:
         """Write the subnet into the weight if an optimizer that knows nothing of the weight has
         changed it.
 
         Not in compiled code, which needs an optimizer that does.
         """
         if not torch.compiler.is_compiling():
-            self.settle_(finish=True)
+            self.sync_(finish=True)
 
-    def settle_(self, finish: bool = False) -> None:
+    def sync_(self, finish: bool = False) -> None:
         if self.in_weight:  # else: when it enters
-            super().settle_(finish)
+            super().sync_(finish)
 
     def write_back_(self) -> None:
         if self.in_weight and not self.subnet.is_meta:
@@ -128,9 +128,8 @@ class LoSiAAdapter(LoSiALinear):
             return
         *_, (last, block) = self.blocks()
         untrained = _same_bits(block.gather(self.matrix), self.block_values[last])
-        kept = (
-            last if untrained else last + 1
-        )  # calibration moves subnets that have not been trained
+        # calibration moves subnets that have not been trained
+        kept = last if untrained else last + 1
         if (kept + 1) * self.subnet.numel() >= self.matrix.numel():
             base = self.matrix.clone(memory_format=torch.contiguous_format)
             self._restore(base)
@@ -173,7 +172,7 @@ class LoSiAAdapter(LoSiALinear):
         overlapping blocks agree."""
         if not self.in_weight:
             return self.block_values
-        self.sync_()
+        self.finish_step_()
         matrix = self.matrix
         return torch.stack([block.gather(matrix) for _, block in self.blocks()])
 

@@ -42,7 +42,6 @@ class LoSiAPeftConfig(PeftConfig):
     importance_beta1: float = 0.85
     importance_beta2: float = 0.85
     output_init: str = "random"
-    importance_sync: str = "gradient"
     rewarm: bool = True
     reset_step: bool = True
     target_modules: str | list[str] | None = "all-linear"

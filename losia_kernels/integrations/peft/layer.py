@@ -29,7 +29,7 @@ class LoSiATunerLinear(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._disabled: tuple[str, _unsafe_preserve_version_counter, int] | None = None
         self.in_features, self.out_features = _get_in_out_features(base_layer)
-        self.register_load_state_dict_post_hook(_settle)
+        self.register_load_state_dict_post_hook(_sync)
 
     def add_adapter(self, name: str, adapter: LoSiAAdapter) -> None:
         """Add ``adapter``, made on ``base_layer``; it enters the weight if ``name`` is active."""
@@ -42,7 +42,7 @@ class LoSiATunerLinear(nn.Module, BaseTunerLayer):
         if name is None or self.merged:
             return self.base_layer(x, *args, **kwargs)
         adapter = self.losia_adapter[name]
-        adapter.sync_()
+        adapter.finish_step_()
         return adapter(x)
 
     # which adapter is in the weight ---------------------------------------------------------------
@@ -69,7 +69,7 @@ class LoSiATunerLinear(nn.Module, BaseTunerLayer):
             )
         return here[0] if here else None
 
-    def _settle(self) -> None:
+    def _sync(self) -> None:
         """Put the adapter into the weight that belongs there."""
         wanted, present = self._wanted(), self._in_weight()
         if wanted != present:
@@ -88,7 +88,7 @@ class LoSiATunerLinear(nn.Module, BaseTunerLayer):
         weight, before = self.base_layer.weight, self._in_weight()
         version = _unsafe_preserve_version_counter(weight)
         super().enable_adapters(enabled)
-        self._settle_unmerged()
+        self._sync_unmerged()
         after = self._in_weight()
         if before is not None and after is None:
             self._disabled = before, version, weight._version
@@ -99,22 +99,22 @@ class LoSiATunerLinear(nn.Module, BaseTunerLayer):
                 self.losia_adapter[name].note_agreement_()
             self._disabled = None
 
-    def _settle_unmerged(self) -> None:
+    def _sync_unmerged(self) -> None:
         if self.disable_adapters and self.merged:
             self.unmerge()
-        self._settle()
+        self._sync()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self.only_one(names)
         super().set_adapter(names, inference_mode=inference_mode)
-        self._settle()
+        self._sync()
 
     def delete_adapter(self, adapter_name: str) -> None:
         if adapter_name == self._in_weight():
             self._take_out(adapter_name)
         super().delete_adapter(adapter_name)
-        self._settle()
+        self._sync()
 
     # merging --------------------------------------------------------------------------------------
 
@@ -133,13 +133,13 @@ class LoSiATunerLinear(nn.Module, BaseTunerLayer):
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
             )
-        self.losia_adapter[name].sync_()
+        self.losia_adapter[name].finish_step_()
         self.merged_adapters.append(name)
-        self._settle()
+        self._sync()
 
     def unmerge(self) -> None:
         self.merged_adapters.clear()
-        self._settle()
+        self._sync()
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -161,9 +161,8 @@ class LoSiATunerLinear(nn.Module, BaseTunerLayer):
         if adapters or base in state_dict:
             self._take_out(self._in_weight())
         if adapters and base in state_dict:
-            state_dict[base] = (
-                self.base_layer.weight
-            )  # the parameter itself: it may be tied, and loading may assign
+            # the parameter itself: it may be tied, and loading may assign
+            state_dict[base] = self.base_layer.weight
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _move_adapter_to_device_of_base_layer(
@@ -171,10 +170,9 @@ class LoSiATunerLinear(nn.Module, BaseTunerLayer):
     ) -> None:
         adapter = self.losia_adapter[adapter_name] if adapter_name in self.losia_adapter else None
         if adapter is not None and not adapter.subnet.is_meta:
-            adapter.to(
-                device or self.base_layer.weight.device
-            )  # no dtype: a float32 master stays one
+            # no dtype: a float32 master stays one
+            adapter.to(device or self.base_layer.weight.device)
 
 
-def _settle(layer: LoSiATunerLinear, incompatible_keys: Any) -> None:
-    layer._settle()
+def _sync(layer: LoSiATunerLinear, incompatible_keys: Any) -> None:
+    layer._sync()

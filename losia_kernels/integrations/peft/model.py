@@ -15,17 +15,18 @@ from peft.tuners.tuners_utils import (
 )
 from torch import nn
 
-from ...layers.convert import (
-    Membership,
+from ...layers.foreign import check_not_quantized
+from ...layers.module import Membership
+from ...layers.subnet import subnet_size
+from ...layers.targets import (
+    check_shared_weights,
     find_rank_factor,
     group_by_block,
-    layer_class,
+    kind_of,
     matches,
-    refuse_shared_weights,
+    output_name_of,
 )
-from ...layers.subnet import subnet_size
-from ...layers.targets import refuse_quantized
-from ...parallel.ranks import is_sharded
+from ...parallel.placement import check_whole
 from .adapter import LoSiAAdapter
 from .config import LoSiAPeftConfig
 from .layer import LoSiATunerLinear
@@ -52,9 +53,8 @@ class LoSiAModel(BaseTuner):
     ) -> None:
         peft_config = self.peft_config[adapter_name]
         self._output_name = _output_layer(model, peft_config)
-        if isinstance(
-            peft_config.target_modules, set
-        ):  # of targets named so PEFT would save the whole weight
+        # of targets named so PEFT would save the whole weight
+        if isinstance(peft_config.target_modules, set):
             peft_config.target_modules.discard(self._output_name)
         self._generator = torch.Generator().manual_seed(peft_config.seed)
         peft_config = _maybe_include_all_linear_layers(peft_config, model)
@@ -77,7 +77,7 @@ class LoSiAModel(BaseTuner):
             if self._check_target_module_exists(config, name):
                 self._check_target(name, module)
                 targets.append((name, module))
-        refuse_shared_weights(model, [name for name, _ in targets], [])
+        check_shared_weights(model, [name for name, _ in targets], [])
         for name, module in targets:
             linear = module.get_base_layer() if isinstance(module, LoSiATunerLinear) else module
             for factor, features in zip(
@@ -88,17 +88,17 @@ class LoSiAModel(BaseTuner):
     def _check_target(self, name: str, module: nn.Module) -> None:
         if isinstance(module, LoSiATunerLinear):
             return
-        refuse_quantized(name, module)
-        if layer_class(module) is None:
+        check_not_quantized(name, module)
+        if kind_of(module) is None:
             raise ValueError(
                 f"LoSiA: target_modules matches {name!r}, a {type(module).__name__}, but only a plain "
                 f"nn.Linear or Conv1D can hold a subnet; exclude it with exclude_modules"
             )
-        if is_sharded(module.weight):
-            raise ValueError(
-                f"LoSiA: the weight of {name!r} is sharded already, but through PEFT it is trained whole: "
-                f"use apply_losia, then fully_shard"
-            )
+        check_whole(
+            module.weight,
+            name,
+            "through PEFT it is trained whole: use apply_losia, then fully_shard",
+        )
 
     def _create_and_replace(
         self,
@@ -150,7 +150,7 @@ class LoSiAModel(BaseTuner):
         if output is not None:
             first = int(peft_config.output_dim_factor < 1)
             output.membership = Membership(0 if first else None, self._output_name, config, True)
-        blocks = group_by_block(model, list(adapters), config)
+        blocks = group_by_block(model, list(adapters), config.target_modules != "all-linear")
         for number, (block, names) in enumerate(blocks.items(), start=first):
             for name in names:
                 adapters[name].membership = Membership(number, block, config)
@@ -158,9 +158,10 @@ class LoSiAModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         for adapter in self._adapters(adapter_name):
             adapter.set_master_(autocast_adapter_dtype)
-            if adapter.membership is not None:
-                config = replace(adapter.membership.config, master_weights=autocast_adapter_dtype)
-                adapter.membership = replace(adapter.membership, config=config)
+            if adapter.place is not None:
+                master = "float32" if autocast_adapter_dtype else "none"
+                config = replace(adapter.place.config, master=master)
+                adapter.membership = replace(adapter.place, config=config)
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def _adapters(self, name: str) -> Iterator[LoSiAAdapter]:
@@ -189,9 +190,8 @@ class LoSiAModel(BaseTuner):
 
 def _output_layer(model: nn.Module, config: LoSiAPeftConfig) -> str | None:
     """The name of the output layer if it is to have a subnet, else None."""
-    get = getattr(model, "get_output_embeddings", None)
-    head = get() if get is not None else None
-    name = next((name for name, module in model.named_modules() if module is head), None)
+    name = output_name_of(model)
+    head = None if name is None else model.get_submodule(name)
     if config.output_dim_factor == 0:
         if (
             name is not None

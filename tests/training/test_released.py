@@ -6,8 +6,7 @@ import weakref
 import pytest
 import torch
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach, remove_losia
-from losia_kernels.training import calibrate
+from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach, calibrate, remove_losia
 from tests.tiny import make_batches, take_step, tiny_lm
 
 

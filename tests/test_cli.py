@@ -1,22 +1,37 @@
-"""Mistakes are told in one line with exit code 2; what help and subcommands say."""
+"""Mistakes are said in one line with exit code 2; what help and subcommands say."""
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 
 from losia_kernels import NonFiniteScoreError, cli
-from losia_kernels.finetune import run as finetune
-from losia_kernels.finetune.folder import MARKER
+from losia_kernels.checkpoint.folder import MARKER
+
+for library in ("transformers", "accelerate", "matplotlib", "psutil"):
+    pytest.importorskip(library)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    from tests.integrations.tiny_llama import make_model, make_tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    make_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
 def run(capsys):
     def run(*arguments):
-        try:
-            code = cli.main([str(argument) for argument in arguments])
-        except SystemExit as exit:  # argparse's way
-            code = exit.code
+        with warnings.catch_warnings():  # and what main sets for a whole process
+            warnings.filterwarnings("ignore", category=DeprecationWarning)  # as Python does
+            try:
+                code = cli.main([str(argument) for argument in arguments])
+            except SystemExit as exit:  # argparse's way
+                code = exit.code
         return code, *capsys.readouterr()
 
     return run
@@ -29,11 +44,10 @@ def data(tmp_path):
     return path
 
 
-def refused(result, problem):
+def check_mistake(result, problem):
     code, out, err = result
     assert code == 2, err
     assert err.count("\n") == 1 and err.startswith("losia-kernels") and problem in err, err
-    return True
 
 
 @pytest.mark.parametrize(
@@ -56,7 +70,7 @@ def refused(result, problem):
     ],
 )
 def test_bad_arguments(run, arguments, problem):
-    assert refused(run(*arguments), problem)
+    check_mistake(run(*arguments), problem)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +104,7 @@ def test_bad_values(run, data, model_folder, tmp_path, options, problem):
     result = run(
         "finetune", "--model", model_folder, "--data", data, "--output", tmp_path / "out", *options
     )
-    assert refused(result, problem)
+    check_mistake(result, problem)
 
 
 def test_a_missing_and_a_wrong_model_folder(run, data, tmp_path):
@@ -117,18 +131,18 @@ def test_a_missing_and_a_wrong_model_folder(run, data, tmp_path):
         ("", "no model folder"),
     ):
         result = run("finetune", "--model", folder, "--data", data, "--output", tmp_path / "out")
-        assert refused(result, problem)
+        check_mistake(result, problem)
 
 
 def test_a_name_that_is_neither_here_nor_on_the_hub(run, data, tmp_path, monkeypatch):
     def no_hub(name):
         raise OSError("no connection\nand more")
 
-    monkeypatch.setattr(finetune.AutoTokenizer, "from_pretrained", no_hub)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", no_hub)
     result = run(
         "finetune", "--model", "someone/model", "--data", data, "--output", tmp_path / "out"
     )
-    assert refused(
+    check_mistake(
         result,
         "cannot load the model someone/model from the hub (there is no such folder): no connection",
     )
@@ -142,7 +156,7 @@ def test_values_are_looked_at_before_the_imports_that_take_seconds(
         (("--rank-factor", "2"), "rank_factor must be"),
         (("--lr", "0"), "lr must be positive"),
     ):
-        assert refused(
+        check_mistake(
             run("finetune", "--model", "m", "--data", data, "--output", tmp_path / "out", *option),
             problem,
         )
@@ -158,7 +172,7 @@ def test_a_malformed_line_is_named_with_its_file_before_the_model_is_loaded(
     result = run(
         "finetune", "--model", absent, "--data", data, "--output", tmp_path / "out", option, bad
     )
-    assert refused(result, f"{bad}:2: not valid JSON")
+    check_mistake(result, f"{bad}:2: not valid JSON")
 
 
 def test_an_output_that_is_not_empty_is_left_alone(run, data, model_folder, tmp_path):
@@ -166,7 +180,7 @@ def test_an_output_that_is_not_empty_is_left_alone(run, data, model_folder, tmp_
     output.mkdir()
     (output / "precious").write_text("mine")
     result = run("finetune", "--model", model_folder, "--data", data, "--output", output)
-    assert refused(result, "exists and is not empty")
+    check_mistake(result, "exists and is not empty")
     assert [path.name for path in output.iterdir()] == ["precious"]
 
 
@@ -186,7 +200,7 @@ def test_nothing_to_resume(run, data, model_folder, tmp_path):
         tmp_path / "out",
         "--resume",
     )
-    assert refused(result, "nothing to resume")
+    check_mistake(result, "nothing to resume")
 
 
 def test_a_folder_that_is_no_losia_checkpoint(run, model_folder, tmp_path):
@@ -194,9 +208,9 @@ def test_a_folder_that_is_no_losia_checkpoint(run, model_folder, tmp_path):
         (tmp_path, "is no model folder"),
         (tmp_path / "absent", "is no folder"),
     ):
-        assert refused(run("inspect", folder), problem)
-        assert refused(run("export", folder, tmp_path / "out"), problem)
-    assert refused(run("export", model_folder, tmp_path / "out"), "holds no LoSiA subnets")
+        check_mistake(run("inspect", folder), problem)
+        check_mistake(run("export", folder, tmp_path / "out"), problem)
+    check_mistake(run("export", model_folder, tmp_path / "out"), "holds no LoSiA subnets")
     assert [path.name for path in tmp_path.iterdir()] == []
     code, out, err = run("inspect", model_folder)
     assert (code, err) == (0, "") and "no subnets; 20 tensors, float32, 0.10 MB" in out
@@ -228,6 +242,23 @@ def test_help_says_defaults_and_units_and_needs_no_transformers():
         "(default: 2048)",
     ):
         assert text in result.stdout
+
+
+def test_beyond_the_package_it_imports_the_standard_library_alone():
+    """What a command needs it imports when it runs."""
+    code = (
+        "import sys, losia_kernels; before = set(sys.modules); import losia_kernels.cli\n"
+        "print(*sorted(set(sys.modules) - before))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    added = {name for name in result.stdout.split() if "losia" in name}
+    assert added == {
+        "losia_kernels.cli",
+        "losia_kernels.finetune",
+        "losia_kernels.finetune.options",
+    }
+    others = {name.partition(".")[0] for name in result.stdout.split()} - {"losia_kernels"}
+    assert others <= sys.stdlib_module_names, result.stderr
 
 
 def test_without_transformers_it_says_what_to_install():

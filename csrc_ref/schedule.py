@@ -10,9 +10,8 @@ def observing_ref(step: int, n_groups: int, period: int, update_type: str = "asy
     slot = (step // period) % n_groups
     if update_type == "async":
         return [slot]
-    return (
-        list(range(n_groups)) if slot == 0 else []
-    )  # ablation SL: all in the first slot of a cycle
+    # ablation SL: all in the first slot of a cycle
+    return list(range(n_groups)) if slot == 0 else []
 
 
 def moving_ref(step: int, n_groups: int, period: int, update_type: str = "async") -> list[int]:

@@ -1,5 +1,5 @@
-"""Processes that are killed in the middle of writing leave what was there before whole, and a run
-goes on from it."""
+"""The folder of a run: processes that are killed in the middle of writing leave what was there
+before whole, a run goes on from it, and nothing else."""
 
 import json
 import os
@@ -12,17 +12,21 @@ import torch
 from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 
-from losia_kernels.checkpoint import delta
-from losia_kernels.finetune.folder import MARKER, last_checkpoint, remove_interrupted
-from tests.checkpoint.trained_pairs import assert_same_model, make_pair
+from losia_kernels.checkpoint.folder import MARKER, write_json
+from losia_kernels.finetune.folder import last_checkpoint, open_run, remove_interrupted, save_model
+from losia_kernels.finetune.options import InputError
+from losia_kernels.finetune.run import finetune
+from tests.checkpoint.trained_pairs import assert_same_model
 from tests.finetune.doomed_process import DOOMS
+from tests.finetune.tiny_run import options
+from tests.integrations.tiny_llama import make_model, make_tokenizer
 
 HERE = Path(__file__).parent
 KILLED = -9
 
 
-class Jobs:
-    """The jobs of ``doomed_process.py``: each in a process of its own, whose exit status ``run``
+class Runs:
+    """The runs of ``doomed_process.py``: each in a process of its own, whose exit status ``run``
     returns."""
 
     def __init__(self):
@@ -34,9 +38,9 @@ class Jobs:
             env=os.environ | {"PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"},
         )
 
-    def run(self, job: str, *arguments) -> int:
+    def run(self, *arguments) -> int:
         arguments = [str(each) if isinstance(each, Path) else each for each in arguments]
-        self._process.stdin.write(json.dumps([job, *arguments]) + "\n")
+        self._process.stdin.write(json.dumps(arguments) + "\n")
         self._process.stdin.flush()
         return int(self._process.stdout.readline())
 
@@ -46,17 +50,17 @@ class Jobs:
 
 
 @pytest.fixture(scope="module")
-def jobs():
-    jobs = Jobs()
-    yield jobs
-    jobs.close()
+def runs():
+    runs = Runs()
+    yield runs
+    runs.close()
 
 
 @pytest.fixture(scope="module")
-def whole(jobs, tmp_path_factory, model_folder):
+def whole(runs, tmp_path_factory, model_folder):
     """A run that nothing interrupted."""
     folder = tmp_path_factory.mktemp("whole")
-    assert jobs.run("run", folder, model_folder) == 0
+    assert runs.run(folder, model_folder) == 0
     return folder / "run"
 
 
@@ -66,20 +70,19 @@ def contents(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("moment", DOOMS)
 def test_a_killed_run_keeps_its_last_checkpoint_and_goes_on_from_it(
-    jobs, whole, tmp_path, model_folder, moment
+    runs, whole, tmp_path, model_folder, moment
 ):
-    assert jobs.run("run", tmp_path, model_folder, moment) == KILLED
+    assert runs.run(tmp_path, model_folder, moment) == KILLED
     run = tmp_path / "run"
     last = "checkpoint-6" if moment == "export" else "checkpoint-4"
-    assert get_last_checkpoint(run / "checkpoints").endswith(
-        "checkpoint-6"
-    )  # the Trainer would take the torn one
+    # the Trainer would take the torn one
+    assert get_last_checkpoint(run / "checkpoints").endswith("checkpoint-6")
     assert not (run / "model").exists()
     ours, theirs = contents(run / "checkpoints" / last), contents(whole / "checkpoints" / last)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert (run / "checkpoints" / last / MARKER).exists()
-    assert jobs.run("run", tmp_path, model_folder, "", True) == 0
-    assert f"resuming from {run / 'checkpoints' / last}\n" in (tmp_path / "said.txt").read_text()
+    assert runs.run(tmp_path, model_folder, "", True) == 0
+    assert f"resuming from {run / 'checkpoints' / last}\n" in (tmp_path / "printed.txt").read_text()
     assert_same_model(run / "model", whole / "model")
     assert {path.name for path in (run / "checkpoints").iterdir()} == {
         "checkpoint-4",
@@ -127,14 +130,28 @@ def test_what_nobody_completed_is_left_alone(tmp_path, marker):
     assert left == {"checkpoint-best", "checkpoint-6-good", "checkpoint-notes.txt"}
 
 
-def test_a_delta_is_made_and_applied_whole_or_not_at_all(jobs, tmp_path):
-    pair = make_pair(tmp_path, steps=2, output_dim_factor=0.0)
-    made, applied = tmp_path / "delta", tmp_path / "applied"
-    assert jobs.run("convert", "make", 60, pair.base, pair.trained, made) == KILLED
-    assert (tmp_path / "delta.tmp" / "base" / "values.safetensors").exists() and not made.exists()
-    delta.make_delta(pair.base, pair.trained, made)
-    assert jobs.run("convert", "apply", 10, pair.base, made, applied) == KILLED
-    assert (tmp_path / "applied.tmp" / "model.safetensors").exists() and not applied.exists()
-    delta.apply_delta(pair.base, made, applied)
-    assert_same_model(applied, pair.trained)
-    assert not list(tmp_path.glob("*.tmp"))
+def test_resume_with_other_options_or_data_is_a_mistake(tmp_path, model_folder):
+    record, _ = open_run(options(tmp_path, model_folder))
+    (tmp_path / "run").mkdir()
+    write_json(tmp_path / "run" / "run.json", record)
+    with pytest.raises(
+        InputError, match=r"with other options: lr was 0.01, now 0.02, period was 3, now 4"
+    ):
+        finetune(options(tmp_path, model_folder, resume=True, lr=2e-2, period=4))
+    changed = options(tmp_path, model_folder, resume=True)
+    with open(tmp_path / "train.jsonl", "a") as file:
+        file.write('{"text": "more"}\n')
+    with pytest.raises(InputError, match="with other options: data_sha256"):
+        finetune(changed)
+
+
+def test_a_model_is_written_whole_or_not_at_all(tmp_path):
+    class Full:
+        def save_pretrained(self, folder):
+            raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        save_model(make_model(), Full(), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    save_model(make_model(), make_tokenizer(), tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from bench.harness.live_bytes import LiveBytes
-from losia_kernels import LoSiALinear
+from losia_kernels import LoSiAConfig, LoSiALinear
 from losia_kernels import ops as losia_ops
-from losia_kernels.training.importance import SensitivityObserver
+from losia_kernels.parallel.ranks import Ranks, RowShard
+from losia_kernels.training.importance import make_observer
 
 OUT, IN, TOKENS = 64, 96, 4
 DENSE = 4 * OUT * IN
@@ -32,12 +33,12 @@ def peaks(layers: int, observing: bool) -> list[int]:
             for i in range(layers)
         )
     )
-    observers = [SensitivityObserver(0.85, 0.85) for _ in model]
+    observers = [make_observer(LoSiAConfig()) for _ in model]
     if observing:
         for layer, observer in zip(model, observers, strict=True):
             layer.observe_(
-                lambda grad, layer=layer, observer=observer: observer.update(
-                    layer.weight, grad, 1.0
+                lambda grad, layer=layer, observer=observer: observer.observe(
+                    layer.weight, grad, 1.0, RowShard(Ranks(), layer.out_features)
                 )
             )
     x = torch.randn(TOKENS, IN, requires_grad=True)

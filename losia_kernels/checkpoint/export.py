@@ -1,0 +1,98 @@
+"""What a checkpoint of a run of LoSiA holds: its plain model in a folder of its own, or a text."""
+
+import json
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+
+from ..layers.convert import SUBNET_KEYS
+from .folder import MARKER, ModelFolder, Spec, Track, new_folder, size_of, untracked, write_model
+
+OF_THE_RUN = (MARKER, "trainer_state.json")  # files of a checkpoint that its model has no use for
+
+
+def export_checkpoint(checkpoint: str | Path, output: str | Path, track: Track = untracked) -> None:
+    """Write the plain model of a LoSiA checkpoint, bit for bit; the checkpoint stays as it is.
+
+    Args:
+        checkpoint: a folder that the Trainer saved in a run of LoSiA. Its config, generation config
+            and tokenizer are copied too; what belongs to subnets is left out.
+        output: the new folder. In memory is one tensor at a time.
+        track: goes through the tensors' names, and may show how far it is.
+
+    Raises:
+        ValueError: if ``checkpoint`` is no model folder or holds no subnets, or ``output`` exists.
+    """
+    folder = ModelFolder(checkpoint)
+    layers = _subnet_layers(folder.specs)
+    if not layers:
+        raise ValueError(f"{checkpoint} holds no LoSiA subnets: it is a plain model")
+    extra = {f"{layer}.{key}" for layer in layers for key in SUBNET_KEYS}
+    specs = {name: spec for name, spec in folder.specs.items() if name not in extra}
+    with new_folder(output) as beside:
+        write_model(beside, folder, specs, folder.get, track)
+        for file in folder.side_files():
+            if file not in OF_THE_RUN:
+                shutil.copyfile(folder.path / file, beside / file)
+
+
+def describe_checkpoint(checkpoint: str | Path) -> str:
+    """What a LoSiA checkpoint holds, as text: its step, who observes, and every kind of layer with
+    its subnet.
+
+    Of a plain model it says that, and its size. Raises ValueError if it is no model folder.
+    """
+    checkpoint = Path(checkpoint)
+    specs = ModelFolder(checkpoint).specs
+    shapes = _subnet_shapes(checkpoint, specs)
+    if not shapes:
+        dtypes = ", ".join(
+            sorted({str(dtype).removeprefix("torch.") for dtype, _ in specs.values()})
+        )
+        return f"plain model     no subnets; {len(specs)} tensors, {dtypes}, {size_of(specs.values()) / 1e6:,.2f} MB"
+    lines = []
+    if (checkpoint / MARKER).exists():
+        run = json.loads((checkpoint / MARKER).read_text())
+        config = run["config"]
+        lines += [
+            f"step            {run['step']}",
+            f"observing       {', '.join(run['observing']) or 'none'}",
+            f"groups          {len(run['groups'])}, period {config['period']}, update {config['update_type']}",
+            f"importance      {config['importance']}",
+        ]
+    elif (checkpoint / "trainer_state.json").exists():
+        step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+        lines.append(f"step            {step}; no {MARKER}: interrupted, or not of finetune")
+    trained = sum(out * in_ for _, (out, in_) in shapes.values())
+    total = sum(out * in_ for (out, in_), _ in shapes.values())
+    lines += [
+        f"layers          {len(shapes)}",
+        f"trained values  {trained:,} of {total:,} in these layers",
+        "",
+    ]
+    kinds = Counter((re.sub(r"\.\d+\.", ".*.", name), *sizes) for name, sizes in shapes.items())
+    for (name, weight, subnet), count in kinds.items():
+        lines.append(
+            f"{count:4} x {name}  weight {weight[0]} x {weight[1]}  subnet {subnet[0]} x {subnet[1]}"
+        )
+    return "\n".join(lines)
+
+
+def _subnet_layers(specs: dict[str, Spec]) -> list[str]:
+    return [name.removesuffix(".subnet") for name in specs if name.endswith(".subnet")]
+
+
+def _subnet_shapes(
+    checkpoint: Path, specs: dict[str, Spec]
+) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Layer name -> shapes of its weight and its subnet, (out, in)."""
+    shapes = {}
+    for layer in _subnet_layers(specs):
+        _, subnet = specs[f"{layer}.subnet"]
+        if f"{layer}.weight" in specs:
+            shapes[layer] = specs[f"{layer}.weight"][1], subnet
+        else:  # tied to the embedding, under whose name it is saved; the subnet takes all inputs
+            vocabulary = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
+            shapes[layer] = (vocabulary, subnet[1]), subnet
+    return shapes

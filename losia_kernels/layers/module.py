@@ -1,0 +1,389 @@
+"""SubnetModule: what a trained matrix is, whatever its forward: a weight, its subnet, where that is,
+and how the two are kept in agreement."""
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ..config import LoSiAConfig
+from ..ops.adamw import write_subnet_
+from ..ops.rounding import accumulate_dtype
+from ..parallel.placement import holds_values
+from .agreement import Agreement
+from .subnet import Subnet, subnet_size
+
+_INDICES = ("out_idx", "in_idx")
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+_ALIVE: "weakref.WeakSet[SubnetModule]" = weakref.WeakSet()  # whose subnets may be stepped
+
+
+@dataclass(frozen=True)
+class Membership:
+    """A layer's place in the timeline.
+
+    Args:
+        group: its number; None: trained densely, without a slot.
+        group_name: what the group is called.
+        config: what the layer was made with.
+        is_output: whether it is the vocabulary projection.
+        by_hand: whether the layer was placed by hand, and an optimizer gave it the place.
+    """
+
+    group: int | None
+    group_name: str
+    config: LoSiAConfig
+    is_output: bool = False
+    by_hand: bool = False
+
+
+class SubnetModule(nn.Module):
+    """A module that trains ``matrix[out_idx][:, in_idx]`` and nothing else of its weight.
+
+    A kind of layer mixes this in before its own class, calls ``add_subnet_`` once its weight is
+    there, and writes a forward that gives ``subnet`` its gradient, and ``probe`` the dense one.
+
+    Attributes:
+        weight: frozen, always current: write-back after each update keeps it so.
+        matrix: the weight as ``[out, in]``.
+        out_idx, in_idx: int64 buffers ``[k_out]``, ``[k_in]``, sorted and unique.
+        subnet: Parameter ``[k_out, k_in]``, float32: the master copy of the block, and what an
+            optimizer sees.
+        membership: the place in the timeline, None of a layer that no timeline drives.
+        name: what errors call the layer.
+    """
+
+    weight: Any
+    bias: Any
+    out_features: int
+    in_features: int
+    out_idx: Tensor
+    in_idx: Tensor
+    subnet: nn.Parameter
+    membership: Membership | None
+    name: str
+    adoptable = True  # a timeline may give a layer without membership one
+
+    def add_subnet_(
+        self,
+        rank_factor: float | tuple[float, float],
+        master: bool,
+        generator: torch.Generator | None,
+        name: str,
+        alignment: int = 1,
+    ) -> None:
+        """Freeze the weight and draw the first subnet.
+
+        Args:
+            rank_factor: p of both sides, or ``(p_out, p_in)``.
+            master: keep the subnet in float32; else in the weight's dtype.
+            generator: draws it; None is torch's default.
+            name: what errors call the layer.
+            alignment: train runs of that many neighbours.
+
+        Raises:
+            ValueError: a factor is outside (0, 1] or selects no neuron.
+        """
+        factors = rank_factor if isinstance(rank_factor, tuple) else (rank_factor, rank_factor)
+        features = self.out_features, self.in_features
+        k_out, k_in = (
+            subnet_size(factor, size, name, alignment)
+            for factor, size in zip(factors, features, strict=True)
+        )
+        self.name, self.alignment, self.master, self.membership = name, alignment, master, None
+        self.found_trained = {
+            key: parameter.requires_grad
+            for key in ("weight", "bias")
+            if (parameter := getattr(self, key)) is not None
+        }
+        for key in self.found_trained:
+            getattr(self, key).requires_grad_(False)
+        first = Subnet.random(
+            features, (k_out, k_in), generator or torch.default_generator, alignment
+        )
+        device = self.weight.device
+        self.register_buffer("out_idx", first.out_idx.to(device))
+        self.register_buffer("in_idx", first.in_idx.to(device))
+        block = self.current_subnet.gather(self.matrix.detach())
+        self.subnet = nn.Parameter(block.to(self._subnet_dtype))
+        self.fingerprint: int | None = None  # of the weight it was made with, if that can be read
+        self._agreement = Agreement(self.weight, self.subnet)
+        self._probe: Tensor | None = None
+        self.observe_callback: Callable[..., None] | None = None
+        _watch(self)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as ``[out, in]``, as subnets, gradients and importance see it, however the
+        model stores it."""
+        return self.weight
+
+    @property
+    def _subnet_dtype(self) -> torch.dtype:
+        return accumulate_dtype(self.weight.dtype) if self.master else self.weight.dtype
+
+    @property
+    def current_subnet(self) -> Subnet:
+        """The neurons being trained (shares the buffers)."""
+        return Subnet(self.out_idx, self.in_idx)
+
+    def to_plain(self) -> nn.Module:
+        """The module it was made of, around the same weight and bias."""
+        raise NotImplementedError
+
+    # subnet and weight agree ----------------------------------------------------------------------
+
+    def note_agreement_(self) -> None:
+        """Weight and subnet hold the same values now: whoever has written both says so."""
+        self._agreement.note(self.weight, self.subnet)
+
+    def sync_(self, finish: bool = False) -> None:
+        """Make the two agree: what was written alone counts, and of both the weight.
+
+        Values are compared, and the GPU waited for, only after writes by others.
+
+        Args:
+            finish: write a stepped subnet back.
+
+        Raises:
+            RuntimeError: the subnet alone was stepped, and not loaded, without ``finish``.
+        """
+        weight, subnet, agreement = self.weight, self.subnet, self._agreement
+        if agreement.holds(weight, subnet):
+            return
+        written = agreement.written(weight, subnet)
+        if written is None or not holds_values(weight, subnet):
+            return
+        if self._agree(self.matrix, subnet, self.current_subnet):
+            self.note_agreement_()
+        elif written != (True, False):
+            self.read_subnet_()
+        elif finish or agreement.loaded:
+            self.write_back_()
+        else:
+            raise RuntimeError(
+                f"{self.name}: an optimizer has stepped the subnet, but its values are not in the "
+                f"weight, with which the model computes: use LoSiAAdamW, attach(optimizer, model), "
+                f"or write_back_() after each step"
+            )
+
+    def sync_before_use_(self, training: bool) -> None:
+        """``sync_``, but an evaluation asks only after a checkpoint was loaded, and compiled code
+        never."""
+        if not torch.compiler.is_compiling() and (training or self._agreement.loaded):
+            self.sync_()
+
+    @staticmethod
+    def _agree(matrix: Tensor, values: Tensor, subnet: Subnet) -> bool:
+        """Nothing differs where nothing can be read."""
+        readable = holds_values(matrix, values)
+        return not readable or torch.equal(subnet.gather(matrix), values.to(matrix.dtype))
+
+    @torch.no_grad()
+    def write_back_(self) -> None:
+        """Round ``subnet`` into ``weight``: after the step of an optimizer that knows nothing of
+        the weight."""
+        write_subnet_(self.matrix, self.out_idx, self.in_idx, self.subnet)
+        self.note_agreement_()
+
+    @torch.no_grad()
+    def read_subnet_(self) -> None:
+        """Fill ``subnet`` from ``weight``: after something else has written the weight."""
+        self.subnet.copy_(self.current_subnet.gather(self.matrix))
+        self.note_agreement_()
+
+    # the subnet moves -----------------------------------------------------------------------------
+
+    def set_subnet_(self, out_idx: Tensor, in_idx: Tensor) -> None:
+        """Move the subnet: write the old one back, then train ``weight[out_idx][:, in_idx]``.
+
+        The optimizer's moments for ``subnet`` belong to the old weights: whoever calls this resets
+        them. Only between a backward and the next forward.
+
+        Args:
+            out_idx: int64 ``[k_out]``, sorted, unique, as many as now.
+            in_idx: int64 ``[k_in]``, likewise.
+
+        Raises:
+            ValueError: they are not; nothing has changed then.
+        """
+        subnet = Subnet(out_idx, in_idx)
+        subnet.check((self.out_features, self.in_features), self.name, self.alignment)
+        if subnet.shape != tuple(self.subnet.shape):
+            raise ValueError(
+                f"{self.name}: the subnet is {tuple(self.subnet.shape)}, the indices give "
+                f"{subnet.shape}"
+            )
+        self.move_subnet_(subnet)
+
+    @torch.no_grad()
+    def move_subnet_(self, subnet: Subnet) -> None:
+        """``set_subnet_`` for a subnet known to be valid: no checks, no waiting for the GPU."""
+        self.sync_(finish=True)
+        self.write_back_()
+        self.out_idx.copy_(subnet.out_idx)
+        self.in_idx.copy_(subnet.in_idx)
+        self.read_subnet_()
+
+    # the dense gradient is observed ---------------------------------------------------------------
+
+    def observe_(self, on_gradient: Callable[..., None] | None) -> None:
+        """Call ``on_gradient`` with the dense gradient ``[out, in]`` of every backward.
+
+        The gradient is whole (summed over the uses of the layer in one backward) and freed right
+        after the call. Only from ``losia_linear_cross_entropy`` it comes in blocks:
+        ``on_gradient(grad[outputs], outputs)``, from the first output to the last.
+
+        Args:
+            on_gradient: None ends it.
+        """
+        self.observe_callback = on_gradient
+        self._probe = None if on_gradient is None else self._make_probe()
+
+    def _make_probe(self) -> Tensor:
+        # A leaf of the weight's shape and of no size: autograd sums the dense gradient into it, as
+        # for a parameter, while the weight itself stays frozen for optimizers, DDP, FSDP and
+        # everyone who looks at requires_grad. A plain tensor even while fully_shard holds the
+        # weight in shards; the indices are where the layer computes.
+        zero = torch.zeros((), dtype=self.weight.dtype, device=self.out_idx.device)
+        probe = zero.expand(self.matrix.shape).requires_grad_()
+        owner = weakref.ref(self)  # Python's collector does not see what a tensor's hook holds
+
+        def hand_over(leaf: Tensor) -> None:
+            grad, leaf.grad = leaf.grad, None
+            layer = owner()
+            if layer is not None and layer.observe_callback is not None:  # else: an old graph
+                layer.observe_callback(grad)
+
+        probe.register_post_accumulate_grad_hook(hand_over)
+        return probe
+
+    # copies, casts and checkpoints ----------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SubnetModule":
+        written = self._agreement.written(self.weight, self.subnet)
+        matrix, master, where = self.matrix.detach(), self.subnet.data, self.current_subnet
+        super()._apply(fn, recurse)
+        if self.subnet.dtype != master.dtype:  # model.bfloat16() must not round the master
+            self.subnet.data = master.to(self.subnet.device)
+        self.subnet.data = self.subnet.data.to(self._subnet_dtype)
+        self._agreement.carry(written, self.weight, self.subnet)
+        cast = self.weight.dtype != matrix.dtype and holds_values(matrix)
+        if cast and self._agree(matrix, master, where):
+            self.write_back_()  # a wider weight can hold what the narrower one could not
+        if self._probe is not None:
+            self._probe = self._make_probe()  # of the new device and dtype
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        written = self._agreement.written(self.weight, self.subnet), self._agreement.loaded
+        # observes for nobody
+        own = {
+            "_probe": None,
+            "observe_callback": None,
+            "_agreement": written,
+        }
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        written, loaded = state["_agreement"]
+        self._agreement = Agreement(self.weight, self.subnet)
+        self._agreement.carry(written, self.weight, self.subnet, loaded)
+        _watch(self)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Checks indices before they are used. Where the loaded values do not agree the weight
+        counts: in a checkpoint of the plain model (no subnet), in averaged ones (whose subnets lay
+        elsewhere). A subnet without its weight is written back. Files may hold parts, in any order:
+        what is not known yet waits for the layer's use.
+        """
+        keys = {key for key in ("weight", "subnet", *_INDICES) if prefix + key in state_dict}
+        if keys.issuperset(_INDICES):
+            name = prefix.removesuffix(".") or self.name
+            loaded = Subnet(state_dict[prefix + "out_idx"], state_dict[prefix + "in_idx"])
+            loaded.check((self.out_features, self.in_features), name, self.alignment)
+            if loaded.shape != tuple(self.subnet.shape):
+                raise ValueError(
+                    f"{name}: the checkpoint's subnet is {loaded.shape}, ours "
+                    f"{tuple(self.subnet.shape)}"
+                )
+        stepped, edited = self._agreement.written(self.weight, self.subnet) or (False, False)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.fingerprint = None
+        if keys == {"weight"} and not self._agree(self.matrix, self.subnet, self.current_subnet):
+            self.read_subnet_()  # though its subnet may come yet
+        if keys:
+            written = stepped or "subnet" in keys, edited or "weight" in keys
+            self._agreement.carry(written, self.weight, self.subnet, loaded=True)
+        if keys >= {"subnet", *_INDICES}:
+            self.sync_()
+
+    def extra_repr(self) -> str:
+        share = self.subnet.numel() / self.weight.numel()
+        return f"{super().extra_repr()}, subnet={tuple(self.subnet.shape)}, trained={share:.2%}"
+
+
+def carry_hooks_(source: nn.Module, target: nn.Module) -> None:
+    """Let ``target`` run the forward and backward hooks of ``source``, which it replaces: they are
+    one set, so that a handle still removes its hook."""
+    for name in _HOOKS:
+        target.__dict__[name] = source.__dict__[name]
+
+
+def losia_layers(model: nn.Module) -> Iterator[tuple[str, SubnetModule]]:
+    """The model's layers with a subnet and their names, in model order.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected the model, an nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if isinstance(module, SubnetModule):
+            yield name, module
+
+
+def _watch(layer: SubnetModule) -> None:
+    """By its count of writes a layer knows that its subnet was stepped: have those counted that
+    torch does not count, from the first layer of the process on."""
+    _ALIVE.add(layer)
+    _count_from_now_on()
+
+
+@functools.cache
+def _count_from_now_on() -> None:
+    register_optimizer_step_post_hook(_count_writes)
+
+
+def _count_writes(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    """torch's fused optimizers are not counted, nor are kernels that write past torch, as
+    bitsandbytes'. Of other parameters nothing is touched."""
+    if getattr(getattr(optimizer, "timeline", None), "drives", False):
+        return  # whose steps end with the weights written
+    counted = type(optimizer).__module__.startswith("torch.optim")
+    groups = [group for group in optimizer.param_groups if group.get("fused") or not counted]
+    if groups and _ALIVE:
+        subnets = {id(layer.subnet) for layer in _ALIVE}
+        stepped = [
+            parameter
+            for group in groups
+            for parameter in group["params"]
+            if parameter.grad is not None and id(parameter) in subnets
+        ]
+        torch.autograd.graph.increment_version(stepped)

@@ -1,0 +1,54 @@
+"""Options are declared once: what the command line parses is what they default to."""
+
+import dataclasses
+
+import pytest
+
+from losia_kernels.cli import command_parser
+from losia_kernels.finetune.options import FinetuneOptions
+
+REQUIRED = {"model": "m", "data": "d", "output": "o"}
+
+
+def parse(**options) -> FinetuneOptions:
+    """What ``losia-kernels finetune --option value ...`` makes of the values, given as text."""
+    flags = {f"--{name.replace('_', '-')}": value for name, value in options.items()}
+    arguments = [part for flag in flags.items() for part in flag if part]
+    values = vars(command_parser().parse_args(["finetune", *arguments]))
+    del values["command"]
+    return FinetuneOptions(**values)
+
+
+def test_the_defaults_of_the_command_line_are_those_of_the_options():
+    assert parse(**REQUIRED) == FinetuneOptions(**REQUIRED)
+
+
+def test_every_option_can_be_given_and_has_the_type_of_its_field():
+    given = dict(REQUIRED)
+    for field in dataclasses.fields(FinetuneOptions):
+        if "choices" in field.metadata["argument"]:
+            given[field.name] = field.metadata["argument"]["choices"][-1]
+        elif field.type is bool:
+            given[field.name] = ""
+        elif field.name not in given:
+            given[field.name] = "7"
+    del given["group_by_length"]  # which --packing excludes
+    for name, value in vars(parse(**given)).items():
+        field = FinetuneOptions.__dataclass_fields__[name]
+        kind = {int | None: int, str | None: str}.get(field.type, field.type)
+        assert type(value) is (int if name == "period" else kind), name
+        assert name == "group_by_length" or value != field.default, name
+
+
+@pytest.mark.parametrize(
+    ("options", "samples", "processes", "steps"),
+    [
+        ({"epochs": 1, "batch_size": 4}, 38, 1, 10),
+        ({"epochs": 1, "batch_size": 4, "gradient_accumulation": 2}, 38, 1, 5),
+        ({"epochs": 1.5, "batch_size": 4, "gradient_accumulation": 2}, 38, 1, 8),
+        ({"epochs": 1, "batch_size": 4}, 38, 2, 5),
+        ({"epochs": 1, "steps": 7}, 38, 2, 7),
+    ],
+)
+def test_the_steps_of_a_run(options, samples, processes, steps):
+    assert FinetuneOptions(**REQUIRED, **options).total_steps(samples, processes) == steps
