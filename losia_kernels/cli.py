@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except ModuleNotFoundError as error:
         print(
-            f"losia-kernels: {command} needs {error.name}: pip install 'losia-kernels[hf]'",
+            f"losia-kernels: {command} needs {error.name or error}; in a checkout of losia_kernels: "
+            f"pip install '.[hf]'",
             file=sys.stderr,
         )
         return 2

@@ -270,5 +270,6 @@ def test_without_transformers_it_says_what_to_install():
     assert result.returncode == 2
     assert (
         result.stderr
-        == "losia-kernels: finetune needs transformers: pip install 'losia-kernels[hf]'\n"
+        == "losia-kernels: finetune needs transformers; in a checkout of losia_kernels: "
+        "pip install '.[hf]'\n"
     )

@@ -20,8 +20,6 @@ from .folder import UNFINISHED, begin_beside, finish_beside
 
 # parameter groups, clock, and what else is no tensor of the model's or optimizer's
 RUN = "losia.pt"
-# of an optimizer's state, what every rank holds whole
-REPLICATED = {"step"} | {f"losia_{name}" for kind in OBSERVERS.values() for name in kind.replicated}
 
 
 def save_checkpoint(
@@ -188,9 +186,15 @@ def _plain(name: str) -> str:
     return name.removeprefix("module.").replace("_orig_mod.", "")
 
 
+def _is_replicated(kind: str) -> bool:
+    """Whether every rank holds that part of an optimizer's state whole."""
+    names = {name for observer in OBSERVERS.values() for name in observer.replicated}
+    return kind == "step" or kind.removeprefix("losia_") in names
+
+
 def _empty(entry: Any, kind: str, parameter: Tensor) -> Tensor:
     """Where to load a tensor of ``parameter``'s state to: laid out as the parameter is now."""
     size, dtype = entry.size, entry.properties.dtype
-    if kind not in REPLICATED:
+    if not _is_replicated(kind):
         return empty_placed_as(parameter, size, dtype)
     return torch.empty(size, dtype=dtype, device=parameter.device if len(size) else "cpu")

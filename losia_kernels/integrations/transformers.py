@@ -3,8 +3,10 @@ Trainer stays as it is.
 
     model = apply_losia(model, config)
     trainer = Trainer(
-        model, args, train_dataset=..., optimizer_cls_and_kwargs=(LoSiAOptimizerFactory, {"lr":
-        args.learning_rate})
+        model,
+        args,
+        train_dataset=...,
+        optimizer_cls_and_kwargs=(LoSiAOptimizerFactory, {"lr": args.learning_rate}),
     )
     trainer.add_callback(LoSiACallback(trainer))
 

@@ -117,6 +117,7 @@ class SubnetModule(nn.Module):
         device = self.weight.device
         self.register_buffer("out_idx", first.out_idx.to(device))
         self.register_buffer("in_idx", first.in_idx.to(device))
+        self._drawn = first if device.type == "meta" else None  # until the indices can hold it
         block = self.current_subnet.gather(self.matrix.detach())
         self.subnet = nn.Parameter(block.to(self._subnet_dtype))
         self.fingerprint: int | None = None  # of the weight it was made with, if that can be read
@@ -277,6 +278,10 @@ class SubnetModule(nn.Module):
         written = self._agreement.written(self.weight, self.subnet)
         matrix, master, where = self.matrix.detach(), self.subnet.data, self.current_subnet
         super()._apply(fn, recurse)
+        if self._drawn is not None and not self.out_idx.is_meta:
+            self.out_idx.copy_(self._drawn.out_idx)
+            self.in_idx.copy_(self._drawn.in_idx)
+            self._drawn = None
         if self.subnet.dtype != master.dtype:  # model.bfloat16() must not round the master
             self.subnet.data = master.to(self.subnet.device)
         self.subnet.data = self.subnet.data.to(self._subnet_dtype)

@@ -21,6 +21,17 @@ KINDS: dict[str, type[LoSiALinear]] = {  # what a module becomes, by its exact c
 }
 
 
+IDLE_BY_HAND = (  # fields of a config that cannot act on layers placed by hand
+    "rank_factor",
+    "output_dim_factor",
+    "rank_pattern",
+    "alignment",
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+)
+
+
 @dataclass(frozen=True)
 class Target:
     """A module that is to train a subnet of ``factors = (p_out, p_in)``."""
@@ -328,24 +339,12 @@ def warn_of_frozen(model: nn.Module, plan: Plan, config: LoSiAConfig) -> None:
 def warn_of_idle_fields(config: LoSiAConfig, layers: Iterable[SubnetModule]) -> None:
     """Warn of what a config says that cannot act on ``layers``, which were placed by hand."""
     usual = LoSiAConfig()
-    idle = [
-        name
-        for name in (
-            "rank_factor",
-            "output_dim_factor",
-            "rank_pattern",
-            "alignment",
-            "target_modules",
-            "exclude_modules",
-            "modules_to_save",
-        )
-        if getattr(config, name) != getattr(usual, name)
-    ]
+    idle = [name for name in IDLE_BY_HAND if getattr(config, name) != getattr(usual, name)]
     if config.master == "none" and any(layer.master for layer in layers):
         idle.append("master")
     if idle:
         warnings.warn(
             f"LoSiA: {', '.join(idle)} cannot act on layers that were placed by hand and are what "
             f"they are",
-            stacklevel=4,
+            stacklevel=5,
         )

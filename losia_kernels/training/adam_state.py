@@ -52,7 +52,7 @@ class AdamState:
                 raise ValueError(
                     f"LoSiAConfig.master='split' keeps subnets in bfloat16 and what they lack "
                     f"beside them, but {layer.name}'s is {layer.subnet.dtype}: convert a bfloat16 "
-                    f"model"
+                    f"model, or place bfloat16 layers with master=False"
                 )
             if self.moments != "float32" and layer.subnet.dtype == torch.float64:
                 raise ValueError(

@@ -99,8 +99,8 @@ def check_attachable(
     for layer, member in members.items():
         if id(layer.subnet) not in held:
             raise ValueError(
-                f"attach: the optimizer does not hold the subnet of {layer.name}; call apply_losia "
-                f"first"
+                f"attach: the optimizer does not hold the subnet of {layer.name}; make it from the "
+                f"model's parameters when its layers are in place, after apply_losia"
             )
         if member.config.master == "split":
             raise ValueError(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..layers.module import SubnetModule
+from ..layers.targets import IDLE_BY_HAND
 from ..parallel.placement import local, placed_as
 from .checks import SELECTING, parameters_of
 from .importance import Observer
@@ -80,11 +81,14 @@ class TimelineState:
             raise ValueError(
                 "the optimizer state was not saved by a LoSiA run: it has no losia_step"
             )
+        free: tuple[str, ...] = _FREE_FIELDS
+        if any(layer.membership and layer.membership.by_hand for layer in timeline.layers):
+            free += IDLE_BY_HAND
         for name, now in asdict(timeline.config).items():
             then = saved["losia_config"].get(name, now)
             if name == "period" and (timeline.clock.auto or then == "auto"):
                 continue  # with "auto" it becomes the checkpoint's
-            if then != now and name not in _FREE_FIELDS:
+            if then != now and name not in free:
                 raise ValueError(
                     f"the checkpoint was made with LoSiAConfig.{name}={then!r}, this run has {now!r}; "
                     f"resume with the same config, or start anew from the exported weights"

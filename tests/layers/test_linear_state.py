@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from losia_kernels import LoSiALinear
+from losia_kernels import LoSiAConfig, LoSiALinear, apply_losia
 from tests.tiny import same_tensors, snapshot
 
 OUT, IN = torch.tensor([0, 3, 5]), torch.tensor([1, 2, 4, 7, 9])
@@ -337,3 +337,30 @@ def test_repr_tells_the_share():
     assert "in_features=10, out_features=7, bias=True, subnet=(3, 5), trained=21.43%" in repr(
         make_layer()
     )
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_made_on_meta_it_has_the_places_that_were_drawn(converted):
+    if converted:
+        with torch.device("meta"):
+            model = nn.Sequential(nn.Linear(8, 8))
+        model = apply_losia(model, LoSiAConfig(rank_factor=0.5, seed=3))
+        expected = apply_losia(nn.Sequential(nn.Linear(8, 8)), LoSiAConfig(rank_factor=0.5, seed=3))
+    else:
+        torch.manual_seed(0)
+        with torch.device("meta"):
+            model = nn.Sequential(LoSiALinear(8, 8, rank_factor=0.5))
+        expected = None
+    model.to_empty(device="cpu")
+    for parameter in (model[0].weight, model[0].bias):
+        nn.init.uniform_(parameter)
+    model[0].current_subnet.check((8, 8), "it")
+    if expected is not None:
+        assert torch.equal(model[0].in_idx, expected[0].in_idx)
+    optimizer = torch.optim.SGD([model[0].subnet], lr=0.1)
+    before = model[0].weight.clone()
+    model(torch.ones(1, 8)).sum().backward()
+    assert torch.equal(model[0].current_subnet.gather(before), model[0].subnet)
+    optimizer.step()
+    model[0].write_back_()
+    assert not torch.equal(model[0].weight, before)

@@ -1,6 +1,7 @@
 """LoSiA as a PEFT method, registered from outside by importing this module.
 
-from losia_kernels.integrations.peft import LoSiAPeftConfig  # also before PeftModel.from_pretrained
+# also before PeftModel.from_pretrained
+from losia_kernels.integrations.peft import LoSiAPeftConfig
 model = get_peft_model(model, LoSiAPeftConfig(rank_factor=1 / 8, period=100))
 optimizer = LoSiAAdamW(model, lr=1e-4)
 """

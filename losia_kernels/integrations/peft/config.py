@@ -27,9 +27,11 @@ class LoSiAPeftConfig(PeftConfig):
     by default; False: 16-bit subnets, rounded stochastically); losses are computed as the model
     does.
 
-    ``init_weights``: False starts from a random change instead of from the base model. For tests.
+    Args:
+        init_weights: False starts from a random change instead of from the base model. For tests.
 
-    Raises ValueError for a value out of range.
+    Raises:
+        ValueError: a value is out of range.
     """
 
     rank_factor: float = 1 / 8
