@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTEST_ARGS ?= -n 2 --dist loadfile
 MINUTES ?= 4.5
 
-.PHONY: help demo test kernels gpu bench quality docs lint clean
+.PHONY: help demo test kernels gpu quick bench quality docs lint clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -22,6 +22,9 @@ gpu:  ## on a GPU, in the environment of PYTHON: its tests, the sanitizer over e
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 $(PYTHON) -m pytest -q -m gpu tests/kernels \
 		-k "not two_to_the_31 and not 128k_tokens"
 	$(PYTHON) -m bench all --minutes $(MINUTES); status=$$?; $(PYTHON) -m bench report && exit $$status
+
+quick: $(VENV)/.bench  ## a decoder layer's step by the methods people ask about, and a verdict, in two minutes
+	$(VENV)/bin/python -m bench quick
 
 bench: $(VENV)/.bench  ## measure for MINUTES, most telling first, and write the tables (without a GPU: CPU rows)
 	$(VENV)/bin/python -m bench all --minutes $(MINUTES); status=$$?; $(VENV)/bin/python -m bench report && exit $$status
@@ -51,7 +54,7 @@ $(VENV)/.demo: $(VENV)/.installed
 	$(VENV)/bin/python examples/past_tense/smollm.py .cache
 	touch $@
 
-# --no-deps: their dependencies would replace torch, and serve parts that are not measured
+# --no-deps: its dependencies would replace torch, and serve parts that are not measured
 $(VENV)/.bench: $(VENV)/.installed
-	$(VENV)/bin/pip install -q --no-deps galore-torch==1.0 losia==0.1.5
+	$(VENV)/bin/pip install -q --no-deps galore-torch==1.0
 	touch $@

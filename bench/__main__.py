@@ -1,18 +1,19 @@
 """Measure losia_kernels beside the methods people use today, behind a correctness gate, and write
 the tables.
 
+    python -m bench quick               a small table on the terminal, in two minutes at most
     python -m bench all --minutes 9     the most telling rows of every suite, most important first
     python -m bench layer               one suite
-    python -m bench report              RESULTS.md, the READMEs' tables and the plots, from the JSON
-    python -m bench host                what Python and dispatch take a layer, on the CPU; a table, no JSON
+    python -m bench report              RESULTS.md, the READMEs' tables and the plots, from the rows
+    python -m bench host                what Python and dispatch take a layer, on the CPU
+    python -m bench counts              what each form of a kernel must move, by arithmetic
     python -m bench quality             what the methods learn (options: python -m bench quality --help)
-    python -m bench quality-report      bench/quality/README.md, from its JSON
+    python -m bench quality-report      bench/quality/README.md, from its rows
 
 suites:
     ops           each kernel against eager, compiled and library forms; share of the roof
     layer         a decoder layer, and its linears alone, over the frozen floor
     model         a whole model, microseconds a token and peak memory (the paper's Tables 14 and 15)
-    context       the longest context whose step fits 80 GB
     variants      forms of one kernel side by side; without a GPU by machine code and counts
     output_layer  the loss of the vocabulary projection against torch, Liger and cut-cross-entropy
     scaling       cost over p, tokens, layers and T
@@ -32,13 +33,33 @@ from pathlib import Path
 
 import torch
 
-from . import host, layer, memory, model, ops, output_layer, scaling, variants
-from .jobs import DeviceLost, Job, run_all
-from .methods import METHODS, UnknownMethod, get_method
-from .provenance import clocks, provenance
-from .store import FINAL, RESULTS, Results
+from .harness.jobs import (
+    Clock,
+    DeviceLost,
+    Job,
+    describe,
+    free_memory,
+    minutes_and_seconds,
+    run_all,
+)
+from .harness.provenance import clocks, provenance
+from .methods import METHODS, get_method
+from .speed import (
+    counts,
+    host,
+    layer,
+    model,
+    ops,
+    output_layer,
+    quick,
+    scaling,
+    simulated,
+    variants,
+)
+from .speed.report import write_reports
+from .speed.results import FINAL, RESULTS, Results, load
 
-SUITES = ("layer", "model", "context", "ops", "variants", "output_layer", "scaling", "memory")
+SUITES = ("layer", "model", "ops", "variants", "output_layer", "scaling", "memory")
 LAST = 1000.0  # priority of what has failed before
 
 
@@ -47,82 +68,75 @@ class BadArgument(ValueError):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one suite or all. Exit code 1: a gate was red; 2: a mistake in the arguments; 3: the
-    device was lost."""
+    """Exit code 1: a gate was red; 2: a mistake in the arguments; 3: the device was lost."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words and words[0] in ("quality", "quality-report"):
-        return _quality(words)
-    arguments = _parser().parse_args(argv)
-    if arguments.suite == "host":
-        print(host.report())
-        return 0
-    if arguments.suite == "report":
-        from .report import write_reports
+    if words and words[0] == "quality":
+        from .quality.runner import main as run_study
 
-        try:
-            write_reports(arguments.results)
-        except ValueError as error:
-            print(f"bench: {error}", file=sys.stderr)
-            return 2
-        return 0
+        return run_study(words[1:])
+    if words and words[0] == "quality-report":
+        from .quality.report import main as write_report
+
+        return write_report(words[1:])
+    arguments = _parser().parse_args(words)
+    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
+        if arguments.suite in ("host", "counts"):
+            print({"host": host, "counts": counts}[arguments.suite].report())
+            return 0
+        if arguments.suite == "report":
+            print(write_reports(arguments.results))
+            return 0
         device = _device(arguments.device)
+        if arguments.suite == "quick":
+            return quick.main(device, arguments.output)
         if arguments.suite == "variants" and device.type != "cuda":
             print(variants.report())
             return 0
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         jobs = list(select(arguments.suite, arguments.methods, device, dtype))
-    except (UnknownMethod, BadArgument) as error:
+    except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     if arguments.list:
         for job in sorted(jobs, key=lambda job: job.priority):
-            print(
-                job.suite,
-                job.name,
-                " ".join(f"{key}={value}" for key, value in job.settings.items()),
-            )
+            settings = " ".join(f"{key}={value}" for key, value in job.settings.items())
+            print(job.suite, job.name, settings)
         return 0
-    warnings.filterwarnings("ignore", category=FutureWarning)
     results = Results.for_run(provenance(device, arguments.commit), arguments.results)
+    earlier = [
+        row
+        for group in load(arguments.results)
+        if group["provenance"]["device"] == results.provenance["device"]
+        for row in group["rows"]
+    ]
+    clock = Clock(arguments.minutes, earlier)
     to_do = jobs if arguments.again else list(not_measured(jobs, results))
-    return _run(to_do, len(jobs) - len(to_do), results, device, arguments.minutes)
+    return _run(to_do, len(jobs) - len(to_do), results, device, clock)
 
 
-def _quality(words: list[str]) -> int:
-    """The study of what is learned has a command line of its own."""
-    if words[0] == "quality-report":
-        from .quality.report import main as write_report
-
-        return write_report(words[1:])
-    from .quality.runner import main as run_study
-
-    return run_study(words[1:])
-
-
-def _run(
-    jobs: list[Job], kept: int, results: Results, device: torch.device, minutes: float | None
-) -> int:
+def _run(jobs: list[Job], kept: int, results: Results, device: torch.device, clock: Clock) -> int:
     found = results.provenance
-    print(
-        f"{found['device']} ({found['kind']}), {len(jobs)} jobs, {kept} measured before, into {results.path}"
-    )
+    print(f"{found['device']} ({found['kind']}), into {results.path}")
+    ahead = minutes_and_seconds(sum(map(clock.expected, jobs)))
+    print(f"{len(jobs)} jobs, about {ahead} in all; {kept} measured before")
     missing = [name for name, version in found["peers"].items() if version is None]
     if missing:
         print(f"not installed: {', '.join(missing)}")
 
-    def add(row: dict) -> None:
+    def add(job: Job, row: dict) -> str:
         if device.type == "cuda" and row["status"] == "ok":
             row["clocks"] = clocks(device)
         results.add(row)
+        free_memory()
+        return describe(row)
 
     try:
-        run_all(jobs, add, minutes, lambda line: print(line, flush=True))
+        if run_all(jobs, add, clock, lambda line: print(line, flush=True)):
+            print("the same command goes on with them")
     except DeviceLost as error:
-        print(
-            f"bench: the device is lost: {error}; start the same command again for the rest",
-            file=sys.stderr,
-        )
+        lost = f"bench: the device is lost: {error}; start the same command again for the rest"
+        print(lost, file=sys.stderr)
         return 3
     return 1 if any(row["status"] == "red" for row in results.rows) else 0
 
@@ -144,7 +158,7 @@ def select(
 
     Raises UnknownMethod for a name that no job and no method has, BadArgument if nothing is left.
     """
-    modules = layer, model, ops, variants, output_layer, scaling, memory
+    modules = layer, model, ops, variants, output_layer, scaling, simulated
     jobs = [job for module in modules for job in module.jobs(device, dtype)]
     wanted = None if names is None else {name.strip() for name in names.split(",")}
     for name in (wanted or set()) - {job.name for job in jobs}:
@@ -158,77 +172,54 @@ def select(
 
 
 def _device(name: str) -> torch.device:
+    expected = f"--device {name!r}: expected cuda, cuda:1 or cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise BadArgument(f"--device {name!r}: expected cuda, cuda:1 or cpu") from None
+        raise BadArgument(expected) from None
     if device.type not in ("cuda", "cpu"):
-        raise BadArgument(f"--device {name!r}: expected cuda, cuda:1 or cpu")
+        raise BadArgument(expected)
     if device.type == "cuda":
-        if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
-            raise BadArgument(
-                f"--device {name!r}: torch sees {torch.cuda.device_count()} GPUs here"
-            )
+        count = torch.cuda.device_count()
+        if not torch.cuda.is_available() or (device.index or 0) >= count:
+            raise BadArgument(f"--device {name!r}: torch sees {count} GPUs here")
         if device.index is not None:
             torch.cuda.set_device(device)
     return device
 
 
 def _minutes(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a positive number of minutes, got {text}")
-    return value
+    if re.fullmatch(r"\d*\.?\d+", text) and float(text) > 0:
+        return float(text)
+    raise argparse.ArgumentTypeError(f"expected a positive number of minutes, got {text}")
 
 
 def _commit(text: str) -> str:
-    if not re.fullmatch(r"[0-9a-f]{7,40}", text):
-        raise argparse.ArgumentTypeError(
-            f"expected a commit's hash, 7 to 40 hexadecimal digits, got {text!r}"
-        )
-    return text[:12]
+    if re.fullmatch(r"[0-9a-f]{7,40}", text):
+        return text[:12]
+    expected = f"expected a commit's hash, 7 to 40 hexadecimal digits, got {text!r}"
+    raise argparse.ArgumentTypeError(expected)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    suites = (*SUITES, "all", "host", "report")
-    parser.add_argument(
-        "suite", choices=suites, metavar="SUITE", help="a suite, all, host, or report"
-    )
-    parser.add_argument(
-        "--minutes",
-        type=_minutes,
-        help="begin nothing that would not end in time; default: no limit",
-    )
-    parser.add_argument(
-        "--methods",
-        metavar="NAMES",
-        help=f"only these rows, separated by commas; methods: {', '.join(METHODS)}",
-    )
-    parser.add_argument(
-        "--again", action="store_true", help="measure rows again that have a figure"
-    )
-    parser.add_argument(
-        "--list", action="store_true", help="show what would be run, in order, and stop"
-    )
-    parser.add_argument(
-        "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="default: %(default)s",
-    )
-    parser.add_argument(
-        "--commit", type=_commit, metavar="HASH", help="of a copy of the tree that has no history"
-    )
-    parser.add_argument(
-        "--results", type=Path, default=RESULTS, metavar="FOLDER", help="default: bench/results"
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m bench", description=__doc__, formatter_class=raw)
+    add, names = parser.add_argument, ", ".join(METHODS)
+    suites = (*SUITES, "all", "quick", "report", "host", "counts")
+    add("suite", choices=suites, metavar="SUITE", help="as above")
+    limit = "begin nothing that would not end in time; default: no limit"
+    add("--minutes", type=_minutes, help=limit)
+    only = f"only these rows, separated by commas; methods: {names}"
+    add("--methods", metavar="NAMES", help=only)
+    add("--again", action="store_true", help="measure rows again that have a figure")
+    add("--list", action="store_true", help="show what would be run, in order, and stop")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=default, help="default: %(default)s")
+    untold = "of a copy of the tree that has no history"
+    add("--commit", type=_commit, metavar="HASH", help=untold)
+    folder = "where rows are kept, and read; default: bench/results"
+    add("--results", type=Path, default=RESULTS, metavar="FOLDER", help=folder)
+    add("--output", type=Path, metavar="FILE", help="of quick: write its rows there, as JSON lines")
     return parser
 
 

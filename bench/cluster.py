@@ -1,7 +1,7 @@
 """Plan to scale: step time, memory and traffic of LoSiA on many GPUs, from one GPU's figures and
 the links' speeds.
 
-    python -m bench.cluster [FOLDER]     writes cluster.md, cluster.json and cluster.png (default: bench/results)
+    python -m bench.cluster [FOLDER]     writes cluster.md and cluster.png (default: bench/results)
 
 A model, not a measurement: compute runs at the given rate of dense matmuls, links at their stated
 rates, a collective takes the ring's share of its bytes at the slowest link it crosses plus a
@@ -9,11 +9,13 @@ latency for each doubling of the ranks. Its byte counts and its memory are held 
 tests/distributed/test_cluster.py.
 """
 
-import json
+import itertools
 import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from .harness.markdown import table
 
 GIB = 2**30
 
@@ -41,16 +43,10 @@ class Model:
         return sum(int(p * out) * int(p * in_) for out, in_ in self.linears)
 
 
-def llama(
-    name: str, blocks: int, hidden: int, wide: int, kv: int, vocabulary: int = 32000
-) -> Model:
+def llama(name: str, blocks: int, hidden: int, wide: int, kv: int) -> Model:
     attention = ((hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden))
-    return Model(
-        name,
-        blocks,
-        (*attention, (wide, hidden), (wide, hidden), (hidden, wide)),
-        2 * vocabulary * hidden,
-    )
+    mlp = ((wide, hidden), (wide, hidden), (hidden, wide))
+    return Model(name, blocks, (*attention, *mlp), 2 * 32000 * hidden)
 
 
 MODELS = (
@@ -80,14 +76,10 @@ class Setting:
 # bytes that one rank hands to collectives in one step of one micro-batch --------------------------
 
 
-def ddp_bytes(
-    model: Model, p: float, period: int, weight_bytes: int, sync: str = "gradient"
-) -> dict[str, float]:
+def ddp_bytes(model: Model, p: float, weight_bytes: int) -> dict[str, float]:
     """``subnets``: float32 gradients, all-reduced. ``importance``: the observing group's dense
-    gradients, or, with importance_sync="slot", its two float32 states at the end of a slot (here: a
-    step's share)."""
-    importance = weight_bytes * model.block if sync == "gradient" else 8 * model.block / period
-    return {"subnets": 4 * model.blocks * model.subnet(p), "importance": importance}
+    gradients."""
+    return {"subnets": 4 * model.blocks * model.subnet(p), "importance": weight_bytes * model.block}
 
 
 def fsdp_bytes(model: Model, p: float, period: int, weight_bytes: int) -> dict[str, float]:
@@ -112,9 +104,8 @@ def fsdp_bytes(model: Model, p: float, period: int, weight_bytes: int) -> dict[s
 def held_bytes(model: Model, p: float, weight_bytes: int, shards: int) -> float:
     """Between two steps: weights, and of each trained value the master and two moments, all
     float32."""
-    return (
-        weight_bytes * (model.weights + model.frozen) + 12 * model.blocks * model.subnet(p)
-    ) / shards
+    trained = 12 * model.blocks * model.subnet(p)
+    return (weight_bytes * (model.weights + model.frozen) + trained) / shards
 
 
 def peak_bytes(model: Model, p: float, weight_bytes: int, shards: int, scratch: int = 0) -> float:
@@ -127,12 +118,9 @@ def peak_bytes(model: Model, p: float, weight_bytes: int, shards: int, scratch: 
     """
     largest = max(out * in_ for out, in_ in model.linears)
     whole = 2 * (weight_bytes * model.block + 4 * model.subnet(p)) if shards > 1 else 0
-    shared = (
-        8 * model.block
-        + 4 * model.blocks * model.subnet(p)
-        + (weight_bytes + 4 * scratch) * largest
-    ) / shards
-    return whole + weight_bytes * largest + shared
+    shared = 8 * model.block + 4 * model.blocks * model.subnet(p)
+    shared += (weight_bytes + 4 * scratch) * largest
+    return whole + weight_bytes * largest + shared / shards
 
 
 def activation_bytes(model: Model, tokens: int) -> float:
@@ -153,88 +141,66 @@ def ring_seconds(data: float, ranks: int, setting: Setting, passes: int = 1) -> 
     return passes * ((ranks - 1) / ranks * data / link + setting.latency * math.log2(ranks))
 
 
-def plan(model: Model, ranks: int, engine: str, setting: Setting, sync: str = "gradient") -> dict:
+def plan(model: Model, ranks: int, engine: str, setting: Setting) -> dict:
     """Seconds, bytes and memory of one step. Overlap: DDP's buckets and FSDP's gathers hide behind
     the computation of the blocks; the importance's collective, the write-back and the moves do
     not."""
     p, width = setting.p, setting.weight_bytes
+    shards = ranks if engine == "fsdp" else 1
     multiplied = model.weights + model.frozen / 2  # an embedding is looked up
     passes = 2 * setting.tokens * multiplied / setting.matmul
     subnet = 2 * setting.tokens * model.blocks * model.subnet(p) / setting.matmul
     dense = 2 * setting.tokens * model.block / setting.matmul  # the observing group's gradients
-    reads = (
-        20 * model.block / setting.copy
-    )  # and its importance: two states read and written, weight and gradient read
-    compute = (
-        3 * passes + subnet + dense + reads / (ranks if engine == "fsdp" else 1)
-    )  # forward, again, and dx
+    # and its importance: two states read and written, weight and gradient read
+    reads = 20 * model.block / setting.copy
+    compute = 3 * passes + subnet + dense + reads / shards  # forward, again, and dx
     if engine == "ddp":
-        traffic = ddp_bytes(model, p, setting.period, width, sync)
+        traffic = ddp_bytes(model, p, width)
         hidden = ring_seconds(traffic["subnets"], ranks, setting, passes=2)
         exposed = ring_seconds(traffic["importance"], ranks, setting, passes=2)
     else:
         traffic = fsdp_bytes(model, p, setting.period, width)
         hidden = ring_seconds(traffic["gather"] + traffic["subnets"], ranks, setting)
-        exposed = sum(
-            ring_seconds(traffic[kind], ranks, setting)
-            for kind in ("importance", "write_back", "moves")
-        )
-    shards = ranks if engine == "fsdp" else 1
+        kinds = ("importance", "write_back", "moves")
+        exposed = sum(ring_seconds(traffic[kind], ranks, setting) for kind in kinds)
     seconds = max(compute, hidden) + exposed
-    memory = (
-        held_bytes(model, p, width, shards)
-        + peak_bytes(model, p, width, shards)
-        + activation_bytes(model, setting.tokens)
-    )
+    memory = held_bytes(model, p, width, shards) + peak_bytes(model, p, width, shards)
+    gradients = traffic["subnets"] + traffic["importance"]
     return {
         "model": model.name,
         "gpus": ranks,
         "engine": engine,
-        "importance_sync": sync,
         "seconds": seconds,
-        "compute_seconds": compute,
         "hidden_seconds": hidden,
         "exposed_seconds": exposed,
         "efficiency": compute / seconds,
-        "memory_gib": memory / GIB,
-        "traffic_mib": {kind: value / 2**20 for kind, value in traffic.items()},
-        "share_of_full_gradient": sum(
-            value for kind, value in traffic.items() if kind in ("subnets", "importance")
-        )
-        / (width * model.weights),
+        "memory_gib": (memory + activation_bytes(model, setting.tokens)) / GIB,
+        "share_of_full_gradient": gradients / (width * model.weights),
     }
 
 
-def table(rows: list[dict]) -> str:
-    lines = [
-        "| model | GPUs | engine | importance | step, s | hidden, s | exposed, s | efficiency | memory, GiB "
-        "| gradients on the wire, % of full |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row['model']} | {row['gpus']} | {row['engine']} | {row['importance_sync']} | {row['seconds']:.3f} "
-            f"| {row['hidden_seconds']:.3f} | {row['exposed_seconds']:.4f} | {row['efficiency']:.1%} "
-            f"| {row['memory_gib']:.1f} | {row['share_of_full_gradient']:.1%} |"
-        )
-    return "\n".join(lines) + "\n"
+COLUMNS = {
+    "model": ("model", ""),
+    "gpus": ("GPUs", ""),
+    "engine": ("engine", ""),
+    "seconds": ("step, s", ".3f"),
+    "hidden_seconds": ("hidden, s", ".3f"),
+    "exposed_seconds": ("exposed, s", ".4f"),
+    "efficiency": ("efficiency", ".1%"),
+    "memory_gib": ("memory, GiB", ".1f"),
+    "share_of_full_gradient": ("gradients on the wire, % of full", ".1%"),
+}
 
 
 def main(folder: Path) -> None:
     setting = Setting()
-    variants = (("ddp", "gradient"), ("ddp", "slot"), ("fsdp", "gradient"))
-    rows = [
-        plan(model, ranks, engine, setting, sync)
-        for model in MODELS
-        for ranks in (8, 64, 256, 1024)
-        for engine, sync in variants
-    ]
+    sizes = itertools.product(MODELS, (8, 64, 256, 1024), ("ddp", "fsdp"))
+    rows = [plan(model, ranks, engine, setting) for model, ranks, engine in sizes]
+    body = [[format(row[key], how) for key, (_, how) in COLUMNS.items()] for row in rows]
     folder.mkdir(parents=True, exist_ok=True)
-    text = f"{__doc__.splitlines()[0]}\n\nAssumed: {asdict(setting)}\n\n{table(rows)}"
+    beginning = __doc__.split("\n\n")[0].replace("\n", " ")
+    text = f"{beginning}\n\nAssumed: {asdict(setting)}\n\n{table((name for name, _ in COLUMNS.values()), body)}\n"
     (folder / "cluster.md").write_text(text)
-    (folder / "cluster.json").write_text(
-        json.dumps({"setting": asdict(setting), "rows": rows}, indent=1) + "\n"
-    )
     draw(rows, folder / "cluster.png")
     print(text)
 
@@ -245,36 +211,19 @@ def draw(rows: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    styles = {("ddp", "gradient"): "--", ("ddp", "slot"): ":", ("fsdp", "gradient"): "-"}
-    for number, model in enumerate(MODELS):
-        for (engine, sync), style in styles.items():
-            wanted = (model.name, engine, sync)
-            points = [
-                row
-                for row in rows
-                if (row["model"], row["engine"], row["importance_sync"]) == wanted
-            ]
-            gpus, look = (
-                [row["gpus"] for row in points],
-                {"color": f"C{number}", "linestyle": style},
-            )
-            left.plot(gpus, [row["efficiency"] for row in points], label=" ".join(wanted), **look)
-            if sync == "gradient":
-                right.plot(
-                    gpus,
-                    [row["memory_gib"] for row in points],
-                    label=f"{model.name} {engine}",
-                    **look,
-                )
-    left.set(
-        xscale="log", xlabel="GPUs", ylabel="compute / step time", title="Weak scaling, modelled"
-    )
-    right.set(
-        xscale="log", yscale="log", xlabel="GPUs", ylabel="GiB a GPU", title="Memory, modelled"
-    )
+    figure, panes = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for number, (model, engine) in enumerate(itertools.product(MODELS, ("ddp", "fsdp"))):
+        points = [row for row in rows if (row["model"], row["engine"]) == (model.name, engine)]
+        look = {"color": f"C{number // 2}", "linestyle": "--" if engine == "ddp" else "-"}
+        for pane, key in zip(panes, ("efficiency", "memory_gib"), strict=True):
+            gpus, values = [row["gpus"] for row in points], [row[key] for row in points]
+            pane.plot(gpus, values, label=f"{model.name} {engine}", **look)
+    left, right = panes
+    left.set(xscale="log", xlabel="GPUs", ylabel="compute / step time")
+    right.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="GiB a GPU")
+    left.set_title("Weak scaling, modelled")
+    right.set_title("Memory, modelled")
     left.legend(fontsize=7)
-    right.legend(fontsize=7)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

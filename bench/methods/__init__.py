@@ -1,59 +1,30 @@
-"""The methods that are compared, most telling first."""
+"""The methods that are compared, most telling first: ``METHODS`` for speed and memory, ``STUDY`` for
+what is learned."""
 
-from .base import Method, MissingPeer, Options, Prepared, UnknownMethod
-from .fused_lora import FUSED_LORA
+from ..harness.jobs import MissingPeer
+from .adapters import DORA, FUSED_LORA, LORA, LORA_DEFAULTS, LORA_FLOAT32, PISSA
+from .base import DEFAULTS, Method, Options, Prepared, UnknownMethod
 from .galore import GALORE, GALORE_PER_LAYER
 from .losia import DENSE, DENSE_OFF, PRO, PRO_FUSED, PRO_LEAN, PRO_OFF
-from .losia_reference import REFERENCE, REFERENCE_OFF
-from .peft_adapters import DORA, LORA, LORA_DEFAULTS, LORA_FLOAT32, PISSA
 from .plain import FROZEN, FULL
-from .unsloth import UNSLOTH
+from .study import STUDY, VARIANTS
 
-_ALL = (
-    FROZEN,
-    PRO,
-    LORA,
-    LORA_FLOAT32,
-    PRO_FUSED,
-    DORA,
-    DENSE,
-    FUSED_LORA,
-    FULL,
-    GALORE,
-    PISSA,
-    LORA_DEFAULTS,
-    PRO_LEAN,
-    GALORE_PER_LAYER,
-    REFERENCE,
-    UNSLOTH,
-    PRO_OFF,
-    DENSE_OFF,
-    REFERENCE_OFF,
-)
-METHODS: dict[str, Method] = {method.name: method for method in _ALL}
-
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        *(FROZEN, PRO, LORA, LORA_FLOAT32, PRO_FUSED, DORA, DENSE, FUSED_LORA, FULL, GALORE),
+        *(PISSA, LORA_DEFAULTS, PRO_LEAN, GALORE_PER_LAYER, PRO_OFF, DENSE_OFF),
+    )
+}
 # A layer alone cannot say who observes, so both kinds of step are measured; in a model one block of
 # many observes.
 LAYER_METHODS = (
-    "frozen",
-    "losia-pro-off",
-    "losia-pro",
-    "lora",
-    "lora-fp32",
-    "dora",
-    "lora-fused",
-    "losia-dense-off",
-    "losia-dense",
-    "full",
-    "galore",
-    "pissa",
-    "lora-defaults",
-    "galore-per-layer",
-    "losia-reference-off",
-    "losia-reference",
-    "unsloth",
+    *("frozen", "losia-pro-off", "losia-pro", "lora", "lora-fp32", "dora", "lora-fused"),
+    *("losia-dense-off", "losia-dense", "full", "galore"),
+    *("pissa", "lora-defaults", "galore-per-layer"),
 )
 MODEL_METHODS = tuple(name for name in METHODS if not name.endswith("-off"))
+LATE = ("pissa", "lora-defaults", "galore-per-layer")  # slow to prepare, or less asked for
 
 
 def get_method(name: str) -> Method:
@@ -64,9 +35,13 @@ def get_method(name: str) -> Method:
 
 
 __all__ = [
+    "DEFAULTS",
+    "LATE",
     "LAYER_METHODS",
     "METHODS",
     "MODEL_METHODS",
+    "STUDY",
+    "VARIANTS",
     "Method",
     "MissingPeer",
     "Options",

@@ -1,17 +1,35 @@
-"""LoSiA: this package, and the dense-gradient form (the paper's LoSiA, without -Pro) with this
-package's optimizer."""
+"""LoSiA: this package; the dense-gradient form (the paper's LoSiA, without -Pro) with this package's
+optimizer; a run of the study."""
 
 import functools
+import inspect
+import itertools
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, LoSiALinear, apply_losia
+from losia_kernels import (
+    LoSiAAdamW,
+    LoSiAConfig,
+    LoSiALinear,
+    apply_losia,
+    attach,
+    calibrate,
+    remove_losia,
+)
 from losia_kernels.layers.module import losia_layers
+from losia_kernels.training.calibrate import start_from_frequency
 
-from .base import Method, MissingPeer, Options, Prepared, count, stepper, trained_parameters
+from .base import Method, MissingPeer, Options, Prepared, count, trained_parameters
+from .importance import rank_pattern_of
+
+NEVER = 10**9  # steps
+LEAN_CONFIG: dict[str, Any] = {"master": "split", "importance": "sensitivity_bfloat16"}
+LEAN_OPTIMIZER: dict[str, Any] = {"moments": "int8", "in_backward": True}
 
 
 class _DenseGradient(torch.autograd.Function):
@@ -27,26 +45,19 @@ class _DenseGradient(torch.autograd.Function):
         x, weight, out_idx, in_idx = ctx.saved_tensors
         dx = dy @ weight if ctx.needs_input_grad[0] else None
         dense = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])  # [out, in]
-        return (
-            dx,
-            None,
-            None,
-            dense.index_select(0, out_idx).index_select(1, in_idx).float(),
-            None,
-            None,
-        )
+        d_subnet = dense.index_select(0, out_idx).index_select(1, in_idx).float()
+        return dx, None, None, d_subnet, None, None
 
 
 class DenseGradientLinear(LoSiALinear):
     def forward(self, x: Tensor) -> Tensor:
         if self.observe_callback is not None:
             return super().forward(x)  # forms the dense gradient by itself
-        return _DenseGradient.apply(
-            x, self.weight, self.bias, self.subnet, self.out_idx, self.in_idx
-        )
+        operands = self.weight, self.bias, self.subnet, self.out_idx, self.in_idx
+        return _DenseGradient.apply(x, *operands)
 
 
-def _prepare(
+def prepare(
     model: nn.Module,
     options: Options,
     dense: bool = False,
@@ -54,80 +65,105 @@ def _prepare(
     fused_loss: bool = False,
     lean: bool = False,
 ) -> Prepared:
+    """A slot that never ends: one decoder block observes, as in every step of a run, and nothing is
+    relocalized. What a relocalization costs is measured by the scaling suite."""
     if lean and next(model.parameters()).dtype != torch.bfloat16:
         raise MissingPeer("a remainder completes bfloat16 weights: needs a bfloat16 model")
-    # A slot that never ends: one decoder block observes, as in every step of a run, and nothing is
-    # relocalized. What a relocalization costs is measured by the scaling suite.
-    period = 10**9
     config = LoSiAConfig(
         rank_factor=options.rank_factor,
         output_dim_factor=options.output_dim_factor,
-        period=period,
+        period=NEVER,
         fused_loss=fused_loss,
         **(LEAN_CONFIG if lean else {}),
     )
     apply_losia(model, config)
-    optimizer = LoSiAAdamW(model, lr=6e-5, **(LEAN_OPTIMIZER if lean else {}))
+    optimizer = LoSiAAdamW(model, lr=options.lr, **(LEAN_OPTIMIZER if lean else {}))
     timeline = optimizer.timeline
     first_block = next(i for i, name in enumerate(timeline.group_names) if "layers" in name)
     if first_block:
-        timeline.step = first_block * period
+        timeline.clock.step = first_block * NEVER
         timeline._observe()
     layers = dict(losia_layers(model))
-    if not observing:
-        for layer in layers.values():
+    for layer in layers.values():
+        if not observing:
             layer.observe_(None)
-    if dense:
-        for layer in layers.values():
+        if dense:
             layer.__class__ = DenseGradientLinear
-    gated = (
-        {} if lean else layers
-    )  # gradients that are used up inside the backward cannot be compared
-    return Prepared(model, stepper(optimizer), count(trained_parameters(model)), subnets=gated)
+    gated = {} if lean else layers  # gradients used up in the backward cannot be compared
+    trained = count(trained_parameters(model))
+    return Prepared(model, optimizer, trained, lambda: remove_losia(model), subnets=gated)
 
 
-LEAN_CONFIG: dict[str, Any] = {"master_weights": False, "importance": "sensitivity_bfloat16"}
-LEAN_OPTIMIZER: dict[str, Any] = {"moments": "int8", "remainder": True, "in_backward": True}
+# a run of the study ---------------------------------------------------------------------------------
+
+CALIBRATION_BATCHES = 4
+COUNTED_BATCHES = 64  # whose labels say which tokens are taught most often
+CYCLES = 1  # how often every group moves in a run; the period follows from the number of steps
+OF_THE_STUDY = (
+    "cycles",
+    "nearest",
+    "bfloat16",
+    "budget",
+)  # changes that are no fields of LoSiAConfig
 
 
-_CONFIGURATION = "p 1/8, float32 master and moments, output layer frozen, the model's own loss"
-_READS = ("rank_factor", "output_dim_factor")
-PRO = Method(
-    "losia-pro", "LoSiA-Pro (ours)", f"{_CONFIGURATION}; one block observes", _prepare, _READS
+def study_config(model: nn.Module, options: Options) -> LoSiAConfig:
+    """The config of a run. Raises MissingPeer for a field that this version of the package does not have."""
+    changes = {name: v for name, v in options.changes.items() if name not in OF_THE_STUDY}
+    unknown = sorted(set(changes) - set(inspect.signature(LoSiAConfig).parameters))
+    if unknown:
+        raise MissingPeer(f"LoSiAConfig has no field {', '.join(unknown)}")
+    turns = model.config.num_hidden_layers * options.changes.get("cycles", CYCLES)
+    values = {
+        "rank_factor": options.rank_factor,
+        "period": max(1, int(options.steps / turns)),
+        "warmup_steps": options.warmup,
+        "seed": options.seed,
+        "importance": "sensitivity",
+    }
+    return LoSiAConfig(**(values | changes))
+
+
+def prepare_study(model: nn.Module, options: Options) -> Prepared:
+    """The paper's settings, but one cycle a run and a calibrated start."""
+    config = study_config(model, options)
+    if options.changes.get("budget"):
+        batches = itertools.islice(options.batches(), CALIBRATION_BATCHES)
+        config = replace(config, rank_pattern=rank_pattern_of(model, batches, options.rank_factor))
+    apply_losia(model, config)
+    calibrated = config.init_subnet == "calibrated"
+    made: dict[str, Any] = {
+        "period": config.period,
+        "calibration_batches": CALIBRATION_BATCHES * calibrated,
+    }
+    if calibrated:
+        calibrate(model, options.batches(), CALIBRATION_BATCHES)
+    if config.output_init == "frequency":
+        start_from_frequency(model, itertools.islice(options.batches(), COUNTED_BATCHES))
+    # what the authors' code does: 16-bit values, no master, rounded to nearest
+    if options.changes.get("nearest"):
+        optimizer = torch.optim.AdamW(trained_parameters(model), lr=options.lr, weight_decay=0.0)
+        attach(optimizer, model)
+    else:
+        optimizer = LoSiAAdamW(model, lr=options.lr)
+    if config.rank_pattern:
+        factors = Counter(map(str, config.rank_pattern.values()))
+        made["layers_by_rank_factor"] = dict(sorted(factors.items()))
+    trained = count(trained_parameters(model))
+    return Prepared(model, optimizer, trained, lambda: remove_losia(model), made=made)
+
+
+def _losia(name: str, title: str, **options: bool) -> Method:
+    reads = "rank_factor", "output_dim_factor"
+    return Method(name, title, functools.partial(prepare, **options), reads)
+
+
+OURS, OFF = "LoSiA-Pro (ours)", "outside its slot"
+PRO = _losia("losia-pro", OURS)
+PRO_OFF = _losia("losia-pro-off", f"{OURS}, {OFF}", observing=False)
+PRO_FUSED = _losia("losia-pro-fused", f"{OURS}, loss without logits", fused_loss=True)
+PRO_LEAN = _losia(
+    "losia-pro-lean", f"{OURS}, least memory for float32 values", fused_loss=True, lean=True
 )
-PRO_FUSED = Method(
-    "losia-pro-fused",
-    "LoSiA-Pro (ours), loss without logits",
-    "as losia-pro with fused_loss, the package's default",
-    functools.partial(_prepare, fused_loss=True),
-    _READS,
-)
-PRO_LEAN = Method(
-    "losia-pro-lean",
-    "LoSiA-Pro (ours), least memory for float32 values",
-    "as losia-pro-fused, float32 values as bfloat16 and remainder, int8 moments, bfloat16 importance, updates in the "
-    "backward",
-    functools.partial(_prepare, fused_loss=True, lean=True),
-    _READS,
-)
-DENSE = Method(
-    "losia-dense",
-    "LoSiA, dense gradient",
-    f"{_CONFIGURATION}; one block observes",
-    functools.partial(_prepare, dense=True),
-    _READS,
-)
-PRO_OFF = Method(
-    "losia-pro-off",
-    "LoSiA-Pro (ours), outside its slot",
-    f"{_CONFIGURATION}; no block observes",
-    functools.partial(_prepare, observing=False),
-    _READS,
-)
-DENSE_OFF = Method(
-    "losia-dense-off",
-    "LoSiA, dense gradient, outside its slot",
-    f"{_CONFIGURATION}; no block observes",
-    functools.partial(_prepare, dense=True, observing=False),
-    _READS,
-)
+DENSE = _losia("losia-dense", "LoSiA, dense gradient", dense=True)
+DENSE_OFF = _losia("losia-dense-off", f"LoSiA, dense gradient, {OFF}", dense=True, observing=False)

@@ -11,17 +11,12 @@ from torch import Tensor
 from losia_kernels.layers.module import losia_layers
 from losia_kernels.training.selection import select_from_marginals, select_subnet
 
-from .importance import observe
+from ..methods.importance import observe
 from .study import Run
 from .tasks import TASKS
-from .training import Base, prepare, setting_of, train
+from .training import Base, options_of, prepare, train
 
-KINDS = (
-    "self_attn.q_proj",
-    "self_attn.o_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)  # of three blocks each
+KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")  # of 3 blocks
 SINGULAR_VECTORS = 100
 BATCHES = 8  # whose importance is averaged
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
@@ -33,24 +28,25 @@ def carry_out_analysis(run: Run, base: Base) -> dict[str, Any]:
     model = base.fresh()
     names = chosen_layers(model)
     before = {name: model.get_submodule(name).weight.detach().clone() for name in names}
-    gradients, importance = observe(
-        model, names, setting_of(run, TASKS[run.task], base).batches(), BATCHES
-    )
-    trained, setting = prepare(run, TASKS[run.task], model, base)
-    counts = {name: torch.zeros(layer.in_features) for name, layer in losia_layers(trained.model)}
-    placed = {name: layer.in_idx.clone() for name, layer in losia_layers(trained.model)}
-    moved = dict.fromkeys(counts, 0)
-    for name, layer in losia_layers(trained.model):
-        counts[name][layer.in_idx.cpu()] += 1
+    task = TASKS[run.task]
+    batches = itertools.islice(options_of(run, task, base).batches(), BATCHES)
+    gradients, importance = observe(model, names, batches)
+    trained, options = prepare(run, task, model, base)
+    layers = dict(losia_layers(trained.module))
+    counts = {name: torch.zeros(layer.in_features) for name, layer in layers.items()}
+    placed: dict[str, Tensor] = {}
+    moves = -len(layers)  # the first places are no moves
 
     def count_moves(step: int) -> None:
-        for name, layer in losia_layers(trained.model):
-            if not torch.equal(layer.in_idx, placed[name]):
+        nonlocal moves
+        for name, layer in layers.items():
+            if name not in placed or not torch.equal(layer.in_idx, placed[name]):
                 placed[name] = layer.in_idx.clone()
                 counts[name][layer.in_idx.cpu()] += 1
-                moved[name] += 1
+                moves += 1
 
-    train(trained, setting, count_moves)
+    count_moves(-1)
+    train(trained, options, count_moves)
     plain = trained.finish()
     return {
         "run": asdict(run),
@@ -64,7 +60,7 @@ def carry_out_analysis(run: Run, base: Base) -> dict[str, Any]:
         "selected": {
             name: torch.bincount(counts[name].long()).tolist() for name in names if name in counts
         },
-        "moves": sum(moved.values()),
+        "moves": moves,
         "singular": {
             name: similarity(before[name], plain.get_submodule(name).weight.detach())
             for name in names

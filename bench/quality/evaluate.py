@@ -1,7 +1,7 @@
 """Scores of a plain model on items: what its answers cost, and how many of their lines it would
 have said by itself."""
 
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -46,12 +46,8 @@ def score_items(model: nn.Module, tokenizer, items: list[Item], max_length: int)
         while taken < len(order) and (taken + 1) * len(encoded[order[taken]].ids) <= TOKENS_AT_ONCE:
             taken += 1
         chosen, order = order[:taken], order[taken:]
-        for i, score in zip(
-            chosen,
-            _score(model, [encoded[i] for i in chosen], [texts[i][1] for i in chosen]),
-            strict=True,
-        ):
-            found[i] = score
+        scored = _score(model, [encoded[i] for i in chosen], [texts[i][1] for i in chosen])
+        found |= zip(chosen, scored, strict=True)
     scores: list[ItemScore] = []
     for i, (number, _) in enumerate(texts):
         if number == len(scores):
@@ -63,9 +59,8 @@ def score_items(model: nn.Module, tokenizer, items: list[Item], max_length: int)
 
 def _score(model: nn.Module, encoded: list[Encoded], texts: list[str]) -> list[ItemScore]:
     batch = collate(encoded, model.device)
-    predicts = (
-        batch["labels"][:, 1:] >= 0
-    )  # [batch, t - 1]: logits are made only where something is learned
+    # [batch, t - 1]: logits are made only where something is learned
+    predicts = batch["labels"][:, 1:] >= 0
     hidden = model.get_decoder()(input_ids=batch["input_ids"]).last_hidden_state[:, :-1][predicts]
     logits = model.get_output_embeddings()(hidden).float()  # [learned tokens, vocabulary]
     targets = batch["labels"][:, 1:][predicts]
@@ -79,11 +74,8 @@ def _score(model: nn.Module, encoded: list[Encoded], texts: list[str]) -> list[I
         missed = {line for line, hit in zip(lines, hits[mine], strict=True) if not hit}
         written = text.split("\n")
         counted = {line for line in lines if written[line].strip()}
-        scores.append(
-            ItemScore(
-                sum(losses[mine]), len(lines), sum(hits[mine]), len(counted - missed), len(counted)
-            )
-        )
+        right = len(counted - missed), len(counted)
+        scores.append(ItemScore(sum(losses[mine]), len(lines), sum(hits[mine]), *right))
     return scores
 
 
@@ -93,16 +85,9 @@ def summary(items: list[Item], scores: list[ItemScore]) -> dict[str, dict[str, f
     groups: dict[str, list[ItemScore]] = {}
     for item, score in zip(items, scores, strict=True):
         groups.setdefault(item.group, []).append(score)
-    return {
-        group: {
-            "right": 100
-            * sum(score.right for score in members)
-            / max(1, sum(score.lines for score in members)),
-            "tokens": 100
-            * sum(score.hits for score in members)
-            / sum(score.tokens for score in members),
-            "nll": sum(score.nll for score in members) / sum(score.tokens for score in members),
-            "items": len(members),
-        }
-        for group, members in groups.items()
-    }
+    found = {}
+    for group, members in groups.items():
+        nll, tokens, hits, right, lines = (sum(c) for c in zip(*map(astuple, members), strict=True))
+        shares = {"right": 100 * right / max(1, lines), "tokens": 100 * hits / tokens}
+        found[group] = {**shares, "nll": nll / tokens, "items": len(members)}
+    return found

@@ -13,9 +13,10 @@ from csrc_ref.training import Config, Training
 from losia_kernels import LoSiAConfig
 from losia_kernels.layers.module import losia_layers
 
-from .importance import observe
-from .methods import CALIBRATION_BATCHES, Setting, Trained
-from .store import NotReady
+from ..harness.jobs import NotReady
+from ..methods import Options, Prepared
+from ..methods.importance import observe
+from ..methods.losia import CALIBRATION_BATCHES
 from .study import Run
 from .tasks import TASKS
 from .training import Base, prepare, schedule, score, thinned, train
@@ -30,20 +31,14 @@ def carry_out_oracle(run: Run, base: Base) -> dict[str, Any]:
     if base.model.device.type != "cpu":
         raise NotReady("the reference computes on a CPU: --device cpu --scale small")
     task = TASKS[run.task]
-    trained, setting = prepare(run, task, base.fresh(), base)
-    initial = {
-        name: (layer.out_idx.clone(), layer.in_idx.clone())
-        for name, layer in losia_layers(trained.model)
-    }
-    losses = train(trained, setting)["losses"]
-    package_subnets = {
-        name: (layer.out_idx.clone(), layer.in_idx.clone())
-        for name, layer in losia_layers(trained.model)
-    }
+    trained, options = prepare(run, task, base.fresh(), base)
+    initial = _subnets(trained)
+    losses = train(trained, options)["losses"]
+    package_subnets = _subnets(trained)
     package = score(trained.finish(), base, task, run)
 
-    calibrated = _calibrated(initial, setting, base)
-    reference_losses, reference, model = _reference(trained, setting, initial, base)
+    calibrated = _calibrated(initial, options, base)
+    reference_losses, reference, model = _reference(trained, options, initial, base)
     found = score(model, base, task, run)
     shared = [
         _shared(package_subnets[name], (m.out_idx, m.in_idx)) for name, m in reference.moved.items()
@@ -68,13 +63,18 @@ def carry_out_oracle(run: Run, base: Base) -> dict[str, Any]:
     }
 
 
-def _calibrated(initial: dict, setting: Setting, base: Base) -> dict[str, tuple[Tensor, Tensor]]:
+def _subnets(trained: Prepared) -> dict[str, tuple[Tensor, Tensor]]:
+    layers = losia_layers(trained.module)
+    return {name: (layer.out_idx.clone(), layer.in_idx.clone()) for name, layer in layers}
+
+
+def _calibrated(initial: dict, options: Options, base: Base) -> dict[str, tuple[Tensor, Tensor]]:
     """Where the run should have begun: the largest smoothed sums of the importance, straight from
     autograd."""
     model, beta = base.fresh(), LoSiAConfig().importance_beta1
     sums: dict[str, tuple[Tensor, Tensor]] = {}
-    for batch in islice(setting.batches(), CALIBRATION_BATCHES):
-        for name, importance in observe(model, initial, [batch], 1)[1].items():
+    for batch in islice(options.batches(), CALIBRATION_BATCHES):
+        for name, importance in observe(model, initial, [batch])[1].items():
             now = importance.sum(1), importance.sum(0)
             before = sums.get(name, tuple(map(torch.zeros_like, now)))
             sums[name] = tuple(
@@ -86,13 +86,11 @@ def _calibrated(initial: dict, setting: Setting, base: Base) -> dict[str, tuple[
     }
 
 
-def _reference(trained: Trained, setting, initial: dict, base: Base):
+def _reference(trained: Prepared, options: Options, initial: dict, base: Base):
     model = base.fresh()
     timeline = trained.optimizer.timeline
     model.requires_grad_(False)
-    groups = []
-    for layers in timeline.groups:
-        groups.append({layer.name: model.get_submodule(layer.name) for layer in layers})
+    groups = [{each.name: model.get_submodule(each.name) for each in g} for g in timeline.groups]
     for linear in (linear for group in groups for linear in group.values()):
         linear.weight.requires_grad_(True)
     config = Config(
@@ -100,13 +98,13 @@ def _reference(trained: Trained, setting, initial: dict, base: Base):
         importance=timeline.config.importance,
         rewarm=timeline.config.rewarm,
         update_type=timeline.config.update_type,
-        warmup_steps=setting.warmup,
+        warmup_steps=options.warmup,
     )
     model.train()
     reference = Training(model, groups, initial, config, lambda model, batch: model(**batch).loss)
     losses = []
-    for step, batch in enumerate(setting.batches()):
-        done = reference.step([batch], setting.lr * schedule(step, setting.steps, setting.warmup))
+    for step, batch in enumerate(options.batches()):
+        done = reference.step([batch], options.lr * schedule(step, options.steps, options.warmup))
         losses += done.losses
     return losses, reference, model
 

@@ -1,170 +1,122 @@
-"""Pictures of the study, as SVG that comes out the same each time."""
+"""Pictures of the study."""
 
-from collections.abc import Callable
+import functools
 from pathlib import Path
+from typing import Any
 
+from ..harness.pictures import draw
+from ..methods import STUDY
 from .analyses import SHARES
-from .methods import METHODS
-from .tables import OURS, Results, held_out, of, title
+from .tables import OURS, Results, of, title, trials_of
 
 
 def draw_plots(results: Results, tasks: list[str], scale: str, folder: Path) -> list[Path]:
-    import matplotlib
+    from matplotlib import colormaps, cycler
 
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    drawn = []
-    settings = {
-        "svg.hashsalt": "losia",
-        "svg.fonttype": "none",
-        "figure.figsize": (7, 4),
-        "font.size": 8,
-        "axes.prop_cycle": plt.cycler(color=plt.get_cmap("tab20").colors[::2] + ("black",)),
+    pictures = {
+        "all-lengths": functools.partial(_lengths, results),
+        "all-selection": functools.partial(_selection, results),
+        "all-gradients": functools.partial(_gradients, results),
     }
-    pictures: list[tuple[str, Callable, str]] = [
-        ("all-lengths", _lengths, ""),
-        ("all-selection", _selection, ""),
-        ("all-gradients", _gradients, ""),
-    ]
+    of_task = {"learned-and-lost": _learned_and_lost, "search": _search, "loss": _loss}
     for task in tasks:
-        pictures += [
-            (f"{task}-learned-and-lost", _learned_and_lost, task),
-            (f"{task}-search", _search, task),
-            (f"{task}-loss", _loss, task),
-        ]
-    with plt.rc_context(settings):
-        for name, draw, task in pictures:
-            figure = plt.figure(layout="constrained")
-            if draw(figure.add_subplot(), results, task):
-                folder.mkdir(parents=True, exist_ok=True)
-                path = folder / f"{scale}-{name}.svg"
-                figure.savefig(path, metadata={"Date": None})
-                drawn.append(path)
-            plt.close(figure)
-    return drawn
+        for name, picture in of_task.items():
+            pictures[f"{task}-{name}"] = functools.partial(picture, results, task)
+
+    def with_legend(figure, fill) -> bool:
+        axes = figure.add_subplot()
+        fill(axes)
+        if axes.get_lines():
+            figure.legend(loc="outside right upper", fontsize=7)
+        return bool(axes.get_lines())
+
+    whole = {f"{scale}-{n}": functools.partial(with_legend, fill=p) for n, p in pictures.items()}
+    colors = cycler(color=colormaps["tab20"].colors[::2] + ("black",))
+    return draw(whole, folder, **{"font.size": 8, "axes.prop_cycle": colors})
 
 
-def _learned_and_lost(axes, results: Results, task: str) -> bool:
+def _nll(result: dict[str, Any], split: str = "held_out") -> float:
+    return result["scores"][split][""]["nll"]
+
+
+def _learned_and_lost(results: Results, task: str, axes) -> None:
     """Cost of right answers against cost of English, a mark a seed: down and to the left is
     better."""
-    for method in METHODS:
+    for method in STUDY:
         found = of(results, task=task, kind="main", method=method)
-        if found:
-            axes.plot(
-                [held_out(r, "nll") for r in found],
-                [r["scores"]["english"][""]["nll"] for r in found],
-                "s" if method.startswith("losia") else "o",
-                label=title(method),
-            )
-    for result in of(results, task=task, kind="untrained"):
-        axes.axhline(
-            result["scores"]["english"][""]["nll"],
-            color="gray",
-            linewidth=0.8,
-            label="English, untrained",
+        mark, english = (
+            "s" if method.startswith("losia") else "o",
+            [_nll(r, "english") for r in found],
         )
-    axes.set(
-        xlabel="nats a token of right answers, held out",
-        ylabel="nats a token of English after",
-        title=task,
-    )
-    return _legend(axes)
+        if found:
+            axes.plot([_nll(r) for r in found], english, mark, label=title(method))
+    for result in of(results, task=task, kind="untrained"):
+        label = "English, untrained"
+        axes.axhline(_nll(result, "english"), color="gray", linewidth=0.8, label=label)
+    x, y = "nats a token of right answers, held out", "nats a token of English after"
+    axes.set(xlabel=x, ylabel=y, title=task)
 
 
-def _lengths(axes, results: Results, task: str) -> bool:
+def _lengths(results: Results, axes) -> None:
     """Cost by number of steps: does what LoSiA lacks or has over the others grow with longer
     runs?"""
-    found = [
-        r
-        for r in of(results, task="pronunciation", variant="")
-        if r["run"]["kind"] == "main" or r["run"]["kind"].startswith("scale-")
-    ]
-    for method in METHODS:
-        steps = sorted({r["run"]["steps"] for r in of(found, method=method)})
-        costs = [
-            [held_out(r, "nll") for r in of(found, method=method, steps=length)] for length in steps
-        ]
+    same = of(results, task="pronunciation", variant="")
+    found = [r for r in same if r["run"]["kind"].startswith(("main", "scale-"))]
+    for method in STUDY:
+        mine = of(found, method=method)
+        steps = sorted({r["run"]["steps"] for r in mine})
+        costs = [[_nll(r) for r in of(mine, steps=length)] for length in steps]
         if len(steps) > 1:
-            axes.plot(
-                steps, [sum(values) / len(values) for values in costs], "o-", label=title(method)
-            )
+            means = [sum(values) / len(values) for values in costs]
+            axes.plot(steps, means, "o-", label=title(method))
     ticks = sorted({r["run"]["steps"] for r in found})
-    axes.set(xlabel="steps", ylabel="nats a token, held out", title="pronunciation", xscale="log")
+    y = "nats a token, held out"
+    axes.set(xlabel="steps", ylabel=y, title="pronunciation", xscale="log")
     axes.set_xticks(ticks, labels=map(str, ticks))
     axes.minorticks_off()
-    return _legend(axes)
 
 
-def _search(axes, results: Results, task: str) -> bool:
+def _search(results: Results, task: str, axes) -> None:
     """Cost on the search split by learning rate: how sensitive each method is."""
-    for method in METHODS:
-        found = sorted(
-            of(results, task=task, kind="search", method=method), key=lambda r: r["run"]["lr"]
-        )
-        if found:
-            axes.plot(
-                [r["run"]["lr"] for r in found],
-                [r["scores"]["search"][""]["nll"] for r in found],
-                "o-",
-                label=title(method),
-            )
-    axes.set(xscale="log", xlabel="learning rate", ylabel="nats a token, search split", title=task)
-    return _legend(axes)
+    for method in STUDY:
+        costs = sorted(trials_of(results, task, method).items())
+        if costs:
+            axes.plot(*zip(*costs, strict=True), "o-", label=title(method))
+    y = "nats a token, search split"
+    axes.set(xscale="log", xlabel="learning rate", ylabel=y, title=task)
 
 
-def _loss(axes, results: Results, task: str, window: int = 8) -> bool:
+def _loss(results: Results, task: str, axes, window: int = 8) -> None:
     """Training loss, running mean over a few points of the mean over seeds."""
-    for method in METHODS:
+    for method in STUDY:
         found = of(results, task=task, kind="main", method=method)
         if found:
             points = list(zip(*(r["curve"] for r in found), strict=True))
             mean = [sum(value for _, value in point) / len(point) for point in points]
-            smooth = [
-                sum(mean[max(0, i + 1 - window) : i + 1]) / min(window, i + 1)
-                for i in range(len(mean))
-            ]
+            parts = [mean[max(0, i + 1 - window) : i + 1] for i in range(len(mean))]
+            smooth = [sum(part) / len(part) for part in parts]
             axes.plot([point[0][0] for point in points], smooth, label=title(method))
     axes.set(xlabel="step", ylabel="training loss, running mean", title=task)
-    return _legend(axes)
 
 
-def _selection(axes, results: Results, task: str) -> bool:
+def _selection(results: Results, axes) -> None:
     """How often an input neuron was selected (the paper's Figure 7)."""
     for result in of(results, kind="analysis", method=OURS):
         for name, counts in result["selected"].items():
-            axes.plot(
-                range(len(counts)),
-                [count / sum(counts) for count in counts],
-                "o-",
-                label=name.removeprefix("model.layers."),
-            )
+            shares = [count / sum(counts) for count in counts]
+            axes.plot(range(len(counts)), shares, "o-", label=name.removeprefix("model.layers."))
     axes.set(xlabel="times selected", ylabel="share of the input neurons")
-    return _legend(axes)
 
 
-def _gradients(axes, results: Results, task: str) -> bool:
+def _gradients(results: Results, axes) -> None:
     """How much of the gradient few neurons hold, all lines being straight if it were spread evenly
     (Figures 2, 9)."""
     from matplotlib import colormaps
 
     for result in of(results, kind="analysis", method=OURS):
         for place, (name, held) in enumerate(result["gradients"].items()):
+            color, short = colormaps["tab20"](place), name.removeprefix("model.layers.")
             for side, style in (("out", "o-"), ("in", "s--")):
-                axes.plot(
-                    [0, *SHARES, 1],
-                    [0, *held[side], 1],
-                    style,
-                    color=colormaps["tab20"](place),
-                    markersize=3,
-                    label=f"{name.removeprefix('model.layers.')} {side}",
-                )
+                x, y, label = [0, *SHARES, 1], [0, *held[side], 1], f"{short} {side}"
+                axes.plot(x, y, style, color=color, markersize=3, label=label)
     axes.set(xlabel="share of the neurons, largest first", ylabel="share of the sum of |g|")
-    return _legend(axes)
-
-
-def _legend(axes) -> bool:
-    if not axes.get_lines():
-        return False
-    axes.figure.legend(loc="outside right upper", fontsize=7)
-    return True

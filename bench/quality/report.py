@@ -1,24 +1,34 @@
-"""``python -m bench quality-report``: README.md and the plots, from the result files alone."""
+"""``python -m bench quality-report``: README.md and the plots, from the results alone."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-from .methods import METHODS
-from .overview import overview, verdicts
+from ..harness.markdown import table
+from ..methods import STUDY
+from ..methods.losia import CALIBRATION_BATCHES
 from .plots import draw_plots
 from .sections import SECTIONS
 from .store import RESULTS, Store
 from .study import SCALES, SEEDS, Scale, study, timings
-from .tables import Results, comparison, groups_of, of, quality, searched, usable
+from .tables import (
+    Results,
+    comparison,
+    groups_of,
+    of,
+    overview,
+    quality,
+    searched,
+    usable,
+    verdicts,
+)
 from .tasks import TASKS
 
 HEAD = """\
 # Does it learn better?
 
 Full fine-tuning, LoRA, DoRA, PiSSA, GaLore and LoSiA on SmolLM2-135M-Instruct (float32) and real data. Written by
-`python -m bench quality-report`; every figure comes from the files in `results/`.
+`python -m bench quality-report`; every figure comes from `results/runs.jsonl`.
 
 ```
 python examples/past_tense/smollm.py .cache        # the model, once
@@ -31,7 +41,7 @@ python -m bench quality-report
 
 `--jobs 2` runs two at a time, each with half of the cores. On a GPU the same commands run the larger scale: one run of
 so small a model leaves most of a GPU idle, so share it, `--jobs 12`; `--minutes 8.5`, again and again, cuts the study
-into pieces. Each run is one JSON file, written when it ends; a run that is stopped is run again.
+into pieces. Each run is one line of JSON, written when it ends; a run that is stopped is run again.
 
 **How.** Every method sees the same batches in the same order. Its learning rate is the best of {trials} tried with a
 seed of its own on a search split that is in no other table, by the cost of right answers alone; the other settings are
@@ -82,59 +92,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _rows(head: list[str], rows: Iterable[list[str]]) -> str:
+    """A table of words, all to the left."""
+    return table(head, rows).replace("---:", "---")
+
+
 def render(store: Store) -> str:
     everything = store.all()
-    trials = sorted({len(method.lrs) for method in METHODS.values()})
-    parts = [HEAD.format(trials="/".join(map(str, trials)), calibration=4, seeds=len(SEEDS))]
-    parts.append(
-        "\n".join(
-            [
-                "| task | data |",
-                "| --- | --- |",
-                *(f"| {task.title} | {task.source} |" for task in TASKS.values()),
-            ]
-        )
-    )
-    parts.append(
-        "\n".join(
-            [
-                "| method | settings | learning rates tried |",
-                "| --- | --- | --- |",
-                *(
-                    f"| {method.title} | {method.settings} | {', '.join(f'{lr:.0e}' for lr in method.lrs)} |"
-                    for method in METHODS.values()
-                ),
-            ]
-        )
-    )
+    trials = "/".join(map(str, sorted({len(method.lrs) for method in STUDY.values()})))
+    tasks = [[task.title, task.source] for task in TASKS.values()]
+    methods = [
+        [each.title, each.settings, ", ".join(f"{lr:.0e}" for lr in each.lrs)]
+        for each in STUDY.values()
+    ]
+    parts = [
+        HEAD.format(trials=trials, calibration=CALIBRATION_BATCHES, seeds=len(SEEDS)),
+        _rows(["task", "data"], tasks),
+        _rows(["method", "settings", "learning rates tried"], methods),
+    ]
     for name in ("large", "small"):
         here = [result for result in everything if result["run"]["scale"] == name]
         if here:
             parts.append(one_scale(here, SCALES[name], store))
-    parts.append(AUTO)
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, AUTO]) + "\n"
 
 
 def one_scale(everything: Results, scale: Scale, store: Store) -> str:
     results, dropped = usable(everything)
     tasks = [task for task in TASKS if of(results, task=task)]
+    pictures = draw_plots(results, tasks, scale.name, store.folder / "plots")
+
+    def section(heading: str, text: str) -> list[str]:
+        return [f"### {heading}\n\n{text}"] if text else []
+
+    def pictured(beginning: str) -> list[str]:
+        folder, start = f"{store.folder.name}/plots", f"{scale.name}-{beginning}-"
+        return [f"![{p.stem}]({folder}/{p.name})" for p in pictures if p.stem.startswith(start)]
+
     parts = [
         f"## {scale.name.capitalize()} scale: {scale.steps} steps of {scale.batch}",
         REGIME.format(samples=scale.steps * scale.batch, turn=scale.steps // 30),
         remaining(scale, store),
+        *section("At a glance", overview(results, tasks)),
+        *section("Where LoSiA is worse", verdicts(results, tasks)),
     ]
-    for what, section in {"At a glance": overview, "Where LoSiA is worse": verdicts}.items():
-        if text := section(results, tasks):
-            parts.append(f"### {what}\n\n{text}")
-    pictures = draw_plots(results, tasks, scale.name, store.folder / "plots")
-
-    def pictured(beginning: str) -> list[str]:
-        return [
-            f"![{p.stem}]({store.folder.name}/plots/{p.name})"
-            for p in pictures
-            if p.stem.startswith(beginning)
-        ]
-
     for task in tasks:
         pairs = [comparison(results, task, group) for group in ("", *groups_of(results, task))]
         tables = {
@@ -143,16 +144,13 @@ def one_scale(everything: Results, scale: Scale, store: Store) -> str:
             "the search, nats a token on the search split": searched(results, task),
         }
         for what, text in tables.items():
-            if text:
-                parts.append(f"### {TASKS[task].title.capitalize()}: {what}\n\n{text}")
-        parts += pictured(f"{scale.name}-{task}-")
-    for what, section in SECTIONS.items():
-        text = section(results)
-        if text:
-            parts.append(f"### {what}\n\n{text}")
-    parts += pictured(f"{scale.name}-all-")
-    parts.append(f"### Where it was run\n\n{origin(everything)}")
-    parts.append("### Dropped\n\n" + ("\n".join(f"- {line}" for line in dropped) or "Nothing."))
+            parts += section(f"{TASKS[task].title.capitalize()}: {what}", text)
+        parts += pictured(task)
+    for what, make in SECTIONS.items():
+        parts += section(what, make(results))
+    parts += pictured("all")
+    parts += section("Where it was run", origin(everything))
+    parts += section("Dropped", "\n".join(f"- {line}" for line in dropped) or "Nothing.")
     return "\n\n".join(parts)
 
 
@@ -162,33 +160,27 @@ def remaining(scale: Scale, store: Store) -> str:
     missing: dict[str, list[int]] = {}
     for run in runs:
         kind = "data scales" if run.kind.startswith("scale-") else run.kind
-        counts = missing.setdefault(
-            f"{run.task} {kind}" if run.kind in ("search", "main") else kind, [0, 0]
-        )
+        name = f"{run.task} {kind}" if run.kind in ("search", "main") else kind
+        counts = missing.setdefault(name, [0, 0])
         counts[0] += 1
         counts[1] += not store.is_done(run)
     done = len(runs) - sum(left for _, left in missing.values())
-    text = f"**{done} of {len(runs)} runs are done.** "
     left = [f"{name} {left} of {count}" for name, (count, left) in missing.items() if left]
-    return text + (f"Not run yet: {'; '.join(left)}." if left else "Nothing is missing.")
+    rest = f"Not run yet: {'; '.join(left)}." if left else "Nothing is missing."
+    return f"**{done} of {len(runs)} runs are done.** {rest}"
 
 
 def origin(results: Results) -> str:
     """Which machines, versions and commits the figures come from."""
+    origins = [result["provenance"] for result in results]
 
-    def found(value: Any) -> str:
-        return ", ".join(sorted({str(value(result["provenance"])) for result in results}))
+    def found(key: str, length: int | None = None) -> str:
+        return ", ".join(sorted({str(each[key])[:length] for each in origins}))
 
-    peers = sorted(
-        {
-            f"{name} {version}"
-            for r in results
-            for name, version in r["provenance"]["peers"].items()
-            if version and name in ("peft", "galore-torch", "transformers")
-        }
-    )
+    named = ("peft", "galore-torch", "transformers")
+    versions = {(n, v) for each in origins for n, v in each["peers"].items() if v and n in named}
+    peers = ", ".join(sorted(f"{name} {version}" for name, version in versions))
     return (
-        f"{found(lambda p: p['device'])}; torch {found(lambda p: p['torch'])}, {', '.join(peers)}, Python "
-        f"{found(lambda p: p['python'])}; commit {found(lambda p: p['commit'])}; "
-        f"{found(lambda p: p['started'][:10])}."
+        f"{found('device')}; torch {found('torch')}, {peers}, Python {found('python')}; "
+        f"commit {found('commit')}; {found('started', 10)}."
     )

@@ -2,28 +2,26 @@
 time, and can be stopped at any time."""
 
 import argparse
+import functools
 import multiprocessing
 import os
 import re
 import sys
-import time
-import traceback
 import warnings
-from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..methods import MissingPeer
-from ..provenance import ROOT, provenance
+from ..harness.jobs import Clock, InThisProcess, Job, run_all
+from ..harness.provenance import ROOT, provenance
 from .analyses import carry_out_analysis
 from .oracle import carry_out_oracle
 from .sequence import carry_out_sequence
-from .store import RESULTS, NotReady, Store
+from .store import RESULTS, Store
 from .study import SCALES, Run, study, ten_minutes, timings
 from .training import Base, carry_out
 
@@ -38,16 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.quiet_machine and arguments.jobs > 1:
         parser.error("argument --jobs: on a quiet machine nothing else runs, so one at a time")
     device = torch.device(arguments.device)
-    runs = select(
-        arguments.set,
-        arguments.scale or ("large" if device.type == "cuda" else "small"),
-        arguments.only,
-    )
-    store = Store(arguments.results, fallback=RESULTS)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a warning of every worker else
+    scale = arguments.scale or ("large" if device.type == "cuda" else "small")
+    runs = select(arguments.set, scale, arguments.only)
+    elsewhere = arguments.results != RESULTS
+    store = Store(arguments.results, Store() if elsewhere else None)
     missing = [run for run in runs if not store.is_done(run)]
-    print(
-        f"{len(runs)} runs, {len(runs) - len(missing)} done; into {arguments.results}", flush=True
-    )
+    done = len(runs) - len(missing)
+    print(f"{len(runs)} runs, {done} done; into {store.path}", flush=True)
     if arguments.list:
         for run in runs:
             print(f"{'done' if run not in missing else f'{run.minutes:4.1f}'}  {run.id}")
@@ -55,104 +51,62 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not missing:
         return 0
     if not (arguments.model / "config.json").exists():
-        parser.error(
-            f"argument --model: {arguments.model} holds no model; python examples/past_tense/smollm.py .cache "
-            "makes it"
-        )
-    jobs = min(arguments.jobs, len(missing))
-    origin = provenance(device, arguments.commit) | {"quiet": arguments.quiet_machine, "jobs": jobs}
+        made = "python examples/past_tense/smollm.py .cache makes it"
+        parser.error(f"argument --model: {arguments.model} holds no model; {made}")
+    at_once = min(arguments.jobs, len(missing))
+    origin = provenance(device, arguments.commit)
+    origin |= {"quiet": arguments.quiet_machine, "jobs": at_once}
     try:
-        with make_pool(arguments.model, device, jobs) as pool:
-            failed = run_all(
-                missing, store, pool, jobs, origin, arguments.minutes, partial(print, flush=True)
-            )
+        with make_pool(arguments.model, device, at_once) as pool:
+            say = functools.partial(print, flush=True)
+            limits = arguments.minutes, pool, at_once
+            return 1 if run_study(missing, store, origin, *limits, say) else 0
     except BrokenProcessPool:
-        print(
-            f"a worker died (of {jobs} that share the memory); what was done is kept: go on with fewer --jobs?",
-            file=sys.stderr,
-        )
+        died = f"a worker died (of {at_once} that share the memory)"
+        print(f"{died}; what was done is kept: go on with fewer --jobs?", file=sys.stderr)
         return 1
-    return 1 if failed else 0
 
 
 def select(name: str, scale: str, only: str | None = None) -> list[Run]:
     """The runs of a set, ``only`` those whose id matches a regex."""
-    runs = {
-        "study": lambda: study(SCALES[scale]),
-        "ten-minutes": ten_minutes,
-        "timings": lambda: timings(SCALES[scale]),
-    }[name]()
+    whole = {"study": study, "timings": timings}
+    runs = ten_minutes() if name == "ten-minutes" else whole[name](SCALES[scale])
     return [run for run in runs if only is None or re.search(only, run.id)]
 
 
-def run_all(
+def run_study(
     runs: list[Run],
     store: Store,
-    pool: Executor,
-    jobs: int,
     origin: dict,
-    minutes: float | None,
-    say,
+    minutes: float | None = None,
+    pool: Executor | None = None,
+    at_once: int = 1,
+    say: Callable[[str], None] = print,
 ) -> int:
-    """Run those that are ready, ``jobs`` at a time, others as soon as they are; returns how many
-    failed. None begins that would not end within ``minutes``."""
-    started, pace, failed, done = time.perf_counter(), None, 0, 0
-    waiting, flying = list(runs), {}
-    while waiting or flying:
-        for run in list(waiting):
-            if len(flying) == jobs:
-                break
-            try:
-                resolved = store.resolve(run)
-            except NotReady:  # it may wait for one that is under way
-                continue
-            waiting.remove(run)
-            spent, expected = (time.perf_counter() - started) / 60, run.minutes * (pace or 1.0)
-            if minutes is not None and done and spent + expected > minutes:
-                say(
-                    f"{run.id}: left for the next time, {expected:.1f} minutes and {minutes - spent:.1f} left"
-                )
-                continue
-            flying[pool.submit(_carry_out, resolved, store)] = resolved
-        if not flying:
-            break
-        for future in wait(flying, return_when=FIRST_COMPLETED).done:
-            run = flying.pop(future)
-            try:
-                result, took = future.result()
-            except MissingPeer as error:
-                say(f"{run.id}: not run: {error}")
-                continue
-            except Exception as error:  # the others shall not wait for this one
-                say(f"{run.id}: FAILED\n{''.join(traceback.format_exception(error))}")
-                failed += 1
-                continue
-            store.write(run, result | {"provenance": origin})
-            done += 1
-            pace = took / run.minutes if pace is None else 0.7 * pace + 0.3 * took / run.minutes
-            left = sum(later.minutes for later in (*waiting, *flying.values())) * pace / jobs
-            say(
-                f"{run.id}: {_short(result)}{_known(run, store)}  {took:.1f} min, "
-                f"{len(waiting) + len(flying)} runs left, about {left:.0f} min"
-            )
-    for run in waiting:
-        try:
-            store.resolve(run)
-        except NotReady as error:
-            say(f"{run.id}: not run: {error}")
+    """Run those that are ready, others as soon as they are; returns how many failed."""
+    failed = 0
+
+    def job_of(run: Run) -> Job:
+        work = functools.partial(_carry_out, run, store)
+        return Job("quality", run.id, {"run": run}, work, seconds=60 * run.minutes)
+
+    def add(job: Job, row: dict[str, Any]) -> str:
+        nonlocal failed
+        run = job.settings["run"]
+        if row["status"] in ("missing", "failed", "oom", "red"):
+            failed += row["status"] != "missing"
+            word = "not run" if row["status"] == "missing" else "FAILED"
+            return f"{run.id}: {word}: {row.get('reason', row['status'])}"
+        store.write(run, row["result"] | {"provenance": origin})
+        return (
+            f"{run.id}: {_short(row['result'])}{_known(run, store)}  {row['seconds'] / 60:.1f} min"
+        )
+
+    def resolve(job: Job) -> Job:
+        return job_of(store.resolve(job.settings["run"]))
+
+    run_all(map(job_of, runs), add, Clock(minutes), say, resolve, pool, at_once)
     return failed
-
-
-class InThisProcess(Executor):
-    """A pool of one, which works while it is given work."""
-
-    def submit(self, function, /, *arguments):
-        future = Future()
-        try:
-            future.set_result(function(*arguments))
-        except Exception as error:
-            future.set_exception(error)
-        return future
 
 
 _base: Base | None = None  # of this process
@@ -177,16 +131,12 @@ def make_pool(model: Path, device: torch.device, jobs: int) -> Executor:
     return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _load, load)
 
 
-def _carry_out(run: Run, store: Store) -> tuple[dict[str, Any], float]:
-    """The result and the minutes that it took."""
-    began = time.perf_counter()
+def _carry_out(run: Run, store: Store) -> dict[str, Any]:
+    """Of a resolved run; "result" is what is kept."""
     if run.kind == "sequence":
-        result = carry_out_sequence(run, _base, store)
-    else:
-        result = {"oracle": carry_out_oracle, "analysis": carry_out_analysis}.get(
-            run.kind, carry_out
-        )(run, _base)
-    return result, (time.perf_counter() - began) / 60
+        return {"result": carry_out_sequence(run, _base, store)}
+    special = {"oracle": carry_out_oracle, "analysis": carry_out_analysis}
+    return {"result": special.get(run.kind, carry_out)(run, _base)}
 
 
 def _short(result: dict[str, Any]) -> str:
@@ -201,7 +151,7 @@ def _short(result: dict[str, Any]) -> str:
 
 def _known(run: Run, store: Store) -> str:
     """What the same run gave elsewhere, where results are kept apart from those of the study."""
-    known = store.read(run, store.fallback) if store.fallback not in (None, store.folder) else None
+    known = store.fallback and store.fallback.read(run)
     return f" (the study's: {_short(known)})" if known else ""
 
 
@@ -215,32 +165,17 @@ def _regex(text: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench quality", description=__doc__)
-    parser.add_argument("--minutes", type=float, help="begin nothing that would not end in time")
-    parser.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="processes that share the device"
-    )
-    parser.add_argument("--set", choices=SETS, default="study")
-    parser.add_argument(
-        "--scale", choices=tuple(SCALES), help="default: small on a CPU, large on a GPU"
-    )
-    parser.add_argument("--only", type=_regex, metavar="REGEX", help="only runs whose id matches")
-    parser.add_argument("--list", action="store_true", help="say what there is and what is done")
-    parser.add_argument(
-        "--model",
-        type=Path,
-        default=ROOT / ".cache" / "SmolLM2-135M-Instruct",
-        metavar="FOLDER",
-        help="what examples/past_tense/smollm.py .cache makes",
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
-    parser.add_argument(
-        "--quiet-machine", action="store_true", help="nothing else runs here: seconds count"
-    )
-    parser.add_argument("--commit", help="of a copy of the tree that has no history")
+    add = parser.add_argument
+    add("--minutes", type=float, help="begin nothing that would not end in time")
+    add("--jobs", type=int, default=1, metavar="N", help="processes that share the device")
+    add("--set", choices=SETS, default="study")
+    add("--scale", choices=tuple(SCALES), help="default: small on a CPU, large on a GPU")
+    add("--only", type=_regex, metavar="REGEX", help="only runs whose id matches")
+    add("--list", action="store_true", help="say what there is and what is done")
+    model, made = ROOT / ".cache" / "SmolLM2-135M-Instruct", "made by examples/past_tense/smollm.py"
+    add("--model", type=Path, default=model, metavar="FOLDER", help=f"{made} .cache")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--results", type=Path, default=RESULTS, metavar="FOLDER")
+    add("--quiet-machine", action="store_true", help="nothing else runs here: seconds count")
+    add("--commit", help="of a copy of the tree that has no history")
     return parser
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    sys.exit(main())

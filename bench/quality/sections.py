@@ -1,13 +1,14 @@
-"""Sections of the report beyond the comparison of methods, each from result files alone."""
+"""Sections of the report beyond the comparison of methods, each from results alone."""
 
 import functools
 from collections.abc import Callable
 
-from .methods import METHODS, VARIANTS
+from ..harness.markdown import table
+from ..methods import STUDY, VARIANTS
 from .paired import paired
 from .sequence import measures, single_task
 from .study import SCALES
-from .tables import OURS, Results, fewer, held_out, of, show, show_p, table, title
+from .tables import OURS, Results, fewer, held_out, of, other_text, show, show_p, title
 from .tasks import TASKS
 
 
@@ -20,53 +21,44 @@ def ablations(results: Results, task: str = "pronunciation") -> str:
         more = paired(found, base, "nll")
         if more:
             rows.append([variant.title, *_three(found), str(more), show_p(more.p), fewer(more)])
-    if not rows:
-        return ""
-    head = [
-        "changed",
-        "nats a token",
-        "tokens right, %",
-        "english, nats a token",
-        "nats an item more than the default, 95 %",
-        "p (of one test)",
-        "seeds in which it costs less",
-    ]
+    head = (
+        "changed | nats a token | tokens right, % | english, nats a token"
+        " | nats an item more than the default, 95 % | p (of one test)"
+        " | seeds in which it costs less"
+    )
     note = (
         "Every row has the learning rate that was found for the default; it was not searched again."
     )
-    return f"{table(head, [['nothing', *_three(base), '', '', ''], *rows])}\n\n{note}"
+    plain = ["nothing", *_three(base), "", "", ""]
+    return f"{table(head, [plain, *rows])}\n\n{note}" if rows else ""
 
 
 def _three(found: Results) -> list[str]:
-    return [
-        show([held_out(r, "nll") for r in found], 3),
-        show([held_out(r, "tokens") for r in found], 1),
-        show([r["scores"]["english"][""]["nll"] for r in found], 3),
-    ]
+    costs = held_out(found, "nll", 3), held_out(found, "tokens", 1)
+    return [*costs, other_text(found, "english")]
+
+
+CYCLES = {
+    "cycles-half": "1/2 cycle",
+    "": "1 cycle",
+    "cycles-2": "2 cycles",
+    "period-100": "period 100",
+}
 
 
 def data_scales(results: Results) -> str:
     """Cost by number of steps, of LoSiA with several cycles (the paper's Table 4) and of others."""
-    found = [
-        r
-        for r in results
-        if r["run"]["kind"].startswith("scale-")
-        or (r["run"]["task"] == "pronunciation" and r["run"]["kind"] in ("main", "ablation"))
+    longer = [r for r in results if r["run"]["kind"].startswith("scale-")]
+    found = longer + [
+        r for kind in ("main", "ablation") for r in of(results, task="pronunciation", kind=kind)
     ]
-    lengths = {r["run"]["steps"] for r in found if r["run"]["kind"].startswith("scale-")}
-    if not lengths:
+    if not longer:
         return ""
-    cycles = {
-        "cycles-half": "1/2 cycle",
-        "": "1 cycle",
-        "cycles-2": "2 cycles",
-        "period-100": "period 100",
-    }
-    columns = {f"{title(OURS)}, {name}": (OURS, variant) for variant, name in cycles.items()}
+    lengths = {r["run"]["steps"] for r in longer}
+    columns = {f"{title(OURS)}, {name}": (OURS, variant) for variant, name in CYCLES.items()}
+    others = (method for method in STUDY if method != OURS)
     columns |= {
-        title(method): (method, "")
-        for method in METHODS
-        if of(found, method=method, steps=max(lengths)) and method != OURS
+        title(name): (name, "") for name in others if of(found, method=name, steps=max(lengths))
     }
     rows = []
     for steps in sorted(lengths | {SCALES[found[0]["run"]["scale"]].steps}):
@@ -77,9 +69,7 @@ def data_scales(results: Results) -> str:
         one, two = (cells[f"{title(OURS)}, {name}"] for name in ("1 cycle", "2 cycles"))
         if one and two and one[0]["made"]["period"] == two[0]["made"]["period"]:
             two.clear()  # too short for two: the same run
-        rows.append(
-            [str(steps), *(show([held_out(r, "nll") for r in runs], 3) for runs in cells.values())]
-        )
+        rows.append([str(steps), *(held_out(runs, "nll", 3) for runs in cells.values())])
     note = "Nats a token. Learning rates are those found for the scale's own number of steps."
     return f"{table(['steps', *columns], rows)}\n\n{note}"
 
@@ -101,65 +91,14 @@ def automatic(results: Results) -> str:
     parts = []
     for task in TASKS:
         base = of(results, task=task, kind="main", method=OURS)
-        found = {
-            variant: of(results, task=task, kind="ablation", variant=variant) for variant in RIVALS
-        }
-        lines = [verdict(name, found[variant], base) for variant, name in RIVALS.items()]
-        lines.append(
-            verdict("two cycles, against the period of 100", found["cycles-2"], found["period-100"])
-        )
-        if any(lines):
-            parts.append(
-                f"Against LoSiA p 1/8 with one cycle a run, on {TASKS[task].title}:\n\n"
-                + "\n".join(filter(None, lines))
-            )
+        found = {name: of(results, task=task, kind="ablation", variant=name) for name in RIVALS}
+        pairs = [(name, found[variant], base) for variant, name in RIVALS.items()]
+        both = "two cycles, against the period of 100", found["cycles-2"], found["period-100"]
+        lines = list(filter(None, (verdict(*pair) for pair in (*pairs, both))))
+        if lines:
+            against = f"Against LoSiA p 1/8 with one cycle a run, on {TASKS[task].title}:"
+            parts.append("\n".join([against, "", *lines]))
     return "\n\n".join(parts)
-
-
-def importance_forms(results: Results) -> str:
-    """Importance by sums only against the paper's, wherever both were run, by length of the
-    slots."""
-    rows = []
-    for result in of(results, method=OURS, seed=0):
-        run = result["run"]
-        if run["variant"] in FORMS:
-            same = {key: run[key] for key in ("method", "task", "steps", "kind")}
-            found = of(results, **same, variant=run["variant"])
-            whole = "main" if run["kind"] == "ablation" else run["kind"]
-            base = of(results, **same | {"kind": whole}, variant=FORMS[run["variant"]])
-            more = paired(found, base, "nll")
-            if more:
-                seeds = {r["run"]["seed"] for r in found} & {r["run"]["seed"] for r in base}
-                means = [
-                    show([held_out(r, "nll") for r in side if r["run"]["seed"] in seeds], 3)
-                    for side in (base, found)
-                ]
-                rows.append(
-                    [
-                        TASKS[run["task"]].title,
-                        run["steps"],
-                        result["made"]["period"],
-                        *means,
-                        str(more),
-                        show_p(more.p),
-                        fewer(more),
-                    ]
-                )
-    head = [
-        "task",
-        "steps",
-        "steps of a slot",
-        "the paper's importance, nats a token",
-        "sums only",
-        "nats an item more, 95 %",
-        "p (of one test)",
-        "seeds in which sums cost less",
-    ]
-    return (
-        table(head, [list(map(str, row)) for row in sorted(rows, key=lambda row: row[:3])])
-        if rows
-        else ""
-    )
 
 
 def verdict(name: str, found: Results, base: Results) -> str:
@@ -168,47 +107,63 @@ def verdict(name: str, found: Results, base: Results) -> str:
     if not more:
         return ""
     word = {"more": "worse", "less": "better", "": "no clear difference"}[more.verdict(more.p)]
-    return f"- {name}: {word} ({more} nats an item, p {show_p(more.p)}, costs less in {fewer(more)} seeds)"
+    p = f"p {show_p(more.p)}, costs less in {fewer(more)} seeds"
+    return f"- {name}: {word} ({more} nats an item, {p})"
+
+
+def importance_forms(results: Results) -> str:
+    """Importance by sums only against the paper's, wherever both were run, by length of the
+    slots."""
+    rows = []
+    for result in of(results, method=OURS, seed=0):
+        run = result["run"]
+        if run["variant"] not in FORMS:
+            continue
+        same = {key: run[key] for key in ("method", "task", "steps", "kind")}
+        found = of(results, **same, variant=run["variant"])
+        whole = "main" if run["kind"] == "ablation" else run["kind"]
+        base = of(results, **same | {"kind": whole}, variant=FORMS[run["variant"]])
+        more = paired(found, base, "nll")
+        if more:
+            seeds = {r["run"]["seed"] for r in found} & {r["run"]["seed"] for r in base}
+            shared = ([r for r in side if r["run"]["seed"] in seeds] for side in (base, found))
+            size = TASKS[run["task"]].title, run["steps"], result["made"]["period"]
+            means = (held_out(side, "nll", 3) for side in shared)
+            rows.append([*size, *means, str(more), show_p(more.p), fewer(more)])
+    head = (
+        "task | steps | steps of a slot | the paper's importance, nats a token | sums only"
+        " | nats an item more, 95 % | p (of one test) | seeds in which sums cost less"
+    )
+    return table(head, [map(str, row) for row in sorted(rows, key=lambda row: row[:3])])
 
 
 def costs(results: Results, task: str = "pronunciation") -> str:
     """Bytes that a method adds to the weights, and seconds where the machine was quiet."""
     rows = []
-    for method in METHODS:
+    for method in STUDY:
         found = of(results, task=task, kind="main", method=method)
+        if not found:
+            continue
         timed = [r for r in of(results, kind="timing", method=method) if r["provenance"]["quiet"]]
-        if found:
-            memory = found[0]["memory"]
-            added = 0 if method in ("fft", "galore") else 4 * memory["trained_values"]
-            rest = sum(
-                memory.get(key, 0)
-                for key in ("gradient_bytes", "optimizer_bytes", "observing_bytes")
-            )
-            rows.append(
-                [
-                    title(method),
-                    f"{memory['trained_values'] / 1e6:.2f}",
-                    f"{(added + rest) / 1e6:.0f}",
-                    show([held_out(r, "nll") for r in found], 3),
-                    f"{timed[0]['seconds']['step']:.3f}" if timed else "not measured",
-                    show(
-                        [
-                            held_out(r, "nll")
-                            for r in of(results, task=task, kind="equal-time", method=method)
-                        ],
-                        3,
-                    )
-                    or ("" if method == "fft" else "not run"),
-                ]
-            )
-    head = [
-        "method",
-        "values trained, M",
-        "MB added, activations aside",
-        "nats a token at equal steps",
-        "seconds a step",
-        "nats a token in full fine-tuning's time",
-    ]
+        memory = found[0]["memory"]
+        added = 0 if method in ("fft", "galore") else 4 * memory["trained_values"]
+        parts = ("gradient_bytes", "optimizer_bytes", "observing_bytes")
+        added += sum(memory.get(key, 0) for key in parts)
+        equal = held_out(of(results, task=task, kind="equal-time", method=method), "nll", 3)
+        rows.append(
+            [
+                title(method),
+                f"{memory['trained_values'] / 1e6:.2f}",
+                f"{added / 1e6:.0f}",
+                held_out(found, "nll", 3),
+                f"{timed[0]['seconds']['step']:.3f}" if timed else "not measured",
+                equal or ("" if method == "fft" else "not run"),
+            ]
+        )
+    head = (
+        "method | values trained, M | MB added, activations aside | nats a token at equal steps"
+        " | seconds a step | nats a token in full fine-tuning's time"
+    )
     if not rows:
         return ""
     steps = SCALES[results[0]["run"]["scale"]].steps
@@ -226,37 +181,29 @@ UNITS = (("right", "after", "%"), ("nll", "after_nats", "nats"))
 def continual(results: Results) -> str:
     """Table 5 of the paper."""
     rows = []
-    for method in METHODS:
+    for method in STUDY:
         found = []
         for result in of(results, kind="sequence", method=method):
-            names = result["run"]["task"].split("+")
-            alone = [
-                of(results, kind="main", method=method, task=name, seed=result["run"]["seed"])
-                for name in names
-            ]
+            run = result["run"]
+            same = {"kind": "main", "method": method, "seed": run["seed"]}
+            alone = [of(results, task=name, **same) for name in run["task"].split("+")]
             if all(alone):
                 ones = [single_task(singles[0]) for singles in alone]
-                found.append(
-                    [measures(result[after], [one[key] for one in ones]) for key, after, _ in UNITS]
-                )
+                keys = ((result[after], [one[key] for one in ones]) for key, after, _ in UNITS)
+                found.append([measures(*each) for each in keys])
         if found:
-            rows.append(
-                [
-                    title(method),
-                    *(
-                        show([pair[place][name] for pair in found], digits)
-                        for place, digits in enumerate((1, 3))
-                        for name in MEASURES
-                    ),
-                ]
-            )
-    if not rows:
-        return ""
+            cells = [
+                show([pair[place][name] for pair in found], digits)
+                for place, digits in enumerate((1, 3))
+                for name in MEASURES
+            ]
+            rows.append([title(method), *cells])
     head = ["method", *(f"{name}, {unit}" for *_, unit in UNITS for name in MEASURES)]
-    return table(head, rows) + (
+    note = (
         "\n\nPercent right, and nats a token of right answers, in which less is better and a positive BWT is what was "
         "forgotten. Of spelling and arithmetic next to nothing is right in runs of this length: there only nats tell."
     )
+    return table(head, rows) + note if rows else ""
 
 
 def oracle(results: Results) -> str:
@@ -274,48 +221,35 @@ def oracle(results: Results) -> str:
                 f"{mine['right']:.1f} / {other['right']:.1f}",
             ]
         )
-    head = [
-        "task",
-        "largest difference of a loss",
-        "same subnets at the end",
-        "weights shared",
-        "same calibrated subnets",
-        "nats a token, package / reference",
-        "right, %",
-    ]
-    return table(head, rows) if rows else ""
+    head = (
+        "task | largest difference of a loss | same subnets at the end | weights shared"
+        " | same calibrated subnets | nats a token, package / reference | right, %"
+    )
+    return table(head, rows)
+
+
+CAPTURED = {
+    "greedy": "greedy, %",
+    "sums": "by sums only, %",
+    "restarts": "best of restarts, %",
+    "random": "random, %",
+    "entries": "as many entries anywhere, %",
+}
 
 
 def captured(results: Results) -> str:
     found = of(results, kind="analysis", method=OURS)
     if not found:
         return ""
-    result = found[0]
-    keys = {
-        "greedy": "greedy, %",
-        "sums": "by sums only, %",
-        "restarts": "best of restarts, %",
-        "random": "random, %",
-        "entries": "as many entries anywhere, %",
-    }
-    rows = [
-        [
-            name.removeprefix("model."),
-            *(f"{100 * values[key]:.1f}" for key in keys),
-            f"{100 * result['gradients'][name]['out'][1]:.1f}",
-            f"{100 * result['gradients'][name]['in'][1]:.1f}",
-        ]
-        for name, values in result["captured"].items()
-    ]
-    head = [
-        "layer",
-        *keys.values(),
-        "gradient in the top 1/8 outputs, %",
-        "in the top 1/8 inputs, %",
-    ]
+    result, rows = found[0], []
+    for name, values in result["captured"].items():
+        held = (result["gradients"][name][side][1] for side in ("out", "in"))
+        shares = [*(values[key] for key in CAPTURED), *held]
+        rows.append([name.removeprefix("model."), *(f"{100 * share:.1f}" for share in shares)])
+    last = "gradient in the top 1/8 outputs, %", "in the top 1/8 inputs, %"
     small = result["small_matrices"]
     worst = f"{small['mean']:.3f} on average, {small['worst']:.3f} at worst"
-    return table(head, rows) + (
+    return table(["layer", *CAPTURED.values(), *last], rows) + (
         "\n\nShare of the importance |gW - (gW)²/2|, mean over 8 batches of the untrained model, that a subnet of "
         f"p = 1/8 holds. Greedy over the optimum on 12 x 12 blocks of the first layer's, k = 4: {worst}."
     )
@@ -328,10 +262,7 @@ def singular(results: Results) -> str:
     if not found:
         return ""
     rows = [
-        [
-            name.removeprefix("model."),
-            *(f"{of_method[name]['mean']:.4f}" for of_method in found.values()),
-        ]
+        [name.removeprefix("model."), *(f"{each[name]['mean']:.4f}" for each in found.values())]
         for name in next(iter(found.values()))
     ]
     steps = of(results, kind="analysis")[0]["run"]["steps"]

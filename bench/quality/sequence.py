@@ -6,7 +6,6 @@ from typing import Any
 
 from .evaluate import score_items, summary
 from .items import Item, fingerprint
-from .store import Store
 from .study import SCALES, Run
 from .tasks import TASKS
 from .training import Base, Diverged, held_out, prepare, train
@@ -14,7 +13,7 @@ from .training import Base, Diverged, held_out, prepare, train
 SCORED = 60  # held-out items of each task, scored after each task
 
 
-def carry_out_sequence(run: Run, base: Base, store: Store) -> dict[str, Any]:
+def carry_out_sequence(run: Run, base: Base, store) -> dict[str, Any]:
     """``after[i][j]``: percent right on task j after training on the tasks up to i, ``after_nats``
     the cost of a token of its right answers. Raises NotReady."""
     names = run.task.split("+")
@@ -23,9 +22,9 @@ def carry_out_sequence(run: Run, base: Base, store: Store) -> dict[str, Any]:
     after = []
     for name, lr in zip(names, rates, strict=True):
         stage = replace(run, task=name, lr=lr)
-        trained, setting = prepare(stage, TASKS[name], model, base)
+        trained, options = prepare(stage, TASKS[name], model, base)
         try:
-            train(trained, setting)
+            train(trained, options)
         except Diverged as error:
             return {"run": asdict(run), "status": "diverged", "reason": f"{name}: {error}"}
         model = trained.finish()

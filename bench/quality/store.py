@@ -1,50 +1,37 @@
-"""One small JSON file per run, written whole or not at all."""
+"""The results of the study by run, and what a run needs of others' results."""
 
-import json
-import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from .methods import METHODS
+from ..harness.jobs import NotReady
+from ..harness.provenance import ROOT
+from ..harness.store import append, load
+from ..methods import STUDY
 from .study import SCALES, Run, searches, timings
 
-RESULTS = Path(__file__).resolve().parent / "results"
-FORMAT = 1
-
-
-class NotReady(Exception):
-    """What the run depends on has no results yet."""
+RESULTS = ROOT / "bench" / "quality" / "results"
 
 
 class Store:
-    """Results by run. ``fallback``: another folder in which searches may be looked up."""
+    """Results by run. ``fallback``: of another folder, in which searches may be looked up."""
 
-    def __init__(self, folder: Path = RESULTS, fallback: Path | None = None):
-        self.folder, self.fallback = folder, fallback
+    def __init__(self, folder: Path = RESULTS, fallback: "Store | None" = None):
+        self.folder, self.fallback, self.path = folder, fallback, folder / "runs.jsonl"
+        self._rows = {row["id"]: row for row in load(self.path)}  # the last of a run counts
 
-    def read(self, run: Run, folder: Path | None = None) -> dict[str, Any] | None:
-        path = (folder or self.folder) / f"{run.id}.json"
-        if not path.exists():
-            return None
-        result = json.loads(path.read_text())
-        return result if result.get("format") == FORMAT else None
+    def read(self, run: Run) -> dict[str, Any] | None:
+        return self._rows.get(run.id)
 
     def write(self, run: Run, result: dict[str, Any]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{run.id}.json"
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(
-            json.dumps({"format": FORMAT, **result}, separators=(",", ":"), sort_keys=True) + "\n"
-        )
-        os.replace(partial, path)
+        self._rows[run.id] = {"id": run.id, **result}
+        append(self.path, self._rows[run.id])
 
     def all(self) -> list[dict[str, Any]]:
-        found = [json.loads(path.read_text()) for path in sorted(self.folder.glob("*.json"))]
-        return [result for result in found if result.get("format") == FORMAT]
+        return [row for _, row in sorted(self._rows.items())]
 
     def is_done(self, run: Run) -> bool:
-        """Whether the file is there and what it depends on has not changed since."""
+        """Whether there is a result, and what it depends on has not changed since."""
         result = self.read(run)
         try:
             return result is not None and result["run"] == asdict(self.resolve(run))
@@ -64,19 +51,16 @@ class Store:
         return run
 
     def best_lr(self, scale: str, task: str, method: str) -> float:
-        """The rate of least cost on the search split; of trials that diverged none. Raises
-        NotReady."""
+        """The rate of least cost on the search split; of trials that diverged none. Raises NotReady."""
         trials = {}
         for trial in searches(SCALES[scale], task, method):
-            result = self.read(trial) or (
-                self.read(trial, self.fallback) if self.fallback else None
-            )
+            result = self.read(trial) or (self.fallback and self.fallback.read(trial))
             if result is None:
                 raise NotReady(f"{trial.id} has not run")
             if result["status"] == "ok":
                 trials[trial.lr] = result["scores"]["search"][""]["nll"]
         if not trials:
-            raise NotReady(f"no trial of {METHODS[method].title} on {task} came to an end")
+            raise NotReady(f"no trial of {STUDY[method].title} on {task} came to an end")
         return min(trials, key=trials.__getitem__)
 
     def equal_steps(self, scale: str, method: str) -> int:
@@ -87,11 +71,10 @@ class Store:
         for timing in timings(SCALES[scale]):
             result = self.read(timing) if timing.kind == "timing" else None
             if result is not None and result["provenance"]["quiet"]:
-                seconds = result["seconds"]
-                step[timing.method] = seconds["step"]
-                before[timing.method] = (
-                    seconds["prepare"] + seconds["train"] - timing.steps * seconds["step"]
-                )
+                found = result["seconds"]
+                step[timing.method] = found["step"]
+                whole = found["prepare"] + found["train"]
+                before[timing.method] = whole - timing.steps * found["step"]
         for needed in ("fft", method):
             if needed not in step:
                 raise NotReady(f"no timing of {needed} on a quiet machine")

@@ -4,14 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from .methods import METHODS, VARIANTS
+from ..methods import STUDY, VARIANTS
 from .tasks import TASKS
 
 SEARCH_SEED = 100  # its order of batches is in no final run
 SEEDS = (0, 1, 2)
-TOKENS_PER_MINUTE = (
-    4000  # of one CPU core, forward and backward, float32; a run's own figure replaces it
-)
+TOKENS_PER_MINUTE = 4000  # of one CPU core, forward and backward, float32
 TOKENS = {"past-tense": 12, "plural": 12, "pronunciation": 16, "arithmetic": 14, "code": 80}
 
 
@@ -35,7 +33,7 @@ SCALES = {
 
 @dataclass(frozen=True)
 class Run:
-    """One result file. ``lr`` None: the best of the method's search on the task; ``steps`` None: as
+    """One result. ``lr`` None: the best of the method's search on the task; ``steps`` None: as
     many as take the time of full fine-tuning's."""
 
     kind: str  # untrained, search, main, ablation, oracle, sequence, analysis, timing, equal-time
@@ -49,7 +47,7 @@ class Run:
 
     @property
     def id(self) -> str:
-        """Its file's name."""
+        """What its result is found by."""
         last = f"lr{self.lr:.0e}" if self.kind == "search" else f"seed{self.seed}"
         return "_".join(
             filter(None, (self.scale, self.task, self.kind, self.method, self.variant, last))
@@ -69,7 +67,7 @@ class Run:
 
 def searches(scale: Scale, task: str, *methods: str) -> Iterator[Run]:
     for method in methods:
-        for lr in METHODS[method].lrs:
+        for lr in STUDY[method].lrs:
             yield Run("search", scale.name, task, method, SEARCH_SEED, lr, scale.steps)
 
 
@@ -87,16 +85,11 @@ def ablations(scale: Scale, task: str, names: tuple[str, ...]) -> Iterator[Run]:
 
 FIRST = ("fft", "lora-r8", "losia-p8", "lora-r64")
 EQUAL_MEMORY = "lora-r11"
-REST = tuple(name for name in METHODS if name not in (*FIRST, EQUAL_MEMORY))
+REST = tuple(name for name in STUDY if name not in (*FIRST, EQUAL_MEMORY))
 OUTPUT_LAYER = ("head", "head-frequency")
 TELLING = ("random", "marginal", "alignment-16", "no-wds", "sl", "gl", "period-100", "budget")
 LONG_SLOTS = ("together-100", "together-100-marginal")
-DEFAULTS = (
-    "marginal",
-    "alignment-16",
-    "cycles-2",
-    "period-100",
-)  # what might be chosen for the user
+DEFAULTS = ("marginal", "alignment-16", "cycles-2", "period-100")  # what might become one
 SEQUENCE = ("past-tense", "pronunciation", "arithmetic", "code", "plural")
 
 
@@ -104,29 +97,24 @@ def study(scale: Scale) -> list[Run]:
     """All runs of one scale."""
     base = Run("untrained", scale.name, "past-tense", "fft")
     runs: list[Run] = []
-    for task in ("past-tense", "pronunciation"):
-        runs += several(scale, task, *FIRST)
-        runs.append(Run("oracle", scale.name, task, "losia-p8", 0, None, scale.steps))
-        runs += ablations(
-            scale, task, (*DEFAULTS, *OUTPUT_LAYER) if task == "past-tense" else TELLING
-        )
-    runs += several(scale, "pronunciation", EQUAL_MEMORY)
-    runs += analyses(scale)
+
+    def oracle(task: str) -> Run:
+        return Run("oracle", scale.name, task, "losia-p8", 0, None, scale.steps)
+
+    for task, changed in {
+        "past-tense": (*DEFAULTS, *OUTPUT_LAYER),
+        "pronunciation": TELLING,
+    }.items():
+        runs += [*several(scale, task, *FIRST), oracle(task), *ablations(scale, task, changed)]
+    runs += [*several(scale, "pronunciation", EQUAL_MEMORY), *analyses(scale)]
     runs += [*several(scale, "arithmetic", *FIRST), *ablations(scale, "arithmetic", DEFAULTS)]
-    runs.append(Run("oracle", scale.name, "arithmetic", "losia-p8", 0, None, scale.steps))
+    runs.append(oracle("arithmetic"))
     for method in REST:
         runs += several(scale, "pronunciation", method)
-    runs += ablations(
-        scale,
-        "pronunciation",
-        tuple(name for name in VARIANTS if name not in (*TELLING, *LONG_SLOTS)),
-    )
-    runs += data_scales(scale)
-    runs += [
-        *several(scale, "code", *FIRST),
-        *ablations(scale, "code", ("marginal",)),
-        *sequences(scale),
-    ]
+    rest = tuple(name for name in VARIANTS if name not in (*TELLING, *LONG_SLOTS))
+    runs += [*ablations(scale, "pronunciation", rest), *data_scales(scale)]
+    runs += [*several(scale, "code", *FIRST), *ablations(scale, "code", ("marginal",))]
+    runs += sequences(scale)
     for task, method in product(("past-tense", "arithmetic", "code"), REST):
         runs += several(scale, task, method)
     return [*(replace(base, task=task) for task in TASKS), *runs]
@@ -146,31 +134,19 @@ def analyses(scale: Scale) -> Iterator[Run]:
 def data_scales(scale: Scale) -> Iterator[Run]:
     """The paper's Table 4: does the best period grow with the number of samples? And does what
     LoSiA lacks or has over the others?"""
-    for factor in (0.5, 2, 4):
-        steps = int(scale.steps * factor)
-        forms = [
-            ("losia-p8", variant)
-            for variant in ("cycles-half", "", "cycles-2", "period-100", "marginal")
-        ]
-        for method, variant in (
-            *forms,
-            *((method, "") for method in FIRST if method != "losia-p8"),
-        ):
-            yield Run(
-                f"scale-{steps}", scale.name, "pronunciation", method, 0, None, steps, variant
-            )
-    for seed in SEEDS:  # long slots: as long as the paper's, which no run of so few steps has for each layer in turn
+
+    def one(steps: int, method: str, variant: str, seed: int = 0) -> Run:
+        kind = f"scale-{steps}"
+        return Run(kind, scale.name, "pronunciation", method, seed, None, steps, variant)
+
+    for steps in (int(scale.steps * factor) for factor in (0.5, 2, 4)):
+        for variant in ("cycles-half", "", "cycles-2", "period-100", "marginal"):
+            yield one(steps, "losia-p8", variant)
+        yield from (one(steps, method, "") for method in FIRST if method != "losia-p8")
+    # as long as the paper's, which no run of so few steps has for each layer in turn
+    for seed in SEEDS:
         for variant in (*LONG_SLOTS, "", "marginal") if seed else LONG_SLOTS:
-            yield Run(
-                f"scale-{steps}",
-                scale.name,
-                "pronunciation",
-                "losia-p8",
-                seed,
-                None,
-                steps,
-                variant,
-            )
+            yield one(steps, "losia-p8", variant, seed)
 
 
 def sequences(scale: Scale) -> Iterator[Run]:
@@ -186,17 +162,11 @@ def sequences(scale: Scale) -> Iterator[Run]:
 def timings(scale: Scale) -> list[Run]:
     """Seconds a step of every method, and runs as long as full fine-tuning's: only where nothing
     else runs."""
-    runs = [
-        Run("timing", scale.name, "pronunciation", method, 0, METHODS[method].lrs[0], 12)
-        for method in METHODS
-    ]
-    for method in METHODS:
-        if method != "fft":
-            runs += [
-                Run("equal-time", scale.name, "pronunciation", method, seed, None, None)
-                for seed in SEEDS
-            ]
-    return runs
+    where = scale.name, "pronunciation"
+    timed = [Run("timing", *where, name, 0, each.lrs[0], 12) for name, each in STUDY.items()]
+    others = (name for name in STUDY if name != "fft")
+    equal = [Run("equal-time", *where, *each, None, None) for each in product(others, SEEDS)]
+    return timed + equal
 
 
 def ten_minutes() -> list[Run]:
@@ -204,6 +174,3 @@ def ten_minutes() -> list[Run]:
     found."""
     small = SCALES["small"]
     return [Run("main", small.name, "past-tense", method, 0, None, small.steps) for method in FIRST]
-
-
-assert set(TOKENS) == set(TASKS)

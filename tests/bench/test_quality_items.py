@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from bench.methods import MissingPeer
+from bench.harness.jobs import MissingPeer
 from bench.quality.evaluate import score_items, summary
 from bench.quality.items import IGNORE, Item, batches, collate, encode, fingerprint, split_by_key
 from bench.quality.tasks import LONGEST, TASKS, english

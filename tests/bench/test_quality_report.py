@@ -30,19 +30,17 @@ ITEMS = 30
 
 def result(run: Run, nll: float, right: float = 0.5, english: float = 3.0, **more) -> dict:
     """Each item costs ``nll`` and a little that depends on the item."""
-    each = [
-        [nll + 0.1 * math.sin(i + run.seed), 1, 1, int(i < right * ITEMS), 1] for i in range(ITEMS)
-    ]
-    scores = {
-        name: {"": {"right": 100 * right, "tokens": 70.0, "nll": nll, "items": ITEMS}}
-        for name in (("search",) if run.kind == "search" else ("held_out", "english", "code"))
-    }
+    rights = [int(i < right * ITEMS) for i in range(ITEMS)]
+    each = [[nll + 0.1 * math.sin(i + run.seed), 1, 1, rights[i], 1] for i in range(ITEMS)]
+    splits = ("search",) if run.kind == "search" else ("held_out", "english", "code")
+    one = {"right": 100 * right, "tokens": 70.0, "nll": nll, "items": ITEMS}
+    scores = {name: {"": dict(one)} for name in splits}
     if run.kind != "search":
         scores["english"][""]["nll"] = english
     return {
         "run": asdict(run),
         "status": "ok",
-        "items": run.kind == "search" and "s" or "h",
+        "items": splits[0],
         "each": each,
         "scores": scores,
         "curve": [[0, 2.0], [1, 1.0]],
@@ -50,6 +48,12 @@ def result(run: Run, nll: float, right: float = 0.5, english: float = 3.0, **mor
         "made": {"period": 2},
         "memory": {"trained_values": 10**6, "gradient_bytes": 4, "optimizer_bytes": 8},
     } | more
+
+
+def table_under(text: str, heading: str, part: int = 1) -> list[list[str]]:
+    """Cells of the table that stands under a heading: its head, then its rows."""
+    lines = text.split(f"### {heading}")[1].split("\n\n")[part].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:1] + lines[2:]]
 
 
 @pytest.fixture
@@ -150,32 +154,27 @@ def no_plots(monkeypatch):
 
 
 def test_the_report_says_where_losia_is_worse(filled, no_plots):
-    table = report.render(filled).split("### Where LoSiA is worse")[1].split("\n\n")[1]
-    assert table.splitlines()[2:] == [
-        "| spelling to sounds | full fine-tuning (+0.50 ± 0.00) | LoRA r 64 (-0.00 ± 0.00) | LoRA r 8 (-0.50 ± 0.00) "
-        "| full fine-tuning (+0.20), LoRA r 8 (+0.20), LoRA r 64 (+0.20) | none |"
-    ]
+    worse = "full fine-tuning (+0.50 ± 0.00)"
+    english = "full fine-tuning (+0.20), LoRA r 8 (+0.20), LoRA r 64 (+0.20)"
+    neither, better = "LoRA r 64 (-0.00 ± 0.00)", "LoRA r 8 (-0.50 ± 0.00)"
+    row = ["spelling to sounds", worse, neither, better, english, "none"]
+    assert table_under(report.render(filled), "Where LoSiA is worse")[1:] == [row]
 
 
 def test_worse_is_said_where_every_seed_says_so(filled, no_plots):
     """Full fine-tuning costs less of every item, but for one seed in which it costs more."""
     run = filled.resolve(next(finals(SMALL, "pronunciation", "fft")))
     filled.write(run, result(run, 1.4))
-    table = report.render(filled).split("### Where LoSiA is worse")[1].split("\n\n")[1]
-    cells = [cell.strip() for cell in table.splitlines()[2].strip("|").split("|")]
+    cells = table_under(report.render(filled), "Where LoSiA is worse")[1]
     assert cells[1] == "none" and cells[2].startswith("full fine-tuning (+0.20 ± 0.00)")
 
 
 def test_all_methods_and_tasks_stand_in_one_table(filled, no_plots):
     for trial in searches(SMALL, "plural", "fft"):
         filled.write(trial, result(trial, 1 + trial.lr))
-    for run in finals(SMALL, "plural", "fft"):
-        run = filled.resolve(run)
+    for run in map(filled.resolve, finals(SMALL, "plural", "fft")):
         filled.write(run, result(run, 2.0, english=4.0))
-    table = report.render(filled).split("### At a glance")[1].split("\n\n")[2]
-    head, _, *rows = (
-        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()
-    )
+    head, *rows = table_under(report.render(filled), "At a glance", part=2)
     assert head[2:] == ["spelling to sounds", "plural of nouns", "english after, mean over tasks"]
     assert rows[0] == ["full fine-tuning", "1.00", "0.500 ± 0.000", "2.000 ± 0.000 †", "3.500"]
     assert rows[2] == ["LoSiA p 1/8", "1.00", "1.000 ± 0.000", "", ""]
@@ -246,105 +245,41 @@ def test_forms_of_importance_are_paired_at_every_length(filled, no_plots):
     for run in (*ablations(SMALL, "pronunciation", ("marginal",)), *data_scales(SMALL)):
         run = filled.resolve(run)
         nll = costs.get(run.variant, 1.0) if run.kind != "ablation" else 0.9
+        period = 100 if "together" in run.variant else run.steps // 30
         if run.method == "losia-p8" and run.steps != 30:
-            filled.write(
-                run,
-                result(
-                    run, nll, made={"period": 100 if "together" in run.variant else run.steps // 30}
-                ),
-            )
-    table = report.render(filled).split("### Importance by sums only")[1].split("\n\n")[1]
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]
-    ]
-    assert sorted(map(tuple, rows)) == [
-        (
-            "spelling to sounds",
-            "120",
-            "4",
-            "0.500 (n=1)",
-            "0.750 (n=1)",
-            "+0.250 ± 0.000",
-            "< 0.001",
-            "0 of 1",
-        ),
-        (
-            "spelling to sounds",
-            "240",
-            "100",
-            "0.600 ± 0.000",
-            "0.600 ± 0.000",
-            "+0.000 ± 0.000",
-            "1.000",
-            "0 of 3",
-        ),
-        (
-            "spelling to sounds",
-            "240",
-            "8",
-            "0.500 ± 0.000",
-            "0.750 ± 0.000",
-            "+0.250 ± 0.000",
-            "< 0.001",
-            "0 of 3",
-        ),
-        (
-            "spelling to sounds",
-            "60",
-            "2",
-            "1.000 ± 0.000",
-            "0.900 ± 0.000",
-            "-0.100 ± 0.000",
-            "< 0.001",
-            "3 of 3",
-        ),
+            filled.write(run, result(run, nll, made={"period": period}))
+    _, *rows = table_under(report.render(filled), "Importance by sums only")
+    assert {row[0] for row in rows} == {"spelling to sounds"}
+    assert sorted(" ".join(row[1:]) for row in rows) == [
+        "120 4 0.500 (n=1) 0.750 (n=1) +0.250 ± 0.000 < 0.001 0 of 1",
+        "240 100 0.600 ± 0.000 0.600 ± 0.000 +0.000 ± 0.000 1.000 0 of 3",
+        "240 8 0.500 ± 0.000 0.750 ± 0.000 +0.250 ± 0.000 < 0.001 0 of 3",
+        "60 2 1.000 ± 0.000 0.900 ± 0.000 -0.100 ± 0.000 < 0.001 3 of 3",
     ]
 
 
 def test_longer_runs_stand_beside_those_of_the_other_methods(filled, no_plots):
-    for run in data_scales(SMALL):
-        run = filled.resolve(run)
+    for run in map(filled.resolve, data_scales(SMALL)):
         if run.steps == 120 and run.method != "lora-r64":
             nll = {"fft": 0.25, "lora-r8": 0.75}.get(run.method, 0.5 + len(run.variant) / 100)
-            filled.write(
-                run, result(run, nll, made={"period": 2 if run.variant == "cycles-2" else 4})
-            )
-    head, _, *rows = (
-        report.render(filled).split("### Number of steps and cycles")[1].strip().splitlines()[2:6]
+            made = {"period": 2 if run.variant == "cycles-2" else 4}
+            filled.write(run, result(run, nll, made=made))
+    head, *rows = table_under(
+        report.render(filled), "Number of steps and cycles, spelling to sounds"
     )
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, *rows)]
-    assert cells[0] == [
-        "steps",
-        "LoSiA p 1/8, 1/2 cycle",
-        "LoSiA p 1/8, 1 cycle",
-        "LoSiA p 1/8, 2 cycles",
-        "LoSiA p 1/8, period 100",
-        "full fine-tuning",
-        "LoRA r 8",
-    ]
-    assert cells[1] == ["60", "", "1.000 ± 0.000", "", "", "0.500 ± 0.000", "1.500 ± 0.000"]
-    assert cells[2] == [
-        "120",
-        *(f"{nll} (n=1)" for nll in ("0.610", "0.500", "0.580", "0.600", "0.250", "0.750")),
-    ]
+    cycles = [f"LoSiA p 1/8, {name}" for name in ("1/2 cycle", "1 cycle", "2 cycles", "period 100")]
+    assert head == ["steps", *cycles, "full fine-tuning", "LoRA r 8"]
+    assert rows[0] == ["60", "", "1.000 ± 0.000", "", "", "0.500 ± 0.000", "1.500 ± 0.000"]
+    costs = ("0.610", "0.500", "0.580", "0.600", "0.250", "0.750")
+    assert rows[1] == ["120", *(f"{nll} (n=1)" for nll in costs)]
 
 
 def test_a_run_too_short_for_two_cycles_has_no_cell_for_them(filled, no_plots):
-    for run in data_scales(SMALL):
+    for run in map(filled.resolve, data_scales(SMALL)):
         if run.steps == 30:
-            run = filled.resolve(run)
             filled.write(run, result(run, 0.5, made={"period": 1}))
-    table = report.render(filled).split("### Number of steps and cycles")[1]
-    assert next(line for line in table.splitlines() if line.startswith("| 30")).split(" | ")[
-        2:4
-    ] == ["0.500 (n=1)", ""]
-
-
-def test_the_report_is_that_of_the_results(no_plots):
-    """Of the files beside it: `python -m bench quality-report` writes it anew."""
-    written = report.RESULTS.parent / "README.md"
-    text = [line for line in written.read_text().splitlines() if line and not line.startswith("![")]
-    assert text == [line for line in report.render(Store()).splitlines() if line]
+    rows = table_under(report.render(filled), "Number of steps and cycles, spelling to sounds")
+    assert next(row for row in rows if row[0] == "30")[2:4] == ["0.500 (n=1)", ""]
 
 
 def test_the_same_files_give_the_same_report(filled, capsys):

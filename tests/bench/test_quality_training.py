@@ -8,9 +8,9 @@ from torch import nn
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from bench.methods import MissingPeer
+from bench.harness.jobs import MissingPeer
+from bench.methods import STUDY, VARIANTS
 from bench.quality import analyses, oracle, sections, sequence, training
-from bench.quality.methods import METHODS, VARIANTS
 from bench.quality.study import Run
 from bench.quality.tasks import TASKS
 from tests.bench.quality_tiny import tiny_base, tiny_tasks
@@ -46,11 +46,11 @@ def plain_runs(base):
 def run_of(
     method: str, variant: str = "", kind: str = "main", steps: int = 8, lr: float | None = None
 ) -> Run:
-    lr = lr or METHODS[method].lrs[2]
+    lr = lr or STUDY[method].lrs[2]
     return Run(kind, "small", "pronunciation", method, 0, lr, steps, variant)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", STUDY)
 def test_every_method_learns(method, base, plain_runs):
     before = {key: value.clone() for key, value in base.model.state_dict().items()}
     try:
@@ -70,20 +70,20 @@ def test_every_method_learns(method, base, plain_runs):
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", STUDY)
 def test_what_is_left_is_the_plain_model_with_the_trained_function(method, base):
     model = base.fresh()
     try:
-        trained, setting = training.prepare(
+        trained, options = training.prepare(
             run_of(method, steps=4, lr=3e-3), TASKS["pronunciation"], model, base
         )
     except MissingPeer as missing:
         pytest.skip(str(missing))
-    training.train(trained, setting)
-    batch = next(setting.batches())
-    trained.model.eval()
+    training.train(trained, options)
+    batch = next(options.batches())
+    trained.module.eval()
     with torch.no_grad():
-        logits = trained.model(input_ids=batch["input_ids"]).logits
+        logits = trained.module(input_ids=batch["input_ids"]).logits
         plain = trained.finish()
         torch.testing.assert_close(
             plain(input_ids=batch["input_ids"]).logits, logits, rtol=1e-4, atol=1e-4

@@ -6,8 +6,8 @@ import re
 import pytest
 import torch
 
-from bench import counts, variants
-from bench.ops import gate
+from bench.speed import counts, variants
+from bench.speed.ops import gate
 from losia_kernels.kernels.launch import choose_config
 
 SHAPE, TOKENS = (64, 48), 40

@@ -9,7 +9,7 @@ compile_kernels.py sm_80 [sm_90 ...]`` prints a list of ``{case, target, kernel,
 import json
 import sys
 
-from bench.machine_code import facts, launches
+from bench.harness.machine_code import facts, launches
 from tests.kernels import compile_cases
 
 

@@ -248,7 +248,7 @@ def test_new_hyperparameters_need_no_compilation():
     likes to bake in."""
     script = """
 from tests.kernels.compile_cases import subnets_adamw, torch
-from bench.machine_code import launches
+from bench.harness.machine_code import launches
 
 SCALARS = (1e-3, 1, 0), (1.0, 2, 1), (5e-4, 16, 16), (0.0, 99, 2**31), (1e-3, 1, 2**40), (1e-3, 1, -1)
 run = lambda: [subnets_adamw(torch.bfloat16, master="none", scalars=scalars) for scalars in SCALARS]

@@ -164,7 +164,7 @@ def test_contiguous_tensors_move_in_vectors(state):
     script = f"""
 import re
 from tests.kernels.compile_cases import importance_update, torch
-from bench.machine_code import launches
+from bench.harness.machine_code import launches
 
 (kernel,) = launches("sm_90", lambda: importance_update(torch.bfloat16, torch.{state}))
 print(*sorted(set(re.findall(r"(?:ld|st)\\.global[.a-z]*\\.(v\\d\\.\\w+|\\w+)", kernel.asm["ptx"]))))

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 SCRIPT = """
 import json
-from bench.machine_code import accesses, launches
+from bench.harness.machine_code import accesses, launches
 from tests.kernels.compile_cases import gather_features, subnet_grad, torch
 
 bf16 = torch.bfloat16

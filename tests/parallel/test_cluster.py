@@ -23,7 +23,7 @@ STACK = Model("stack", BLOCKS, ((WIDE, NARROW), (NARROW, WIDE)))
 def test_bytes_of_ddp(two):
     run = runs.Run(dtype=torch.float32)
     sent = two.run(runs.train, run)[0].sent
-    expected = ddp_bytes(TINY, 0.25, runs.PERIOD, weight_bytes=4)
+    expected = ddp_bytes(TINY, 0.25, weight_bytes=4)
     assert sent == {kind: run.steps * value for kind, value in expected.items()}
 
 
@@ -60,5 +60,5 @@ def test_memory_of_four_shards(four):
 
 def test_a_plan():
     one, many = (plan(MODELS[0], ranks, "fsdp", Setting()) for ranks in (1, 1024))
-    assert one["seconds"] == one["compute_seconds"] and one["efficiency"] == 1
+    assert one["efficiency"] == 1
     assert many["memory_gib"] < one["memory_gib"] and many["seconds"] > one["seconds"]

@@ -4,7 +4,7 @@ dense gradient."""
 import pytest
 import torch
 
-from bench.live_bytes import LiveBytes
+from bench.harness.live_bytes import LiveBytes
 from losia_kernels import LoSiAConfig, LoSiALinear
 from losia_kernels import ops as losia_ops
 from losia_kernels.parallel.ranks import Ranks, RowShard

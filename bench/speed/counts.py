@@ -1,0 +1,160 @@
+"""Bytes, operations and launches by arithmetic: what each form of a kernel must move, before
+anything is measured.
+
+``python -m bench counts`` prints the tables for LLaMA-2 7B at 8,192 tokens. Nothing here is a
+measurement; a GPU's rates only turn counts into the least time they can take.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import torch
+
+from losia_kernels.kernels.launch import LaunchConfig, choose_config
+
+from .models import shape_of
+
+SECTOR = 32  # bytes that memory hands out at least
+BF16, FLOAT32 = 2, 4
+COPY_GBS, MATMUL_TFLOPS = 4300.0, 790.0  # of an H200: what an earlier run measured
+
+
+class Counts(NamedTuple):
+    """Bytes between the device's memory and its cache, and from there to the multiprocessors (a
+    tile that is read again counts again); operations; launches."""
+
+    memory: float
+    to_cores: float
+    flops: float
+    launches: int
+
+    @property
+    def least_us(self) -> float:
+        """No faster on an H200: the larger of bytes at copy bandwidth and operations at the matrix
+        units' rate."""
+        return max(copy_us(self.memory), self.flops / MATMUL_TFLOPS / 1e6)
+
+
+def copy_us(size: float) -> float:
+    return size / COPY_GBS / 1e3
+
+
+def touched(p: float, alignment: int, itemsize: int = BF16) -> float:
+    """Share of a row's sectors that a choice of a share ``p`` of its entries touches, on
+    average."""
+    return 1 - (1 - p) ** max(1, SECTOR // (itemsize * alignment))
+
+
+def subnet_grad(
+    config: LaunchConfig, tokens: int, out: int, k_out: int, k_in: int, alignment: int = 1
+) -> Counts:
+    """``dy[:, out_idx].T @ x_sub`` in the form and tiles of ``config``; its partial sums are read
+    once more."""
+    dy = BF16 * tokens * out * touched(k_out / out, alignment)
+    dy_sub, x = BF16 * tokens * k_out, BF16 * tokens * k_in
+    partials = 2 * FLOAT32 * config.splits * k_out * k_in
+    tiles_out, tiles_in = -(-k_out // config.block_out), -(-k_in // config.block_in)
+    flops, x_read = 2 * tokens * k_out * k_in, x * tiles_out
+    if config.variant.startswith("gathered"):
+        moved = dy + 2 * dy_sub + x + partials
+        return Counts(moved, dy + dy_sub * tiles_in + x_read, flops, 2)
+    return Counts(dy + x + partials, dy * tiles_in + x_read, flops, 1)
+
+
+def observing(tokens: int, out: int, inner: int, epilogue: bool) -> Counts:
+    """What an observing layer does on top of its dx and its subnet's gradient: dense gradient and
+    importance.
+
+    ``epilogue``: importance inside the gradient's product, so that the gradient is neither written
+    nor read.
+    """
+    # the weight, and both states read and written; the gradient
+    of_weight = BF16 + 4 * FLOAT32 + (0 if epilogue else 2 * BF16)
+    moved = BF16 * tokens * (out + inner) + of_weight * out * inner
+    return Counts(moved, moved, 2 * tokens * out * inner, 1 if epilogue else 2)
+
+
+def floor_us(model: str, tokens: int) -> float:
+    """Least time of the forward and dx of all of a model's linears."""
+    shape = shape_of(model)
+    return 4 * tokens * shape.layers * shape.block_weights / MATMUL_TFLOPS / 1e6
+
+
+def localization_share(model: str, tokens: int, epilogue: bool) -> float:
+    """Least time that observing adds to a step, over that of the step's frozen floor: one block of
+    L observes. The pass over the states is not hidden by the product."""
+    each = [observing(tokens, *size, epilogue) for size in shape_of(model).linears.values()]
+    extra = sum(found.flops / MATMUL_TFLOPS / 1e6 + copy_us(found.memory) for found in each)
+    return extra / floor_us(model, tokens)
+
+
+def table_subnet_grad(arch: str = "sm_90", tokens: int = 8192, p: float = 1 / 8) -> str:
+    """Every form for every linear of LLaMA-2 7B, single entries and runs of 16."""
+    lines = [
+        "linear     alignment form              memory MB  to cores MB  GFLOP  launches  least us  over one dy"
+    ]
+    linears, forms = ("q_proj", "up_proj", "down_proj"), ("fused", "fused_wide", "gathered")
+    for name, alignment, variant in itertools.product(linears, (1, 16), forms):
+        out, inner = shape_of("llama-2-7b").linears[name]
+        size = tokens, int(p * out), int(p * inner), alignment
+        config = choose_config("subnet_grad", arch, torch.bfloat16, *size, variant=variant)
+        counts = subnet_grad(config, tokens, out, *size[1:])
+        over = counts.least_us / copy_us(BF16 * tokens * out)
+        lines.append(
+            f"{name:10} {alignment:9} {variant:16} {counts.memory / 1e6:11.1f} {counts.to_cores / 1e6:12.1f} "
+            f"{counts.flops / 1e9:6.1f} {counts.launches:9} {counts.least_us:9.1f} {over:12.2f}"
+        )
+    return "\n".join(lines)
+
+
+def table_observing(model: str = "llama-2-7b", tokens: int = 8192) -> str:
+    """The fused pass beside an epilogue: bytes a weight, and the share of a step at the model's
+    number of layers."""
+    layers = shape_of(model).layers
+    lines = [
+        f"observing, {model}, {tokens} tokens, L = {layers}: share of the frozen floor of a step (linears)"
+    ]
+    for name, epilogue in (("gradient, then fused pass", False), ("importance as epilogue", True)):
+        weights = BF16 + 4 * FLOAT32 + (0 if epilogue else 2 * BF16)
+        share = 100 * localization_share(model, tokens, epilogue)
+        lines.append(f"  {name:26} {weights} bytes a weight, {share:.2f} %")
+    return "\n".join(lines)
+
+
+def table_fusions(model: str = "llama-2-7b", tokens: int = 8192, p: float = 1 / 8) -> str:
+    """What two fusions that the package does without could save at most, over the floor of a
+    step."""
+    shape = shape_of(model)
+    read = copy_us(BF16 * tokens * shape.hidden * touched(p, 1))  # what q, k, v share, once
+    values = sum(int(p * out) * int(p * inner) for out, inner in shape.linears.values())
+    fusions = {  # two more reads for q, k, v, one for gate and up; the gradient, written and read
+        "gathers of a shared input in one launch": (3 * read, 3),
+        "partial sums straight into AdamW": (copy_us(2 * FLOAT32 * values), 7),
+    }
+    lines = [
+        f"left out, {model}, {tokens} tokens, p = {p}: what it could save at most of the frozen floor (linears)"
+    ]
+    for name, (saved, launches) in fusions.items():
+        us = shape.layers * saved
+        share = f"{100 * us / floor_us(model, tokens):.2f} %"
+        lines.append(f"  {name:40} {us:7.0f} us a step, {share}, {launches} launches a block")
+    return "\n".join(lines)
+
+
+def table_saved_inputs(model: str = "llama-2-7b", tokens: int = 8192) -> str:
+    """What q, k, v (and gate, up), which share an input, keep of it: gathered pieces or the input
+    itself."""
+    hidden = shape_of(model).hidden
+    whole = BF16 * tokens * hidden / 1e6
+    lines = [f"kept of a shared input, {model}, {tokens} tokens, MB a block; the smaller is kept"]
+    for p in (1 / 16, 1 / 8, 1 / 4, 1 / 3, 1 / 2):
+        pieces = (BF16 * tokens * sharers * int(p * hidden) / 1e6 for sharers in (3, 2))
+        qkv, gate_up = (f"{size:6.1f} of {whole:.1f}" for size in pieces)
+        lines.append(f"  p = {p:.4f}: q, k, v {qkv}; gate, up {gate_up}")
+    return "\n".join(lines)
+
+
+def report() -> str:
+    """All tables."""
+    tables = table_subnet_grad, table_observing, table_saved_inputs, table_fusions
+    return "\n\n".join(table() for table in tables)

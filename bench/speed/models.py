@@ -1,0 +1,115 @@
+"""The models that are timed: their public configs, with random weights, which time like trained
+ones."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from losia_kernels.finetune.estimate import ModelShape
+
+from ..harness.jobs import MissingPeer
+
+GPU_BATCH, GPU_CONTEXT = 4, 2048  # the paper's Table 15
+
+
+def _config(
+    kind: str, hidden: int, wide: int, layers: int, heads: tuple, words: int, **more
+) -> dict:
+    return {
+        "model_type": kind,
+        "hidden_size": hidden,
+        "intermediate_size": wide,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "vocab_size": words,
+        "max_position_embeddings": 8192,
+        **more,
+    }
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama-2-7b": _config("llama", 4096, 11008, 32, (32, 32), 32000),
+    "llama-2-13b": _config("llama", 5120, 13824, 40, (40, 40), 32000),
+    "llama-2-70b": _config("llama", 8192, 28672, 80, (64, 8), 32000),
+    "llama-3-8b": _config("llama", 4096, 14336, 32, (32, 8), 128256),
+    "gemma-2b": _config(
+        "gemma", 2048, 16384, 18, (8, 1), 256000, head_dim=256, tie_word_embeddings=True
+    ),
+    "qwen2.5-7b": _config("qwen2", 3584, 18944, 28, (28, 4), 152064),
+    "smollm2-135m": _config("llama", 576, 1536, 30, (9, 3), 49152, tie_word_embeddings=True),
+}
+
+
+def shape_of(name: str) -> ModelShape:
+    return ModelShape.from_config(CONFIGS[name])
+
+
+def build_model(name: str, device: torch.device, dtype: torch.dtype, **changes: Any) -> nn.Module:
+    """The causal LM of ``name`` with random weights and SDPA attention; ``changes`` to its config,
+    say fewer layers."""
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError as error:
+        raise MissingPeer(f"transformers cannot be imported: {error}") from None
+
+    config = AutoConfig.for_model(**{**CONFIGS[name], **changes})
+    config.use_cache = False
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+
+
+class Block(nn.Module):
+    """One decoder layer of a model, under the name that it has in the model; ``[b, t, d]`` -> ``[b,
+    t, d]``."""
+
+    def __init__(self, causal_lm: nn.Module):
+        super().__init__()
+        self.model = nn.Module()
+        self.model.layers = nn.ModuleList([causal_lm.model.layers[0]])
+        self.model.rotary_emb = causal_lm.model.rotary_emb
+        self.width = causal_lm.config.hidden_size
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        rotary = self.model.rotary_emb(hidden, positions)
+        result = self.model.layers[0](
+            hidden, position_embeddings=rotary, attention_mask=None, position_ids=positions
+        )
+        return result[0] if isinstance(result, tuple) else result
+
+
+class Linears(nn.Module):
+    """The seven linears of a decoder layer and nothing between them, under the names that they have
+    in the model.
+
+    q, k, v share one input, gate and up the same one here; o_proj reads q's output, down_proj
+    gate's. Returns what is left over, ``(o, k, v, down, up)``.
+    """
+
+    def __init__(self, causal_lm: nn.Module):
+        super().__init__()
+        layer = causal_lm.model.layers[0]
+        self.model = nn.Module()
+        self.model.layers = nn.ModuleList([nn.Module()])
+        self.model.layers[0].self_attn, self.model.layers[0].mlp = nn.Module(), nn.Module()
+        for part, names in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down"))):
+            for name in names:
+                linear = getattr(getattr(layer, part), f"{name}_proj")
+                setattr(getattr(self.model.layers[0], part), f"{name}_proj", linear)
+        self.width = causal_lm.config.hidden_size
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        attention, mlp = self.model.layers[0].self_attn, self.model.layers[0].mlp
+        o = attention.o_proj(attention.q_proj(hidden))
+        down = mlp.down_proj(mlp.gate_proj(hidden))
+        return o, attention.k_proj(hidden), attention.v_proj(hidden), down, mlp.up_proj(hidden)
+
+
+STACKS = {"linears": Linears, "block": Block}
+
+
+def build_stack(name: str, stack: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """One decoder layer ("block") or its linears alone ("linears") of a model."""
+    return STACKS[stack](build_model(name, device, dtype, num_hidden_layers=1, vocab_size=64))
