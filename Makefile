@@ -35,8 +35,9 @@ quality: $(VENV)/.bench $(VENV)/.demo  ## what the methods learn: run what is mi
 docs: $(VENV)/.installed  ## write docs/reference.md from the docstrings
 	$(VENV)/bin/python docs/make_reference.py
 
-lint: $(VENV)/.installed  ## ruff and mypy
+lint: $(VENV)/.installed  ## ruff, its formatter and mypy
 	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check -q
 	$(VENV)/bin/mypy
 
 clean:  ## remove the environment, the converted model and the demo's results

@@ -65,9 +65,8 @@ def facts(kernel) -> dict[str, Any]:
     resources = dict(
         re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _cuobjdump("--dump-resource-usage", kernel))
     )
-    code = (
-        _cuobjdump("--dump-sass", kernel) if product else ""
-    )  # half a second: only where it is asked for
+    # half a second: only where it is asked for
+    code = _cuobjdump("--dump-sass", kernel) if product else ""
     return common | {
         "registers": int(resources["REG"]),
         "spills": int(resources["STACK"])

@@ -99,12 +99,13 @@ def prepare(
 CALIBRATION_BATCHES = 4
 COUNTED_BATCHES = 64  # whose labels say which tokens are taught most often
 CYCLES = 1  # how often every group moves in a run; the period follows from the number of steps
+# changes that are no fields of LoSiAConfig
 OF_THE_STUDY = (
     "cycles",
     "nearest",
     "bfloat16",
     "budget",
-)  # changes that are no fields of LoSiAConfig
+)
 
 
 def study_config(model: nn.Module, options: Options) -> LoSiAConfig:

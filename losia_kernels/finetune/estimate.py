@@ -14,21 +14,16 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from ..kernels.codes import CODE_BLOCK
 from ..layers.cross_entropy import CHUNK_BYTES
 from ..layers.subnet import subnet_size
+from ..training.adam_state import MOMENTS
+from ..training.importance import OBSERVERS
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "gemma")
 GIB = 2**30
 FLOAT32 = 4
-IMPORTANCE_BYTES = {
-    "sensitivity": 8,
-    "sensitivity_bfloat16": 4,
-    "gradient": 4,
-    "marginal": 0,
-}  # a weight of the group
 MASTERS = ("float32", "split", "none")
-MOMENT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
-CODE_BLOCK = 256  # of int8 moments: inputs of a row that share one float32 scale
 
 
 @dataclass(frozen=True)
@@ -205,8 +200,8 @@ class LoSiA(Setting):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.moments not in MOMENT_BYTES:
-            known = ", ".join(MOMENT_BYTES)
+        if self.moments not in MOMENTS:
+            known = ", ".join(MOMENTS)
             raise ValueError(f"moments must be one of {known}, got {self.moments!r}")
         if self.master not in MASTERS:
             raise ValueError(f"master must be one of {', '.join(MASTERS)}, got {self.master!r}")
@@ -238,7 +233,7 @@ class LoSiA(Setting):
         master = FLOAT32 if self.master == "float32" else self.weight_bytes
         indices = 8 * shape.layers * sum(k_out + k_in for k_out, k_in in sizes)
         rest = 2 if self.master == "split" else 0
-        optimizer = (2 * MOMENT_BYTES[self.moments] + rest) * values
+        optimizer = (2 * MOMENTS[self.moments].itemsize + rest) * values
         if self.moments == "int8":  # rows of a subnet times the blocks of a row
             blocks = shape.layers * sum(k_out * -(-k_in // CODE_BLOCK) for k_out, k_in in sizes)
             blocks += self.head_rows(shape) * -(-shape.hidden // CODE_BLOCK)
@@ -254,7 +249,8 @@ class LoSiA(Setting):
             "trained": master * values + indices,
             "optimizer": optimizer,
             "gradients": master * kept,
-            "importance": IMPORTANCE_BYTES[self.importance] * max(shape.block_weights, head),
+            "importance": OBSERVERS[self.importance].bytes_per_weight
+            * max(shape.block_weights, head),
         }
 
     def saved_by_linears(self, shape: ModelShape, observing: bool) -> int:

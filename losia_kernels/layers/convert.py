@@ -30,7 +30,8 @@ SHARED_INPUTS = (
     ("w1", "w3"),
     ("wi_0", "wi_1"),
 )
-_FOUND = "_losia_found_trained"  # on a converted model: which parameters required a gradient before
+# on a converted model, by name: whether a parameter required a gradient before, and after
+_FOUND = "_losia_found_trained"
 
 
 def apply_losia(
@@ -74,7 +75,8 @@ def apply_losia(
     for module in plan.saved:
         module.requires_grad_(True)
     _replace(model, layers)
-    setattr(model, _FOUND, found)
+    now = {plain_name(name): p.requires_grad for name, p in model.named_parameters()}
+    setattr(model, _FOUND, {name: (found[name], now[name]) for name in found.keys() & now.keys()})
     warn_of_unmatched(model, plan, config)
     if config.target_modules == "all-linear":
         warn_of_frozen(model, plan, config)
@@ -139,8 +141,9 @@ def remove_losia(model: nn.Module) -> nn.Module:
     for module in model.modules():  # the model may have been wrapped since
         found = module.__dict__.pop(_FOUND, {})
         for name, parameter in module.named_parameters():
-            required = found.get(plain_name(name), parameter.requires_grad)
-            parameter.requires_grad_(required)
+            before, since = found.get(plain_name(name), (None, None))
+            if parameter.requires_grad == since:  # else somebody else has set it
+                parameter.requires_grad_(before)
     return plain.get(model, model)  # a model may be one layer
 
 

@@ -65,6 +65,10 @@ class Whole:
     def check_gatherable(self, what: str, *dtypes: torch.dtype) -> None:
         """Raise ValueError, naming ``what``, if tensors of these dtypes cannot be kept so."""
 
+    def check_complete(self, missing: bool, what: str) -> None:
+        """Raise ValueError, ``what``, if state that was loaded is ``missing`` a part that others
+        may have; of whole state what is missing was not there."""
+
     def complete_(self, make_state: Callable[[], None]) -> None:
         """Before the optimizer's state is asked for: make what a checkpoint has to hold."""
 
@@ -146,6 +150,10 @@ class Sharded:
     def check_gatherable(self, what: str, *dtypes: torch.dtype) -> None:
         if torch.int16 in dtypes:
             raise ValueError(f"{what} is not for shards, for no backend can gather int16")
+
+    def check_complete(self, missing: bool, what: str) -> None:
+        if missing:
+            raise ValueError(what)
 
     def complete_(self, make_state: Callable[[], None]) -> None:
         """torch.distributed.checkpoint wants the state of every parameter, also of one just

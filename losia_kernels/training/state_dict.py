@@ -113,12 +113,11 @@ class TimelineState:
         clock, step = timeline.clock, saved["losia_step"]
         period = saved["losia_config"]["period"] if clock.auto else clock.config.period
         due = () if period == "auto" else clock.schedule_of(period).observing(step)
-        if any(layer not in observed for group in due for layer in timeline.groups[group]):
-            raise ValueError(
-                f"the loaded state lacks the importance of the layers that observe at step {step}: "
-                f"before loading call timeline.resume_at({step}), or load by "
-                f"losia_kernels.checkpoint"
-            )
+        timeline.placement.check_complete(
+            any(layer not in observed for group in due for layer in timeline.groups[group]),
+            f"the loaded state lacks the importance of the layers that observe at step {step}: "
+            f"before loading call timeline.resume_at({step}), or load by losia_kernels.checkpoint",
+        )
         self._loaded = {
             "step": step,
             "period": saved["losia_config"]["period"],

@@ -97,7 +97,7 @@ class Timeline:
         self._model = model
         self._placement: Placement | None = None
         self._before_first_step = True
-        self._planned: int | None = None
+        self._problem: str | None = None
         check_engines(model)
         self.ranks = Ranks.of(model, process_group)
         self._check_start()
@@ -160,14 +160,13 @@ class Timeline:
             ValueError: it is none.
         """
         check_steps(total_steps)
-        if total_steps == self._planned:  # a command, a Trainer and its callback may all say it
-            return
-        self._planned = total_steps
         if self.clock.settle_auto(int(total_steps)):
             self.ranks.check_same({"LoSiAConfig.period": self.config.period})
             self._observe()
         problem = self.schedule.too_short(int(total_steps))
-        if problem:
+        said = problem == self._problem  # a command, a Trainer and its callback may all plan
+        self._problem = problem
+        if problem and not said:
             warnings.warn(f"LoSiA: {problem}", stacklevel=4)
 
     def settle_period(self, period: int) -> None:

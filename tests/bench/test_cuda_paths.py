@@ -164,9 +164,8 @@ def test_the_other_models_too(pretended, fast, name):
 
 def test_kernels_are_timed_behind_a_spin_longer_than_their_launch(pretended):
     timing.measure({"slow": lambda i: time.sleep(0.01)}, CUDA, repeats=2, hide_launch=True)
-    assert (
-        len(pretended.spins) == 4 and pretended.spins[0] > 0.02 * timing.MOST_CYCLES
-    )  # as many untimed before
+    # as many untimed before
+    assert len(pretended.spins) == 4 and pretended.spins[0] > 0.02 * timing.MOST_CYCLES
     found = timing.measure({"a": lambda i: time.sleep(0.002), "b": lambda i: None}, CUDA, repeats=3)
     assert found["a"].ms >= 2 > found["b"].ms and len(pretended.spins) == 4
 

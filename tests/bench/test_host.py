@@ -29,7 +29,6 @@ def test_with_launches_stubbed_nothing_is_computed_and_steps_count(kind, monkeyp
         layers = [layer for _, layer in losia_layers(chain)]
         kept = [torch.equal(layer.weight, old) for layer, old in zip(layers, before, strict=True)]
         assert all(kept) if stubbed else not any(kept)
-    assert len(launched) == 14 + 14 + (
-        1 if kind == "losia" else 14
-    )  # what is gathered, gradients, updates
+    # what is gathered, gradients, updates
+    assert len(launched) == 14 + 14 + (1 if kind == "losia" else 14)
     assert all(optimizer.state[layer.subnet]["step"] == 2 for layer in layers)

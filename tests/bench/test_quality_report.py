@@ -97,9 +97,8 @@ def test_many_sign_flips_are_drawn():
     assert sign_flip_test(mixed) == sign_flip_test(mixed)
     # of 20 equal ones the exact p is that of all heads or all tails
     assert sign_flip_test([1.0] * 16) == pytest.approx(2 / 2**16, abs=3e-4)
-    binomial = (
-        sum(math.comb(20, k) for k in (*range(6), *range(15, 21))) / 2**20
-    )  # 15 of 20 or more extreme
+    # 15 of 20 or more extreme
+    binomial = sum(math.comb(20, k) for k in (*range(6), *range(15, 21))) / 2**20
     assert sign_flip_test([1.0] * 15 + [-1.0] * 5) == pytest.approx(binomial, abs=0.006)
 
 

@@ -159,9 +159,8 @@ def test_bytes_are_counted(base):
         (256, 128),
         (128, 256),
     ] * 2  # [out, in]; rank 16 of the shorter side
-    projected = sum(
-        2 * 16 * max(shape) + 16 * min(shape) for shape in linears
-    )  # two moments and the projection
+    # two moments and the projection
+    projected = sum(2 * 16 * max(shape) + 16 * min(shape) for shape in linears)
     plain = 2 * (galore["trained_values"] - sum(out * in_ for out, in_ in linears))
     assert galore["optimizer_bytes"] == pytest.approx(4 * (projected + plain), rel=0.01)
 
@@ -176,9 +175,8 @@ def test_the_reference_agrees(base):
 
 
 def test_the_reference_would_notice(base, monkeypatch):
-    monkeypatch.setattr(
-        oracle, "schedule", lambda *arguments: 0.5
-    )  # another learning rate than the package's
+    # another learning rate than the package's
+    monkeypatch.setattr(oracle, "schedule", lambda *arguments: 0.5)
     result = oracle.carry_out_oracle(run_of("losia-p8", kind="oracle"), base)
     assert result["largest_loss_difference"] > 1e-3
 

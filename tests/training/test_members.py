@@ -184,6 +184,15 @@ def test_removed_the_flags_are_those_that_were_found():
     assert {name: parameter.requires_grad for name, parameter in after} == before
 
 
+def test_flags_set_since_the_conversion_stay():
+    model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16))
+    compiled = torch.compile(model, backend="eager")
+    apply_losia(compiled, LoSiAConfig(rank_factor=0.5, modules_to_save=["1"]))
+    model[1].weight.requires_grad_(False)
+    remove_losia(compiled)
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == {"1.weight"}
+
+
 def test_flags_are_those_that_were_found_when_a_conversion_fails():
     plain = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 1))
     with pytest.raises(ValueError, match="selects none of 1"):
