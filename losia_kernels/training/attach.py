@@ -141,16 +141,19 @@ def _split_groups(optimizer: torch.optim.Optimizer, timeline: Timeline) -> None:
         for number, layers in enumerate(timeline.groups)
         for layer in layers
     }
-    optimizer.param_groups[:] = [
-        {
-            **group,
-            "params": [p for p in group["params"] if number_of.get(id(p)) == number],
-            "layer_group": number,
-        }
-        for group in optimizer.param_groups
-        for number in [*range(len(timeline.groups)), None]
-        if any(number_of.get(id(p)) == number for p in group["params"])
-    ]
+    split = []
+    for group in optimizer.param_groups:
+        places = [number_of.get(id(parameter)) for parameter in group["params"]]
+        for number in [*range(len(timeline.groups)), None]:
+            here = [i for i, place in enumerate(places) if place == number]
+            per_parameter = {  # of an optimizer that was given names, those too
+                key: [group[key][i] for i in here]
+                for key in ("params", "param_names")
+                if key in group
+            }
+            if here:
+                split.append({**group, **per_parameter, "layer_group": number})
+    optimizer.param_groups[:] = split
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):  # torchao's: schedulers fill it in place
             group["lr"] = group["lr"].clone()

@@ -126,6 +126,11 @@ class LoSiAAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if "timeline" not in self.__dict__:
+            raise RuntimeError(
+                "a copy of a LoSiAAdamW (deepcopy, pickle, torch.save of it whole) drives no "
+                "model: make a new one for the model that it is to train, and load_state_dict"
+            )
         timeline = self.timeline
         timeline.check_step(self)
         self._form.check_placement(timeline.placement)

@@ -303,3 +303,14 @@ def test_stopped_at_any_step_it_resumes_bit_identically(kind, importance, dtype)
             part.load_state_dict(state)
         run(*second, batches[stop:])
         assert same_tensors(second[0].state_dict(), whole[0].state_dict()), stop
+
+
+def test_named_parameters_keep_their_names():
+    model = make_model()
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(named, lr=0.01)
+    attach(optimizer, model)
+    names = {id(parameter): name for name, parameter in named}
+    assert len(optimizer.param_groups) > 1
+    for group in optimizer.param_groups:
+        assert group["param_names"] == [names[id(parameter)] for parameter in group["params"]]

@@ -1,5 +1,7 @@
 """Which optimizer drives a model's subnets, and what of the model it trains beside them."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -118,3 +120,9 @@ def test_after_detach_it_can_be_attached_again():
     attach(optimizer, model).detach()
     attach(optimizer, model)
     assert [group["layer_group"] for group in optimizer.param_groups] == [0, 1]
+
+
+def test_a_copied_optimizer_says_that_it_drives_no_model():
+    optimizer = LoSiAAdamW(apply_losia(tiny_lm(), LoSiAConfig(rank_factor=0.5)))
+    with pytest.raises(RuntimeError, match="a copy of a LoSiAAdamW .* drives no model"):
+        copy.deepcopy(optimizer).step()
