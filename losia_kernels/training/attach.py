@@ -141,12 +141,12 @@ def _split_groups(optimizer: torch.optim.Optimizer, timeline: Timeline) -> None:
         for number, layers in enumerate(timeline.groups)
         for layer in layers
     }
-    split = []
+    split: list[dict] = []
     for group in optimizer.param_groups:
         places = [number_of.get(id(parameter)) for parameter in group["params"]]
         for number in [*range(len(timeline.groups)), None]:
             here = [i for i, place in enumerate(places) if place == number]
-            per_parameter = {  # of an optimizer that was given names, those too
+            per_parameter: dict[str, list] = {  # of an optimizer that was given names, those too
                 key: [group[key][i] for i in here]
                 for key in ("params", "param_names")
                 if key in group

@@ -121,7 +121,7 @@ def test_accumulation_scaling_and_float16_are_refused():
     with pytest.raises(RuntimeError, match="loss_divisor is 2.0"):
         model(**first).loss.backward()
     assert same_tensors(model.state_dict(), before)
-    with pytest.raises(ValueError, match="lm_head is float16, whose loss must be scaled"):
+    with pytest.raises(ValueError, match="layers.0.up_proj is float16, whose loss must be scaled"):
         make_run({"in_backward": True}, dtype=torch.float16)
 
 
