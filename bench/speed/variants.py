@@ -2,7 +2,7 @@
 counts.
 
 ``python -m bench variants``. The package chooses by
-``losia_kernels.kernels.launch.choose_subnet_grad``; "ours" is its choice, the others ask for a form
+``kernels.subnet_grad.choose_variant``; "ours" is its choice, the others ask for a form
 by ``override_config``.
 
 Predicted before any of it was measured, for an H200, up_proj at p = 1/8, over one read of dy at
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from losia_kernels import ops
-from losia_kernels.kernels.launch import SUBNET_GRAD_VARIANTS, choose_config, override_config
+from losia_kernels.kernels.launch import choose_config, override_config
+from losia_kernels.kernels.subnet_grad import VARIANTS
 from losia_kernels.layers.subnet import Subnet
 
 from ..harness.jobs import Job
@@ -63,7 +64,7 @@ def _case(shape, p, tokens, dtype, alignment: int, forms: dict, truth: Callable,
 
 
 def _forms(ours: Callable, eager: Callable, **more: Callable) -> dict[str, Callable]:
-    chosen = {f"ours: {each}": _in_form(ours, variant=each) for each in SUBNET_GRAD_VARIANTS}
+    chosen = {f"ours: {each}": _in_form(ours, variant=each) for each in VARIANTS}
     return {"ours": ours, **chosen, **more, "eager": eager}
 
 
@@ -204,7 +205,7 @@ def report(archs: tuple[str, ...] = ARCHS, tokens: int = 8192, p: float = 1 / 8)
         "memory: instructions x bytes a thread (copy: asynchronous, to shared memory); programs at once on one SM.",
         f"{'arch':7} alignment {'form':12} {'kernel':22} registers spills  shared at once  accesses",
     ]
-    for arch, alignment, variant in itertools.product(archs, (1, 16), SUBNET_GRAD_VARIANTS):
+    for arch, alignment, variant in itertools.product(archs, (1, 16), VARIANTS):
         if variant != "gathered_library":  # the vendor's product is not ours to compile
             lines.append(_machine_code(arch, variant, alignment, tokens, shape, p))
     counted = "Counted, not measured. Bytes of an average random choice."

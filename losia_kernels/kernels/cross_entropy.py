@@ -8,7 +8,7 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 from .device import INTERPRETED, store_as
-from .launch import launch_config
+from .launch import LaunchConfig, Problem, cover, launch_config, tile_of
 
 
 @triton.jit
@@ -174,6 +174,11 @@ def cross_entropy_block_grad_kernel(
         logit_scale,
         CAPPED,
     )
+
+
+@tile_of("cross_entropy_grad_")
+def choose_tile(problem: Problem) -> LaunchConfig:
+    return LaunchConfig(block_out=cover(problem.n_out, 16, 4096), num_warps=16)
 
 
 def launch_cross_entropy_grad_(

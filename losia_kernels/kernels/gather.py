@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import load_index
-from .launch import launch_config
+from .launch import LaunchConfig, Problem, cover, launch_config, tile_of
 
 
 @triton.jit
@@ -38,6 +38,11 @@ def gather_features_kernel(
     offs_in = first_in + offs % BLOCK_IN
     flat = tl.reshape(x, (BLOCK_T * BLOCK_IN,))
     tl.store(out_ptr + offs_t * k_in + offs_in, flat, mask=(offs_t < tokens) & (offs_in < k_in))
+
+
+@tile_of("gather_features")
+def choose_tile(problem: Problem) -> LaunchConfig:
+    return LaunchConfig(block_t=16, block_in=cover(problem.n_in, 16, 256), num_warps=4)
 
 
 def launch_gather_features(x: Tensor, idx: Tensor, alignment: int = 1) -> Tensor:

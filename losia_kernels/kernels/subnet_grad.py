@@ -1,5 +1,5 @@
 """``dy[:, out_idx].T @ x[:, in_idx]`` (Eq. 9), one partial sum per range of tokens; the forms are
-in ``launch.choose_subnet_grad``."""
+in ``choose_variant``."""
 
 import torch
 import triton
@@ -8,7 +8,20 @@ from torch import Tensor
 
 from .device import dot, load_index, store_as
 from .gather import launch_gather_features
-from .launch import MAX_VECTOR, LaunchConfig, launch_config
+from .launch import (
+    MAX_VECTOR,
+    MULTIPROCESSORS,
+    LaunchConfig,
+    Problem,
+    cover,
+    launch_config,
+    tile_of,
+)
+
+VARIANTS = ("fused", "fused_wide", "gathered", "gathered_library")
+# below this a split costs more in partial sums than it gains in parallelism
+MIN_TOKENS_PER_SPLIT = 256
+MAX_SPLITS = 16
 
 
 @triton.jit
@@ -72,6 +85,66 @@ def subnet_grad_kernel(
 
     partials_ptrs = partials_ptr + (split * k_out + offs_out)[:, None] * k_in + offs_in[None, :]
     store_as(partials_ptrs, acc, (offs_out < k_out)[:, None] & mask_in)
+
+
+@tile_of("subnet_grad")
+def choose_tile(problem: Problem) -> LaunchConfig:
+    """One tile for each form; as many splits of the tokens as fill the device with the programs it
+    holds ``at_once``."""
+    arch, dtype, tokens, alignment = problem.arch, problem.dtype, problem.tokens, problem.alignment
+    k_out, k_in = problem.n_out, problem.n_in
+    variant = problem.variant or choose_variant(arch, dtype, k_in, alignment)
+    wide_loads = variant.startswith("gathered") or alignment * dtype.itemsize >= MAX_VECTOR
+    if variant not in VARIANTS:
+        raise ValueError(f"subnet_grad has the variants {', '.join(VARIANTS)}, not {variant!r}")
+    if dtype.itemsize > 2 and variant == "fused_wide":
+        at_once, block_t, block_out, block_in, stages = 1, 16, 32, cover(k_in, 16, 128), 1
+    elif dtype.itemsize > 2:
+        at_once, block_t, block_out, block_in, stages = 2, 16, 64, 64, 1
+    elif variant == "fused_wide":
+        at_once, block_t, block_out, block_in, stages = 1, 32, 64, cover(k_in, 128, 512), 2
+    elif wide_loads:
+        at_once, block_t, block_out, block_in, stages = 2, 64, 128, 128, 3
+        if arch.startswith("gfx"):  # three fill two programs' shared memory on NVIDIA alone
+            stages = 2
+    else:
+        # block_out differs from block_in: tiles of one shape share one layout, which spreads the
+        # gather over lines
+        at_once, block_t, block_out, block_in, stages = 3, 32, 64, 128, 2
+    splits, tiles = 1, -(-k_out // block_out) * -(-k_in // block_in)
+    if tiles and variant != "gathered_library":
+        programs = at_once * MULTIPROCESSORS.get(arch, 128)
+        splits = max(1, min(programs // tiles, tokens // MIN_TOKENS_PER_SPLIT, MAX_SPLITS))
+    return LaunchConfig(
+        block_t,
+        block_out,
+        block_in,
+        splits,
+        num_warps=8,
+        num_stages=stages,
+        variant=variant,
+        prefetch=not wide_loads and dtype.itemsize == 2,
+    )
+
+
+def choose_variant(arch: str, dtype: torch.dtype, k_in: int, alignment: int) -> str:
+    """The form of the subnet's gradient ``dy[:, out_idx].T @ x``.
+
+    - "fused": dy is gathered inside the product, once for every 128 inputs.
+    - "fused_wide": the same with up to 512 inputs in a tile, so that dy is gathered once where
+      ``k_in`` is no more.
+    - "gathered": dy is gathered by a launch of its own, then a dense product whose loads are wide
+      and asynchronous.
+    - "gathered_library": the same, the product by the vendor's library.
+
+    By counts, not by time (``python -m bench variants`` has them, and times them on a GPU): runs of
+    neighbours are loaded 16 bytes at a time inside the product, and gathering first only adds
+    bytes. Single entries of 2 bytes are bound by their number: "fused_wide" loads each once up to
+    512 inputs, past that "gathered" does.
+    """
+    if alignment * dtype.itemsize >= MAX_VECTOR or dtype.itemsize > 2 or arch == "cpu":
+        return "fused"
+    return "fused_wide" if k_in <= 512 else "gathered"
 
 
 def launch_subnet_grad(

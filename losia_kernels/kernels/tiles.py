@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import LaunchConfig
+from .launch import LaunchConfig, Problem, cover, tile_of
 
 
 @triton.jit
@@ -48,6 +48,24 @@ def store_tile_sums(
     in_ptrs = in_partials_ptr + tl.cast(tile_out, tl.int64) * size_in + offs_in
     tl.store(out_ptrs, tl.sum(out_values, axis=1), mask=offs_out < size_out)
     tl.store(in_ptrs, tl.sum(in_values, axis=0), mask=offs_in < size_in)
+
+
+@tile_of("subnets_adamw_", "importance_update_")
+def choose_elementwise(problem: Problem) -> LaunchConfig:
+    """Four entries a thread (64 threads a warp on AMD): 16-byte accesses in float32; more of them
+    spill on sm_80."""
+    return LaunchConfig(
+        block_out=4 if problem.arch.startswith("gfx") else 2,
+        block_in=cover(problem.n_in, 16, 256),
+        num_warps=4,
+    )
+
+
+@tile_of("importance_marginals", "score_marginals")
+def choose_sums(problem: Problem) -> LaunchConfig:
+    return LaunchConfig(
+        block_out=cover(problem.n_out, 16, 64), block_in=cover(problem.n_in, 16, 128), num_warps=8
+    )
 
 
 def tile_grid(config: LaunchConfig, size_out: int, size_in: int) -> tuple[int]:

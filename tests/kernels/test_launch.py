@@ -5,13 +5,12 @@ import pytest
 import torch
 
 from losia_kernels.kernels.launch import (
-    SUBNET_GRAD_VARIANTS,
     choose_config,
-    choose_subnet_grad,
     launch_config,
     override_arch,
     override_config,
 )
+from losia_kernels.kernels.subnet_grad import VARIANTS, choose_variant
 
 KERNELS = (
     "gather_features",
@@ -66,7 +65,7 @@ def test_arch_can_be_pretended():
 SHAPES = [(0, 5, 5), (1, 1, 1), (255, 64, 64), (700, 3, 5), (8192, 512, 512), (8192, 4000, 4096)]
 
 
-@pytest.mark.parametrize("variant", SUBNET_GRAD_VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("tokens, k_out, k_in", SHAPES)
 def test_splits_keep_enough_tokens(tokens, k_out, k_in, variant):
     for arch in ("sm_80", "sm_90", "gfx942", "cpu"):
@@ -81,10 +80,10 @@ def test_the_form_of_the_subnets_gradient():
     """What the table says for LLaMA-2 7B at p = 1/8, and that an override wins with the tiles of
     its own form."""
     bf16 = torch.bfloat16
-    assert choose_subnet_grad("sm_90", bf16, 512, alignment=1) == "fused_wide"
-    assert choose_subnet_grad("sm_90", bf16, 1376, alignment=1) == "gathered"
-    assert choose_subnet_grad("sm_90", bf16, 512, alignment=16) == "fused"
-    assert choose_subnet_grad("sm_90", torch.float32, 512, alignment=1) == "fused"
+    assert choose_variant("sm_90", bf16, 512, alignment=1) == "fused_wide"
+    assert choose_variant("sm_90", bf16, 1376, alignment=1) == "gathered"
+    assert choose_variant("sm_90", bf16, 512, alignment=16) == "fused"
+    assert choose_variant("sm_90", torch.float32, 512, alignment=1) == "fused"
     sizes = {"tokens": 8192, "n_out": 1376, "n_in": 512}
     like = torch.zeros(1, dtype=bf16)
     with override_arch("sm_90"):

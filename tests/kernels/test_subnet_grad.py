@@ -2,15 +2,15 @@ import pytest
 import torch
 
 from csrc_ref.subnet_grad import subnet_grad_ref
-from losia_kernels.kernels.launch import SUBNET_GRAD_VARIANTS, override_config
-from losia_kernels.kernels.subnet_grad import launch_partials, launch_subnet_grad
+from losia_kernels.kernels.launch import override_config
+from losia_kernels.kernels.subnet_grad import VARIANTS, launch_partials, launch_subnet_grad
 from losia_kernels.ops.subnet_grad import subnet_grad_plain
 from tests.tolerance import assert_within
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@pytest.fixture(autouse=True, params=SUBNET_GRAD_VARIANTS)
+@pytest.fixture(autouse=True, params=VARIANTS)
 def variant(request):
     """Every test of this file holds for every form."""
     with override_config("subnet_grad", variant=request.param):
@@ -154,9 +154,7 @@ def test_what_lies_beyond_the_tokens_is_not_read(device):
     )
 
 
-@pytest.mark.parametrize(
-    "variant", [v for v in SUBNET_GRAD_VARIANTS if v != "gathered_library"], indirect=True
-)
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "gathered_library"], indirect=True)
 @pytest.mark.parametrize("splits", [1, 2, 3, 7])
 @pytest.mark.parametrize("prefetch", [False, True])
 def test_splits_are_sums_over_ranges_of_tokens(device, splits, prefetch):
