@@ -346,5 +346,5 @@ def warn_of_idle_fields(config: LoSiAConfig, layers: Iterable[SubnetModule]) -> 
         warnings.warn(
             f"LoSiA: {', '.join(idle)} cannot act on layers that were placed by hand and are what "
             f"they are",
-            stacklevel=5,
+            stacklevel=4,
         )

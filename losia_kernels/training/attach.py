@@ -62,8 +62,11 @@ def attach(
     optimizer.timeline = timeline  # type: ignore[attr-defined]
     _split_groups(optimizer, timeline)
 
+    forget = partial(_forget, optimizer, timeline.config.reset_step)
+
     def rewarm(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         timeline.check_step(optimizer)
+        timeline.forget_moved(forget, timeline.layers)
         for layer in timeline.layers:
             layer.sync_(finish=True)
         for group in optimizer.param_groups:
@@ -83,7 +86,7 @@ def attach(
         for layers in [*timeline.groups, timeline.dense]:
             timeline.placement.write_back_(layers)
         with torch.no_grad():
-            timeline.advance(partial(_forget, optimizer, timeline.config.reset_step))
+            timeline.advance(forget)
 
     def join_groups() -> None:
         for group in optimizer.param_groups:

@@ -136,6 +136,7 @@ class LoSiAAdamW(torch.optim.Optimizer):
         self._form.check_placement(timeline.placement)
         if self._only_makes_state():
             return loss
+        timeline.forget_moved(self._forget, timeline.layers)
         timeline.check_first_step(self._in_backward.take_updated() if self._in_backward else ())
         numbers = range(len(self._groups))
         # of shards group by group: what travels together is in memory at once
@@ -169,6 +170,7 @@ class LoSiAAdamW(torch.optim.Optimizer):
 
     def _update_inside(self, number: int, layer: SubnetModule) -> None:
         """One layer inside the backward."""
+        self.timeline.forget_moved(self._forget, [layer])
         lr, options = self._hyperparameters(number)
         layer.sync_(finish=True)
         update_subnets_([self._update_of(layer, lr)], *options)

@@ -4,7 +4,7 @@ update."""
 import math
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
 from itertools import product
@@ -98,6 +98,7 @@ class Timeline:
         self._placement: Placement | None = None
         self._before_first_step = True
         self._problem: str | None = None
+        self._places: dict[SubnetModule, tuple[list, list[Tensor]]] = {}  # at the last step
         check_engines(model)
         self.ranks = Ranks.of(model, process_group)
         self._check_start()
@@ -192,6 +193,7 @@ class Timeline:
         for layer in list(self.observers):
             self._stop(layer)
         self.clock.step = step
+        self._places.clear()  # the state that is loaded beside it belongs to the places of then
         self._observe()
 
     # one step -------------------------------------------------------------------------------------
@@ -220,9 +222,29 @@ class Timeline:
         self.placement.move_(moves)
         for layer, _ in moves:
             forget(layer.subnet)
+            self._places.pop(layer, None)
         if moving:
             self.check_position(moving)
         self._next_step(freed=moving)
+
+    def forget_moved(
+        self, forget: Callable[[Tensor], None], layers: Iterable[SubnetModule]
+    ) -> None:
+        """Before an update of ``layers``: what an optimizer keeps of a subnet belongs to a place.
+        Forget it where somebody else has moved the subnet since the last one: a loaded state dict,
+        a ``set_subnet_``, a ``calibrate``.
+
+        Values are compared, and the GPU waited for, only after writes to the indices.
+        """
+        for layer in layers:
+            here = layer.out_idx, layer.in_idx
+            counts = [(id(idx), idx._version) for idx in here]
+            known = self._places.get(layer)
+            if known is not None and known[0] == counts or here[0].is_meta:
+                continue
+            if known is not None and not all(map(_same, known[1], here)):
+                forget(layer.subnet)
+            self._places[layer] = counts, [idx.clone() for idx in here]
 
     def _select(self, layer: SubnetModule) -> Subnet | None:
         return new_subnet(layer, self.observers[layer], self.placement.rows(layer))
@@ -345,3 +367,7 @@ class Timeline:
                 for key in ("out_idx", "in_idx")
             }
             self.ranks.check_same({"the step": self.step}, subnets)
+
+
+def _same(then: Tensor, now: Tensor) -> bool:
+    return torch.equal(then, now.to(then.device))

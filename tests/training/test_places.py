@@ -1,0 +1,87 @@
+"""What an optimizer keeps of a subnet belongs to a place: moved by others, it starts anew."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach, calibrate, losia_layers
+from tests.tiny import make_batches, same_tensors, take_step, tiny_lm
+
+NEVER = 10**6
+
+
+def make_run(driven: str, period: int = 2):
+    model = apply_losia(tiny_lm(), LoSiAConfig(rank_factor=0.5, period=period))
+    if driven == "LoSiAAdamW":
+        return model, LoSiAAdamW(model, lr=0.01)
+    if driven == "in_backward":
+        return model, LoSiAAdamW(model, lr=0.01, in_backward=True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=0.0)
+    attach(optimizer, model)
+    return model, optimizer
+
+
+def start_anew(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for _, layer in losia_layers(model):
+        optimizer.state.pop(layer.subnet, None)
+
+
+def elsewhere(layer) -> tuple[torch.Tensor, torch.Tensor]:
+    return tuple(
+        torch.tensor([i for i in range(size) if i not in set(idx.tolist())][: len(idx)])
+        for size, idx in zip(layer.weight.shape, (layer.out_idx, layer.in_idx), strict=True)
+    )
+
+
+def load_back(model, saved):
+    model.load_state_dict(saved)
+
+
+def set_elsewhere(model, saved):
+    for _, layer in losia_layers(model):
+        layer.set_subnet_(*elsewhere(layer))
+
+
+def calibrate_late(model, saved):
+    calibrate(model, make_batches(2, seed=5), steps=2)
+
+
+@pytest.mark.parametrize("driven", ["LoSiAAdamW", "in_backward", "attach"])
+@pytest.mark.parametrize("move", [load_back, set_elsewhere, calibrate_late])
+@pytest.mark.parametrize("steps", [6, 7])  # each group is once the one that observes
+def test_moved_by_others_it_starts_anew(driven, move, steps):
+    first, *batches, last = make_batches(steps)
+    model, optimizer = make_run(driven)
+    take_step(model, optimizer, first)
+    saved = copy.deepcopy(model.state_dict())
+    for batch in batches:
+        take_step(model, optimizer, batch)
+    twin, control = make_run(driven)
+    twin.load_state_dict(model.state_dict())
+    control.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each in (model, twin):
+        move(each, copy.deepcopy(saved))
+    start_anew(twin, control)
+    for each, driver in ((model, optimizer), (twin, control)):
+        take_step(each, driver, last)
+    assert same_tensors(model.state_dict(), twin.state_dict())
+
+
+@pytest.mark.parametrize("driven", ["LoSiAAdamW", "attach"])
+def test_the_same_places_keep_their_state(driven):
+    """Also written anew: a checkpoint of now is loaded, an average is swapped in and out."""
+    batches = make_batches(4)
+    model, optimizer = make_run(driven, NEVER)
+    plain, control = make_run(driven, NEVER)
+    for batch in batches:
+        take_step(model, optimizer, batch)
+        take_step(plain, control, batch)
+        now = copy.deepcopy(model.state_dict())
+        model.load_state_dict(make_run(driven, NEVER)[0].state_dict())
+        model.load_state_dict(now)
+    assert same_tensors(model.state_dict(), plain.state_dict())
+    layer = next(layer for _, layer in losia_layers(model))
+    assert int(optimizer.state[layer.subnet]["step"]) == len(batches)
