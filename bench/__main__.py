@@ -156,8 +156,7 @@ def select(
 ) -> Iterator[Job]:
     """The jobs of ``suite`` ("all": of every suite), only those of ``names`` (commas) where given.
 
-    Raises UnknownMethod for a name that no job and no method has, BadArgument if nothing is left.
-    """
+    Raises UnknownMethod for a name that no job and no method has, BadArgument if nothing is left."""
     modules = layer, model, ops, variants, output_layer, scaling, simulated
     jobs = [job for module in modules for job in module.jobs(device, dtype)]
     wanted = None if names is None else {name.strip() for name in names.split(",")}

@@ -1,13 +1,10 @@
-"""Plan to scale: step time, memory and traffic of LoSiA on many GPUs, from one GPU's figures and
-the links' speeds.
+"""Plan to scale: step time, memory and traffic of LoSiA on many GPUs, from one GPU's figures and the links' speeds.
 
     python -m bench.cluster [FOLDER]     writes cluster.md and cluster.png (default: bench/results)
 
-A model, not a measurement: compute runs at the given rate of dense matmuls, links at their stated
-rates, a collective takes the ring's share of its bytes at the slowest link it crosses plus a
-latency for each doubling of the ranks. Its byte counts and its memory are held to real processes by
-tests/distributed/test_cluster.py.
-"""
+A model, not a measurement: compute runs at the given rate of dense matmuls, links at their stated rates, a collective
+takes the ring's share of its bytes at the slowest link it crosses plus a latency for each doubling of the ranks. Its
+byte counts and its memory are held to real processes by tests/distributed/test_cluster.py."""
 
 import itertools
 import math
@@ -58,8 +55,7 @@ MODELS = (
 
 @dataclass(frozen=True)
 class Setting:
-    """One GPU's figures and the links. The GPU's were measured on an H200; the links' are their
-    makers'."""
+    """One GPU's figures and the links. The GPU's were measured on an H200; the links' are their makers'."""
 
     p: float = 1 / 8
     period: int = 100
@@ -77,16 +73,14 @@ class Setting:
 
 
 def ddp_bytes(model: Model, p: float, weight_bytes: int) -> dict[str, float]:
-    """``subnets``: float32 gradients, all-reduced. ``importance``: the observing group's dense
-    gradients."""
+    """``subnets``: float32 gradients, all-reduced. ``importance``: the observing group's dense gradients."""
     return {"subnets": 4 * model.blocks * model.subnet(p), "importance": weight_bytes * model.block}
 
 
 def fsdp_bytes(model: Model, p: float, period: int, weight_bytes: int) -> dict[str, float]:
-    """``gather``: what FSDP gathers, weights and subnets of all blocks, for the forward and again
-    for the backward. ``subnets``: gradients, reduce-scattered. ``importance``: the observing
-    group's dense gradients, reduce-scattered. ``write_back``: new values in the weight's dtype,
-    all-gathered. ``moves``: new subnets, and the marginals twice."""
+    """``gather``: what FSDP gathers, weights and subnets of all blocks, for the forward and again for the backward.
+    ``subnets``: gradients, reduce-scattered. ``importance``: the observing group's dense gradients, reduce-scattered.
+    ``write_back``: new values in the weight's dtype, all-gathered. ``moves``: new subnets, and the marginals twice."""
     trained = model.blocks * model.subnet(p)
     sums = sum(2 * 4 * (out + in_) for out, in_ in model.linears)
     return {
@@ -102,8 +96,7 @@ def fsdp_bytes(model: Model, p: float, period: int, weight_bytes: int) -> dict[s
 
 
 def held_bytes(model: Model, p: float, weight_bytes: int, shards: int) -> float:
-    """Between two steps: weights, and of each trained value the master and two moments, all
-    float32."""
+    """Between two steps: weights, and of each trained value the master and two moments, all float32."""
     trained = 12 * model.blocks * model.subnet(p)
     return (weight_bytes * (model.weights + model.frozen) + trained) / shards
 
@@ -111,11 +104,9 @@ def held_bytes(model: Model, p: float, weight_bytes: int, shards: int) -> float:
 def peak_bytes(model: Model, p: float, weight_bytes: int, shards: int, scratch: int = 0) -> float:
     """What an observing step needs on top, without activations.
 
-    Importance and uncertainty of one block, in shards; one dense gradient with the rows that are
-    left of it; gradients of the subnets; and, in shards, two whole blocks: the one that computes
-    and the next. ``scratch``: float32 temporaries of a weight's shard, which plain torch has four
-    of and the kernels none.
-    """
+    Importance and uncertainty of one block, in shards; one dense gradient with the rows that are left of it; gradients
+    of the subnets; and, in shards, two whole blocks: the one that computes and the next. ``scratch``: float32
+    temporaries of a weight's shard, which plain torch has four of and the kernels none."""
     largest = max(out * in_ for out, in_ in model.linears)
     whole = 2 * (weight_bytes * model.block + 4 * model.subnet(p)) if shards > 1 else 0
     shared = 8 * model.block + 4 * model.blocks * model.subnet(p)
@@ -124,8 +115,7 @@ def peak_bytes(model: Model, p: float, weight_bytes: int, shards: int, scratch: 
 
 
 def activation_bytes(model: Model, tokens: int) -> float:
-    """With gradient checkpointing: every block's input, and what one block keeps while it is
-    computed again."""
+    """With gradient checkpointing: every block's input, and what one block keeps while it is computed again."""
     hidden, wide = model.linears[0][1], model.linears[-1][1]
     return 2 * tokens * (model.blocks * hidden + 16 * hidden + 3 * wide)
 
@@ -142,9 +132,8 @@ def ring_seconds(data: float, ranks: int, setting: Setting, passes: int = 1) -> 
 
 
 def plan(model: Model, ranks: int, engine: str, setting: Setting) -> dict:
-    """Seconds, bytes and memory of one step. Overlap: DDP's buckets and FSDP's gathers hide behind
-    the computation of the blocks; the importance's collective, the write-back and the moves do
-    not."""
+    """Seconds, bytes and memory of one step. Overlap: DDP's buckets and FSDP's gathers hide behind the computation of
+    the blocks; the importance's collective, the write-back and the moves do not."""
     p, width = setting.p, setting.weight_bytes
     shards = ranks if engine == "fsdp" else 1
     multiplied = model.weights + model.frozen / 2  # an embedding is looked up

@@ -1,10 +1,7 @@
-"""What a kernel compiles to for a GPU that is not there: registers, spills, matrix units, width of
-memory accesses.
+"""What a kernel compiles to for a GPU that is not there: registers, spills, matrix units, width of memory accesses.
 
-Only in a process where triton is not interpreted and that launches nothing on a GPU: it replaces
-triton's driver. The launches go through triton's own specialization (alignment, strides of 1), so
-the code is what a GPU would run.
-"""
+Only in a process where triton is not interpreted and that launches nothing on a GPU: it replaces triton's driver. The
+launches go through triton's own specialization (alignment, strides of 1), so the code is what a GPU would run."""
 
 import re
 import subprocess
@@ -37,8 +34,7 @@ class OfflineDriver:
 
 
 def launches(arch: str, case: Callable[[], Any]) -> list:
-    """The compiled kernels of the launches that ``case`` makes (on meta tensors), none of them
-    run."""
+    """The compiled kernels of the launches that ``case`` makes (on meta tensors), none of them run."""
     compiled = []
     run = triton.JITFunction.run
 
@@ -56,8 +52,8 @@ def launches(arch: str, case: Callable[[], Any]) -> list:
 
 
 def facts(kernel) -> dict[str, Any]:
-    """Registers, bytes of shared memory, spills (zero when there are none), what is multiplied (or
-    None) and whether matrix units do it."""
+    """Registers, bytes of shared memory, spills (zero when there are none), what is multiplied (or None) and whether
+    matrix units do it."""
     product = re.search(r"tt\.dot .*: tensor<\d+x\d+x(\w+)>", kernel.asm["ttir"])
     common = {"product_of": product and product[1], "shared": kernel.metadata.shared}
     if "cubin" not in kernel.asm:
@@ -76,8 +72,8 @@ def facts(kernel) -> dict[str, Any]:
 
 
 def accesses(kernel) -> dict[str, dict[int, int]]:
-    """Instructions that touch global memory, by bytes a thread: "load" (to registers), "copy"
-    (asynchronous, to shared memory) and "store"."""
+    """Instructions that touch global memory, by bytes a thread: "load" (to registers), "copy" (asynchronous, to shared
+    memory) and "store"."""
     found: dict[str, Counter] = {"load": Counter(), "copy": Counter(), "store": Counter()}
     if "cubin" in kernel.asm:
         kinds = {"LDG": "load", "LDGSTS": "copy", "STG": "store"}

@@ -18,8 +18,7 @@ REPORTING = "report tables plots slopes paper counts quick markdown pictures clu
 
 
 def provenance(device: torch.device, commit: str | None = None) -> dict[str, Any]:
-    """Device, driver, versions, clocks as found, commit. ``commit`` is for a copy of the tree
-    without its history."""
+    """Device, driver, versions, clocks as found, commit. ``commit`` is for a copy of the tree without its history."""
     found = {
         "device": device_name(device),
         "kind": "GPU" if device.type == "cuda" else "CPU",
@@ -65,8 +64,7 @@ def _version(package: str) -> str | None:
 
 
 def clocks(device: torch.device) -> str | None:
-    """Clocks, power limit and temperature at this moment; None where nvidia-smi does not know the
-    device."""
+    """Clocks, power limit and temperature at this moment; None where nvidia-smi does not know the device."""
     found = _nvidia_smi(CLOCKS, device)
     if found is None or found.count(",") != CLOCKS.count(","):
         return found

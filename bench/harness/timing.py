@@ -41,13 +41,12 @@ def samples(
     warmup: int = 3,
     hide_launch: bool = False,
 ) -> dict[str, list[float]]:
-    """Milliseconds of ``phases``, run in order, over and over; each gets the number of the
-    repetition, to rotate its inputs.
+    """Milliseconds of ``phases``, run in order, over and over; each gets the number of the repetition, to rotate its
+    inputs.
 
-    CUDA events on a GPU, ``perf_counter`` on a CPU. ``hide_launch`` keeps the GPU busy beforehand
-    for twice as long as the host took to launch, so that kernels are timed and not their launch;
-    only for phases that do not wait for the GPU.
-    """
+    CUDA events on a GPU, ``perf_counter`` on a CPU. ``hide_launch`` keeps the GPU busy beforehand for twice as long as
+    the host took to launch, so that kernels are timed and not their launch; only for phases that do not wait for the
+    GPU."""
     one = launching = 0.0
     for i in range(warmup):
         start = time.perf_counter()

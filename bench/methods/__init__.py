@@ -1,5 +1,5 @@
-"""The methods that are compared, most telling first: ``METHODS`` for speed and memory, ``STUDY`` for
-what is learned."""
+"""The methods that are compared, most telling first: ``METHODS`` for speed and memory, ``STUDY`` for what is
+learned."""
 
 from ..harness.jobs import MissingPeer
 from .adapters import DORA, FUSED_LORA, LORA, LORA_DEFAULTS, LORA_FLOAT32, PISSA

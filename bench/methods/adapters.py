@@ -23,11 +23,7 @@ from .base import (
 
 
 def prepare_peft(
-    model: nn.Module,
-    options: Options,
-    float32: bool = False,
-    defaults: bool = False,
-    **config: Any,
+    model: nn.Module, options: Options, float32: bool = False, defaults: bool = False, **config: Any
 ) -> Prepared:
     peft = import_peer("peft")
     narrow = next(model.parameters()).dtype != torch.float32
@@ -82,8 +78,8 @@ class _FusedLoRA(torch.autograd.Function):
 
 
 class FusedLoRALinear(nn.Module):
-    """LoRA as one autograd function, gradients written by hand: Unsloth's ``LoRA_W``, which cannot
-    be imported without patching transformers for every other row of the process."""
+    """LoRA as one autograd function, gradients written by hand: Unsloth's ``LoRA_W``, which cannot be imported without
+    patching transformers for every other row of the process."""
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: int):
         super().__init__()

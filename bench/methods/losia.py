@@ -1,5 +1,5 @@
-"""LoSiA: this package; the dense-gradient form (the paper's LoSiA, without -Pro) with this package's
-optimizer; a run of the study."""
+"""LoSiA: this package; the dense-gradient form (the paper's LoSiA, without -Pro) with this package's optimizer; a run
+of the study."""
 
 import functools
 import inspect
@@ -65,8 +65,8 @@ def prepare(
     fused_loss: bool = False,
     lean: bool = False,
 ) -> Prepared:
-    """A slot that never ends: one decoder block observes, as in every step of a run, and nothing is
-    relocalized. What a relocalization costs is measured by the scaling suite."""
+    """A slot that never ends: one decoder block observes, as in every step of a run, and nothing is relocalized. What a
+    relocalization costs is measured by the scaling suite."""
     if lean and next(model.parameters()).dtype != torch.bfloat16:
         raise MissingPeer("a remainder completes bfloat16 weights: needs a bfloat16 model")
     config = LoSiAConfig(
@@ -100,12 +100,7 @@ CALIBRATION_BATCHES = 4
 COUNTED_BATCHES = 64  # whose labels say which tokens are taught most often
 CYCLES = 1  # how often every group moves in a run; the period follows from the number of steps
 # changes that are no fields of LoSiAConfig
-OF_THE_STUDY = (
-    "cycles",
-    "nearest",
-    "bfloat16",
-    "budget",
-)
+OF_THE_STUDY = ("cycles", "nearest", "bfloat16", "budget")
 
 
 def study_config(model: nn.Module, options: Options) -> LoSiAConfig:

@@ -1,8 +1,7 @@
 """The methods of the quality study, each from its real library, and the variants of LoSiA p 1/8.
 
-The rivals' settings are those that the LoSiA paper gave them (A.3; alpha = 2r on all linears),
-PiSSA's alpha its library's; the learning rate is searched.
-"""
+The rivals' settings are those that the LoSiA paper gave them (A.3; alpha = 2r on all linears), PiSSA's alpha its
+library's; the learning rate is searched."""
 
 from dataclasses import dataclass, replace
 from typing import Any

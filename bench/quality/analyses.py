@@ -1,5 +1,4 @@
-"""What happens inside: where gradients lie, what a subnet captures, what moves, what of the weights
-stays."""
+"""What happens inside: where gradients lie, what a subnet captures, what moves, what of the weights stays."""
 
 import itertools
 from dataclasses import asdict
@@ -23,8 +22,7 @@ SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 
 
 def carry_out_analysis(run: Run, base: Base) -> dict[str, Any]:
-    """The paper's Figures 2 and 9 (gradients), 7 (selection), 8 (singular vectors); how good the
-    greedy subnet is."""
+    """The paper's Figures 2 and 9 (gradients), 7 (selection), 8 (singular vectors); how good the greedy subnet is."""
     model = base.fresh()
     names = chosen_layers(model)
     before = {name: model.get_submodule(name).weight.detach().clone() for name in names}
@@ -89,9 +87,8 @@ def share_of(scores: Tensor, out_idx: Tensor, in_idx: Tensor) -> float:
 
 
 def captured(scores: Tensor, restarts: int = 10) -> dict[str, float]:
-    """Share of all importance in a subnet of p = 1/8: greedy (Algorithm 1), by the largest sums of
-    rows and columns alone, best of random restarts, random, and the sum of the largest entries
-    anywhere, which no block can exceed."""
+    """Share of all importance in a subnet of p = 1/8: greedy (Algorithm 1), by the largest sums of rows and columns
+    alone, best of random restarts, random, and the sum of the largest entries anywhere, which no block can exceed."""
     k_out, k_in = (max(1, size // 8) for size in scores.shape)
     greedy = select_subnet(scores, k_out, k_in)
     sums = select_from_marginals(scores.sum(1), scores.sum(0), k_out, k_in)
@@ -122,8 +119,7 @@ def improve(scores: Tensor, in_idx: Tensor, k_out: int, k_in: int) -> tuple[Tens
 
 
 def small_matrices(scores: Tensor, size: int = 12, k: int = 4, count: int = 40) -> dict[str, float]:
-    """Greedy over the optimum on ``count`` blocks of ``size``² of real importance: mean and
-    worst."""
+    """Greedy over the optimum on ``count`` blocks of ``size``² of real importance: mean and worst."""
     generator = torch.Generator().manual_seed(0)
     ratios = []
     for _ in range(count):
@@ -144,8 +140,7 @@ def optimum(block: Tensor, k: int) -> float:
 
 
 def similarity(before: Tensor, after: Tensor) -> dict[str, float]:
-    """Mean and least |cosine| of the leading left singular vectors of a weight before and after
-    (Figure 8)."""
+    """Mean and least |cosine| of the leading left singular vectors of a weight before and after (Figure 8)."""
     k = min(SINGULAR_VECTORS, *before.shape)
     first, second = (
         torch.linalg.svd(w.float(), full_matrices=False).U[:, :k] for w in (before, after)

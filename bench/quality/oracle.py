@@ -1,5 +1,4 @@
-"""The check that a result is not our bug: a run of LoSiA again by the dense-gradient reference,
-from the same start."""
+"""The check that a result is not our bug: a run of LoSiA again by the dense-gradient reference, from the same start."""
 
 from dataclasses import asdict
 from itertools import islice
@@ -23,11 +22,9 @@ from .training import Base, prepare, schedule, score, thinned, train
 
 
 def carry_out_oracle(run: Run, base: Base) -> dict[str, Any]:
-    """Train twice: with the package and with the reference; say how far apart losses, subnets and
-    scores are.
+    """Train twice: with the package and with the reference; say how far apart losses, subnets and scores are.
 
-    Raises NotReady on a GPU: the reference computes on CPU tensors.
-    """
+    Raises NotReady on a GPU: the reference computes on CPU tensors."""
     if base.model.device.type != "cpu":
         raise NotReady("the reference computes on a CPU: --device cpu --scale small")
     task = TASKS[run.task]
@@ -69,8 +66,7 @@ def _subnets(trained: Prepared) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _calibrated(initial: dict, options: Options, base: Base) -> dict[str, tuple[Tensor, Tensor]]:
-    """Where the run should have begun: the largest smoothed sums of the importance, straight from
-    autograd."""
+    """Where the run should have begun: the largest smoothed sums of the importance, straight from autograd."""
     model, beta = base.fresh(), LoSiAConfig().importance_beta1
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     for batch in islice(options.batches(), CALIBRATION_BATCHES):

@@ -21,8 +21,7 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def sign_flip_test(differences: Sequence[float], seed: int = 0) -> float:
-    """Two-sided p of the mean of paired ``differences`` if each sign were a coin's toss. Raises
-    ValueError for none."""
+    """Two-sided p of the mean of paired ``differences`` if each sign were a coin's toss. Raises ValueError for none."""
     values = np.asarray(differences, dtype=np.float64)
     if not len(values):
         raise ValueError("sign_flip_test: there are no differences")
@@ -51,8 +50,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Paired:
-    """``differences``: of each held-out item, over the shared seeds; ``seeds``: of each seed, over
-    the items. Means."""
+    """``differences``: of each held-out item, over the shared seeds; ``seeds``: of each seed, over the items. Means."""
 
     differences: list[float]
     seeds: list[float]
@@ -72,8 +70,7 @@ class Paired:
         return sign_flip_test(self.differences)
 
     def verdict(self, p: float) -> str:
-        """ "more" or "less" where the test over items, of which ``p`` comes, and every seed say so;
-        else ""."""
+        """ "more" or "less" where the test over items, of which ``p`` comes, and every seed say so; else ""."""
         if p >= SIGNIFICANT or not all(seed * self.mean > 0 for seed in self.seeds):
             return ""
         return "more" if self.mean > 0 else "less"
@@ -83,11 +80,9 @@ class Paired:
 
 
 def paired(first: list[dict], second: list[dict], value: str, group: str = "") -> Paired | None:
-    """``first - second`` on the items of a group; "nll": nats an item, "right": lines. None without
-    a shared seed.
+    """``first - second`` on the items of a group; "nll": nats an item, "right": lines. None without a shared seed.
 
-    Raises ValueError if the two were scored on other items.
-    """
+    Raises ValueError if the two were scored on other items."""
     column = {"nll": 0, "right": 3}[value]
     by_seed = {result["run"]["seed"]: result for result in second}
     pairs = [
@@ -109,8 +104,7 @@ def paired(first: list[dict], second: list[dict], value: str, group: str = "") -
 
 
 def of_group(result: dict, group: str) -> list[list]:
-    """The scores of the items of one group. Results without ``groups`` hold one group after
-    another."""
+    """The scores of the items of one group. Results without ``groups`` hold one group after another."""
     groups = result.get("groups") or [
         [name, score["items"]] for name, score in result["scores"]["held_out"].items()
     ]

@@ -40,8 +40,7 @@ def _nll(result: dict[str, Any], split: str = "held_out") -> float:
 
 
 def _learned_and_lost(results: Results, task: str, axes) -> None:
-    """Cost of right answers against cost of English, a mark a seed: down and to the left is
-    better."""
+    """Cost of right answers against cost of English, a mark a seed: down and to the left is better."""
     for method in STUDY:
         found = of(results, task=task, kind="main", method=method)
         mark, english = (
@@ -58,8 +57,7 @@ def _learned_and_lost(results: Results, task: str, axes) -> None:
 
 
 def _lengths(results: Results, axes) -> None:
-    """Cost by number of steps: does what LoSiA lacks or has over the others grow with longer
-    runs?"""
+    """Cost by number of steps: does what LoSiA lacks or has over the others grow with longer runs?"""
     same = of(results, task="pronunciation", variant="")
     found = [r for r in same if r["run"]["kind"].startswith(("main", "scale-"))]
     for method in STUDY:
@@ -109,8 +107,7 @@ def _selection(results: Results, axes) -> None:
 
 
 def _gradients(results: Results, axes) -> None:
-    """How much of the gradient few neurons hold, all lines being straight if it were spread evenly
-    (Figures 2, 9)."""
+    """How much of the gradient few neurons hold, all lines being straight if it were spread evenly (Figures 2, 9)."""
     from matplotlib import colormaps
 
     for result in of(results, kind="analysis", method=OURS):

@@ -1,5 +1,5 @@
-"""``python -m bench quality``: runs what has not been run, most telling first, one or several at a
-time, and can be stopped at any time."""
+"""``python -m bench quality``: runs what has not been run, most telling first, one or several at a time, and can be
+stopped at any time."""
 
 import argparse
 import functools

@@ -112,8 +112,7 @@ def verdict(name: str, found: Results, base: Results) -> str:
 
 
 def importance_forms(results: Results) -> str:
-    """Importance by sums only against the paper's, wherever both were run, by length of the
-    slots."""
+    """Importance by sums only against the paper's, wherever both were run, by length of the slots."""
     rows = []
     for result in of(results, method=OURS, seed=0):
         run = result["run"]
@@ -256,8 +255,7 @@ def captured(results: Results) -> str:
 
 
 def singular(results: Results) -> str:
-    """How much of a weight's leading singular vectors is left after training (the paper's Figure
-    8)."""
+    """How much of a weight's leading singular vectors is left after training (the paper's Figure 8)."""
     found = {r["run"]["method"]: r["singular"] for r in of(results, kind="analysis")}
     if not found:
         return ""

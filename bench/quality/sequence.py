@@ -1,5 +1,4 @@
-"""Continual learning (the paper's Table 5): five tasks one after another, the method's result
-merged between them."""
+"""Continual learning (the paper's Table 5): five tasks one after another, the method's result merged between them."""
 
 from dataclasses import asdict, replace
 from typing import Any
@@ -14,8 +13,8 @@ SCORED = 60  # held-out items of each task, scored after each task
 
 
 def carry_out_sequence(run: Run, base: Base, store) -> dict[str, Any]:
-    """``after[i][j]``: percent right on task j after training on the tasks up to i, ``after_nats``
-    the cost of a token of its right answers. Raises NotReady."""
+    """``after[i][j]``: percent right on task j after training on the tasks up to i, ``after_nats`` the cost of a token
+    of its right answers. Raises NotReady."""
     names = run.task.split("+")
     rates = [store.best_lr(run.scale, name, run.method) for name in names]
     model = base.fresh()
@@ -62,8 +61,7 @@ def single_task(result: dict[str, Any]) -> dict[str, float]:
 
 
 def measures(after: list[list[float]], single: list[float]) -> dict[str, float]:
-    """AP: mean final score. FWT: mean of P(i, i) - single-task. BWT: mean over i < N of P(N, i) -
-    P(i, i)."""
+    """AP: mean final score. FWT: mean of P(i, i) - single-task. BWT: mean over i < N of P(N, i) - P(i, i)."""
     count = len(after)
     own = [after[i][i] for i in range(count)]
     return {

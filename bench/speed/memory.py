@@ -2,14 +2,7 @@
 
 from dataclasses import dataclass
 
-from losia_kernels.finetune.estimate import (
-    FLOAT32,
-    LoSiA,
-    Memory,
-    ModelShape,
-    Setting,
-    estimate,
-)
+from losia_kernels.finetune.estimate import FLOAT32, LoSiA, Memory, ModelShape, Setting, estimate
 
 __all__ = ["SETTINGS", "LoSiA", "Memory", "ModelShape", "Setting", "estimate"]
 

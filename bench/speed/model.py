@@ -1,7 +1,6 @@
 """A whole causal LM: forward, backward and update in microseconds a token, and the peak of a step.
 
-Random weights from the config, random tokens, loss over all positions, SDPA attention, no KV cache.
-"""
+Random weights from the config, random tokens, loss over all positions, SDPA attention, no KV cache."""
 
 import dataclasses
 import functools
@@ -86,8 +85,7 @@ def step_phases(prepared: Prepared, ids: Tensor) -> dict:
 
 
 def gate(run: Run, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Two blocks of the model at its own widths against dense autograd: dx of the embeddings,
-    subnet gradients."""
+    """Two blocks of the model at its own widths against dense autograd: dx of the embeddings, subnet gradients."""
     model = build_model(run.model, device, dtype, num_hidden_layers=2, vocab_size=512)
     embeddings = torch.randn(1, GATE_TOKENS, model.config.hidden_size, device=device)
     ids = tokens_of(dataclasses.replace(run, batch=1, context=GATE_TOKENS), 512, device)

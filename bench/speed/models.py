@@ -1,5 +1,4 @@
-"""The models that are timed: their public configs, with random weights, which time like trained
-ones."""
+"""The models that are timed: their public configs, with random weights, which time like trained ones."""
 
 from typing import Any
 
@@ -47,8 +46,7 @@ def shape_of(name: str) -> ModelShape:
 
 
 def build_model(name: str, device: torch.device, dtype: torch.dtype, **changes: Any) -> nn.Module:
-    """The causal LM of ``name`` with random weights and SDPA attention; ``changes`` to its config,
-    say fewer layers."""
+    """The causal LM of ``name`` with random weights and SDPA attention; ``changes`` to its config, say fewer layers."""
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
@@ -61,8 +59,7 @@ def build_model(name: str, device: torch.device, dtype: torch.dtype, **changes: 
 
 
 class Block(nn.Module):
-    """One decoder layer of a model, under the name that it has in the model; ``[b, t, d]`` -> ``[b,
-    t, d]``."""
+    """One decoder layer of a model, under the name that it has in the model; ``[b, t, d]`` -> ``[b, t, d]``."""
 
     def __init__(self, causal_lm: nn.Module):
         super().__init__()
@@ -81,12 +78,10 @@ class Block(nn.Module):
 
 
 class Linears(nn.Module):
-    """The seven linears of a decoder layer and nothing between them, under the names that they have
-    in the model.
+    """The seven linears of a decoder layer and nothing between them, under the names that they have in the model.
 
-    q, k, v share one input, gate and up the same one here; o_proj reads q's output, down_proj
-    gate's. Returns what is left over, ``(o, k, v, down, up)``.
-    """
+    q, k, v share one input, gate and up the same one here; o_proj reads q's output, down_proj gate's. Returns what is
+    left over, ``(o, k, v, down, up)``."""
 
     def __init__(self, causal_lm: nn.Module):
         super().__init__()

@@ -1,10 +1,7 @@
-"""Each kernel against eager torch, compiled eager torch and the strongest library form; time,
-rates, share of the roof.
+"""Each kernel against eager torch, compiled eager torch and the strongest library form; time, rates, share of the roof.
 
-A form is a function of the case's inputs. Forms that write their arguments return them. "ours" is
-held to the kernels' rule (twice eager's error), the others to 2 % of the float64 result, which a
-bfloat16 output meets.
-"""
+A form is a function of the case's inputs. Forms that write their arguments return them. "ours" is held to the kernels'
+rule (twice eager's error), the others to 2 % of the float64 result, which a bfloat16 output meets."""
 
 import functools
 import itertools
@@ -30,8 +27,7 @@ LR, BETA1, BETA2, EPS, STEP = 1e-2, 0.9, 0.999, 1e-8, 10
 
 @dataclass(frozen=True)
 class OpCase:
-    """One operation at one size. ``inputs(generator)`` makes its arguments; ``truth`` is
-    float64."""
+    """One operation at one size. ``inputs(generator)`` makes its arguments; ``truth`` is float64."""
 
     inputs: Callable[[torch.Generator], tuple]
     forms: dict[str, Callable[..., Any]]
@@ -53,8 +49,7 @@ def _index(generator, size: int, k: int) -> Tensor:
 
 
 def gather_features(shape, p, tokens, dtype) -> OpCase:
-    """``shape`` is (out, in); x is ``[t, in]``. Columns at random touch nearly every sector: a full
-    read is counted."""
+    """``shape`` is (out, in); x is ``[t, in]``. Columns at random touch nearly every sector: a full read is counted."""
     k = _size(p, shape)[1]
     return OpCase(
         inputs=lambda g: (_randn(g, tokens, shape[1], dtype=dtype), _index(g, shape[1], k)),
@@ -251,8 +246,8 @@ def gate(case: OpCase, name: str, form: Callable, arguments: tuple) -> dict[str,
 
 
 def forms_for(case: OpCase, device: torch.device) -> dict[str, Callable]:
-    """With the compiled eager form on a GPU; on a CPU, where "ours" is eager torch too, compiling
-    would take longer than the whole suite."""
+    """With the compiled eager form on a GPU; on a CPU, where "ours" is eager torch too, compiling would take longer
+    than the whole suite."""
     if device.type != "cuda":
         return case.forms
     eager_form = case.forms["eager"]
@@ -262,8 +257,7 @@ def forms_for(case: OpCase, device: torch.device) -> dict[str, Callable]:
 
 @torch.no_grad()  # as in a backward and in an optimizer's step, where these ops run
 def run_case(case: OpCase, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Gate and time every form. Raises RedGate when the form in use is wrong; another's trouble is
-    its entry."""
+    """Gate and time every form. Raises RedGate when the form in use is wrong; another's trouble is its entry."""
     sets, roof = input_sets(case, device), measure_roof(device, dtype)
     floor = roof.floor_ms(case.moved_bytes, case.flops)
     forms: dict[str, Any] = {}

@@ -1,10 +1,7 @@
-"""The output layer's loss, forward and backward: ours, torch's linear and cross_entropy, Liger's,
-cut-cross-entropy's.
+"""The output layer's loss, forward and backward: ours, torch's linear and cross_entropy, Liger's, cut-cross-entropy's.
 
-``p_o`` is the share of the vocabulary whose rows get a weight gradient: 0 is a frozen head, 1 a
-dense one; the peers know no other. The gate compares the loss and every gradient with float64 on a
-part of the tokens.
-"""
+``p_o`` is the share of the vocabulary whose rows get a weight gradient: 0 is a frozen head, 1 a dense one; the peers
+know no other. The gate compares the loss and every gradient with float64 on a part of the tokens."""
 
 import importlib
 import itertools

@@ -20,8 +20,7 @@ __all__ = [
 
 
 def launched() -> list[tuple[str, str, ModuleType]]:
-    """Where an op finds its plain form, and the launcher that takes its place on a GPU (name, file
-    of the kernel)."""
+    """Where an op finds its plain form, and the launcher that takes its place on a GPU (name, file of the kernel)."""
     from losia_kernels.kernels import adamw, gather, subnet_grad
 
     return [

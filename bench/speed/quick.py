@@ -1,9 +1,6 @@
-"""``python -m bench quick``: a decoder layer's step by the methods people ask about, in two minutes,
-with a verdict.
+"""``python -m bench quick``: a decoder layer's step by the methods people ask about, in two minutes, with a verdict.
 
-Every row's steps are timed in turn with those of its own floor, behind the gate. Nothing is written
-unless asked.
-"""
+Every row's steps are timed in turn with those of its own floor, behind the gate. Nothing is written unless asked."""
 
 import functools
 import math

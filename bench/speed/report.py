@@ -72,8 +72,8 @@ def _pictures(device: Groups, folder: Path) -> list[Path]:
 
 
 def write_reports(results: Path, root: Path = ROOT) -> str:
-    """Write ``bench/RESULTS.md``, the plots, and the marked tables of ``README.md`` and
-    ``bench/README.md``; returns the first."""
+    """Write ``bench/RESULTS.md``, the plots, and the marked tables of ``README.md`` and ``bench/README.md``; returns
+    the first."""
     groups = load(results)
     if not groups:
         raise ValueError(f"{results} holds no results")

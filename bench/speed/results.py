@@ -1,8 +1,7 @@
 """The rows of the speed suites, by device and state of the code.
 
-A run goes on in the rows that the same code wrote in the same environment, and measures only what
-it lacks. They are named after a commit; later ones that change nothing that is measured go on.
-"""
+A run goes on in the rows that the same code wrote in the same environment, and measures only what it lacks. They are
+named after a commit; later ones that change nothing that is measured go on."""
 
 import json
 from pathlib import Path

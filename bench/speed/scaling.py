@@ -23,11 +23,9 @@ NEVER = 10**9  # steps
 def run_relocalization(
     model: str, batch: int, context: int, device: torch.device, dtype: torch.dtype
 ) -> dict:
-    """What localization costs one decoder layer: a step outside its slot, one inside, and one that
-    ends with a move.
+    """What localization costs one decoder layer: a step outside its slot, one inside, and one that ends with a move.
 
-    The moving layer's slot is one step long, so that every step ends one.
-    """
+    The moving layer's slot is one step long, so that every step ends one."""
     rows: dict[str, Any] = {}
     for name, period in (("resting", NEVER), ("observing", NEVER), ("moving", 1)):
         torch.manual_seed(0)

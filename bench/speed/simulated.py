@@ -1,9 +1,6 @@
-"""The memory model against the bytes of live tensors, at full size and without a GPU: shapes under
-FakeTensorMode.
+"""The memory model against the bytes of live tensors, at full size and without a GPU: shapes under FakeTensorMode.
 
-On a GPU the model suite holds the same estimates against the allocator's peak. No figure here is a
-time.
-"""
+On a GPU the model suite holds the same estimates against the allocator's peak. No figure here is a time."""
 
 import contextlib
 import dataclasses
@@ -27,8 +24,7 @@ from .models import build_model, shape_of
 
 
 def _convert(module: nn.Module, *arguments: Any, **keywords: Any) -> nn.Module:
-    """``nn.Module.to`` for fake parameters, which torch cannot swap: replaces those whose dtype
-    changes."""
+    """``nn.Module.to`` for fake parameters, which torch cannot swap: replaces those whose dtype changes."""
     dtype = torch._C._nn._parse_to(*arguments, **keywords)[1]
     for part in module.modules():
         for name, parameter in list(part._parameters.items()):
@@ -47,8 +43,7 @@ def simulated() -> Iterator[LiveBytes]:
 
 
 def simulate(run: Run, steps: int = 2, **changes: Any) -> dict[str, int]:
-    """Peak bytes of the last of ``steps`` steps of ``run`` in bfloat16; ``changes`` to the model's
-    config."""
+    """Peak bytes of the last of ``steps`` steps of ``run`` in bfloat16; ``changes`` to the model's config."""
     with simulated() as live:
         model = build_model(run.model, torch.device("cpu"), torch.bfloat16, **changes)
         # Under a GPU's SDPA there is no mask; transformers makes one when it sees tensors that it

@@ -10,8 +10,7 @@ PERIODS = (25, 50, 100, 150, 400)
 
 
 def series(rows: Rows, name: str) -> tuple[list[float], list[float]]:
-    """The swept values and what is plotted over them, sorted: ms over the floor for "p", else ms of
-    a step."""
+    """The swept values and what is plotted over them, sorted: ms over the floor for "p", else ms of a step."""
     points = []
     for row in rows:
         if row["id"]["name"] == name:
@@ -33,8 +32,7 @@ def fit_line(x: list[float], y: list[float]) -> tuple[float, float]:
 
 
 def localization_share(row: dict[str, Any], period: int) -> float:
-    """Share of a step that goes to localization: one layer of many observes, and moves once in
-    ``period`` steps."""
+    """Share of a step that goes to localization: one layer of many observes, and moves once in ``period`` steps."""
     resting = row["resting"]["total"]["ms"]
     localizing = row["observing"]["total"]["ms"] - resting + row["relocalization_ms"] / period
     return localizing / (row["layers"] * resting + localizing)

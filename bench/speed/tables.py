@@ -62,8 +62,7 @@ def _with_spread(timing: dict[str, Any], scale: float = 1.0) -> str:
 
 
 def over_floor(row: Row) -> float:
-    """Median of the steps' ratios, each to a floor's step beside it; before they were kept, the
-    medians' ratio."""
+    """Median of the steps' ratios, each to a floor's step beside it; before they were kept, the medians' ratio."""
     return row["over_floor"]["median"] if "over_floor" in row else _ratio(row)
 
 
@@ -212,8 +211,7 @@ def table14(rows: Rows) -> str:
 
 
 def memory(rows: Rows) -> str:
-    """The memory model against what was measured: the allocator on a GPU, live tensors of a
-    simulated run elsewhere."""
+    """The memory model against what was measured: the allocator on a GPU, live tensors of a simulated run elsewhere."""
     body = []
     for row in [*_select(rows, "model"), *_select(rows, "memory")]:
         if row["status"] != "ok" or not row.get("predicted_bytes"):
@@ -230,8 +228,8 @@ def memory(rows: Rows) -> str:
 
 
 def ops(rows: Rows) -> str:
-    """On a CPU without a roof, which forms that stay in the cache exceed, and without a verdict: ours
-    is eager torch there."""
+    """On a CPU without a roof, which forms that stay in the cache exceed, and without a verdict: ours is eager torch
+    there."""
     chosen, body = [*_select(rows, "ops"), *_select(rows, "variants")], []
     gpu = any(row.get("kind") != "CPU" for row in chosen)
     head = ["op", "size", "form", "ms", "GB/s", "TFLOP/s"]

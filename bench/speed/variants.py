@@ -1,16 +1,12 @@
-"""Forms of one kernel side by side: timed on a GPU; without one, by their machine code and by
-counts.
+"""Forms of one kernel side by side: timed on a GPU; without one, by their machine code and by counts.
 
-``python -m bench variants``. The package chooses by
-``losia_kernels.kernels.launch.choose_subnet_grad``; "ours" is its choice, the others ask for a form
-by ``override_config``.
+``python -m bench variants``. The package chooses by ``losia_kernels.kernels.launch.choose_subnet_grad``; "ours" is its
+choice, the others ask for a form by ``override_config``.
 
-Predicted before any of it was measured, for an H200, up_proj at p = 1/8, over one read of dy at
-copy bandwidth: single entries, "fused_wide" 1.3 to 1.7, "gathered" 1.5 to 1.9, "fused" 1.6 to 2.2,
-each slower by a fifth or more with nothing loaded ahead; runs of 16, "fused" 0.5 to 0.7 and first.
-The gather beside dx hides at most itself, 0.05 ms of 1.0, and loses where it takes multiprocessors
-from dx.
-"""
+Predicted before any of it was measured, for an H200, up_proj at p = 1/8, over one read of dy at copy bandwidth: single
+entries, "fused_wide" 1.3 to 1.7, "gathered" 1.5 to 1.9, "fused" 1.6 to 2.2, each slower by a fifth or more with nothing
+loaded ahead; runs of 16, "fused" 0.5 to 0.7 and first. The gather beside dx hides at most itself, 0.05 ms of 1.0, and
+loses where it takes multiprocessors from dx."""
 
 import functools
 import itertools
@@ -87,8 +83,7 @@ def subnet_grad(shape, p, tokens, dtype, alignment: int) -> OpCase:
 
 
 class GatherBesideProduct:
-    """dx on this stream while dy's columns are gathered on another; then the dense product of the
-    gathered parts."""
+    """dx on this stream while dy's columns are gathered on another; then the dense product of the gathered parts."""
 
     def __init__(self, alignment: int):
         self.alignment = alignment
@@ -110,8 +105,7 @@ class GatherBesideProduct:
 
 
 def backward(shape, p, tokens, dtype, alignment: int) -> OpCase:
-    """dx and the subnet's gradient, as a layer's backward makes them: in order, or the gather
-    beside dx."""
+    """dx and the subnet's gradient, as a layer's backward makes them: in order, or the gather beside dx."""
 
     def ours(dy, x, weight, out_idx):
         return [dy @ weight, ops.subnet_grad(dy, x, out_idx, None, alignment)]
@@ -152,8 +146,7 @@ def jobs(device: torch.device, dtype: torch.dtype) -> Iterator[Job]:
 
 
 def programs_at_once(arch: str, registers: int, shared: int, warps: int) -> int | None:
-    """Programs that one multiprocessor holds, by registers and shared memory; None for an AMD
-    device."""
+    """Programs that one multiprocessor holds, by registers and shared memory; None for an AMD device."""
     if arch not in SHARED:
         return None
     by_shared = SHARED[arch] * 1024 // (shared + 1024)
@@ -196,8 +189,7 @@ def _machine_code(
 
 
 def report(archs: tuple[str, ...] = ARCHS, tokens: int = 8192, p: float = 1 / 8) -> str:
-    """All that a machine without a GPU can say of the forms: machine code of up_proj's gradient,
-    then the counts."""
+    """All that a machine without a GPU can say of the forms: machine code of up_proj's gradient, then the counts."""
     shape = shape_of("llama-2-7b").linears["up_proj"]
     lines = [
         "Compiled, not run. bfloat16, LLaMA-2 7B up_proj, p = 1/8, 8,192 tokens; * is the form chosen; accesses to",

@@ -1,9 +1,7 @@
-"""What only a GPU's run executes, executed here: every tensor that asks for a GPU is made on the
-CPU instead.
+"""What only a GPU's run executes, executed here: every tensor that asks for a GPU is made on the CPU instead.
 
-It holds that these lines run, hand over what they should and end in whole rows. It says nothing
-about kernels, devices, times or bytes: only a GPU does.
-"""
+It holds that these lines run, hand over what they should and end in whole rows. It says nothing about kernels, devices,
+times or bytes: only a GPU does."""
 
 import contextlib
 import importlib.util
@@ -55,8 +53,7 @@ class Event:
 
 
 class Allocator:
-    """What ``torch.cuda`` says of memory: 3 GB, and a peak of ``peak`` bytes since the last
-    reset."""
+    """What ``torch.cuda`` says of memory: 3 GB, and a peak of ``peak`` bytes since the last reset."""
 
     def __init__(self):
         self.peak, self.resets = 5 * 10**9, 0
@@ -67,8 +64,7 @@ class Allocator:
 
 @pytest.fixture
 def pretended(monkeypatch, tiny):
-    """A GPU on paper, the models tiny; returns its allocator and the cycles it was asked to
-    spin."""
+    """A GPU on paper, the models tiny; returns its allocator and the cycles it was asked to spin."""
     # before they are told of a GPU, which their own dependencies would look into
     for peer in ("peft", "galore_torch"):
         with contextlib.suppress(MissingPeer):

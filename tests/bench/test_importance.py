@@ -1,5 +1,4 @@
-"""Rank factors by importance: within the budget, and never capturing less than one factor for
-all."""
+"""Rank factors by importance: within the budget, and never capturing less than one factor for all."""
 
 import itertools
 

@@ -1,5 +1,4 @@
-"""The output layer's rows: gated, at every share of the vocabulary; a wrong gradient gives no
-figure."""
+"""The output layer's rows: gated, at every share of the vocabulary; a wrong gradient gives no figure."""
 
 import pytest
 import torch

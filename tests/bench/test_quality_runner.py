@@ -172,8 +172,7 @@ def test_a_run_made_again_is_told_beside_the_studys(tmp_path, ran):
 
 
 def test_several_at_a_time_wait_for_what_they_need(tmp_path, monkeypatch):
-    """The finals come after the whole search though there is a worker that has nothing else to
-    do."""
+    """The finals come after the whole search though there is a worker that has nothing else to do."""
     together, running, order = threading.Barrier(2), [], []
 
     def carry_out(run, store):
@@ -255,8 +254,7 @@ def _die_in_the_second(run, store):
 
 
 @pytest.mark.parametrize(
-    "words",
-    ["--jobs 0", "--jobs 2 --quiet-machine", "--only [", "--model nowhere --jobs 2"],
+    "words", ["--jobs 0", "--jobs 2 --quiet-machine", "--only [", "--model nowhere --jobs 2"]
 )
 def test_what_cannot_be_is_refused_before_anything_runs(words, tmp_path, capsys):
     words = words.split()

@@ -1,5 +1,4 @@
-"""Every method and every variant trains and gives a plain model back; the reference agrees;
-sequences are scored."""
+"""Every method and every variant trains and gives a plain model back; the reference agrees; sequences are scored."""
 
 import pytest
 import torch
@@ -104,8 +103,7 @@ def test_every_variant_differs_from_the_default(variant, base, plain_runs):
 
 
 def test_ways_of_rounding_differ(base):
-    """Weights after a few small updates, most of which a 16-bit value cannot hold: only a master
-    keeps them all."""
+    """Weights after a few small updates, most of which a 16-bit value cannot hold: only a master keeps them all."""
     curves = [
         training.carry_out(run_of("losia-p8", name, steps=6, lr=1e-4), base)["curve"]
         for name in ("bf16", "bf16-stochastic", "bf16-nearest")

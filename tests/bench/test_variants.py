@@ -1,5 +1,4 @@
-"""Forms of one kernel side by side: all give the same result, and the counts are those of the
-shapes."""
+"""Forms of one kernel side by side: all give the same result, and the counts are those of the shapes."""
 
 import re
 
