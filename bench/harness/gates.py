@@ -14,7 +14,6 @@ class RedGate(Exception):
 
 
 def max_error(value: Tensor, truth: Tensor) -> float:
-    """Largest absolute difference; infinite where a value is not finite."""
     error = (value.double() - truth.double()).abs().max().item() if value.numel() else 0.0
     return error if error == error else float("inf")
 

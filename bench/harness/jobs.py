@@ -75,7 +75,6 @@ class Clock:
         return self.longest.get(kind(job.key), job.seconds * self.pace.get(job.suite, 1.0))
 
     def left(self) -> float:
-        """Seconds of the limit."""
         spent = time.monotonic() - self.started
         return float("inf") if self.limit is None else 60 * self.limit - spent
 
@@ -197,7 +196,6 @@ def minutes_and_seconds(seconds: float) -> str:
 
 
 def describe(row: dict[str, Any]) -> str:
-    """One line for the terminal."""
     found = row["id"]
     settings = " ".join(f"{key}={found[key]}" for key in found if key not in ("suite", "name"))
     outcome = f"{row['total']['ms']:.4g} ms" if "total" in row else row["status"]

@@ -23,8 +23,6 @@ AMD_BYTES |= {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
 
 
 class OfflineDriver:
-    """What JITFunction asks of the active driver before it compiles."""
-
     def __init__(self, arch: str):
         nvidia = arch.startswith("sm_")
         self.target = GPUTarget("cuda", int(arch[3:]), 32) if nvidia else GPUTarget("hip", arch, 64)

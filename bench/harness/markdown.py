@@ -15,7 +15,6 @@ def table(head: str | Iterable[str], body: Iterable[Iterable[str]]) -> str:
 
 
 def number(value: float, digits: int = 4) -> str:
-    """``digits`` significant ones, no exponent."""
     if value == 0:
         return "0"
     text = f"{value:.{digits}g}"

@@ -126,7 +126,6 @@ class Roof:
 
 @functools.cache
 def measure_roof(device: torch.device, dtype: torch.dtype) -> Roof:
-    """A device-to-device copy and large matrix products, of random data: zeros multiply faster."""
     big = device.type == "cuda"
     product = _matmul_tflops(device, dtype, 8192 if big else 1024)
     return Roof(_copy_gbs(device, 2**30 if big else 2**26), product)

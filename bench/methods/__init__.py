@@ -28,7 +28,6 @@ LATE = ("pissa", "lora-defaults", "galore-per-layer")  # slow to prepare, or les
 
 
 def get_method(name: str) -> Method:
-    """Raises UnknownMethod, listing the methods there are."""
     if name not in METHODS:
         raise UnknownMethod(f"unknown method {name!r}; the methods are {', '.join(METHODS)}")
     return METHODS[name]

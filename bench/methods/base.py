@@ -116,7 +116,6 @@ def placeholder_bitsandbytes() -> Iterator[None]:
 
 
 def import_peer(module: str) -> types.ModuleType:
-    """Raises MissingPeer, saying why, when ``module`` cannot be imported."""
     try:
         if not module.startswith("galore_torch"):
             return importlib.import_module(module)

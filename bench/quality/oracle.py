@@ -89,7 +89,6 @@ def _reference(trained: Prepared, options: Options, initial: dict, base: Base):
 
 
 def _shared(first: tuple, second: tuple) -> float:
-    """The part of a subnet's weights that is in the other one too."""
     share = 1.0
     for mine, other in zip(first, second, strict=True):
         share *= len(set(mine.tolist()) & set(other.tolist())) / len(mine)

@@ -13,7 +13,6 @@ EXACT_UP_TO = 14  # differences of which all sign patterns are gone through
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation; of one value no spread."""
     mean = sum(values) / len(values)
     if len(values) < 2:
         return mean, None

@@ -144,7 +144,6 @@ def one_scale(everything: Results, scale: Scale, store: Store) -> str:
 
 
 def remaining(scale: Scale, store: Store) -> str:
-    """How much of the study these figures are."""
     runs = study(scale) + timings(scale)
     counts, missing = Counter(map(_part, runs)), Counter()
     for run in runs:
@@ -160,7 +159,6 @@ def _part(run: Run) -> str:
 
 
 def origin(results: Results) -> str:
-    """Which machines, versions and commits the figures come from."""
     origins = [result["provenance"] for result in results]
 
     def found(key: str, length: int | None = None) -> str:

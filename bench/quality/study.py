@@ -46,7 +46,6 @@ class Run:
 
     @property
     def id(self) -> str:
-        """What its result is found by."""
         last = f"lr{self.lr:.0e}" if self.kind == "search" else f"seed{self.seed}"
         parts = self.scale, self.task, self.kind, self.method, self.variant, last
         return "_".join(filter(None, parts))

@@ -16,7 +16,6 @@ Results = list[dict[str, Any]]
 
 
 def of(results: Results, **wanted: Any) -> Results:
-    """Those whose run has these values, by seed."""
     found = [r for r in results if all(r["run"][key] == value for key, value in wanted.items())]
     return sorted(found, key=lambda result: result["run"]["seed"])
 
@@ -26,7 +25,6 @@ def main_runs(results: Results, task: str) -> dict[str, Results]:
 
 
 def show(values: list[float], digits: int = 2) -> str:
-    """Mean ± spread, and how many where it is not three."""
     if not values:
         return ""
     mean, spread = mean_and_spread(values)
@@ -59,7 +57,6 @@ def title(method: str, variant: str = "") -> str:
 
 
 def groups_of(results: Results, task: str) -> list[str]:
-    """Groups of items that are kept apart, such as irregular verbs."""
     scored = of(results, task=task, kind="untrained") or of(results, task=task, kind="main")
     return [group for group in (scored[0]["scores"]["held_out"] if scored else {}) if group]
 
@@ -103,7 +100,6 @@ def _items(result: dict[str, Any]) -> list[tuple[tuple, str]]:
 
 
 def quality(results: Results, task: str) -> str:
-    """All methods on a task at equal steps: what was gained, and what was lost elsewhere."""
     groups = groups_of(results, task)
     others = [name for name in ("english", "code") if name != task]
     head = ["method", "lr", f"{TASKS[task].unit}, %", *(f"{group}, %" for group in groups)]
@@ -156,7 +152,6 @@ def comparison(results: Results, task: str, group: str = "") -> str:
 
 
 def trials_of(results: Results, task: str, method: str) -> dict[float, float]:
-    """The cost of each learning rate on the search split."""
     found = of(results, task=task, kind="search", method=method)
     return {r["run"]["lr"]: r["scores"]["search"][""]["nll"] for r in found}
 
@@ -210,7 +205,6 @@ def overview(results: Results, tasks: list[str]) -> str:
 
 
 def english_after(runs: Results) -> float | None:
-    """Mean cost of a token of English after these runs."""
     return sum(r["scores"]["english"][""]["nll"] for r in runs) / len(runs) if runs else None
 
 

@@ -72,7 +72,6 @@ def past_tense() -> Splits:
 
 
 def plural() -> Splits:
-    """Nouns of one word with their plurals."""
     nouns: dict[str, tuple[str, ...]] = {}
     with gzip.open(_package_folder("lemminflect") / "resources" / "infl_lu.csv.gz", "rt") as file:
         for entry in csv.reader(file):

@@ -67,7 +67,6 @@ def observing(tokens: int, out: int, inner: int, epilogue: bool) -> Counts:
 
 
 def floor_us(model: str, tokens: int) -> float:
-    """Least time of the forward and dx of all of a model's linears."""
     shape = shape_of(model)
     return 4 * tokens * shape.layers * shape.block_weights / MATMUL_TFLOPS / 1e6
 
@@ -81,7 +80,6 @@ def localization_share(model: str, tokens: int, epilogue: bool) -> float:
 
 
 def table_subnet_grad(arch: str = "sm_90", tokens: int = 8192, p: float = 1 / 8) -> str:
-    """Every form for every linear of LLaMA-2 7B, single entries and runs of 16."""
     lines = [
         "linear     alignment form              memory MB  to cores MB  GFLOP  launches  least us  over one dy"
     ]
@@ -144,6 +142,5 @@ def table_saved_inputs(model: str = "llama-2-7b", tokens: int = 8192) -> str:
 
 
 def report() -> str:
-    """All tables."""
     tables = table_subnet_grad, table_observing, table_saved_inputs, table_fusions
     return "\n\n".join(table() for table in tables)

@@ -16,7 +16,7 @@ from ..harness.live_bytes import SavedBytes, peak_bytes
 from ..harness.timing import Timing, measure, rotation, samples
 from ..methods import DEFAULTS, LATE, LAYER_METHODS, Options, Prepared, get_method
 from ..methods.galore import project_once
-from .models import GPU_BATCH, GPU_CONTEXT, STACKS, build_stack, shape_of
+from .models import GPU_BATCH, GPU_CONTEXT, STACKS, build_stack, name_of, shape_of
 
 
 class Inputs:
@@ -174,7 +174,7 @@ def place(device: torch.device) -> tuple[str, int, int]:
 def jobs(
     device: torch.device, dtype: torch.dtype, methods: tuple[str, ...] = LAYER_METHODS
 ) -> Iterator[Job]:
-    gpu, dtype_name = device.type == "cuda", str(dtype).removeprefix("torch.")
+    gpu, dtype_name = device.type == "cuda", name_of(dtype)
     first, batch, context = place(device)
     for turn, model in enumerate((first, "gemma-2b", "llama-2-13b") if gpu else (first,)):
         for stack in reversed(STACKS):

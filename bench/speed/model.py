@@ -17,15 +17,13 @@ from ..harness.timing import measure
 from ..methods import DEFAULTS, LATE, MODEL_METHODS, Options, Prepared, get_method
 from .layer import run_step
 from .memory import SETTINGS, Setting, estimate
-from .models import GPU_BATCH, GPU_CONTEXT, build_model, shape_of
+from .models import GPU_BATCH, GPU_CONTEXT, build_model, name_of, shape_of
 
 GATE_TOKENS = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One row's setting."""
-
     method: str
     model: str
     batch: int
@@ -36,11 +34,10 @@ class Run:
     def settings(self, dtype: torch.dtype) -> dict[str, Any]:
         values = {key: getattr(self, key) for key in ("model", "batch", "context", "checkpointing")}
         values |= {key: getattr(self.options, key) for key in get_method(self.method).options}
-        return {**values, "dtype": str(dtype).removeprefix("torch.")}
+        return {**values, "dtype": name_of(dtype)}
 
 
 def setting_of(run: Run) -> Setting | None:
-    """The memory model's of ``run``; None for a method that it does not know."""
     if run.method not in SETTINGS:
         return None
     setting, read = SETTINGS[run.method], get_method(run.method).options

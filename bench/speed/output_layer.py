@@ -19,6 +19,7 @@ from ..harness.gates import gate_relative
 from ..harness.jobs import Job, MissingPeer
 from ..harness.live_bytes import peak_bytes
 from ..harness.timing import measure
+from .models import name_of
 
 GATE_TOKENS = 256
 ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 0.02}  # relative, in Frobenius norms
@@ -114,7 +115,6 @@ METHODS = {
 
 
 def gate(method: Callable[[Inputs], Gradients], inputs: Inputs) -> list[dict[str, float]]:
-    """Raises RedGate if the loss or a gradient is not what float64 says."""
     part = inputs.first(GATE_TOKENS)
     hidden = part.hidden.detach().double().requires_grad_()
     weight = part.weight.double().requires_grad_()
@@ -148,7 +148,7 @@ def jobs(device: torch.device, dtype: torch.dtype) -> Iterator[Job]:
         if name != "losia" and 0 < p_o < 1:
             continue
         size = {"tokens": 8192 if gpu else 512, "vocabulary": vocabulary}
-        settings = {**size, "hidden": width, "p_o": p_o, "dtype": str(dtype).removeprefix("torch.")}
+        settings = {**size, "hidden": width, "p_o": p_o, "dtype": name_of(dtype)}
 
         def job(name=name, size=size, width=width, p_o=p_o) -> dict[str, Any]:
             return run(METHODS[name], Inputs.make(**size, width=width, p_o=p_o, **at), device)

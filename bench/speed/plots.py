@@ -31,7 +31,6 @@ def picture_paths(groups: list[dict[str, Any]], folder: Path) -> list[Path]:
 
 
 def _model_rows(rows: list[dict], checkpointing: bool) -> list[dict]:
-    """The default runs of the first model, in the methods' order."""
     wanted = {"suite": "model", "checkpointing": checkpointing}
     chosen = [row for row in rows if all(row["id"].get(k) == v for k, v in wanted.items())]
     same = [[row["id"][key] for key in ("model", "batch")] for row in chosen]
@@ -41,7 +40,6 @@ def _model_rows(rows: list[dict], checkpointing: bool) -> list[dict]:
 
 
 def _bars(figure, rows: list[dict], fill: Callable) -> bool:
-    """A place for runs with, and one for runs without checkpointing."""
     found = [chosen for each in (True, False) if (chosen := _model_rows(rows, each))]
     for place, chosen in enumerate(found):
         axes, first = figure.add_subplot(1, len(found), place + 1), chosen[0]["id"]

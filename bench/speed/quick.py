@@ -15,7 +15,7 @@ from ..harness.provenance import origin, provenance
 from ..harness.store import append
 from ..methods import METHODS
 from .layer import place, run_layer
-from .models import shape_of
+from .models import name_of, shape_of
 from .ops import run_op
 from .tables import mean_over_floor, over_floor
 
@@ -31,7 +31,7 @@ def jobs(device: torch.device) -> list[Job]:
     gpu = device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
     model, batch, context = place(device)
-    name = str(dtype).removeprefix("torch.")
+    name = name_of(dtype)
     size = {"model": model, "batch": batch, "context": context, "dtype": name}
     found = []
     for rank, method in enumerate(METHODS_SHOWN):
@@ -64,7 +64,6 @@ def main(device: torch.device, output: Path | None = None) -> int:
 
 
 def report(rows: list[dict[str, Any]], layers: int) -> str:
-    """The tables, and the verdict on the model's mean layer."""
     body, kernels = [], []
     for row in rows:
         name = row["id"]["name"]

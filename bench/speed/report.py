@@ -45,7 +45,6 @@ def newest_table(name: str, groups: Groups) -> str:
 
 
 def render(groups: Groups) -> str:
-    """All tables of one device."""
     provenance = groups[0]["provenance"]
     parts = [f"## {provenance['device']} ({provenance['kind']})"]
     tables = ((title, newest_table(name, groups)) for name, (title, _) in TABLES.items())
@@ -53,8 +52,6 @@ def render(groups: Groups) -> str:
 
 
 def fill_page(text: str, groups: Groups) -> str:
-    """``text`` with its marked tables made anew, of the first device that has one."""
-
     def content(name: str) -> str:
         found = (newest_table(name, device) for device in by_device(groups))
         return next(filter(None, found), "not measured yet")

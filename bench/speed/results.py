@@ -51,7 +51,6 @@ class Results:
         return next(found, None)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Keep ``row``, which its ``id`` identifies, and write it."""
         same = _identity(row["id"])
         self.rows = [old for old in self.rows if _identity(old["id"]) != same] + [row]
         append(self.path, {**row, "provenance": self.provenance})

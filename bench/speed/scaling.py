@@ -15,7 +15,7 @@ from ..harness.timing import measure
 from ..methods import Options, Prepared
 from .layer import Inputs, backward_dx, place, run_layer, step_phases
 from .model import Run, run_model
-from .models import build_stack, shape_of
+from .models import build_stack, name_of, shape_of
 
 NEVER = 10**9  # steps
 
@@ -63,7 +63,7 @@ def run_relocalization(
 def jobs(device: torch.device, dtype: torch.dtype) -> Iterator[Job]:
     gpu = device.type == "cuda"
     model, batch, context = place(device)
-    common = {"model": model, "dtype": str(dtype).removeprefix("torch.")}
+    common = {"model": model, "dtype": name_of(dtype)}
     size = {**common, "batch": batch, "context": context}
     moving = functools.partial(run_relocalization, model, batch, context, device, dtype)
     yield Job("scaling", "relocalization", size, moving, 50)

@@ -59,7 +59,6 @@ def simulate(run: Run, steps: int = 2, **changes: Any) -> dict[str, int]:
 
 
 def compare(run: Run, **changes: Any) -> dict[str, Any]:
-    """The estimate beside the simulated peak."""
     names = {"num_hidden_layers": "layers", "vocab_size": "vocabulary"}
     shape = dataclasses.replace(
         shape_of(run.model), **{names[key]: value for key, value in changes.items()}

@@ -26,7 +26,6 @@ def scaled(name: str, value: float) -> float:
 
 
 def fit_line(x: list[float], y: list[float]) -> tuple[float, float]:
-    """Slope and intercept of least squares."""
     slope, intercept = np.polyfit(x, y, 1)
     return float(slope), float(intercept)
 

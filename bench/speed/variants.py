@@ -19,9 +19,10 @@ from torch import Tensor
 from losia_kernels import ops
 from losia_kernels.kernels.launch import SUBNET_GRAD_VARIANTS, choose_config, override_config
 from losia_kernels.layers.subnet import Subnet
+from losia_kernels.ops.subnet_grad import subnet_grad_plain
 
 from ..harness.jobs import Job
-from . import counts, plain
+from . import counts
 from .models import shape_of
 from .ops import OpCase, run_case
 
@@ -74,7 +75,7 @@ def subnet_grad(shape, p, tokens, dtype, alignment: int) -> OpCase:
         for variant in ("fused", "fused_wide")
         if alignment == 1
     }
-    forms = _forms(ours, lambda dy, x, weight, o: plain.subnet_grad_plain(dy, x, o, None), **ahead)
+    forms = _forms(ours, lambda dy, x, weight, o: subnet_grad_plain(dy, x, o, None), **ahead)
 
     def truth(dy, x, weight, out_idx):
         return dy[:, out_idx].double().T @ x.double()
@@ -111,7 +112,7 @@ def backward(shape, p, tokens, dtype, alignment: int) -> OpCase:
         return [dy @ weight, ops.subnet_grad(dy, x, out_idx, None, alignment)]
 
     def eager(dy, x, weight, out_idx):
-        return [dy @ weight, plain.subnet_grad_plain(dy, x, out_idx, None)]
+        return [dy @ weight, subnet_grad_plain(dy, x, out_idx, None)]
 
     def truth(dy, x, weight, out_idx):
         return [dy.double() @ weight.double(), dy[:, out_idx].double().T @ x.double()]
@@ -130,7 +131,6 @@ def run_variant(
 
 
 def jobs(device: torch.device, dtype: torch.dtype) -> Iterator[Job]:
-    """Timed rows; none without a GPU."""
     if device.type != "cuda":
         return
     for name, linear, alignment, p in itertools.product(CASES, LINEARS, (1, 16), (1 / 8, 1 / 4)):
