@@ -56,13 +56,15 @@ def subnet_grad(
     return Counts(dy + x + partials, dy * tiles_in + x_read, flops, 1)
 
 
-def observing(tokens: int, out: int, inner: int, epilogue: bool) -> Counts:
-    """What an observing layer does on top of its dx and its subnet's gradient: dense gradient and importance.
+def weight_bytes(epilogue: bool) -> int:
+    """Of an observing weight: itself, both states read and written; the gradient, unless it stays in its product."""
+    return BF16 + 4 * FLOAT32 + (0 if epilogue else 2 * BF16)
 
-    ``epilogue``: importance inside the gradient's product, so that the gradient is neither written nor read."""
-    # the weight, and both states read and written; the gradient
-    of_weight = BF16 + 4 * FLOAT32 + (0 if epilogue else 2 * BF16)
-    moved = BF16 * tokens * (out + inner) + of_weight * out * inner
+
+def observing(tokens: int, out: int, inner: int, epilogue: bool) -> Counts:
+    """What an observing layer does on top of its dx and its subnet's gradient: dense gradient and importance, which an
+    ``epilogue`` computes inside the gradient's product."""
+    moved = BF16 * tokens * (out + inner) + weight_bytes(epilogue) * out * inner
     return Counts(moved, moved, 2 * tokens * out * inner, 1 if epilogue else 2)
 
 
@@ -99,14 +101,11 @@ def table_subnet_grad(arch: str = "sm_90", tokens: int = 8192, p: float = 1 / 8)
 
 def table_observing(model: str = "llama-2-7b", tokens: int = 8192) -> str:
     """The fused pass beside an epilogue: bytes a weight, and the share of a step at the model's number of layers."""
-    layers = shape_of(model).layers
-    lines = [
-        f"observing, {model}, {tokens} tokens, L = {layers}: share of the frozen floor of a step (linears)"
-    ]
+    where = f"observing, {model}, {tokens} tokens, L = {shape_of(model).layers}"
+    lines = [f"{where}: share of the frozen floor of a step (linears)"]
     for name, epilogue in (("gradient, then fused pass", False), ("importance as epilogue", True)):
-        weights = BF16 + 4 * FLOAT32 + (0 if epilogue else 2 * BF16)
         share = 100 * localization_share(model, tokens, epilogue)
-        lines.append(f"  {name:26} {weights} bytes a weight, {share:.2f} %")
+        lines.append(f"  {name:26} {weight_bytes(epilogue)} bytes a weight, {share:.2f} %")
     return "\n".join(lines)
 
 

@@ -116,10 +116,8 @@ def aligned(markdown: str) -> str:
     lines = [line.split("|")[1:-1] for line in markdown.splitlines()]
     rows = [[cell.strip() for cell in line] for line in lines[:1] + lines[2:]]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            c.rjust(w) if i else c.ljust(w)
-            for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
+    lines = []
+    for first, *others in rows:
+        cells = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+        lines.append("  ".join([first.ljust(widths[0]), *cells]) if widths else "")
+    return "\n".join(lines)

@@ -5,6 +5,7 @@ On a GPU the model suite holds the same estimates against the allocator's peak. 
 import contextlib
 import dataclasses
 import functools
+import itertools
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -29,9 +30,8 @@ def _convert(module: nn.Module, *arguments: Any, **keywords: Any) -> nn.Module:
     for part in module.modules():
         for name, parameter in list(part._parameters.items()):
             if parameter is not None and dtype is not None and parameter.dtype != dtype:
-                part._parameters[name] = nn.Parameter(
-                    parameter.detach().to(dtype), parameter.requires_grad
-                )
+                cast = parameter.detach().to(dtype)
+                part._parameters[name] = nn.Parameter(cast, parameter.requires_grad)
     return module
 
 
@@ -60,25 +60,22 @@ def simulate(run: Run, steps: int = 2, **changes: Any) -> dict[str, int]:
 
 def compare(run: Run, **changes: Any) -> dict[str, Any]:
     names = {"num_hidden_layers": "layers", "vocab_size": "vocabulary"}
-    shape = dataclasses.replace(
-        shape_of(run.model), **{names[key]: value for key, value in changes.items()}
-    )
-    found = estimate(shape, setting_of(run))
+    changed = {names[key]: value for key, value in changes.items()}
+    found = estimate(dataclasses.replace(shape_of(run.model), **changed), setting_of(run))
     parts = {"predicted_bytes": found.total, "parts": dataclasses.asdict(found)}
     return {**simulate(run, **changes), **parts}
 
 
 def _runs() -> Iterator[tuple[float, Run]]:
-    llama = ("llama-2-7b", 4, 2048)
+    llama, shares = ("llama-2-7b", 4, 2048), (1 / 16, 1 / 8, 1 / 4, 1 / 2)
     yield 28, Run("losia-pro", *llama, True, Options(1 / 8, 1 / 8))
     yield 28, Run("lora", *llama, True)
-    for method in "losia-pro lora lora-fp32 dora losia-dense full galore frozen".split():
-        for checkpointing in (True, False):
-            yield 85, Run(method, *llama, checkpointing)
-    for p_o in (1 / 8, 1.0):
-        for p in (1 / 16, 1 / 8, 1 / 4, 1 / 2):
-            yield 84, Run("losia-pro", *llama, True, Options(p, p_o))
-    for p in (1 / 16, 1 / 8, 1 / 4, 1 / 2):
+    methods = "losia-pro lora lora-fp32 dora losia-dense full galore frozen".split()
+    for method, checkpointing in itertools.product(methods, (True, False)):
+        yield 85, Run(method, *llama, checkpointing)
+    for p_o, p in itertools.product((1 / 8, 1.0), shares):
+        yield 84, Run("losia-pro", *llama, True, Options(p, p_o))
+    for p in shares:
         yield 83, Run("losia-pro-lean", *llama, True, Options(p, 1 / 8))
     for r in (16, 256, 1024):
         yield 86, Run("lora", *llama, True, Options(rank=r))
@@ -86,8 +83,6 @@ def _runs() -> Iterator[tuple[float, Run]]:
 
 def jobs(device: torch.device, dtype: torch.dtype) -> Iterator[Job]:
     """Without a GPU only: beside one, the model suite measures."""
-    if device.type == "cuda":
-        return
-    for priority, run in _runs():
+    for priority, run in _runs() if device.type != "cuda" else ():
         settings = run.settings(torch.bfloat16)
         yield Job("memory", run.method, settings, functools.partial(compare, run), priority)

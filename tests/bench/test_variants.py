@@ -13,9 +13,8 @@ SHAPE, TOKENS = (64, 48), 40
 
 
 @pytest.mark.parametrize("alignment", [1, 4])
-@pytest.mark.parametrize("name", variants.CASES)
-def test_every_form_passes_the_gate(name, alignment):
-    case = variants.CASES[name](SHAPE, 1 / 4, TOKENS, torch.float32, alignment)
+def test_every_form_passes_the_gate(alignment):
+    case = variants.subnet_grad(SHAPE, 1 / 4, TOKENS, torch.float32, alignment)
     inputs = case.inputs(torch.Generator().manual_seed(0))
     assert {"ours", "eager"} < case.forms.keys() and len(case.forms) >= 6
     for form in case.forms:
@@ -25,8 +24,7 @@ def test_every_form_passes_the_gate(name, alignment):
 def test_without_a_gpu_there_is_nothing_to_time():
     assert list(variants.jobs(torch.device("cpu"), torch.float32)) == []
     timed = list(variants.jobs(torch.device("cuda"), torch.bfloat16))
-    assert {job.name for job in timed} == set(variants.CASES)
-    assert len({str(job.key) for job in timed}) == len(timed)
+    assert len({str(job.key) for job in timed}) == len(timed) == 12
 
 
 @pytest.mark.parametrize("alignment", [1, 4, 16, 32])
