@@ -20,6 +20,7 @@ from losia_kernels.kernels.launch import override_arch
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 AMD_BYTES = {"ubyte": 1, "byte": 1, "ushort": 2, "short": 2}
 AMD_BYTES |= {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
+AMD_SPILLS = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
 
 
 class OfflineDriver:
@@ -55,18 +56,18 @@ def facts(kernel) -> dict[str, Any]:
     product = re.search(r"tt\.dot .*: tensor<\d+x\d+x(\w+)>", kernel.asm["ttir"])
     common = {"product_of": product and product[1], "shared": kernel.metadata.shared}
     if "cubin" not in kernel.asm:
-        return common | _amd_facts(kernel.asm["amdgcn"])
-    resources = dict(
-        re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _cuobjdump("--dump-resource-usage", kernel))
-    )
+        code = kernel.asm["amdgcn"]
+        said = {k: int(v) for k, v in re.findall(r"\.(\w+):\s+(\d+)$", code, re.MULTILINE)}
+        spills = sum(said[key] for key in AMD_SPILLS)
+        found = {"registers": said["vgpr_count"], "spills": spills}
+        return common | found | {"matrix_units": "v_mfma_" in code}
+    usage = _cuobjdump("--dump-resource-usage", kernel)
+    said = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     # half a second: only where it is asked for
     code = _cuobjdump("--dump-sass", kernel) if product else ""
-    return common | {
-        "registers": int(resources["REG"]),
-        "spills": int(resources["STACK"])
-        + int(resources["LOCAL"]),  # bytes of a stack frame: nothing else needs one
-        "matrix_units": bool(re.search(r"\b(HMMA|HGMMA|UTCHMMA)\b", code)),
-    }
+    spills = said["STACK"] + said["LOCAL"]  # bytes of a stack frame: nothing else needs one
+    units = bool(re.search(r"\b(HMMA|HGMMA|UTCHMMA)\b", code))
+    return common | {"registers": said["REG"], "spills": spills, "matrix_units": units}
 
 
 def accesses(kernel) -> dict[str, dict[int, int]]:
@@ -75,9 +76,8 @@ def accesses(kernel) -> dict[str, dict[int, int]]:
     found: dict[str, Counter] = {"load": Counter(), "copy": Counter(), "store": Counter()}
     if "cubin" in kernel.asm:
         kinds = {"LDG": "load", "LDGSTS": "copy", "STG": "store"}
-        for kind, modifiers in re.findall(
-            r"\b(LDG|LDGSTS|STG)\b([.\w]*)", _cuobjdump("--dump-sass", kernel)
-        ):
+        code = _cuobjdump("--dump-sass", kernel)
+        for kind, modifiers in re.findall(r"\b(LDG|LDGSTS|STG)\b([.\w]*)", code):
             found[kinds[kind]][_nvidia_bytes(modifiers.split("."))] += 1
     else:
         pattern = r"\b(?:global|buffer|flat)_(load|store)_(?:u|s)?(byte|short|dword(?:x\d)?)\w*"
@@ -98,18 +98,5 @@ def _cuobjdump(option: str, kernel) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        return subprocess.run(
-            [CUOBJDUMP, option, file.name], check=True, capture_output=True, text=True
-        ).stdout
-
-
-def _amd_facts(code: str) -> dict[str, Any]:
-    metadata = {
-        key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)$", code, re.MULTILINE)
-    }
-    spill_keys = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
-    return {
-        "registers": metadata["vgpr_count"],
-        "spills": sum(metadata[key] for key in spill_keys),
-        "matrix_units": "v_mfma_" in code,
-    }
+        words = [CUOBJDUMP, option, file.name]
+        return subprocess.run(words, check=True, capture_output=True, text=True).stdout

@@ -30,11 +30,9 @@ def score_items(model: nn.Module, tokenizer, items: list[Item], max_length: int)
     A line is right when each of its tokens is the most likely one after the right text before it: greedy decoding would
     have said it, up to the newline. Of several right completions any may match; the cost is that of the first."""
     model.eval()
-    texts = [
-        (number, text)
-        for number, item in enumerate(items)
-        for text in (item.completion, *item.also_right)
-    ]
+    texts = []
+    for number, item in enumerate(items):
+        texts += [(number, text) for text in (item.completion, *item.also_right)]
     encoded = [encode(tokenizer, items[number].prompt, text, max_length) for number, text in texts]
     order = sorted(range(len(texts)), key=lambda i: len(encoded[i].ids))
     found: dict[int, ItemScore] = {}

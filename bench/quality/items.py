@@ -93,13 +93,7 @@ def collate(encoded: list[Encoded], device: torch.device | str) -> dict[str, Ten
 
 
 def batches(
-    items: list[Item],
-    tokenizer,
-    size: int,
-    steps: int,
-    seed: int,
-    max_length: int,
-    device: torch.device | str,
+    items: list[Item], tokenizer, size: int, steps: int, seed: int, max_length: int, device
 ) -> Iterator[dict[str, Tensor]]:
     """``steps`` batches in the order that ``seed`` gives, the same for every method; epochs are shuffled anew."""
     generator = random.Random(seed)

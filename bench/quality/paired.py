@@ -84,28 +84,23 @@ def paired(first: list[dict], second: list[dict], value: str, group: str = "") -
     Raises ValueError if the two were scored on other items."""
     column = {"nll": 0, "right": 3}[value]
     by_seed = {result["run"]["seed"]: result for result in second}
-    pairs = [
-        (mine, by_seed[mine["run"]["seed"]]) for mine in first if mine["run"]["seed"] in by_seed
-    ]
+    seeds = ((mine, by_seed.get(mine["run"]["seed"])) for mine in first)
+    pairs = [(mine, other) for mine, other in seeds if other]
     if not pairs:
         return None
     if len({result["items"] for pair in pairs for result in pair}) > 1:
         raise ValueError("paired: scored on different items")
-    each = [
-        [
-            a[column] - b[column]
-            for a, b in zip(of_group(mine, group), of_group(other, group), strict=True)
-        ]
-        for mine, other in pairs
-    ]
+    each = []
+    for pair in pairs:
+        scores = zip(*(of_group(result, group) for result in pair), strict=True)
+        each.append([a[column] - b[column] for a, b in scores])
     means = [sum(values) / len(values) for values in each]
     return Paired([sum(values) / len(values) for values in zip(*each, strict=True)], means)
 
 
 def of_group(result: dict, group: str) -> list[list]:
     """The scores of the items of one group. Results without ``groups`` hold one group after another."""
-    groups = result.get("groups") or [
-        [name, score["items"]] for name, score in result["scores"]["held_out"].items()
-    ]
+    scores = result["scores"]["held_out"].items()
+    groups = result.get("groups") or [(name, score["items"]) for name, score in scores]
     names = [name for name, count in groups for _ in range(count)]
     return [score for score, name in zip(result["each"], names, strict=True) if name == group]

@@ -44,9 +44,8 @@ def _package_folder(package: str) -> Path:
 def _demo_task() -> types.ModuleType:
     """The demo's reader of verbs: examples/ is no package."""
     _package_folder("lemminflect")
-    spec = importlib.util.spec_from_file_location(
-        "past_tense_task", ROOT / "examples" / "past_tense" / "task.py"
-    )
+    path = ROOT / "examples" / "past_tense" / "task.py"
+    spec = importlib.util.spec_from_file_location("past_tense_task", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -108,9 +107,8 @@ def arithmetic(count: int = 20_000) -> Splits:
     problems: dict[str, Item] = {}
     while len(problems) < count:
         sign = generator.choices("+-*", (48, 48, 4))[0]
-        first, second = (
-            generator.randrange(2, limit) for limit in ((100, 10) if sign == "*" else (1000, 1000))
-        )
+        limits = (100, 10) if sign == "*" else (1000, 1000)
+        first, second = (generator.randrange(2, limit) for limit in limits)
         low, high = sorted((first, second))
         if sign == "-":
             first, second = high, low
@@ -127,25 +125,19 @@ LONGEST = 480  # characters of such a window: none is cut off
 def code() -> Splits:
     """Windows of the standard library's own sources; split by file, of which one window each is held out."""
     stdlib = Path(sysconfig.get_paths()["stdlib"])
-    left_out = set(
-        "test tests site-packages dist-packages idlelib pydoc_data lib2to3 encodings".split()
-    )
+    folders = "test tests site-packages dist-packages idlelib pydoc_data lib2to3 encodings"
+    left_out, generated = set(folders.split()), ("config-", "_sysconfigdata")
     items = []
     for path in sorted(stdlib.rglob("*.py")):
         name = path.relative_to(stdlib)
-        if left_out & set(name.parts) or any(
-            part.startswith(("config-", "_sysconfigdata")) for part in name.parts
-        ):
+        if left_out & set(name.parts) or any(part.startswith(generated) for part in name.parts):
             continue
         lines = path.read_text(encoding="utf-8", errors="ignore").splitlines(keepends=True)
         for start in range(0, len(lines) - WINDOW, WINDOW):
             window = lines[start : start + WINDOW]
             prompt, completion = "".join(window[:CONTEXT]), "".join(window[CONTEXT:])
-            if (
-                prompt.strip()
-                and 100 < len(completion.strip())
-                and len(prompt + completion) < LONGEST
-            ):
+            whole = 100 < len(completion.strip()) and len(prompt + completion) < LONGEST
+            if whole and prompt.strip():
                 items.append(Item(name.as_posix(), prompt, completion))
     return split_by_key(items, search=30, held_out=90)
 

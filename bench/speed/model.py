@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from losia_kernels.finetune.estimate import estimate
+
 from ..harness.gates import Reference
 from ..harness.jobs import Job, free_memory
 from ..harness.live_bytes import peak_bytes
 from ..harness.timing import measure
 from ..methods import DEFAULTS, LATE, MODEL_METHODS, Options, Prepared, get_method
 from .layer import run_step
-from .memory import SETTINGS, Setting, estimate
+from .memory import SETTINGS, Setting
 from .models import GPU_BATCH, GPU_CONTEXT, build_model, name_of, shape_of
 
 GATE_TOKENS = 256

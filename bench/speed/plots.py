@@ -82,7 +82,7 @@ def _scaling(figure, rows: list[dict]) -> bool:
         x, y = series(chosen, name)
         axes = figure.add_subplot(1, places, place + 1)
         axes.plot(x, y, "o")
-        slope, intercept = fit_line([scaled(name, value) for value in x], y)
+        slope, intercept = fit_line(name, x, y)
         fitted = [slope * scaled(name, value) + intercept for value in x]
         axes.plot(x, fitted, "--", label=f"{slope:.3g} ms / {UNITS[name]}")
         axes.legend(fontsize=7)

@@ -15,11 +15,12 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from losia_kernels.finetune.estimate import estimate
+
 from ..harness.jobs import Job
 from ..harness.live_bytes import LiveBytes
 from ..methods import Options
 from .layer import run_step
-from .memory import estimate
 from .model import Run, prepare, setting_of, step_phases
 from .models import build_model, shape_of
 
