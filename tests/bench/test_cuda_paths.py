@@ -166,14 +166,6 @@ def test_kernels_are_timed_behind_a_spin_longer_than_their_launch(pretended):
     assert found["a"].ms >= 2 > found["b"].ms and len(pretended.spins) == 4
 
 
-def test_inputs_are_rotated_past_the_l2(pretended):
-    assert timing.rotation(2**12, CUDA) == 9 and timing.rotation(2**20, CUDA) == 2
-
-
-def test_the_roof(pretended):
-    assert timing._copy_gbs(CUDA, 2**16) > 0 and timing._matmul_tflops(CUDA, BF16, 16) > 0
-
-
 @pytest.mark.slow
 def test_the_quick_table_on_a_gpu(pretended, fast, monkeypatch, capsys):
     """Kernels too, and a verdict; nothing is written."""

@@ -35,13 +35,9 @@ ORIGIN = {"quiet": True, "commit": "abc", "device": "test"}
 def fake_result(run: Run, nll: float = 1.0, status: str = "ok", step: float = 1.0) -> dict:
     split = "search" if run.kind == "search" else "held_out"
     seconds = {"step": step, "prepare": 5.0, "train": 12 * step + 3}
-    return {
-        "run": asdict(run),
-        "status": status,
-        "items": split,
-        "seconds": seconds,
-        "scores": {split: {"": {"right": 50.0, "tokens": 60.0, "nll": nll, "items": 1}}},
-    }
+    scores = {split: {"": {"right": 50.0, "tokens": 60.0, "nll": nll, "items": 1}}}
+    found = {"run": asdict(run), "status": status, "items": split, "seconds": seconds}
+    return found | {"scores": scores}
 
 
 @pytest.fixture
@@ -214,14 +210,8 @@ def model_folder(tmp_path):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="\0").save_pretrained(
         tmp_path / "model"
     )
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
+    sizes = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
