@@ -31,19 +31,15 @@ class Chain(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layers = nn.ModuleList(
-            nn.ModuleList(nn.Linear(FEATURES, FEATURES, bias=False) for _ in range(7))
-            for _ in range(LAYERS // 7)
-        )
+        linears = [nn.Linear(FEATURES, FEATURES, bias=False) for _ in range(LAYERS)]
+        blocks = (linears[start : start + 7] for start in range(0, LAYERS, 7))
+        self.layers = nn.Sequential(*(nn.Sequential(*block) for block in blocks))
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.layers:
-            for linear in block:
-                x = linear(x)
-        return x
+        return self.layers(x)
 
 
-def make(kind: str) -> tuple[Chain, torch.optim.Optimizer | None]:
+def make(kind: str) -> tuple[nn.Module, torch.optim.Optimizer | None]:
     """A chain and its optimizer; ``kind`` is one of ``KINDS``. No layer observes."""
     torch.manual_seed(0)
     chain = Chain()
