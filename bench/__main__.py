@@ -25,6 +25,7 @@ kept while the code and the environment are the same, what failed is tried again
 
 import argparse
 import dataclasses
+import itertools
 import re
 import sys
 import warnings
@@ -104,13 +105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(job.suite, job.name, settings)
         return 0
     results = Results.for_run(provenance(device, arguments.commit), arguments.results)
-    earlier = [
-        row
-        for group in load(arguments.results)
-        if group["provenance"]["device"] == results.provenance["device"]
-        for row in group["rows"]
-    ]
-    clock = Clock(arguments.minutes, earlier)
+    groups, here = load(arguments.results), results.provenance["device"]
+    known = (group["rows"] for group in groups if group["provenance"]["device"] == here)
+    clock = Clock(arguments.minutes, itertools.chain(*known))
     to_do = jobs if arguments.again else list(not_measured(jobs, results))
     return _run(to_do, len(jobs) - len(to_do), results, device, clock)
 
@@ -156,8 +153,7 @@ def select(
 ) -> Iterator[Job]:
     """The jobs of ``suite`` ("all": of every suite), only those of ``names`` (commas) where given.
 
-    Raises UnknownMethod for a name that no job and no method has, BadArgument if nothing is left.
-    """
+    Raises UnknownMethod for a name that no job and no method has, BadArgument if nothing is left."""
     modules = layer, model, ops, variants, output_layer, scaling, simulated
     jobs = [job for module in modules for job in module.jobs(device, dtype)]
     wanted = None if names is None else {name.strip() for name in names.split(",")}
@@ -197,8 +193,8 @@ def _minutes(text: str) -> float:
 def _commit(text: str) -> str:
     if re.fullmatch(r"[0-9a-f]{7,40}", text):
         return text[:12]
-    expected = f"expected a commit's hash, 7 to 40 hexadecimal digits, got {text!r}"
-    raise argparse.ArgumentTypeError(expected)
+    expected = "expected a commit's hash, 7 to 40 hexadecimal digits"
+    raise argparse.ArgumentTypeError(f"{expected}, got {text!r}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -207,16 +203,15 @@ def _parser() -> argparse.ArgumentParser:
     add, names = parser.add_argument, ", ".join(METHODS)
     suites = (*SUITES, "all", "quick", "report", "host", "counts")
     add("suite", choices=suites, metavar="SUITE", help="as above")
-    limit = "begin nothing that would not end in time; default: no limit"
-    add("--minutes", type=_minutes, help=limit)
-    only = f"only these rows, separated by commas; methods: {names}"
-    add("--methods", metavar="NAMES", help=only)
+    add("--minutes", type=_minutes, help="begin nothing that would not end in time")
+    add(
+        "--methods", metavar="NAMES", help=f"only these rows, separated by commas; methods: {names}"
+    )
     add("--again", action="store_true", help="measure rows again that have a figure")
     add("--list", action="store_true", help="show what would be run, in order, and stop")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=default, help="default: %(default)s")
-    untold = "of a copy of the tree that has no history"
-    add("--commit", type=_commit, metavar="HASH", help=untold)
+    add("--commit", type=_commit, metavar="HASH", help="of a copy of the tree that has no history")
     folder = "where rows are kept, and read; default: bench/results"
     add("--results", type=Path, default=RESULTS, metavar="FOLDER", help=folder)
     add("--output", type=Path, metavar="FILE", help="of quick: write its rows there, as JSON lines")

@@ -1,13 +1,10 @@
-"""Plan to scale: step time, memory and traffic of LoSiA on many GPUs, from one GPU's figures and
-the links' speeds.
+"""Plan to scale: step time, memory and traffic of LoSiA on many GPUs, from one GPU's figures and the links' speeds.
 
     python -m bench.cluster [FOLDER]     writes cluster.md and cluster.png (default: bench/results)
 
-A model, not a measurement: compute runs at the given rate of dense matmuls, links at their stated
-rates, a collective takes the ring's share of its bytes at the slowest link it crosses plus a
-latency for each doubling of the ranks. Its byte counts and its memory are held to real processes by
-tests/distributed/test_cluster.py.
-"""
+A model, not a measurement: compute runs at the given rate of dense matmuls, links at their stated rates, a collective
+takes the ring's share of its bytes at the slowest link it crosses plus a latency for each doubling of the ranks. Its
+byte counts and its memory are held to real processes by tests/parallel/test_cluster.py."""
 
 import itertools
 import math
@@ -31,7 +28,6 @@ class Model:
 
     @property
     def block(self) -> int:
-        """Weights of one block."""
         return sum(out * in_ for out, in_ in self.linears)
 
     @property
@@ -54,12 +50,12 @@ MODELS = (
     llama("LLaMA-2 13B", 40, 5120, 13824, 5120),
     llama("LLaMA-2 70B", 80, 8192, 28672, 1024),
 )
+ENGINES = ("ddp", "fsdp")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One GPU's figures and the links. The GPU's were measured on an H200; the links' are their
-    makers'."""
+    """One GPU's figures and the links. The GPU's were measured on an H200; the links' are their makers'."""
 
     p: float = 1 / 8
     period: int = 100
@@ -73,37 +69,28 @@ class Setting:
     machine: int = 8
 
 
-# bytes that one rank hands to collectives in one step of one micro-batch --------------------------
-
-
 def ddp_bytes(model: Model, p: float, weight_bytes: int) -> dict[str, float]:
-    """``subnets``: float32 gradients, all-reduced. ``importance``: the observing group's dense
-    gradients."""
+    """What one rank hands to collectives in a step of one micro-batch. ``subnets``: float32 gradients, all-reduced.
+    ``importance``: the observing group's dense gradients."""
     return {"subnets": 4 * model.blocks * model.subnet(p), "importance": weight_bytes * model.block}
 
 
 def fsdp_bytes(model: Model, p: float, period: int, weight_bytes: int) -> dict[str, float]:
-    """``gather``: what FSDP gathers, weights and subnets of all blocks, for the forward and again
-    for the backward. ``subnets``: gradients, reduce-scattered. ``importance``: the observing
-    group's dense gradients, reduce-scattered. ``write_back``: new values in the weight's dtype,
-    all-gathered. ``moves``: new subnets, and the marginals twice."""
+    """``gather``: weights and subnets of all blocks, for the forward and again for the backward. ``subnets``,
+    ``importance``: as with DDP, reduce-scattered. ``write_back``: new values in the weight's dtype, all-gathered.
+    ``moves``: new subnets, and the marginals twice."""
     trained = model.blocks * model.subnet(p)
     sums = sum(2 * 4 * (out + in_) for out, in_ in model.linears)
     return {
+        **ddp_bytes(model, p, weight_bytes),
         "gather": 2 * (weight_bytes * model.weights + 4 * trained),
-        "subnets": 4 * trained,
-        "importance": weight_bytes * model.block,
         "write_back": weight_bytes * trained,
         "moves": (4 * model.subnet(p) + sums) / period,
     }
 
 
-# memory of one rank -------------------------------------------------------------------------------
-
-
 def held_bytes(model: Model, p: float, weight_bytes: int, shards: int) -> float:
-    """Between two steps: weights, and of each trained value the master and two moments, all
-    float32."""
+    """Of one rank between two steps: weights, and of each trained value the master and two moments, all float32."""
     trained = 12 * model.blocks * model.subnet(p)
     return (weight_bytes * (model.weights + model.frozen) + trained) / shards
 
@@ -111,11 +98,9 @@ def held_bytes(model: Model, p: float, weight_bytes: int, shards: int) -> float:
 def peak_bytes(model: Model, p: float, weight_bytes: int, shards: int, scratch: int = 0) -> float:
     """What an observing step needs on top, without activations.
 
-    Importance and uncertainty of one block, in shards; one dense gradient with the rows that are
-    left of it; gradients of the subnets; and, in shards, two whole blocks: the one that computes
-    and the next. ``scratch``: float32 temporaries of a weight's shard, which plain torch has four
-    of and the kernels none.
-    """
+    Importance and uncertainty of one block, in shards; one dense gradient with the rows that are left of it; gradients
+    of the subnets; and, in shards, two whole blocks: the one that computes and the next. ``scratch``: float32
+    temporaries of a weight's shard, which plain torch has four of and the kernels none."""
     largest = max(out * in_ for out, in_ in model.linears)
     whole = 2 * (weight_bytes * model.block + 4 * model.subnet(p)) if shards > 1 else 0
     shared = 8 * model.block + 4 * model.blocks * model.subnet(p)
@@ -124,13 +109,9 @@ def peak_bytes(model: Model, p: float, weight_bytes: int, shards: int, scratch: 
 
 
 def activation_bytes(model: Model, tokens: int) -> float:
-    """With gradient checkpointing: every block's input, and what one block keeps while it is
-    computed again."""
+    """With gradient checkpointing: every block's input, and what one block keeps while it is computed again."""
     hidden, wide = model.linears[0][1], model.linears[-1][1]
     return 2 * tokens * (model.blocks * hidden + 16 * hidden + 3 * wide)
-
-
-# time of a step -----------------------------------------------------------------------------------
 
 
 def ring_seconds(data: float, ranks: int, setting: Setting, passes: int = 1) -> float:
@@ -142,18 +123,16 @@ def ring_seconds(data: float, ranks: int, setting: Setting, passes: int = 1) -> 
 
 
 def plan(model: Model, ranks: int, engine: str, setting: Setting) -> dict:
-    """Seconds, bytes and memory of one step. Overlap: DDP's buckets and FSDP's gathers hide behind
-    the computation of the blocks; the importance's collective, the write-back and the moves do
-    not."""
+    """Seconds, bytes and memory of one step. Overlap: DDP's buckets and FSDP's gathers hide behind the computation of
+    the blocks; the importance's collective, the write-back and the moves do not."""
     p, width = setting.p, setting.weight_bytes
     shards = ranks if engine == "fsdp" else 1
     multiplied = model.weights + model.frozen / 2  # an embedding is looked up
-    passes = 2 * setting.tokens * multiplied / setting.matmul
-    subnet = 2 * setting.tokens * model.blocks * model.subnet(p) / setting.matmul
-    dense = 2 * setting.tokens * model.block / setting.matmul  # the observing group's gradients
+    products = 3 * multiplied + model.blocks * model.subnet(p)  # forward, again, and dx; subnets
+    products += model.block  # the observing group's gradients
     # and its importance: two states read and written, weight and gradient read
     reads = 20 * model.block / setting.copy
-    compute = 3 * passes + subnet + dense + reads / shards  # forward, again, and dx
+    compute = 2 * setting.tokens * products / setting.matmul + reads / shards
     if engine == "ddp":
         traffic = ddp_bytes(model, p, width)
         hidden = ring_seconds(traffic["subnets"], ranks, setting, passes=2)
@@ -167,39 +146,28 @@ def plan(model: Model, ranks: int, engine: str, setting: Setting) -> dict:
     memory = held_bytes(model, p, width, shards) + peak_bytes(model, p, width, shards)
     gradients = traffic["subnets"] + traffic["importance"]
     return {
-        "model": model.name,
-        "gpus": ranks,
-        "engine": engine,
-        "seconds": seconds,
-        "hidden_seconds": hidden,
-        "exposed_seconds": exposed,
-        "efficiency": compute / seconds,
+        **{"model": model.name, "gpus": ranks, "engine": engine, "seconds": seconds},
+        **{"hidden_seconds": hidden, "exposed_seconds": exposed, "efficiency": compute / seconds},
         "memory_gib": (memory + activation_bytes(model, setting.tokens)) / GIB,
         "share_of_full_gradient": gradients / (width * model.weights),
     }
 
 
-COLUMNS = {
-    "model": ("model", ""),
-    "gpus": ("GPUs", ""),
-    "engine": ("engine", ""),
-    "seconds": ("step, s", ".3f"),
-    "hidden_seconds": ("hidden, s", ".3f"),
-    "exposed_seconds": ("exposed, s", ".4f"),
-    "efficiency": ("efficiency", ".1%"),
-    "memory_gib": ("memory, GiB", ".1f"),
-    "share_of_full_gradient": ("gradients on the wire, % of full", ".1%"),
-}
+HEAD = (
+    "model | GPUs | engine | step, s | hidden, s | exposed, s | efficiency | memory, GiB"
+    " | gradients on the wire, % of full"
+)
+FORMATS = ("", "", "", ".3f", ".3f", ".4f", ".1%", ".1f", ".1%")  # of a plan's values
 
 
 def main(folder: Path) -> None:
     setting = Setting()
-    sizes = itertools.product(MODELS, (8, 64, 256, 1024), ("ddp", "fsdp"))
-    rows = [plan(model, ranks, engine, setting) for model, ranks, engine in sizes]
-    body = [[format(row[key], how) for key, (_, how) in COLUMNS.items()] for row in rows]
+    sizes = itertools.product(MODELS, (8, 64, 256, 1024), ENGINES)
+    rows = [plan(*size, setting) for size in sizes]
+    body = [map(format, row.values(), FORMATS) for row in rows]
     folder.mkdir(parents=True, exist_ok=True)
-    beginning = __doc__.split("\n\n")[0].replace("\n", " ")
-    text = f"{beginning}\n\nAssumed: {asdict(setting)}\n\n{table((name for name, _ in COLUMNS.values()), body)}\n"
+    beginning = __doc__.split("\n\n")[0]
+    text = f"{beginning}\n\nAssumed: {asdict(setting)}\n\n{table(HEAD, body)}\n"
     (folder / "cluster.md").write_text(text)
     draw(rows, folder / "cluster.png")
     print(text)
@@ -211,14 +179,13 @@ def draw(rows: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panes = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for number, (model, engine) in enumerate(itertools.product(MODELS, ("ddp", "fsdp"))):
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for number, (model, engine) in enumerate(itertools.product(MODELS, ENGINES)):
         points = [row for row in rows if (row["model"], row["engine"]) == (model.name, engine)]
         look = {"color": f"C{number // 2}", "linestyle": "--" if engine == "ddp" else "-"}
-        for pane, key in zip(panes, ("efficiency", "memory_gib"), strict=True):
+        for pane, key in ((left, "efficiency"), (right, "memory_gib")):
             gpus, values = [row["gpus"] for row in points], [row[key] for row in points]
             pane.plot(gpus, values, label=f"{model.name} {engine}", **look)
-    left, right = panes
     left.set(xscale="log", xlabel="GPUs", ylabel="compute / step time")
     right.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="GiB a GPU")
     left.set_title("Weak scaling, modelled")

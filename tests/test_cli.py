@@ -92,8 +92,8 @@ def test_bad_arguments(run, arguments, problem):
             "in_backward keeps no gradients: it needs gradient_accumulation 1 and max_grad_norm 0",
         ),
         (
-            ["--master", "remainder", "--dtype", "float32"],
-            "master remainder completes bfloat16 weights",
+            ["--master", "split", "--dtype", "float32"],
+            "master split completes bfloat16 weights",
         ),
         (["--save-steps", "-1"], "save_steps must be at least 0"),
         (["--max-length", "1"], "no sample has anything left to learn"),

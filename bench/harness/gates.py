@@ -14,7 +14,6 @@ class RedGate(Exception):
 
 
 def max_error(value: Tensor, truth: Tensor) -> float:
-    """Largest absolute difference; infinite where a value is not finite."""
     error = (value.double() - truth.double()).abs().max().item() if value.numel() else 0.0
     return error if error == error else float("inf")
 
@@ -39,8 +38,7 @@ def gate_relative(what: str, value: Tensor, truth: Tensor, allowed: float) -> di
 class Reference:
     """Dense gradients of a plain model, in its own dtype and in float64, before a method changes it.
 
-    ``backward(model)`` runs forward and backward and returns dx; it may not need the model's dtype.
-    """
+    ``backward(model)`` runs forward and backward and returns dx; it may not need the model's dtype."""
 
     def __init__(self, model: nn.Module, backward: Callable[[nn.Module], Tensor]):
         self._backward = backward
@@ -59,9 +57,8 @@ class Reference:
         return dx, grads
 
     def check(self, prepared, exact: bool) -> dict[str, dict[str, float]]:
-        """Gate dx, every subnet's gradient, and that all gradients are finite, of a method's
-        ``Prepared``; ``exact``: it starts as the plain model to the last bit. Leaves no gradients.
-        Raises RedGate."""
+        """Gate dx, every subnet's gradient, and that all gradients are finite, of a method's ``Prepared``; ``exact``:
+        it starts as the plain model to the last bit. Leaves no gradients. Raises RedGate."""
         with torch.autocast(self.eager_dx.device.type, torch.bfloat16, enabled=prepared.autocast):
             dx = self._backward(prepared.module)
         if exact:

@@ -30,8 +30,8 @@ class DeviceLost(RuntimeError):
 
 @dataclass(frozen=True)
 class Job:
-    """``settings`` say what is run and, with suite and name, identify the row. Lower ``priority``
-    runs earlier; ``seconds`` is the cost that it declares."""
+    """``settings`` say what is run and, with suite and name, identify the row. Lower ``priority`` runs earlier;
+    ``seconds`` is the cost that it declares."""
 
     suite: str
     name: str
@@ -51,8 +51,8 @@ def kind(key: dict[str, Any]) -> tuple:
 
 
 class Clock:
-    """How long jobs will take: the longest of their kind so far, else what they declare, at the pace of
-    others of their suite."""
+    """How long jobs will take: the longest of their kind so far, else what they declare, at the pace of others of their
+    suite."""
 
     def __init__(self, minutes: float | None = None, earlier: Iterable[dict[str, Any]] = ()):
         self.started, self.limit, self.done = time.monotonic(), minutes, 0
@@ -75,7 +75,6 @@ class Clock:
         return self.longest.get(kind(job.key), job.seconds * self.pace.get(job.suite, 1.0))
 
     def left(self) -> float:
-        """Seconds of the limit."""
         spent = time.monotonic() - self.started
         return float("inf") if self.limit is None else 60 * self.limit - spent
 
@@ -152,12 +151,11 @@ def run_all(
     pool: Executor | None = None,
     at_once: int = 1,
 ) -> list[Job]:
-    """Run ``jobs`` by priority, ``at_once`` in ``pool`` at a time; those that ``resolve`` finds not
-    ready wait for others.
+    """Run ``jobs`` by priority, ``at_once`` in ``pool`` at a time; those that ``resolve`` finds not ready wait for
+    others.
 
-    Each row goes to ``add`` at once, which says in a line what it was. A job is begun only while it
-    would still end in time. Returns the jobs not begun.
-    """
+    Each row goes to ``add`` at once, which says in a line what it was. A job is begun only while it would still end in
+    time. Returns the jobs not begun."""
     pool = pool or InThisProcess()
     waiting, skipped = sorted(jobs, key=lambda job: job.priority), []
     flying: dict[Future, Job] = {}
@@ -198,7 +196,6 @@ def minutes_and_seconds(seconds: float) -> str:
 
 
 def describe(row: dict[str, Any]) -> str:
-    """One line for the terminal."""
     found = row["id"]
     settings = " ".join(f"{key}={found[key]}" for key in found if key not in ("suite", "name"))
     outcome = f"{row['total']['ms']:.4g} ms" if "total" in row else row["status"]

@@ -1,5 +1,4 @@
-"""Bytes of live tensors, counted at every operation: peak memory without a GPU, also of tensors
-that do not exist."""
+"""Bytes of live tensors, counted at every operation: peak memory without a GPU, also of tensors that do not exist."""
 
 import weakref
 from collections.abc import Callable
@@ -12,10 +11,8 @@ from torch.utils._pytree import tree_map_only
 class LiveBytes(TorchDispatchMode):
     """Counts each storage from its first appearance as a result to its release.
 
-    Under ``FakeTensorMode`` it says what a run would hold, by shapes alone. What an operation
-    allocates inside itself (a workspace of cuBLAS, a temporary of a custom op) is not seen;
-    ``torch.cuda.max_memory_allocated`` sees it.
-    """
+    Under ``FakeTensorMode`` it says what a run would hold, by shapes alone. What an operation allocates inside itself
+    (a workspace of cuBLAS, a temporary of a custom op) is not seen; ``torch.cuda.max_memory_allocated`` sees it."""
 
     def __init__(self):
         super().__init__()
@@ -45,8 +42,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class SavedBytes:
-    """Bytes that autograd keeps for the backward, each storage once, without those of ``known``
-    tensors (weights)."""
+    """Bytes that autograd keeps for the backward, each storage once, without those of ``known`` tensors (weights)."""
 
     def __init__(self, known: list[torch.Tensor]):
         self._known = {tensor.untyped_storage()._cdata for tensor in known}

@@ -1,10 +1,7 @@
-"""What a kernel compiles to for a GPU that is not there: registers, spills, matrix units, width of
-memory accesses.
+"""What a kernel compiles to for a GPU that is not there: registers, spills, matrix units, width of memory accesses.
 
-Only in a process where triton is not interpreted and that launches nothing on a GPU: it replaces
-triton's driver. The launches go through triton's own specialization (alignment, strides of 1), so
-the code is what a GPU would run.
-"""
+Only in a process where triton is not interpreted and that launches nothing on a GPU: it replaces triton's driver. The
+launches go through triton's own specialization (alignment, strides of 1), so the code is what a GPU would run."""
 
 import re
 import subprocess
@@ -23,11 +20,10 @@ from losia_kernels.kernels.launch import override_arch
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 AMD_BYTES = {"ubyte": 1, "byte": 1, "ushort": 2, "short": 2}
 AMD_BYTES |= {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
+AMD_SPILLS = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
 
 
 class OfflineDriver:
-    """What JITFunction asks of the active driver before it compiles."""
-
     def __init__(self, arch: str):
         nvidia = arch.startswith("sm_")
         self.target = GPUTarget("cuda", int(arch[3:]), 32) if nvidia else GPUTarget("hip", arch, 64)
@@ -37,8 +33,7 @@ class OfflineDriver:
 
 
 def launches(arch: str, case: Callable[[], Any]) -> list:
-    """The compiled kernels of the launches that ``case`` makes (on meta tensors), none of them
-    run."""
+    """The compiled kernels of the launches that ``case`` makes (on meta tensors), none of them run."""
     compiled = []
     run = triton.JITFunction.run
 
@@ -56,34 +51,33 @@ def launches(arch: str, case: Callable[[], Any]) -> list:
 
 
 def facts(kernel) -> dict[str, Any]:
-    """Registers, bytes of shared memory, spills (zero when there are none), what is multiplied (or
-    None) and whether matrix units do it."""
+    """Registers, bytes of shared memory, spills (zero when there are none), what is multiplied (or None) and whether
+    matrix units do it."""
     product = re.search(r"tt\.dot .*: tensor<\d+x\d+x(\w+)>", kernel.asm["ttir"])
     common = {"product_of": product and product[1], "shared": kernel.metadata.shared}
     if "cubin" not in kernel.asm:
-        return common | _amd_facts(kernel.asm["amdgcn"])
-    resources = dict(
-        re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _cuobjdump("--dump-resource-usage", kernel))
-    )
+        code = kernel.asm["amdgcn"]
+        said = {k: int(v) for k, v in re.findall(r"\.(\w+):\s+(\d+)$", code, re.MULTILINE)}
+        spills = sum(said[key] for key in AMD_SPILLS)
+        found = {"registers": said["vgpr_count"], "spills": spills}
+        return common | found | {"matrix_units": "v_mfma_" in code}
+    usage = _cuobjdump("--dump-resource-usage", kernel)
+    said = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     # half a second: only where it is asked for
     code = _cuobjdump("--dump-sass", kernel) if product else ""
-    return common | {
-        "registers": int(resources["REG"]),
-        "spills": int(resources["STACK"])
-        + int(resources["LOCAL"]),  # bytes of a stack frame: nothing else needs one
-        "matrix_units": bool(re.search(r"\b(HMMA|HGMMA|UTCHMMA)\b", code)),
-    }
+    spills = said["STACK"] + said["LOCAL"]  # bytes of a stack frame: nothing else needs one
+    units = bool(re.search(r"\b(HMMA|HGMMA|UTCHMMA)\b", code))
+    return common | {"registers": said["REG"], "spills": spills, "matrix_units": units}
 
 
 def accesses(kernel) -> dict[str, dict[int, int]]:
-    """Instructions that touch global memory, by bytes a thread: "load" (to registers), "copy"
-    (asynchronous, to shared memory) and "store"."""
+    """Instructions that touch global memory, by bytes a thread: "load" (to registers), "copy" (asynchronous, to shared
+    memory) and "store"."""
     found: dict[str, Counter] = {"load": Counter(), "copy": Counter(), "store": Counter()}
     if "cubin" in kernel.asm:
         kinds = {"LDG": "load", "LDGSTS": "copy", "STG": "store"}
-        for kind, modifiers in re.findall(
-            r"\b(LDG|LDGSTS|STG)\b([.\w]*)", _cuobjdump("--dump-sass", kernel)
-        ):
+        code = _cuobjdump("--dump-sass", kernel)
+        for kind, modifiers in re.findall(r"\b(LDG|LDGSTS|STG)\b([.\w]*)", code):
             found[kinds[kind]][_nvidia_bytes(modifiers.split("."))] += 1
     else:
         pattern = r"\b(?:global|buffer|flat)_(load|store)_(?:u|s)?(byte|short|dword(?:x\d)?)\w*"
@@ -104,18 +98,5 @@ def _cuobjdump(option: str, kernel) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        return subprocess.run(
-            [CUOBJDUMP, option, file.name], check=True, capture_output=True, text=True
-        ).stdout
-
-
-def _amd_facts(code: str) -> dict[str, Any]:
-    metadata = {
-        key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)$", code, re.MULTILINE)
-    }
-    spill_keys = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
-    return {
-        "registers": metadata["vgpr_count"],
-        "spills": sum(metadata[key] for key in spill_keys),
-        "matrix_units": "v_mfma_" in code,
-    }
+        words = [CUOBJDUMP, option, file.name]
+        return subprocess.run(words, check=True, capture_output=True, text=True).stdout

@@ -7,8 +7,7 @@ MARKER = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTAL
 
 
 def table(head: str | Iterable[str], body: Iterable[Iterable[str]]) -> str:
-    """``head``: names, or "one | two"; the first column to the left, the others to the right. Empty
-    without a body."""
+    """``head``: names, or "one | two"; the first column to the left, the others to the right. Empty without a body."""
     head = head.split(" | ") if isinstance(head, str) else list(head)
     body = list(map(list, body))
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
@@ -16,7 +15,6 @@ def table(head: str | Iterable[str], body: Iterable[Iterable[str]]) -> str:
 
 
 def number(value: float, digits: int = 4) -> str:
-    """``digits`` significant ones, no exponent."""
     if value == 0:
         return "0"
     text = f"{value:.{digits}g}"

@@ -18,8 +18,8 @@ REPORTING = "report tables plots slopes paper counts quick markdown pictures clu
 
 
 def provenance(device: torch.device, commit: str | None = None) -> dict[str, Any]:
-    """Device, driver, versions, clocks as found, commit. ``commit`` is for a copy of the tree
-    without its history."""
+    """Device, driver, versions, clocks as found, commit. ``commit`` is for a copy of the tree without its history."""
+    now = datetime.datetime.now(datetime.timezone.utc)
     found = {
         "device": device_name(device),
         "kind": "GPU" if device.type == "cuda" else "CPU",
@@ -29,18 +29,15 @@ def provenance(device: torch.device, commit: str | None = None) -> dict[str, Any
         "peers": {name: _version(name) for name in PEERS},
         "commit": commit or _commit(),
         "sources": _sources(),
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "started": now.isoformat(timespec="seconds"),
         "threads": torch.get_num_threads(),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found |= {
-            "cuda": torch.version.cuda or torch.version.hip,
-            "driver": _nvidia_smi("driver_version", device),
-            "clocks": _clocks_at_work(device),
-            "memory_bytes": properties.total_memory,
-            "multiprocessors": properties.multi_processor_count,
-        }
+        found |= {"cuda": torch.version.cuda or torch.version.hip}
+        found |= {"driver": _nvidia_smi("driver_version", device)}
+        found |= {"clocks": _clocks_at_work(device), "memory_bytes": properties.total_memory}
+        found |= {"multiprocessors": properties.multi_processor_count}
     return found
 
 
@@ -51,10 +48,8 @@ def device_name(device: torch.device) -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 def _version(package: str) -> str | None:
@@ -65,8 +60,7 @@ def _version(package: str) -> str | None:
 
 
 def clocks(device: torch.device) -> str | None:
-    """Clocks, power limit and temperature at this moment; None where nvidia-smi does not know the
-    device."""
+    """Clocks, power limit and temperature at this moment; None where nvidia-smi does not know the device."""
     found = _nvidia_smi(CLOCKS, device)
     if found is None or found.count(",") != CLOCKS.count(","):
         return found
@@ -84,20 +78,18 @@ def _clocks_at_work(device: torch.device) -> str | None:
     return found
 
 
-def _nvidia_smi(query: str, device: torch.device) -> str | None:
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)  # numbers may differ
-    number = "0" if uuid is None else f"GPU-{uuid}"
-    command = [
-        "nvidia-smi",
-        f"--query-gpu={query}",
-        "--format=csv,noheader,nounits",
-        f"--id={number}",
-    ]
+def _run(*command: str) -> str | None:
+    how = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-        return found.stdout.strip()
+        return subprocess.run(list(command), timeout=20, **how).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _nvidia_smi(query: str, device: torch.device) -> str | None:
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)  # numbers may differ
+    chosen = f"--id={'0' if uuid is None else f'GPU-{uuid}'}"
+    return _run("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", chosen)
 
 
 def origin(provenance: dict[str, Any]) -> str:
@@ -108,23 +100,16 @@ def origin(provenance: dict[str, Any]) -> str:
     versions += [f"driver {provenance['driver']}"] if provenance.get("driver") else []
     clocks = provenance.get("clocks")
     versions += [f"clocks {clocks}" if clocks else f"{provenance['threads']} threads"]
-    return (
-        f"{provenance['kind']}: {provenance['device']}; {', '.join(versions)}; "
-        f"commit {provenance['commit']}; {provenance['started'][:10]}"
-    )
+    where = f"{provenance['kind']}: {provenance['device']}; {', '.join(versions)}"
+    return f"{where}; commit {provenance['commit']}; {provenance['started'][:10]}"
 
 
 def _commit() -> str:
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--", "losia_kernels", "bench/*.py")
-        return git("rev-parse", "HEAD")[:12] + ("-changed" if changed else "")
-    except (OSError, subprocess.SubprocessError):
+    changed = _run("git", "status", "--porcelain", "--", "losia_kernels", "bench/*.py")
+    head = _run("git", "rev-parse", "HEAD")
+    if changed is None or head is None:
         return "unknown"
+    return head[:12] + ("-changed" if changed else "")
 
 
 def _sources() -> str:

@@ -1,5 +1,5 @@
-"""One file of results a study: a JSON line each, appended as it comes, so that being cut off loses
-only what was to come."""
+"""One file of results a study: a JSON line each, appended as it comes, so that being cut off loses only what was to
+come."""
 
 import json
 import os
@@ -10,8 +10,8 @@ Row = dict[str, Any]
 
 
 def load(path: Path) -> list[Row]:
-    """All lines of ``path``, the oldest first; none if there is no file. A line that was cut off has
-    no end and is left out."""
+    """All lines of ``path``, the oldest first; none if there is no file. A line that was cut off has no end and is left
+    out."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().split("\n")[:-1] if line]

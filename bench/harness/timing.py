@@ -41,13 +41,12 @@ def samples(
     warmup: int = 3,
     hide_launch: bool = False,
 ) -> dict[str, list[float]]:
-    """Milliseconds of ``phases``, run in order, over and over; each gets the number of the
-    repetition, to rotate its inputs.
+    """Milliseconds of ``phases``, run in order, over and over; each gets the number of the repetition, to rotate its
+    inputs.
 
-    CUDA events on a GPU, ``perf_counter`` on a CPU. ``hide_launch`` keeps the GPU busy beforehand
-    for twice as long as the host took to launch, so that kernels are timed and not their launch;
-    only for phases that do not wait for the GPU.
-    """
+    CUDA events on a GPU, ``perf_counter`` on a CPU. ``hide_launch`` keeps the GPU busy beforehand for twice as long as
+    the host took to launch, so that kernels are timed and not their launch; only for phases that do not wait for the
+    GPU."""
     one = launching = 0.0
     for i in range(warmup):
         start = time.perf_counter()
@@ -127,23 +126,15 @@ class Roof:
 
 @functools.cache
 def measure_roof(device: torch.device, dtype: torch.dtype) -> Roof:
-    """A device-to-device copy and large matrix products, of random data: zeros multiply faster."""
-    big = device.type == "cuda"
-    product = _matmul_tflops(device, dtype, 8192 if big else 1024)
-    return Roof(_copy_gbs(device, 2**30 if big else 2**26), product)
+    """A copy on the device and large matrix products, of random data: zeros multiply faster."""
 
+    def ms(call: Callable[[int], object]) -> float:
+        return measure({"kernel": call}, device, repeats=20, hide_launch=True)["kernel"].ms
 
-def _copy_gbs(device: torch.device, size: int) -> float:
-    source = torch.randn(size // 4, device=device)
+    values, size = (2**28, 8192) if device.type == "cuda" else (2**24, 1024)
+    source = torch.randn(values, device=device)
     target = torch.empty_like(source)
-    return 2 * size / _kernel_ms(lambda i: target.copy_(source), device) / 1e6
-
-
-def _matmul_tflops(device: torch.device, dtype: torch.dtype, size: int) -> float:
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    result = torch.empty_like(a)
-    return 2 * size**3 / _kernel_ms(lambda i: torch.mm(a, b, out=result), device) / 1e9
-
-
-def _kernel_ms(call: Callable[[int], object], device: torch.device) -> float:
-    return measure({"kernel": call}, device, repeats=20, hide_launch=True)["kernel"].ms
+    product = torch.empty_like(a)
+    copy_gbs = 8 * values / ms(lambda i: target.copy_(source)) / 1e6
+    return Roof(copy_gbs, 2 * size**3 / ms(lambda i: torch.mm(a, b, out=product)) / 1e9)

@@ -1,5 +1,5 @@
-"""The methods that are compared, most telling first: ``METHODS`` for speed and memory, ``STUDY`` for
-what is learned."""
+"""The methods that are compared, most telling first: ``METHODS`` for speed and memory, ``STUDY`` for what is
+learned."""
 
 from ..harness.jobs import MissingPeer
 from .adapters import DORA, FUSED_LORA, LORA, LORA_DEFAULTS, LORA_FLOAT32, PISSA
@@ -9,43 +9,24 @@ from .losia import DENSE, DENSE_OFF, PRO, PRO_FUSED, PRO_LEAN, PRO_OFF
 from .plain import FROZEN, FULL
 from .study import STUDY, VARIANTS
 
-METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (
-        *(FROZEN, PRO, LORA, LORA_FLOAT32, PRO_FUSED, DORA, DENSE, FUSED_LORA, FULL, GALORE),
-        *(PISSA, LORA_DEFAULTS, PRO_LEAN, GALORE_PER_LAYER, PRO_OFF, DENSE_OFF),
-    )
-}
+_ALL = (FROZEN, PRO, LORA, LORA_FLOAT32, PRO_FUSED, DORA, DENSE, FUSED_LORA, FULL, GALORE, PISSA)
+_ALL += (LORA_DEFAULTS, PRO_LEAN, GALORE_PER_LAYER, PRO_OFF, DENSE_OFF)
+METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 # A layer alone cannot say who observes, so both kinds of step are measured; in a model one block of
 # many observes.
-LAYER_METHODS = (
-    *("frozen", "losia-pro-off", "losia-pro", "lora", "lora-fp32", "dora", "lora-fused"),
-    *("losia-dense-off", "losia-dense", "full", "galore"),
-    *("pissa", "lora-defaults", "galore-per-layer"),
+LAYER_METHODS = tuple(
+    "frozen losia-pro-off losia-pro lora lora-fp32 dora lora-fused losia-dense-off losia-dense full galore "
+    "pissa lora-defaults galore-per-layer".split()
 )
 MODEL_METHODS = tuple(name for name in METHODS if not name.endswith("-off"))
 LATE = ("pissa", "lora-defaults", "galore-per-layer")  # slow to prepare, or less asked for
 
 
 def get_method(name: str) -> Method:
-    """Raises UnknownMethod, listing the methods there are."""
     if name not in METHODS:
         raise UnknownMethod(f"unknown method {name!r}; the methods are {', '.join(METHODS)}")
     return METHODS[name]
 
 
-__all__ = [
-    "DEFAULTS",
-    "LATE",
-    "LAYER_METHODS",
-    "METHODS",
-    "MODEL_METHODS",
-    "STUDY",
-    "VARIANTS",
-    "Method",
-    "MissingPeer",
-    "Options",
-    "Prepared",
-    "UnknownMethod",
-    "get_method",
-]
+__all__ = ["DEFAULTS", "LATE", "LAYER_METHODS", "METHODS", "MODEL_METHODS", "STUDY", "VARIANTS"]
+__all__ += ["Method", "MissingPeer", "Options", "Prepared", "UnknownMethod", "get_method"]

@@ -9,32 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import (
-    Method,
-    MissingPeer,
-    Options,
-    Prepared,
-    adamw,
-    count,
-    decoder_linears,
-    import_peer,
-    trained_parameters,
-)
+from . import base
+from .base import Method, MissingPeer, Options, Prepared, adamw, decoder_linears, trained_parameters
 
 
 def prepare_peft(
-    model: nn.Module,
-    options: Options,
-    float32: bool = False,
-    defaults: bool = False,
-    **config: Any,
+    model: nn.Module, options: Options, float32: bool = False, defaults: bool = False, **config: Any
 ) -> Prepared:
-    peft = import_peer("peft")
+    peft = base.import_peer("peft")
     narrow = next(model.parameters()).dtype != torch.float32
     if float32 and not narrow and not defaults:
-        raise MissingPeer(
-            "the model is float32 already: the same as with adapters in the model's dtype"
-        )
+        same = "the same as with adapters in the model's dtype"
+        raise MissingPeer(f"the model is float32 already: {same}")
     if defaults:  # what PEFT takes for LLaMA when nothing is said
         config["target_modules"] = ["q_proj", "v_proj"]
     else:
@@ -44,13 +30,8 @@ def prepare_peft(
     torch.manual_seed(options.seed)  # of the adapters' first values
     adapted = peft.get_peft_model(model, peft.LoraConfig(**config), autocast_adapter_dtype=float32)
     parameters = trained_parameters(adapted)
-    return Prepared(
-        adapted,
-        adamw(parameters, options.lr),
-        count(parameters),
-        getattr(adapted, "merge_and_unload", None),
-        autocast=float32 and narrow,
-    )
+    optimizer, merged = adamw(parameters, options.lr), getattr(adapted, "merge_and_unload", None)
+    return Prepared(adapted, optimizer, base.count(parameters), merged, autocast=float32 and narrow)
 
 
 class _FusedLoRA(torch.autograd.Function):
@@ -82,8 +63,8 @@ class _FusedLoRA(torch.autograd.Function):
 
 
 class FusedLoRALinear(nn.Module):
-    """LoRA as one autograd function, gradients written by hand: Unsloth's ``LoRA_W``, which cannot
-    be imported without patching transformers for every other row of the process."""
+    """LoRA as one autograd function, gradients written by hand: Unsloth's ``LoRA_W``, which cannot be imported without
+    patching transformers for every other row of the process."""
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: int):
         super().__init__()
@@ -104,7 +85,7 @@ def prepare_fused(model: nn.Module, options: Options) -> Prepared:
         fused = FusedLoRALinear(linear, options.rank, 2 * options.rank)
         setattr(model.get_submodule(parent), child, fused)
     parameters = trained_parameters(model)
-    return Prepared(model, adamw(parameters, options.lr), count(parameters))
+    return Prepared(model, adamw(parameters, options.lr), base.count(parameters))
 
 
 def _peft(name: str, title: str, **options: Any) -> Method:

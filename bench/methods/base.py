@@ -39,9 +39,8 @@ DEFAULTS = Options()
 
 @dataclass
 class Prepared:
-    """A model that one method trains. ``optimizer`` None: nothing to do after the backward;
-    ``finish()`` gives the plain model of the same weights; ``made``: what followed from the run's
-    length."""
+    """A model that one method trains. ``optimizer`` None: nothing to do after the backward; ``finish()`` gives the
+    plain model of the same weights; ``made``: what followed from the run's length."""
 
     module: nn.Module
     optimizer: torch.optim.Optimizer | None
@@ -61,10 +60,9 @@ class Prepared:
 class Method:
     """``prepare(model, options)`` changes a plain model in place into what the method trains.
 
-    ``options``: the fields of Options that name a row of it; ``exact``: it starts as the plain
-    model to the last bit, so dx must be autograd's. bench/README.md says how each is configured; of
-    those of the study their ``settings`` do, and ``lrs`` are the learning rates that it tries, as
-    many for each."""
+    ``options``: the fields of Options that name a row of it; ``exact``: it starts as the plain model to the last bit,
+    so dx must be autograd's. bench/README.md says how each is configured; of those of the study their ``settings`` do,
+    and ``lrs`` are the learning rates that it tries, as many for each."""
 
     name: str
     title: str
@@ -103,8 +101,8 @@ PLACEHOLDERS = ("bitsandbytes", "bitsandbytes.optim", "bitsandbytes.optim.optimi
 
 @contextlib.contextmanager
 def placeholder_bitsandbytes() -> Iterator[None]:
-    """Where bitsandbytes is not installed, empty modules of its name while galore-torch is imported,
-    which wants it for an 8-bit optimizer that is not measured here."""
+    """Where bitsandbytes is not installed, empty modules of its name while galore-torch is imported, which wants it for
+    an 8-bit optimizer that is not measured here."""
     if importlib.util.find_spec("bitsandbytes") is not None:
         yield
         return
@@ -118,7 +116,6 @@ def placeholder_bitsandbytes() -> Iterator[None]:
 
 
 def import_peer(module: str) -> types.ModuleType:
-    """Raises MissingPeer, saying why, when ``module`` cannot be imported."""
     try:
         if not module.startswith("galore_torch"):
             return importlib.import_module(module)

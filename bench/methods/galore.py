@@ -11,7 +11,6 @@ RANK, GAP, SCALE = 512, 200, 2.0  # the LoSiA paper's A.3
 def optimizer_of(
     weights: list[nn.Parameter], rank: int, lr: float, others=()
 ) -> torch.optim.Optimizer:
-    """Of ``weights``, and plain AdamW of ``others``."""
     group = {"params": weights, "rank": rank, "update_proj_gap": GAP, "scale": SCALE}
     groups = [{"params": list(others)}] * bool(others) + [{**group, "proj_type": "std"}]
     peer = import_peer("galore_torch")

@@ -1,5 +1,5 @@
-"""Gradients and importance of an untrained model's weights; a rank factor for each layer from what its
-subnet would capture."""
+"""Gradients and importance of an untrained model's weights; a rank factor for each layer from what its subnet would
+capture."""
 
 import heapq
 import re
@@ -20,8 +20,8 @@ LEVELS = tuple(2 ** (step / 2) / 32 for step in range(9))  # 1/32 to 1/2; each d
 def observe(
     model: nn.Module, names: Iterable[str], batches: Collection[Any]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """|g| and the importance |gW - (gW)²/2| (Eq. 3) of the layers ``names``, each ``[out, in]``:
-    means over the batches, straight from autograd. Leaves gradients None."""
+    """|g| and the importance |gW - (gW)²/2| (Eq. 3) of the layers ``names``, each ``[out, in]``: means over the
+    batches, straight from autograd. Leaves gradients None."""
     batches = list(batches)
     weights = {name: model.get_submodule(name).weight.requires_grad_(True) for name in names}
     gradients = {name: torch.zeros_like(weight) for name, weight in weights.items()}
@@ -45,8 +45,8 @@ def captured_by_level(scores: Tensor) -> list[float]:
 def rank_pattern(
     captured: dict[str, list[float]], shapes: dict[str, tuple[int, int]], rank_factor: float
 ) -> dict[str, float]:
-    """``{name: factor}``: from the lowest level up, always the step that captures most for a value
-    trained more, while it fits what ``rank_factor`` for all layers would train."""
+    """``{name: factor}``: from the lowest level up, always the step that captures most for a value trained more, while
+    it fits what ``rank_factor`` for all layers would train."""
 
     def values(name: str, level: float) -> int:
         k_out, k_in = (subnet_size(level, size, name) for size in shapes[name])
@@ -77,8 +77,8 @@ def rank_pattern(
 def rank_pattern_of(
     model: nn.Module, batches: Iterable[Any], rank_factor: float
 ) -> dict[str, float]:
-    """LoSiAConfig's ``rank_pattern`` for ``model``, as many values in all as one factor gives.
-    Leaves gradients None."""
+    """LoSiAConfig's ``rank_pattern`` for ``model``, as many values in all as one factor gives. Leaves gradients
+    None."""
     _, importance = observe(model, decoder_linears(model), batches)
     captured = {name: captured_by_level(scores) for name, scores in importance.items()}
     shapes = {name: tuple(scores.shape) for name, scores in importance.items()}

@@ -1,5 +1,5 @@
-"""LoSiA: this package; the dense-gradient form (the paper's LoSiA, without -Pro) with this package's
-optimizer; a run of the study."""
+"""LoSiA: this package; the dense-gradient form (the paper's LoSiA, without -Pro) with this package's optimizer; a run
+of the study."""
 
 import functools
 import inspect
@@ -65,18 +65,13 @@ def prepare(
     fused_loss: bool = False,
     lean: bool = False,
 ) -> Prepared:
-    """A slot that never ends: one decoder block observes, as in every step of a run, and nothing is
-    relocalized. What a relocalization costs is measured by the scaling suite."""
+    """A slot that never ends: one decoder block observes, as in every step of a run, and nothing is relocalized. What a
+    relocalization costs is measured by the scaling suite."""
     if lean and next(model.parameters()).dtype != torch.bfloat16:
         raise MissingPeer("a remainder completes bfloat16 weights: needs a bfloat16 model")
-    config = LoSiAConfig(
-        rank_factor=options.rank_factor,
-        output_dim_factor=options.output_dim_factor,
-        period=NEVER,
-        fused_loss=fused_loss,
-        **(LEAN_CONFIG if lean else {}),
-    )
-    apply_losia(model, config)
+    sizes = {"rank_factor": options.rank_factor, "output_dim_factor": options.output_dim_factor}
+    form = {"period": NEVER, "fused_loss": fused_loss, **(LEAN_CONFIG if lean else {})}
+    apply_losia(model, LoSiAConfig(**sizes, **form))
     optimizer = LoSiAAdamW(model, lr=options.lr, **(LEAN_OPTIMIZER if lean else {}))
     timeline = optimizer.timeline
     first_block = next(i for i, name in enumerate(timeline.group_names) if "layers" in name)
@@ -99,13 +94,7 @@ def prepare(
 CALIBRATION_BATCHES = 4
 COUNTED_BATCHES = 64  # whose labels say which tokens are taught most often
 CYCLES = 1  # how often every group moves in a run; the period follows from the number of steps
-# changes that are no fields of LoSiAConfig
-OF_THE_STUDY = (
-    "cycles",
-    "nearest",
-    "bfloat16",
-    "budget",
-)
+OF_THE_STUDY = ("cycles", "nearest", "bfloat16", "budget")  # changes, but no fields of LoSiAConfig
 
 
 def study_config(model: nn.Module, options: Options) -> LoSiAConfig:
@@ -115,13 +104,8 @@ def study_config(model: nn.Module, options: Options) -> LoSiAConfig:
     if unknown:
         raise MissingPeer(f"LoSiAConfig has no field {', '.join(unknown)}")
     turns = model.config.num_hidden_layers * options.changes.get("cycles", CYCLES)
-    values = {
-        "rank_factor": options.rank_factor,
-        "period": max(1, int(options.steps / turns)),
-        "warmup_steps": options.warmup,
-        "seed": options.seed,
-        "importance": "sensitivity",
-    }
+    values = {"rank_factor": options.rank_factor, "period": max(1, int(options.steps / turns))}
+    values |= {"warmup_steps": options.warmup, "seed": options.seed, "importance": "sensitivity"}
     return LoSiAConfig(**(values | changes))
 
 

@@ -1,73 +1,58 @@
 """The methods of the quality study, each from its real library, and the variants of LoSiA p 1/8.
 
-The rivals' settings are those that the LoSiA paper gave them (A.3; alpha = 2r on all linears),
-PiSSA's alpha its library's; the learning rate is searched.
-"""
+The rivals' settings are those that the LoSiA paper gave them (A.3; alpha = 2r on all linears), PiSSA's alpha its
+library's; the learning rate is searched."""
 
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
-
 from . import galore, losia, plain
 from .adapters import prepare_peft
-from .base import Method, Options, Prepared
+from .base import Method
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-LARGE_RANK_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
-PISSA_RATES, PISSA_INIT = (3e-5, 1e-4, 3e-4, 1e-3), "pissa_niter_4"
+LOWER, LOWEST = (1e-4, 3e-4, 1e-3, 3e-3), (1e-5, 3e-5, 1e-4, 3e-4)  # of large ranks; of all weights
 PLAIN = "no dropout, all linears of the decoder blocks"
 
 
 def _lora(name: str, title: str, text: str, lrs: tuple, rank: int, alpha: int, **config) -> Method:
-    def prepare(model: nn.Module, options: Options) -> Prepared:
+    def prepare(model, options):
         return prepare_peft(model, replace(options, rank=rank, alpha=alpha), **config)
 
     return Method(name, title, prepare, settings=text, lrs=lrs)
 
 
 def _losia(part: int, text: str = "as p 1/8") -> Method:
-    def prepare(model: nn.Module, options: Options) -> Prepared:
+    def prepare(model, options):
         return losia.prepare_study(model, replace(options, rank_factor=1 / part))
 
-    name, title = f"losia-p{part}", f"LoSiA p 1/{part}"
-    return Method(name, title, prepare, settings=text, lrs=RATES)
+    return Method(f"losia-p{part}", f"LoSiA p 1/{part}", prepare, settings=text, lrs=RATES)
 
 
-FFT = Method(
-    "fft",
-    "full fine-tuning",
-    plain.prepare_full,
-    settings="all parameters, torch AdamW",
-    lrs=(1e-5, 3e-5, 1e-4, 3e-4),
-)
-GALORE = Method(
-    "galore",
-    "GaLore",
-    galore.prepare_whole,
-    settings="galore-torch, rank 1/8 of the hidden size, scale 2, gap 200 (in a run shorter than that one "
-    "projection); embeddings and norms by AdamW",
-    lrs=LARGE_RANK_RATES,
+EVERYTHING = "all parameters, torch AdamW"
+OURS = "this package; the paper's settings, but one cycle a run, calibrated start"
+DORA = "peft, LoRA r 64 with use_dora"
+PISSA_RATES, PISSA_INIT = (3e-5, 1e-4, 3e-4, 1e-3), "pissa_niter_4"
+PISSA = "as LoRA r 64, init_lora_weights=pissa_niter_4; alpha 64, as in peft's example"
+GALORE = (
+    "galore-torch, rank 1/8 of the hidden size, scale 2, gap 200 (in a run shorter than that one "
+    "projection); embeddings and norms by AdamW"
 )
 SAME_BYTES = "peft, alpha 22: adds as many bytes as LoSiA p 1/8"
-DORA = "peft, LoRA r 64 with use_dora"
-PISSA = "as LoRA r 64, init_lora_weights=pissa_niter_4; alpha 64, as in peft's example"
-STUDY: dict[str, Method] = {
-    method.name: method
-    for method in (
-        FFT,
-        _lora("lora-r8", "LoRA r 8", f"peft, alpha 16, {PLAIN}", RATES, 8, 16),
-        _losia(8, "this package; the paper's settings, but one cycle a run, calibrated start"),
-        _lora("lora-r64", "LoRA r 64", f"peft, alpha 128, {PLAIN}", LARGE_RANK_RATES, 64, 128),
-        _losia(4),
-        _lora("dora-r64", "DoRA r 64", DORA, LARGE_RANK_RATES, 64, 128, use_dora=True),
-        _lora("pissa-r64", "PiSSA r 64", PISSA, PISSA_RATES, 64, 64, init_lora_weights=PISSA_INIT),
-        GALORE,
-        _losia(16),
-        _lora("lora-r11", "LoRA r 11", SAME_BYTES, RATES, 11, 22),
-        _losia(2),
-    )
-}
+_METHODS = (
+    Method("fft", "full fine-tuning", plain.prepare_full, settings=EVERYTHING, lrs=LOWEST),
+    _lora("lora-r8", "LoRA r 8", f"peft, alpha 16, {PLAIN}", RATES, 8, 16),
+    _losia(8, OURS),
+    _lora("lora-r64", "LoRA r 64", f"peft, alpha 128, {PLAIN}", LOWER, 64, 128),
+    _losia(4),
+    _lora("dora-r64", "DoRA r 64", DORA, LOWER, 64, 128, use_dora=True),
+    _lora("pissa-r64", "PiSSA r 64", PISSA, PISSA_RATES, 64, 64, init_lora_weights=PISSA_INIT),
+    Method("galore", "GaLore", galore.prepare_whole, settings=GALORE, lrs=LOWER),
+    _losia(16),
+    _lora("lora-r11", "LoRA r 11", SAME_BYTES, RATES, 11, 22),
+    _losia(2),
+)
+STUDY: dict[str, Method] = {method.name: method for method in _METHODS}
 
 
 @dataclass(frozen=True)
@@ -78,46 +63,47 @@ class Variant:
     changes: dict[str, Any]
 
 
-BF16 = {"bfloat16": True}
-NO_MASTER = {**BF16, "master": "none"}
-SYNC = {"update_type": "sync"}
-VARIANTS: dict[str, Variant] = {
-    "random": Variant("random first subnets (the paper)", {"init_subnet": "random"}),
-    "marginal": Variant(
-        "importance: sums only, no state of the weight's size", {"importance": "marginal"}
+SYNC = {"update_type": "sync", "period": 100}
+NO_MASTER = {"bfloat16": True, "master": "none"}
+VARIANTS: dict[str, Variant] = {}
+for _name, _title, _changes in (
+    ("random", "random first subnets (the paper)", {"init_subnet": "random"}),
+    (
+        "marginal",
+        "importance: sums only, no state of the weight's size",
+        {"importance": "marginal"},
     ),
-    "importance-bf16": Variant(
-        "importance kept in bfloat16", {"importance": "sensitivity_bfloat16"}
-    ),
-    "gl": Variant("GL: size of the gradient instead of importance", {"importance": "gradient"}),
-    "sl": Variant("SL: all layers move together", SYNC),
-    "no-wds": Variant("w/o WDS: no rewarming", {"rewarm": False}),
-    "no-reset": Variant("Adam's step count kept", {"reset_step": False}),
-    "ffto": Variant("FFTO: the output layer trained in full", {"output_dim_factor": 1.0}),
-    "head": Variant("1/8 of the output layer's outputs too", {"output_dim_factor": 1 / 8}),
-    "head-frequency": Variant(
-        "the same, first those of the tokens that the data teach most often",
+    ("importance-bf16", "importance kept in bfloat16", {"importance": "sensitivity_bfloat16"}),
+    ("gl", "GL: size of the gradient instead of importance", {"importance": "gradient"}),
+    ("sl", "SL: all layers move together", {"update_type": "sync"}),
+    ("no-wds", "w/o WDS: no rewarming", {"rewarm": False}),
+    ("no-reset", "Adam's step count kept", {"reset_step": False}),
+    ("ffto", "FFTO: the output layer trained in full", {"output_dim_factor": 1.0}),
+    ("head", "1/8 of the output layer's outputs too", {"output_dim_factor": 1 / 8}),
+    (
+        *("head-frequency", "the same, first those of the tokens that the data teach most often"),
         {"output_dim_factor": 1 / 8, "output_init": "frequency"},
     ),
-    "alignment-16": Variant("neurons in runs of 16", {"alignment": 16}),
-    "budget": Variant("rank factors by importance, as many values in all", {"budget": True}),
-    "period-100": Variant(
-        "the paper's period of 100: in fewer steps nothing moves", {"period": 100}
+    ("alignment-16", "neurons in runs of 16", {"alignment": 16}),
+    ("budget", "rank factors by importance, as many values in all", {"budget": True}),
+    ("period-100", "the paper's period of 100: in fewer steps nothing moves", {"period": 100}),
+    ("cycles-quarter", "coverage: a quarter of the groups gets a turn", {"cycles": 0.25}),
+    (
+        *("cycles-quarter-random", "the same from random subnets"),
+        {"cycles": 0.25, "init_subnet": "random"},
     ),
-    "cycles-quarter": Variant("coverage: a quarter of the groups gets a turn", {"cycles": 0.25}),
-    "cycles-quarter-random": Variant(
-        "the same from random subnets", {"cycles": 0.25, "init_subnet": "random"}
+    ("cycles-half", "twice the period", {"cycles": 0.5}),
+    ("cycles-2", "half the period", {"cycles": 2}),
+    ("together-100", "all layers move together, every 100 steps", SYNC),
+    (
+        *("together-100-marginal", "the same, importance: sums only"),
+        {**SYNC, "importance": "marginal"},
     ),
-    "cycles-half": Variant("twice the period", {"cycles": 0.5}),
-    "cycles-2": Variant("half the period", {"cycles": 2}),
-    "together-100": Variant("all layers move together, every 100 steps", {**SYNC, "period": 100}),
-    "together-100-marginal": Variant(
-        "the same, importance: sums only", {**SYNC, "period": 100, "importance": "marginal"}
-    ),
-    "bf16": Variant("bf16 model, float32 master", BF16),
-    "bf16-stochastic": Variant("bf16 model, no master, stochastic rounding", NO_MASTER),
-    "bf16-nearest": Variant(
-        "bf16 model, no master, rounded to nearest (the authors' code)",
+    ("bf16", "bf16 model, float32 master", {"bfloat16": True}),
+    ("bf16-stochastic", "bf16 model, no master, stochastic rounding", NO_MASTER),
+    (
+        *("bf16-nearest", "bf16 model, no master, rounded to nearest (the authors' code)"),
         {**NO_MASTER, "nearest": True},
     ),
-}
+):
+    VARIANTS[_name] = Variant(_title, _changes)

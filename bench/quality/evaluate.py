@@ -1,5 +1,4 @@
-"""Scores of a plain model on items: what its answers cost, and how many of their lines it would
-have said by itself."""
+"""Scores of a plain model on items: what its answers cost, and how many of their lines it would have said by itself."""
 
 from dataclasses import astuple, dataclass, replace
 
@@ -14,8 +13,8 @@ TOKENS_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class ItemScore:
-    """``nll``: sum over the completion's ``tokens``, in nats; ``hits``: those that were most
-    likely; ``right`` of its ``lines`` (blank ones do not count)."""
+    """``nll``: sum over the completion's ``tokens``, in nats; ``hits``: those that were most likely; ``right`` of its
+    ``lines`` (blank ones do not count)."""
 
     nll: float
     tokens: int
@@ -28,16 +27,12 @@ class ItemScore:
 def score_items(model: nn.Module, tokenizer, items: list[Item], max_length: int) -> list[ItemScore]:
     """One forward pass over each completion that counts as right.
 
-    A line is right when each of its tokens is the most likely one after the right text before it:
-    greedy decoding would have said it, up to the newline. Of several right completions any may
-    match; the cost is that of the first.
-    """
+    A line is right when each of its tokens is the most likely one after the right text before it: greedy decoding would
+    have said it, up to the newline. Of several right completions any may match; the cost is that of the first."""
     model.eval()
-    texts = [
-        (number, text)
-        for number, item in enumerate(items)
-        for text in (item.completion, *item.also_right)
-    ]
+    texts = []
+    for number, item in enumerate(items):
+        texts += [(number, text) for text in (item.completion, *item.also_right)]
     encoded = [encode(tokenizer, items[number].prompt, text, max_length) for number, text in texts]
     order = sorted(range(len(texts)), key=lambda i: len(encoded[i].ids))
     found: dict[int, ItemScore] = {}
@@ -80,8 +75,8 @@ def _score(model: nn.Module, encoded: list[Encoded], texts: list[str]) -> list[I
 
 
 def summary(items: list[Item], scores: list[ItemScore]) -> dict[str, dict[str, float]]:
-    """By group ("" is all items without one): lines ``right`` and ``tokens`` right in percent,
-    ``nll`` in nats a token, ``items``."""
+    """By group ("" is all items without one): lines ``right`` and ``tokens`` right in percent, ``nll`` in nats a token,
+    ``items``."""
     groups: dict[str, list[ItemScore]] = {}
     for item, score in zip(items, scores, strict=True):
         groups.setdefault(item.group, []).append(score)

@@ -13,11 +13,9 @@ IGNORE = -100  # label of a token that is not learned
 
 @dataclass(frozen=True)
 class Item:
-    """One sample. ``completion`` is learned; ``also_right``: other completions that count as right
-    when scored.
+    """One sample. ``completion`` is learned; ``also_right``: other completions that count as right when scored.
 
-    ``key`` is what no two splits share (a verb, a file); items of one ``group`` are reported apart.
-    """
+    ``key`` is what no two splits share (a verb, a file); items of one ``group`` are reported apart."""
 
     key: str
     prompt: str
@@ -28,8 +26,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Splits:
-    """``search`` chooses learning rates and nothing else; ``held_out`` gives the figures of the
-    report."""
+    """``search`` chooses learning rates and nothing else; ``held_out`` gives the figures of the report."""
 
     train: list[Item]
     search: list[Item]
@@ -37,8 +34,8 @@ class Splits:
 
 
 def split_by_key(items: list[Item], search: int, held_out: int, seed: int = 0) -> Splits:
-    """``held_out`` and ``search`` keys with one item each, so that their items are independent; all
-    other keys train."""
+    """``held_out`` and ``search`` keys with one item each, so that their items are independent; all other keys
+    train."""
     keys = sorted({item.key for item in items})
     random.Random(seed).shuffle(keys)
     of_key: dict[str, list[Item]] = {key: [] for key in keys}
@@ -52,8 +49,7 @@ def split_by_key(items: list[Item], search: int, held_out: int, seed: int = 0) -
 
 
 def fingerprint(items: list[Item]) -> str:
-    """Equal only for the same items in the same order: scores of different items are never
-    paired."""
+    """Equal only for the same items in the same order: scores of different items are never paired."""
     digest = hashlib.sha256()
     for item in items:
         digest.update(f"{item.prompt}\0{item.completion}\0".encode())
@@ -62,16 +58,15 @@ def fingerprint(items: list[Item]) -> str:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids and, for each token, the number of the completion's line that it begins in; -1 in
-    the prompt."""
+    """Token ids and, for each token, the number of the completion's line that it begins in; -1 in the prompt."""
 
     ids: list[int]
     line: list[int]
 
 
 def encode(tokenizer, prompt: str, completion: str, max_length: int) -> Encoded:
-    """Prompt and completion as one text, at most ``max_length`` tokens. A text without a prompt is
-    learned from its second token on. Raises ValueError if nothing is left to learn."""
+    """Prompt and completion as one text, at most ``max_length`` tokens. A text without a prompt is learned from its
+    second token on. Raises ValueError if nothing is left to learn."""
     encoded = tokenizer(prompt + completion, add_special_tokens=False, return_offsets_mapping=True)
     ids = encoded["input_ids"][:max_length]
     lines = []
@@ -86,8 +81,7 @@ def encode(tokenizer, prompt: str, completion: str, max_length: int) -> Encoded:
 
 
 def collate(encoded: list[Encoded], device: torch.device | str) -> dict[str, Tensor]:
-    """``input_ids`` and ``labels`` ``[batch, t]``, padded on the right, where a causal model needs
-    no mask."""
+    """``input_ids`` and ``labels`` ``[batch, t]``, padded on the right, where a causal model needs no mask."""
     longest = max(len(sample.ids) for sample in encoded)
     ids = torch.zeros(len(encoded), longest, dtype=torch.int64)
     labels = torch.full_like(ids, IGNORE)
@@ -99,16 +93,9 @@ def collate(encoded: list[Encoded], device: torch.device | str) -> dict[str, Ten
 
 
 def batches(
-    items: list[Item],
-    tokenizer,
-    size: int,
-    steps: int,
-    seed: int,
-    max_length: int,
-    device: torch.device | str,
+    items: list[Item], tokenizer, size: int, steps: int, seed: int, max_length: int, device
 ) -> Iterator[dict[str, Tensor]]:
-    """``steps`` batches in the order that ``seed`` gives, the same for every method; epochs are
-    shuffled anew."""
+    """``steps`` batches in the order that ``seed`` gives, the same for every method; epochs are shuffled anew."""
     generator = random.Random(seed)
     order: list[int] = []
     for _ in range(steps):

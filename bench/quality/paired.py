@@ -13,7 +13,6 @@ EXACT_UP_TO = 14  # differences of which all sign patterns are gone through
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation; of one value no spread."""
     mean = sum(values) / len(values)
     if len(values) < 2:
         return mean, None
@@ -21,8 +20,7 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def sign_flip_test(differences: Sequence[float], seed: int = 0) -> float:
-    """Two-sided p of the mean of paired ``differences`` if each sign were a coin's toss. Raises
-    ValueError for none."""
+    """Two-sided p of the mean of paired ``differences`` if each sign were a coin's toss. Raises ValueError for none."""
     values = np.asarray(differences, dtype=np.float64)
     if not len(values):
         raise ValueError("sign_flip_test: there are no differences")
@@ -51,8 +49,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Paired:
-    """``differences``: of each held-out item, over the shared seeds; ``seeds``: of each seed, over
-    the items. Means."""
+    """``differences``: of each held-out item, over the shared seeds; ``seeds``: of each seed, over the items. Means."""
 
     differences: list[float]
     seeds: list[float]
@@ -72,8 +69,7 @@ class Paired:
         return sign_flip_test(self.differences)
 
     def verdict(self, p: float) -> str:
-        """ "more" or "less" where the test over items, of which ``p`` comes, and every seed say so;
-        else ""."""
+        """ "more" or "less" where the test over items, of which ``p`` comes, and every seed say so; else ""."""
         if p >= SIGNIFICANT or not all(seed * self.mean > 0 for seed in self.seeds):
             return ""
         return "more" if self.mean > 0 else "less"
@@ -83,36 +79,28 @@ class Paired:
 
 
 def paired(first: list[dict], second: list[dict], value: str, group: str = "") -> Paired | None:
-    """``first - second`` on the items of a group; "nll": nats an item, "right": lines. None without
-    a shared seed.
+    """``first - second`` on the items of a group; "nll": nats an item, "right": lines. None without a shared seed.
 
-    Raises ValueError if the two were scored on other items.
-    """
+    Raises ValueError if the two were scored on other items."""
     column = {"nll": 0, "right": 3}[value]
     by_seed = {result["run"]["seed"]: result for result in second}
-    pairs = [
-        (mine, by_seed[mine["run"]["seed"]]) for mine in first if mine["run"]["seed"] in by_seed
-    ]
+    seeds = ((mine, by_seed.get(mine["run"]["seed"])) for mine in first)
+    pairs = [(mine, other) for mine, other in seeds if other]
     if not pairs:
         return None
     if len({result["items"] for pair in pairs for result in pair}) > 1:
         raise ValueError("paired: scored on different items")
-    each = [
-        [
-            a[column] - b[column]
-            for a, b in zip(of_group(mine, group), of_group(other, group), strict=True)
-        ]
-        for mine, other in pairs
-    ]
+    each = []
+    for pair in pairs:
+        scores = zip(*(of_group(result, group) for result in pair), strict=True)
+        each.append([a[column] - b[column] for a, b in scores])
     means = [sum(values) / len(values) for values in each]
     return Paired([sum(values) / len(values) for values in zip(*each, strict=True)], means)
 
 
 def of_group(result: dict, group: str) -> list[list]:
-    """The scores of the items of one group. Results without ``groups`` hold one group after
-    another."""
-    groups = result.get("groups") or [
-        [name, score["items"]] for name, score in result["scores"]["held_out"].items()
-    ]
+    """The scores of the items of one group. Results without ``groups`` hold one group after another."""
+    scores = result["scores"]["held_out"].items()
+    groups = result.get("groups") or [(name, score["items"]) for name, score in scores]
     names = [name for name, count in groups for _ in range(count)]
     return [score for score, name in zip(result["each"], names, strict=True) if name == group]

@@ -13,11 +13,8 @@ from .tables import OURS, Results, of, title, trials_of
 def draw_plots(results: Results, tasks: list[str], scale: str, folder: Path) -> list[Path]:
     from matplotlib import colormaps, cycler
 
-    pictures = {
-        "all-lengths": functools.partial(_lengths, results),
-        "all-selection": functools.partial(_selection, results),
-        "all-gradients": functools.partial(_gradients, results),
-    }
+    of_all = {"lengths": _lengths, "selection": _selection, "gradients": _gradients}
+    pictures = {f"all-{name}": functools.partial(each, results) for name, each in of_all.items()}
     of_task = {"learned-and-lost": _learned_and_lost, "search": _search, "loss": _loss}
     for task in tasks:
         for name, picture in of_task.items():
@@ -40,14 +37,11 @@ def _nll(result: dict[str, Any], split: str = "held_out") -> float:
 
 
 def _learned_and_lost(results: Results, task: str, axes) -> None:
-    """Cost of right answers against cost of English, a mark a seed: down and to the left is
-    better."""
+    """Cost of right answers against cost of English, a mark a seed: down and to the left is better."""
     for method in STUDY:
         found = of(results, task=task, kind="main", method=method)
-        mark, english = (
-            "s" if method.startswith("losia") else "o",
-            [_nll(r, "english") for r in found],
-        )
+        mark = "s" if method.startswith("losia") else "o"
+        english = [_nll(r, "english") for r in found]
         if found:
             axes.plot([_nll(r) for r in found], english, mark, label=title(method))
     for result in of(results, task=task, kind="untrained"):
@@ -58,8 +52,7 @@ def _learned_and_lost(results: Results, task: str, axes) -> None:
 
 
 def _lengths(results: Results, axes) -> None:
-    """Cost by number of steps: does what LoSiA lacks or has over the others grow with longer
-    runs?"""
+    """Cost by number of steps: does what LoSiA lacks or has over the others grow with longer runs?"""
     same = of(results, task="pronunciation", variant="")
     found = [r for r in same if r["run"]["kind"].startswith(("main", "scale-"))]
     for method in STUDY:
@@ -109,8 +102,7 @@ def _selection(results: Results, axes) -> None:
 
 
 def _gradients(results: Results, axes) -> None:
-    """How much of the gradient few neurons hold, all lines being straight if it were spread evenly
-    (Figures 2, 9)."""
+    """How much of the gradient few neurons hold, all lines being straight if it were spread evenly (Figures 2, 9)."""
     from matplotlib import colormaps
 
     for result in of(results, kind="analysis", method=OURS):

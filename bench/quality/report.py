@@ -1,27 +1,19 @@
 """``python -m bench quality-report``: README.md and the plots, from the results alone."""
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..harness.markdown import table
 from ..methods import STUDY
 from ..methods.losia import CALIBRATION_BATCHES
+from . import tables
 from .plots import draw_plots
 from .sections import SECTIONS
 from .store import RESULTS, Store
-from .study import SCALES, SEEDS, Scale, study, timings
-from .tables import (
-    Results,
-    comparison,
-    groups_of,
-    of,
-    overview,
-    quality,
-    searched,
-    usable,
-    verdicts,
-)
+from .study import SCALES, SEEDS, Run, Scale, study, timings
+from .tables import Results, of
 from .tasks import TASKS
 
 HEAD = """\
@@ -92,23 +84,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _rows(head: list[str], rows: Iterable[list[str]]) -> str:
-    """A table of words, all to the left."""
-    return table(head, rows).replace("---:", "---")
-
-
 def render(store: Store) -> str:
+    def words(head: list[str], rows: list[list[str]]) -> str:
+        return table(head, rows).replace("---:", "---")  # all to the left
+
     everything = store.all()
     trials = "/".join(map(str, sorted({len(method.lrs) for method in STUDY.values()})))
     tasks = [[task.title, task.source] for task in TASKS.values()]
-    methods = [
-        [each.title, each.settings, ", ".join(f"{lr:.0e}" for lr in each.lrs)]
-        for each in STUDY.values()
-    ]
+    methods = []
+    for each in STUDY.values():
+        methods.append([each.title, each.settings, ", ".join(f"{lr:.0e}" for lr in each.lrs)])
     parts = [
         HEAD.format(trials=trials, calibration=CALIBRATION_BATCHES, seeds=len(SEEDS)),
-        _rows(["task", "data"], tasks),
-        _rows(["method", "settings", "learning rates tried"], methods),
+        words(["task", "data"], tasks),
+        words(["method", "settings", "learning rates tried"], methods),
     ]
     for name in ("large", "small"):
         here = [result for result in everything if result["run"]["scale"] == name]
@@ -118,7 +107,7 @@ def render(store: Store) -> str:
 
 
 def one_scale(everything: Results, scale: Scale, store: Store) -> str:
-    results, dropped = usable(everything)
+    results, dropped = tables.usable(everything)
     tasks = [task for task in TASKS if of(results, task=task)]
     pictures = draw_plots(results, tasks, scale.name, store.folder / "plots")
 
@@ -133,17 +122,17 @@ def one_scale(everything: Results, scale: Scale, store: Store) -> str:
         f"## {scale.name.capitalize()} scale: {scale.steps} steps of {scale.batch}",
         REGIME.format(samples=scale.steps * scale.batch, turn=scale.steps // 30),
         remaining(scale, store),
-        *section("At a glance", overview(results, tasks)),
-        *section("Where LoSiA is worse", verdicts(results, tasks)),
+        *section("At a glance", tables.overview(results, tasks)),
+        *section("Where LoSiA is worse", tables.verdicts(results, tasks)),
     ]
     for task in tasks:
-        pairs = [comparison(results, task, group) for group in ("", *groups_of(results, task))]
-        tables = {
-            "at equal steps": quality(results, task),
-            "paired over items": "\n\n".join(filter(None, pairs)),
-            "the search, nats a token on the search split": searched(results, task),
-        }
-        for what, text in tables.items():
+        groups = ("", *tables.groups_of(results, task))
+        pairs = [tables.comparison(results, task, group) for group in groups]
+        for what, text in (
+            ("at equal steps", tables.quality(results, task)),
+            ("paired over items", "\n\n".join(filter(None, pairs))),
+            ("the search, nats a token on the search split", tables.searched(results, task)),
+        ):
             parts += section(f"{TASKS[task].title.capitalize()}: {what}", text)
         parts += pictured(task)
     for what, make in SECTIONS.items():
@@ -155,23 +144,21 @@ def one_scale(everything: Results, scale: Scale, store: Store) -> str:
 
 
 def remaining(scale: Scale, store: Store) -> str:
-    """How much of the study these figures are."""
     runs = study(scale) + timings(scale)
-    missing: dict[str, list[int]] = {}
+    counts, missing = Counter(map(_part, runs)), Counter()
     for run in runs:
-        kind = "data scales" if run.kind.startswith("scale-") else run.kind
-        name = f"{run.task} {kind}" if run.kind in ("search", "main") else kind
-        counts = missing.setdefault(name, [0, 0])
-        counts[0] += 1
-        counts[1] += not store.is_done(run)
-    done = len(runs) - sum(left for _, left in missing.values())
-    left = [f"{name} {left} of {count}" for name, (count, left) in missing.items() if left]
+        missing[_part(run)] += not store.is_done(run)
+    left = [f"{name} {count} of {counts[name]}" for name, count in missing.items() if count]
     rest = f"Not run yet: {'; '.join(left)}." if left else "Nothing is missing."
-    return f"**{done} of {len(runs)} runs are done.** {rest}"
+    return f"**{len(runs) - missing.total()} of {len(runs)} runs are done.** {rest}"
+
+
+def _part(run: Run) -> str:
+    kind = "data scales" if run.kind.startswith("scale-") else run.kind
+    return f"{run.task} {kind}" if run.kind in ("search", "main") else kind
 
 
 def origin(results: Results) -> str:
-    """Which machines, versions and commits the figures come from."""
     origins = [result["provenance"] for result in results]
 
     def found(key: str, length: int | None = None) -> str:

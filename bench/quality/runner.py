@@ -1,5 +1,5 @@
-"""``python -m bench quality``: runs what has not been run, most telling first, one or several at a
-time, and can be stopped at any time."""
+"""``python -m bench quality``: runs what has not been run, most telling first, one or several at a time, and can be
+stopped at any time."""
 
 import argparse
 import functools
@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -53,14 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (arguments.model / "config.json").exists():
         made = "python examples/past_tense/smollm.py .cache makes it"
         parser.error(f"argument --model: {arguments.model} holds no model; {made}")
-    at_once = min(arguments.jobs, len(missing))
+    at_once, say = min(arguments.jobs, len(missing)), functools.partial(print, flush=True)
     origin = provenance(device, arguments.commit)
     origin |= {"quiet": arguments.quiet_machine, "jobs": at_once}
     try:
         with make_pool(arguments.model, device, at_once) as pool:
-            say = functools.partial(print, flush=True)
-            limits = arguments.minutes, pool, at_once
-            return 1 if run_study(missing, store, origin, *limits, say) else 0
+            failed = run_study(missing, store, origin, arguments.minutes, pool, at_once, say)
+            return 1 if failed else 0
     except BrokenProcessPool:
         died = f"a worker died (of {at_once} that share the memory)"
         print(f"{died}; what was done is kept: go on with fewer --jobs?", file=sys.stderr)
@@ -74,15 +73,7 @@ def select(name: str, scale: str, only: str | None = None) -> list[Run]:
     return [run for run in runs if only is None or re.search(only, run.id)]
 
 
-def run_study(
-    runs: list[Run],
-    store: Store,
-    origin: dict,
-    minutes: float | None = None,
-    pool: Executor | None = None,
-    at_once: int = 1,
-    say: Callable[[str], None] = print,
-) -> int:
+def run_study(runs, store, origin, minutes=None, pool=None, at_once=1, say=print) -> int:
     """Run those that are ready, others as soon as they are; returns how many failed."""
     failed = 0
 
@@ -93,14 +84,14 @@ def run_study(
     def add(job: Job, row: dict[str, Any]) -> str:
         nonlocal failed
         run = job.settings["run"]
-        if row["status"] in ("missing", "failed", "oom", "red"):
+        if row["status"] != "ok":
             failed += row["status"] != "missing"
             word = "not run" if row["status"] == "missing" else "FAILED"
             return f"{run.id}: {word}: {row.get('reason', row['status'])}"
         store.write(run, row["result"] | {"provenance": origin})
-        return (
-            f"{run.id}: {_short(row['result'])}{_known(run, store)}  {row['seconds'] / 60:.1f} min"
-        )
+        known = store.fallback and store.fallback.read(run)
+        theirs = f" (the study's: {_short(known)})" if known else ""
+        return f"{run.id}: {_short(row['result'])}{theirs}  {row['seconds'] / 60:.1f} min"
 
     def resolve(job: Job) -> Job:
         return job_of(store.resolve(job.settings["run"]))
@@ -147,12 +138,6 @@ def _short(result: dict[str, Any]) -> str:
         if found:
             return f"{found['right']:.1f} % right, {found['nll']:.3f} nats"
     return "ok"
-
-
-def _known(run: Run, store: Store) -> str:
-    """What the same run gave elsewhere, where results are kept apart from those of the study."""
-    known = store.fallback and store.fallback.read(run)
-    return f" (the study's: {_short(known)})" if known else ""
 
 
 def _regex(text: str) -> str:

@@ -8,82 +8,63 @@ from ..methods import STUDY, VARIANTS
 from .paired import paired
 from .sequence import measures, single_task
 from .study import SCALES
-from .tables import OURS, Results, fewer, held_out, of, other_text, show, show_p, title
+from .tables import OURS, Results, fewer, held_out, nats, of, other_text, show, show_p, title
 from .tasks import TASKS
 
 
 def ablations(results: Results, task: str = "pronunciation") -> str:
     """One choice changed, the same seeds, the same learning rate."""
+
+    def three(found: Results) -> list[str]:
+        return [nats(found), held_out(found, "tokens", 1), other_text(found, "english")]
+
     base = of(results, task=task, kind="main", method=OURS)
-    rows = []
+    rows = [["nothing", *three(base), "", "", ""]]
     for name, variant in VARIANTS.items():
         found = of(results, task=task, kind="ablation", variant=name)
-        more = paired(found, base, "nll")
-        if more:
-            rows.append([variant.title, *_three(found), str(more), show_p(more.p), fewer(more)])
+        if more := paired(found, base, "nll"):
+            rows.append([variant.title, *three(found), str(more), show_p(more.p), fewer(more)])
     head = (
         "changed | nats a token | tokens right, % | english, nats a token"
-        " | nats an item more than the default, 95 % | p (of one test)"
-        " | seeds in which it costs less"
+        " | nats an item more than the default, 95 % | p (of one test) | seeds in which it costs less"
     )
     note = (
         "Every row has the learning rate that was found for the default; it was not searched again."
     )
-    plain = ["nothing", *_three(base), "", "", ""]
-    return f"{table(head, [plain, *rows])}\n\n{note}" if rows else ""
+    return f"{table(head, rows)}\n\n{note}" if rows[1:] else ""
 
 
-def _three(found: Results) -> list[str]:
-    costs = held_out(found, "nll", 3), held_out(found, "tokens", 1)
-    return [*costs, other_text(found, "english")]
-
-
-CYCLES = {
-    "cycles-half": "1/2 cycle",
-    "": "1 cycle",
-    "cycles-2": "2 cycles",
-    "period-100": "period 100",
-}
+CYCLES = {"cycles-half": "1/2 cycle", "": "1 cycle", "cycles-2": "2 cycles"}
+CYCLES |= {"period-100": "period 100"}
 
 
 def data_scales(results: Results) -> str:
     """Cost by number of steps, of LoSiA with several cycles (the paper's Table 4) and of others."""
     longer = [r for r in results if r["run"]["kind"].startswith("scale-")]
-    found = longer + [
-        r for kind in ("main", "ablation") for r in of(results, task="pronunciation", kind=kind)
-    ]
     if not longer:
         return ""
-    lengths = {r["run"]["steps"] for r in longer}
+    kinds = (of(results, task="pronunciation", kind=kind) for kind in ("main", "ablation"))
+    found, lengths = sum(kinds, longer), {r["run"]["steps"] for r in longer}
     columns = {f"{title(OURS)}, {name}": (OURS, variant) for variant, name in CYCLES.items()}
-    others = (method for method in STUDY if method != OURS)
-    columns |= {
-        title(name): (name, "") for name in others if of(found, method=name, steps=max(lengths))
-    }
+    for name in STUDY:
+        if name != OURS and of(found, method=name, steps=max(lengths)):
+            columns[title(name)] = name, ""
     rows = []
     for steps in sorted(lengths | {SCALES[found[0]["run"]["scale"]].steps}):
-        cells = {
-            column: of(found, steps=steps, method=method, variant=variant)
-            for column, (method, variant) in columns.items()
-        }
-        one, two = (cells[f"{title(OURS)}, {name}"] for name in ("1 cycle", "2 cycles"))
+        cells = [of(found, steps=steps, method=m, variant=v) for m, v in columns.values()]
+        one, two = cells[1:3]
         if one and two and one[0]["made"]["period"] == two[0]["made"]["period"]:
             two.clear()  # too short for two: the same run
-        rows.append([str(steps), *(held_out(runs, "nll", 3) for runs in cells.values())])
+        rows.append([str(steps), *map(nats, cells)])
     note = "Nats a token. Learning rates are those found for the scale's own number of steps."
     return f"{table(['steps', *columns], rows)}\n\n{note}"
 
 
 FORMS = {"marginal": "", "together-100-marginal": "together-100"}
-RIVALS = {
-    "cycles-quarter": "a quarter of a cycle",
-    "cycles-half": "half a cycle",
-    "cycles-2": "two cycles",
-    "period-100": "the paper's period of 100",
-    "budget": "rank factors by importance",
-    "marginal": "importance by sums only",
-    "alignment-16": "runs of 16",
-}
+RIVALS = {"cycles-quarter": "a quarter of a cycle", "cycles-half": "half a cycle"}
+RIVALS |= {"cycles-2": "two cycles", "period-100": "the paper's period of 100"}
+RIVALS |= {"budget": "rank factors by importance", "marginal": "importance by sums only"}
+RIVALS |= {"alignment-16": "runs of 16"}
 
 
 def automatic(results: Results) -> str:
@@ -94,8 +75,7 @@ def automatic(results: Results) -> str:
         found = {name: of(results, task=task, kind="ablation", variant=name) for name in RIVALS}
         pairs = [(name, found[variant], base) for variant, name in RIVALS.items()]
         both = "two cycles, against the period of 100", found["cycles-2"], found["period-100"]
-        lines = list(filter(None, (verdict(*pair) for pair in (*pairs, both))))
-        if lines:
+        if lines := list(filter(None, (verdict(*pair) for pair in (*pairs, both)))):
             against = f"Against LoSiA p 1/8 with one cycle a run, on {TASKS[task].title}:"
             parts.append("\n".join([against, "", *lines]))
     return "\n\n".join(parts)
@@ -112,8 +92,7 @@ def verdict(name: str, found: Results, base: Results) -> str:
 
 
 def importance_forms(results: Results) -> str:
-    """Importance by sums only against the paper's, wherever both were run, by length of the
-    slots."""
+    """Importance by sums only against the paper's, wherever both were run, by length of the slots."""
     rows = []
     for result in of(results, method=OURS, seed=0):
         run = result["run"]
@@ -123,12 +102,10 @@ def importance_forms(results: Results) -> str:
         found = of(results, **same, variant=run["variant"])
         whole = "main" if run["kind"] == "ablation" else run["kind"]
         base = of(results, **same | {"kind": whole}, variant=FORMS[run["variant"]])
-        more = paired(found, base, "nll")
-        if more:
+        if more := paired(found, base, "nll"):
             seeds = {r["run"]["seed"] for r in found} & {r["run"]["seed"] for r in base}
-            shared = ([r for r in side if r["run"]["seed"] in seeds] for side in (base, found))
+            means = (nats([r for r in s if r["run"]["seed"] in seeds]) for s in (base, found))
             size = TASKS[run["task"]].title, run["steps"], result["made"]["period"]
-            means = (held_out(side, "nll", 3) for side in shared)
             rows.append([*size, *means, str(more), show_p(more.p), fewer(more)])
     head = (
         "task | steps | steps of a slot | the paper's importance, nats a token | sums only"
@@ -149,29 +126,22 @@ def costs(results: Results, task: str = "pronunciation") -> str:
         added = 0 if method in ("fft", "galore") else 4 * memory["trained_values"]
         parts = ("gradient_bytes", "optimizer_bytes", "observing_bytes")
         added += sum(memory.get(key, 0) for key in parts)
-        equal = held_out(of(results, task=task, kind="equal-time", method=method), "nll", 3)
-        rows.append(
-            [
-                title(method),
-                f"{memory['trained_values'] / 1e6:.2f}",
-                f"{added / 1e6:.0f}",
-                held_out(found, "nll", 3),
-                f"{timed[0]['seconds']['step']:.3f}" if timed else "not measured",
-                equal or ("" if method == "fft" else "not run"),
-            ]
-        )
+        equal = nats(of(results, task=task, kind="equal-time", method=method))
+        cells = f"{memory['trained_values'] / 1e6:.2f}", f"{added / 1e6:.0f}", nats(found)
+        step = f"{timed[0]['seconds']['step']:.3f}" if timed else "not measured"
+        equal = equal or ("" if method == "fft" else "not run")
+        rows.append([title(method), *cells, step, equal])
     head = (
         "method | values trained, M | MB added, activations aside | nats a token at equal steps"
         " | seconds a step | nats a token in full fine-tuning's time"
     )
-    if not rows:
-        return ""
     steps = SCALES[results[0]["run"]["scale"]].steps
-    return table(head, rows) + (
+    note = (
         "\n\nLoRA r 11 adds as many bytes as LoSiA p 1/8. Seconds are of one process and good to about a tenth. In "
         f"full fine-tuning's time: that of its {steps} steps, preparation included, at the learning rate found for "
         f"{steps}."
     )
+    return table(head, rows) + note if rows else ""
 
 
 MEASURES = ("AP", "FWT", "BWT")
@@ -184,19 +154,15 @@ def continual(results: Results) -> str:
     for method in STUDY:
         found = []
         for result in of(results, kind="sequence", method=method):
-            run = result["run"]
-            same = {"kind": "main", "method": method, "seed": run["seed"]}
-            alone = [of(results, task=name, **same) for name in run["task"].split("+")]
+            same = {"kind": "main", "method": method, "seed": result["run"]["seed"]}
+            alone = [of(results, task=name, **same) for name in result["run"]["task"].split("+")]
             if all(alone):
                 ones = [single_task(singles[0]) for singles in alone]
                 keys = ((result[after], [one[key] for one in ones]) for key, after, _ in UNITS)
                 found.append([measures(*each) for each in keys])
         if found:
-            cells = [
-                show([pair[place][name] for pair in found], digits)
-                for place, digits in enumerate((1, 3))
-                for name in MEASURES
-            ]
+            places = [(place, digits, m) for place, digits in ((0, 1), (1, 3)) for m in MEASURES]
+            cells = (show([pair[place][m] for pair in found], d) for place, d, m in places)
             rows.append([title(method), *cells])
     head = ["method", *(f"{name}, {unit}" for *_, unit in UNITS for name in MEASURES)]
     note = (
@@ -210,31 +176,18 @@ def oracle(results: Results) -> str:
     rows = []
     for r in of(results, kind="oracle"):
         mine, other = (r[key]["held_out"][""] for key in ("scores", "reference_scores"))
-        rows.append(
-            [
-                r["run"]["task"],
-                f"{r['largest_loss_difference']:.1e}",
-                f"{r['same_subnets']} of {r['layers']}",
-                f"{r['shared_subnet']:.4f}",
-                f"{r['same_at_start']} of {r['layers']}",
-                f"{mine['nll']:.4f} / {other['nll']:.4f}",
-                f"{mine['right']:.1f} / {other['right']:.1f}",
-            ]
-        )
+        cells = [r["run"]["task"], f"{r['largest_loss_difference']:.1e}"]
+        cells += [f"{r['same_subnets']} of {r['layers']}", f"{r['shared_subnet']:.4f}"]
+        cells += [
+            f"{r['same_at_start']} of {r['layers']}",
+            f"{mine['nll']:.4f} / {other['nll']:.4f}",
+        ]
+        rows.append([*cells, f"{mine['right']:.1f} / {other['right']:.1f}"])
     head = (
         "task | largest difference of a loss | same subnets at the end | weights shared"
         " | same calibrated subnets | nats a token, package / reference | right, %"
     )
     return table(head, rows)
-
-
-CAPTURED = {
-    "greedy": "greedy, %",
-    "sums": "by sums only, %",
-    "restarts": "best of restarts, %",
-    "random": "random, %",
-    "entries": "as many entries anywhere, %",
-}
 
 
 def captured(results: Results) -> str:
@@ -243,39 +196,42 @@ def captured(results: Results) -> str:
         return ""
     result, rows = found[0], []
     for name, values in result["captured"].items():
-        held = (result["gradients"][name][side][1] for side in ("out", "in"))
-        shares = [*(values[key] for key in CAPTURED), *held]
+        shares = [values[key] for key in ("greedy", "sums", "restarts", "random", "entries")]
+        shares += [result["gradients"][name][side][1] for side in ("out", "in")]
         rows.append([name.removeprefix("model."), *(f"{100 * share:.1f}" for share in shares)])
-    last = "gradient in the top 1/8 outputs, %", "in the top 1/8 inputs, %"
+    head = (
+        "layer | greedy, % | by sums only, % | best of restarts, % | random, % | as many entries anywhere, %"
+        " | gradient in the top 1/8 outputs, % | in the top 1/8 inputs, %"
+    )
     small = result["small_matrices"]
-    worst = f"{small['mean']:.3f} on average, {small['worst']:.3f} at worst"
-    return table(["layer", *CAPTURED.values(), *last], rows) + (
+    return table(head, rows) + (
         "\n\nShare of the importance |gW - (gW)²/2|, mean over 8 batches of the untrained model, that a subnet of "
-        f"p = 1/8 holds. Greedy over the optimum on 12 x 12 blocks of the first layer's, k = 4: {worst}."
+        "p = 1/8 holds. Greedy over the optimum on 12 x 12 blocks of the first layer's, k = 4: "
+        f"{small['mean']:.3f} on average, {small['worst']:.3f} at worst."
     )
 
 
 def singular(results: Results) -> str:
-    """How much of a weight's leading singular vectors is left after training (the paper's Figure
-    8)."""
-    found = {r["run"]["method"]: r["singular"] for r in of(results, kind="analysis")}
-    if not found:
+    """How much of a weight's leading singular vectors is left after training (the paper's Figure 8)."""
+    analysed = of(results, kind="analysis")
+    if not analysed:
         return ""
-    rows = [
-        [name.removeprefix("model."), *(f"{each[name]['mean']:.4f}" for each in found.values())]
-        for name in next(iter(found.values()))
-    ]
-    steps = of(results, kind="analysis")[0]["run"]["steps"]
+    found, rows = {r["run"]["method"]: r["singular"] for r in analysed}, []
+    for name in analysed[0]["singular"]:
+        means = (f"{each[name]['mean']:.4f}" for each in found.values())
+        rows.append([name.removeprefix("model."), *means])
+    steps = analysed[0]["run"]["steps"]
     note = f"After {steps} steps (LoSiA: two cycles), one seed; of the 100 leading left singular vectors."
     return f"{table(['mean cosine, before and after', *map(title, found)], rows)}\n\n{note}"
 
 
+ABLATED = {"past tense": "past-tense", "spelling to sounds": "pronunciation"}
+ABLATED |= {"arithmetic": "arithmetic", "completing code": "code", "plurals": "plural"}
 SECTIONS: dict[str, Callable[[Results], str]] = {
-    "Ablations of LoSiA p 1/8, past tense": functools.partial(ablations, task="past-tense"),
-    "Ablations of LoSiA p 1/8, spelling to sounds": ablations,
-    "Ablations of LoSiA p 1/8, arithmetic": functools.partial(ablations, task="arithmetic"),
-    "Ablations of LoSiA p 1/8, completing code": functools.partial(ablations, task="code"),
-    "Ablations of LoSiA p 1/8, plurals": functools.partial(ablations, task="plural"),
+    **{
+        f"Ablations of LoSiA p 1/8, {name}": functools.partial(ablations, task=task)
+        for name, task in ABLATED.items()
+    },
     "Number of steps and cycles, spelling to sounds": data_scales,
     "Importance by sums only": importance_forms,
     "Defaults on trial": automatic,

@@ -39,8 +39,8 @@ class Store:
             return False
 
     def resolve(self, run: Run) -> Run:
-        """``run`` with the learning rate of its search and its number of steps. Raises NotReady, as
-        for a sequence of which a task has not been searched."""
+        """``run`` with the learning rate of its search and its number of steps. Raises NotReady, as for a sequence of
+        which a task has not been searched."""
         if run.steps is None:
             run = replace(run, steps=self.equal_steps(run.scale, run.method))
         if run.kind == "sequence":
@@ -64,9 +64,8 @@ class Store:
         return min(trials, key=trials.__getitem__)
 
     def equal_steps(self, scale: str, method: str) -> int:
-        """How many steps of ``method`` take the time of full fine-tuning's, with what comes before
-        the first and what the first takes longer (calibration, a projection), as timed on a quiet
-        machine. Raises NotReady."""
+        """How many steps of ``method`` take the time of full fine-tuning's, with what comes before the first and what
+        the first takes longer (calibration, a projection), as timed on a quiet machine. Raises NotReady."""
         step, before = {}, {}
         for timing in timings(SCALES[scale]):
             result = self.read(timing) if timing.kind == "timing" else None

@@ -1,7 +1,7 @@
 """The declarative list of runs, most telling first."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 
 from ..methods import STUDY, VARIANTS
@@ -11,12 +11,13 @@ SEARCH_SEED = 100  # its order of batches is in no final run
 SEEDS = (0, 1, 2)
 TOKENS_PER_MINUTE = 4000  # of one CPU core, forward and backward, float32
 TOKENS = {"past-tense": 12, "plural": 12, "pronunciation": 16, "arithmetic": 14, "code": 80}
+LOSIA = "losia-p8"
 
 
 @dataclass(frozen=True)
 class Scale:
-    """``longest``: characters of a training sample, of longer ones none is taken; ``few``: score
-    the first held-out items of each task only."""
+    """``longest``: characters of a training sample, of longer ones none is taken; ``few``: score the first held-out
+    items of each task only."""
 
     name: str
     steps: int
@@ -25,16 +26,14 @@ class Scale:
     few: bool
 
 
-SCALES = {
-    scale.name: scale
-    for scale in (Scale("small", 60, 4, 240, few=True), Scale("large", 300, 16, 480, few=False))
-}
+SMALL, LARGE = Scale("small", 60, 4, 240, few=True), Scale("large", 300, 16, 480, few=False)
+SCALES = {scale.name: scale for scale in (SMALL, LARGE)}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One result. ``lr`` None: the best of the method's search on the task; ``steps`` None: as
-    many as take the time of full fine-tuning's."""
+    """One result. ``lr`` None: the best of the method's search on the task; ``steps`` None: as many as take the time of
+    full fine-tuning's."""
 
     kind: str  # untrained, search, main, ablation, oracle, sequence, analysis, timing, equal-time
     scale: str
@@ -47,11 +46,9 @@ class Run:
 
     @property
     def id(self) -> str:
-        """What its result is found by."""
         last = f"lr{self.lr:.0e}" if self.kind == "search" else f"seed{self.seed}"
-        return "_".join(
-            filter(None, (self.scale, self.task, self.kind, self.method, self.variant, last))
-        )
+        parts = self.scale, self.task, self.kind, self.method, self.variant, last
+        return "_".join(filter(None, parts))
 
     @property
     def minutes(self) -> float:
@@ -72,18 +69,20 @@ def searches(scale: Scale, task: str, *methods: str) -> Iterator[Run]:
 
 
 def finals(scale: Scale, task: str, *methods: str) -> Iterator[Run]:
-    for seed in SEEDS:
-        for method in methods:
-            yield Run("main", scale.name, task, method, seed, None, scale.steps)
+    for seed, method in product(SEEDS, methods):
+        yield Run("main", scale.name, task, method, seed, None, scale.steps)
 
 
 def ablations(scale: Scale, task: str, names: tuple[str, ...]) -> Iterator[Run]:
-    for seed in SEEDS:
-        for name in names:
-            yield Run("ablation", scale.name, task, "losia-p8", seed, None, scale.steps, name)
+    for seed, name in product(SEEDS, names):
+        yield Run("ablation", scale.name, task, LOSIA, seed, None, scale.steps, name)
 
 
-FIRST = ("fft", "lora-r8", "losia-p8", "lora-r64")
+def several(scale: Scale, task: str, *methods: str) -> list[Run]:
+    return [*searches(scale, task, *methods), *finals(scale, task, *methods)]
+
+
+FIRST = ("fft", "lora-r8", LOSIA, "lora-r64")
 EQUAL_MEMORY = "lora-r11"
 REST = tuple(name for name in STUDY if name not in (*FIRST, EQUAL_MEMORY))
 OUTPUT_LAYER = ("head", "head-frequency")
@@ -95,18 +94,20 @@ SEQUENCE = ("past-tense", "pronunciation", "arithmetic", "code", "plural")
 
 def study(scale: Scale) -> list[Run]:
     """All runs of one scale."""
-    base = Run("untrained", scale.name, "past-tense", "fft")
-    runs: list[Run] = []
 
     def oracle(task: str) -> Run:
-        return Run("oracle", scale.name, task, "losia-p8", 0, None, scale.steps)
+        return Run("oracle", scale.name, task, LOSIA, 0, None, scale.steps)
 
-    for task, changed in {
-        "past-tense": (*DEFAULTS, *OUTPUT_LAYER),
-        "pronunciation": TELLING,
-    }.items():
+    runs = [Run("untrained", scale.name, task, "fft") for task in TASKS]
+    for task, changed in (
+        ("past-tense", (*DEFAULTS, *OUTPUT_LAYER)),
+        ("pronunciation", TELLING),
+    ):
         runs += [*several(scale, task, *FIRST), oracle(task), *ablations(scale, task, changed)]
-    runs += [*several(scale, "pronunciation", EQUAL_MEMORY), *analyses(scale)]
+    runs += several(scale, "pronunciation", EQUAL_MEMORY)
+    for method, variant in ((LOSIA, "cycles-2"), ("lora-r64", ""), ("fft", "")):
+        where = scale.name, "pronunciation", method, 0, None, 2 * scale.steps
+        runs.append(Run("analysis", *where, variant))
     runs += [*several(scale, "arithmetic", *FIRST), *ablations(scale, "arithmetic", DEFAULTS)]
     runs.append(oracle("arithmetic"))
     for method in REST:
@@ -114,26 +115,19 @@ def study(scale: Scale) -> list[Run]:
     rest = tuple(name for name in VARIANTS if name not in (*TELLING, *LONG_SLOTS))
     runs += [*ablations(scale, "pronunciation", rest), *data_scales(scale)]
     runs += [*several(scale, "code", *FIRST), *ablations(scale, "code", ("marginal",))]
-    runs += sequences(scale)
+    # five tasks one after another, with the searches and single-task runs that the fifth still lacks
+    runs += [*several(scale, "plural", *FIRST), *ablations(scale, "plural", DEFAULTS)]
+    for seed, method in product(SEEDS, ("lora-r8", LOSIA, "lora-r64")):
+        where = scale.name, "+".join(SEQUENCE), method, seed
+        runs.append(Run("sequence", *where, None, scale.steps))
     for task, method in product(("past-tense", "arithmetic", "code"), REST):
         runs += several(scale, task, method)
-    return [*(replace(base, task=task) for task in TASKS), *runs]
-
-
-def several(scale: Scale, task: str, *methods: str) -> list[Run]:
-    return [*searches(scale, task, *methods), *finals(scale, task, *methods)]
-
-
-def analyses(scale: Scale) -> Iterator[Run]:
-    for method, variant in (("losia-p8", "cycles-2"), ("lora-r64", ""), ("fft", "")):
-        yield Run(
-            "analysis", scale.name, "pronunciation", method, 0, None, 2 * scale.steps, variant
-        )
+    return runs
 
 
 def data_scales(scale: Scale) -> Iterator[Run]:
-    """The paper's Table 4: does the best period grow with the number of samples? And does what
-    LoSiA lacks or has over the others?"""
+    """The paper's Table 4: does the best period grow with the number of samples? And does what LoSiA lacks or has over
+    the others?"""
 
     def one(steps: int, method: str, variant: str, seed: int = 0) -> Run:
         kind = f"scale-{steps}"
@@ -141,36 +135,22 @@ def data_scales(scale: Scale) -> Iterator[Run]:
 
     for steps in (int(scale.steps * factor) for factor in (0.5, 2, 4)):
         for variant in ("cycles-half", "", "cycles-2", "period-100", "marginal"):
-            yield one(steps, "losia-p8", variant)
-        yield from (one(steps, method, "") for method in FIRST if method != "losia-p8")
+            yield one(steps, LOSIA, variant)
+        yield from (one(steps, method, "") for method in FIRST if method != LOSIA)
     # as long as the paper's, which no run of so few steps has for each layer in turn
     for seed in SEEDS:
         for variant in (*LONG_SLOTS, "", "marginal") if seed else LONG_SLOTS:
-            yield one(steps, "losia-p8", variant, seed)
-
-
-def sequences(scale: Scale) -> Iterator[Run]:
-    """Five tasks one after another, with the searches and single-task runs that the fifth still
-    lacks."""
-    yield from several(scale, "plural", *FIRST)
-    yield from ablations(scale, "plural", DEFAULTS)
-    for seed in SEEDS:
-        for method in ("lora-r8", "losia-p8", "lora-r64"):
-            yield Run("sequence", scale.name, "+".join(SEQUENCE), method, seed, None, scale.steps)
+            yield one(steps, LOSIA, variant, seed)
 
 
 def timings(scale: Scale) -> list[Run]:
-    """Seconds a step of every method, and runs as long as full fine-tuning's: only where nothing
-    else runs."""
+    """Seconds a step of every method, and runs as long as full fine-tuning's: only where nothing else runs."""
     where = scale.name, "pronunciation"
     timed = [Run("timing", *where, name, 0, each.lrs[0], 12) for name, each in STUDY.items()]
     others = (name for name in STUDY if name != "fft")
-    equal = [Run("equal-time", *where, *each, None, None) for each in product(others, SEEDS)]
-    return timed + equal
+    return timed + [Run("equal-time", *where, *each, None, None) for each in product(others, SEEDS)]
 
 
 def ten_minutes() -> list[Run]:
-    """One seed of the four first methods on the past tense, at the learning rates that the study
-    found."""
-    small = SCALES["small"]
-    return [Run("main", small.name, "past-tense", method, 0, None, small.steps) for method in FIRST]
+    """One seed of the four first methods on the past tense, at the learning rates that the study found."""
+    return [run for run in finals(SMALL, "past-tense", *FIRST) if run.seed == 0]

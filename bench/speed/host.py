@@ -1,17 +1,13 @@
-"""Host overhead: CPU time that Python and dispatch take a layer, on tensors so small that
-arithmetic is nothing.
+"""Host overhead: CPU time that Python and dispatch take a layer, on tensors so small that arithmetic is nothing.
 
     python -m bench host
 
-Per linear and step, LoSiALinear against nn.Linear with frozen and with trained weights, and the
-optimizer's step against torch's AdamW: medians of CPU time of this process, which other work on the
-machine disturbs little.
+Per linear and step, LoSiALinear against nn.Linear with frozen and with trained weights, and the optimizer's step
+against torch's AdamW: medians of CPU time of this process, which other work on the machine disturbs little.
 
-The rows "launches stubbed" go the way that a GPU's tensors go, on a CPU: all of LoSiA's Python up
-to the launches of its kernels, which do nothing. Left out are Triton's own launch and the copy of
-the step's table; torch's matmuls still run on the CPU. It is the cost of the host code to be
-lowered, not the time of anything on a GPU.
-"""
+The rows "launches stubbed" go the way that a GPU's tensors go, on a CPU: all of LoSiA's Python up to the launches of
+its kernels, which do nothing. Left out are Triton's own launch and the copy of the step's table; torch's matmuls still
+run on the CPU. It is the cost of the host code to be lowered, not the time of anything on a GPU."""
 
 import contextlib
 import statistics
@@ -24,12 +20,9 @@ from torch import Tensor, nn
 
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia
 
-from . import plain
-
 LAYERS, FEATURES, TOKENS = 210, 16, 4  # as many linears as SmolLM2-135M's blocks have
 WARM_UP, REPEATS = 5, 30
 KINDS = ("frozen", "full", "losia", "losia, in backward")
-STUBBED = ", launches stubbed"
 PHASES = ("forward", "backward", "step")
 
 
@@ -38,19 +31,15 @@ class Chain(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layers = nn.ModuleList(
-            nn.ModuleList(nn.Linear(FEATURES, FEATURES, bias=False) for _ in range(7))
-            for _ in range(LAYERS // 7)
-        )
+        linears = [nn.Linear(FEATURES, FEATURES, bias=False) for _ in range(LAYERS)]
+        blocks = (linears[start : start + 7] for start in range(0, LAYERS, 7))
+        self.layers = nn.Sequential(*(nn.Sequential(*block) for block in blocks))
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.layers:
-            for linear in block:
-                x = linear(x)
-        return x
+        return self.layers(x)
 
 
-def make(kind: str) -> tuple[Chain, torch.optim.Optimizer | None]:
+def make(kind: str) -> tuple[nn.Module, torch.optim.Optimizer | None]:
     """A chain and its optimizer; ``kind`` is one of ``KINDS``. No layer observes."""
     torch.manual_seed(0)
     chain = Chain()
@@ -71,40 +60,41 @@ class NoKernel:
 
 @contextlib.contextmanager
 def launches_stubbed() -> Iterator[None]:
-    """The ops take the way of a GPU's tensors, up to the launch: outputs are not filled, and
-    nothing is updated."""
+    """The ops take the way of a GPU's tensors, up to the launch: outputs are not filled, and nothing is updated."""
+    from losia_kernels.kernels import adamw, gather, subnet_grad
+
     with contextlib.ExitStack() as stack:
-        for plain_form, launcher, file in plain.launched():
+        for plain, launcher, file in (
+            ("gather.gather_features_plain", "launch_gather_features", gather),
+            ("subnet_grad.subnet_grad_plain", "launch_subnet_grad", subnet_grad),
+            ("adamw.subnets_adamw_plain_", "launch_subnets_adamw_", adamw),
+        ):
             kernel = next(each for each in vars(file) if each.endswith("_kernel"))
             stack.enter_context(patch.object(file, kernel, NoKernel()))
-            stack.enter_context(patch(plain_form, getattr(file, launcher)))
+            stack.enter_context(patch(f"losia_kernels.ops.{plain}", getattr(file, launcher)))
         yield
 
 
 def microseconds(kind: str) -> dict[str, float]:
-    """A layer's share of the forward, the backward and the step."""
     chain, optimizer = make(kind)
     x = torch.randn(TOKENS, FEATURES, requires_grad=True)
     times: dict[str, list[float]] = {phase: [] for phase in PHASES}
+
+    def timed(phase: str, run: Callable[[], Tensor | None]) -> Tensor | None:
+        start = time.process_time()
+        result = run()
+        times[phase].append(time.process_time() - start)
+        return result
+
     for _ in range(WARM_UP + REPEATS):
-        loss = _timed(times["forward"], lambda: chain(x).sum())
-        _timed(times["backward"], loss.backward)
+        loss = timed("forward", lambda: chain(x).sum())
+        timed("backward", loss.backward)
         if optimizer is not None:
-            _timed(times["step"], optimizer.step)
+            timed("step", optimizer.step)
             optimizer.zero_grad()
         x.grad = None
-    return {
-        name: statistics.median(each[WARM_UP:]) / LAYERS * 1e6
-        for name, each in times.items()
-        if each
-    }
-
-
-def _timed(times: list[float], run: Callable[[], Tensor | None]) -> Tensor | None:
-    start = time.process_time()
-    result = run()
-    times.append(time.process_time() - start)
-    return result
+    medians = {name: statistics.median(each[WARM_UP:]) for name, each in times.items() if each}
+    return {name: seconds / LAYERS * 1e6 for name, seconds in medians.items()}
 
 
 def report() -> str:
@@ -116,12 +106,9 @@ def report() -> str:
     ]
     measured = {kind: microseconds(kind) for kind in KINDS}
     with launches_stubbed():
-        measured |= {
-            kind + STUBBED: microseconds(kind) for kind in KINDS if kind.startswith("losia")
-        }
+        for kind in KINDS[2:]:
+            measured[f"{kind}, launches stubbed"] = microseconds(kind)
     for kind, times in measured.items():
-        lines.append(
-            f"{kind:<36} "
-            + " ".join(f"{times[p]:>10.1f}" if p in times else f"{'':>10}" for p in PHASES)
-        )
+        cells = (f"{times[p]:>10.1f}" if p in times else f"{'':>10}" for p in PHASES)
+        lines.append(f"{kind:<36} {' '.join(cells)}")
     return "\n".join(lines)

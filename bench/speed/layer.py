@@ -1,9 +1,7 @@
-"""One decoder layer, and its linears alone: forward, backward and update of every method over the
-frozen floor.
+"""One decoder layer, and its linears alone: forward, backward and update of every method over the frozen floor.
 
-The floor is measured again inside each job, its steps and the method's in turn, so that a ratio never
-crosses a change of the clocks.
-"""
+The floor is measured again inside each job, its steps and the method's in turn, so that a ratio never crosses a change
+of the clocks."""
 
 import functools
 from collections.abc import Iterator
@@ -18,7 +16,7 @@ from ..harness.live_bytes import SavedBytes, peak_bytes
 from ..harness.timing import Timing, measure, rotation, samples
 from ..methods import DEFAULTS, LATE, LAYER_METHODS, Options, Prepared, get_method
 from ..methods.galore import project_once
-from .models import GPU_BATCH, GPU_CONTEXT, STACKS, build_stack, shape_of
+from .models import GPU_BATCH, GPU_CONTEXT, STACKS, build_stack, name_of, shape_of
 
 
 class Inputs:
@@ -26,18 +24,13 @@ class Inputs:
 
     def __init__(self, module: nn.Module, batch: int, context: int):
         weight = next(module.parameters())
-        generator = torch.Generator(weight.device).manual_seed(1)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(
-                *shape, generator=generator, device=weight.device, dtype=torch.float32
-            ).to(weight.dtype)
+        like = {"generator": torch.Generator(weight.device).manual_seed(1), "device": weight.device}
 
         def one_set() -> tuple[Tensor, list[Tensor]]:
-            x = draw(batch, context, module.width)
+            x = torch.randn(batch, context, module.width, **like).to(weight.dtype)
             with torch.no_grad():
                 outputs = _tuple(module(x))
-            return x.requires_grad_(), [draw(*y.shape) for y in outputs]
+            return x.requires_grad_(), [torch.randn(y.shape, **like).to(y.dtype) for y in outputs]
 
         first = one_set()
         sets = rotation(first[0].nbytes + sum(dy.nbytes for dy in first[1]), weight.device)
@@ -51,23 +44,23 @@ def _tuple(outputs: Any) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def backward_dx(inputs: Inputs):
-    """Forward and backward on the first set, in the model's dtype; returns dx.
+def _backward(outputs: tuple[Tensor, ...], grads: list[Tensor]) -> None:
+    cast = [dy.to(y.dtype) for dy, y in zip(grads, outputs, strict=True)]
+    torch.autograd.backward(outputs, cast)
 
-    In float64 one sample after the other: its attention holds all scores, which would take more
-    than what is measured.
-    """
+
+def backward_dx(inputs: Inputs):
+    """Forward and backward on the first set, in the model's dtype; returns dx. In float64 one sample after the other:
+    its attention holds all scores, which would take more than what is measured."""
 
     def run(module: nn.Module) -> Tensor:
         dtype = next(module.parameters()).dtype
         x, grads = inputs[0]
         x = x.detach().to(dtype).requires_grad_()
-        for part in range(len(x)) if dtype == torch.float64 else (slice(None),):
-            part = part if isinstance(part, slice) else slice(part, part + 1)
-            outputs = _tuple(module(x[part]))
-            torch.autograd.backward(
-                outputs, [dy[part].to(y.dtype) for dy, y in zip(grads, outputs, strict=True)]
-            )
+        size = 1 if dtype == torch.float64 else len(x)
+        for start in range(0, len(x), size):
+            part = slice(start, start + size)
+            _backward(_tuple(module(x[part])), [dy[part] for dy in grads])
         return x.grad
 
     return run
@@ -85,10 +78,7 @@ def step_phases(prepared: Prepared, inputs: Inputs) -> dict:
             state["outputs"] = _tuple(prepared.module(x))
 
     def backward(number: int) -> None:
-        outputs, grads = state.pop("outputs"), inputs[number][1]
-        torch.autograd.backward(
-            outputs, [dy.to(y.dtype) for dy, y in zip(grads, outputs, strict=True)]
-        )
+        _backward(state.pop("outputs"), inputs[number][1])
 
     return {"forward": forward, "backward": backward, "update": lambda number: prepared.update()}
 
@@ -99,8 +89,7 @@ def run_step(phases: dict, number: int = 0) -> None:
 
 
 def memory_of_step(prepared: Prepared, inputs: Inputs, device: torch.device) -> dict[str, int]:
-    """Bytes kept for the backward, and the peak of a step above what is there before it (inputs,
-    weights, state)."""
+    """Bytes kept for the backward, and the peak of a step above what is there before it (inputs, weights, state)."""
     phases = step_phases(prepared, inputs)
     known = [*prepared.module.parameters(), *prepared.module.buffers(), inputs[0][0]]
     with SavedBytes(known) as saved:
@@ -113,20 +102,11 @@ def memory_of_step(prepared: Prepared, inputs: Inputs, device: torch.device) -> 
 
 
 def run_layer(
-    method_name: str,
-    model: str,
-    stack: str,
-    batch: int,
-    context: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    options: Options = DEFAULTS,
-    seconds: float = 2.0,
+    name, model, stack, batch, context, device, dtype, options: Options = DEFAULTS, seconds=2.0
 ) -> dict[str, Any]:
-    """The row of one method on one stack; for ``seconds`` its steps and those of its floor are timed
-    in turn."""
+    """The row of one method on one stack; for ``seconds`` its steps and those of its floor are timed in turn."""
     torch.manual_seed(0)
-    method = get_method(method_name)
+    method = get_method(name)
     plain = build_stack(model, stack, device, dtype)
     inputs = Inputs(plain, batch, context)
     reference = Reference(plain, backward_dx(inputs))
@@ -141,19 +121,14 @@ def run_layer(
     floors = found.pop("floor")
     found["total"] = [sum(step) for step in zip(*found.values(), strict=True)]
     ratio = Timing.of([a / b for a, b in zip(found["total"], floors, strict=True)])
-    return {
-        "gate": passed,
-        "trained": prepared.trained,
-        **memory,
-        **{phase: Timing.of(each).to_dict() for phase, each in found.items()},
-        "floor_ms": Timing.of(floors).ms,
-        "over_floor": {"median": ratio.ms, "low": ratio.low, "high": ratio.high},
-    }
+    timed = {phase: Timing.of(each).to_dict() for phase, each in found.items()}
+    over = {"median": ratio.ms, "low": ratio.low, "high": ratio.high}
+    row = {"gate": passed, "trained": prepared.trained, **memory, **timed}
+    return row | {"floor_ms": Timing.of(floors).ms, "over_floor": over}
 
 
 def run_svd(model: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """GaLore's SVDs of the gradients of one layer's linears, every 200 steps; linears of one shape
-    are timed once."""
+    """GaLore's SVDs of the gradients of one layer's linears, every 200 steps; linears of one shape are timed once."""
     shapes = [tuple(sorted(shape)) for shape in shape_of(model).linears.values()]
     project_once(torch.randn(8, 8, device=device, dtype=dtype))  # loads what a first SVD needs
     found: dict[tuple, float] = {}
@@ -164,11 +139,8 @@ def run_svd(model: str, device: torch.device, dtype: torch.dtype) -> dict[str, A
         passed = gate_relative("orthonormal", gram, torch.eye(len(gram), device=device), 0.02)
         call = {"svd": lambda i, gradient=gradient: project_once(gradient)}
         found[shape] = measure(call, device, repeats=1, warmup=0)["svd"].ms
-    return {
-        "gate": passed,
-        "total": {"ms": sum(found[shape] for shape in shapes)},
-        "svd_ms": {"x".join(map(str, shape)): ms for shape, ms in found.items()},
-    }
+    each = {"x".join(map(str, shape)): ms for shape, ms in found.items()}
+    return {"gate": passed, "total": {"ms": sum(found[s] for s in shapes)}, "svd_ms": each}
 
 
 def place(device: torch.device) -> tuple[str, int, int]:
@@ -177,20 +149,17 @@ def place(device: torch.device) -> tuple[str, int, int]:
     return ("llama-2-7b", GPU_BATCH, GPU_CONTEXT) if on_gpu else ("smollm2-135m", 1, 256)
 
 
-def jobs(
-    device: torch.device, dtype: torch.dtype, methods: tuple[str, ...] = LAYER_METHODS
-) -> Iterator[Job]:
-    gpu, dtype_name = device.type == "cuda", str(dtype).removeprefix("torch.")
+def jobs(device: torch.device, dtype: torch.dtype) -> Iterator[Job]:
+    gpu = device.type == "cuda"
     first, batch, context = place(device)
     for turn, model in enumerate((first, "gemma-2b", "llama-2-13b") if gpu else (first,)):
         for stack in reversed(STACKS):
-            for rank, name in enumerate(methods):
+            for rank, name in enumerate(LAYER_METHODS):
                 size = {"model": model, "stack": stack, "batch": batch, "context": context}
-                arguments = name, model, stack, batch, context, device, dtype
-                run = functools.partial(run_layer, *arguments)
+                run = functools.partial(run_layer, name, *size.values(), device, dtype)
                 linears = (1 if gpu else 20) * (stack == "linears")
                 priority = 10 + 60 * turn + (25 if name in LATE else 0) + linears + rank / 100
-                yield Job("layer", name, {**size, "dtype": dtype_name}, run, priority)
-    settings = {"model": first, "dtype": dtype_name}
+                yield Job("layer", name, {**size, "dtype": name_of(dtype)}, run, priority)
+    settings = {"model": first, "dtype": name_of(dtype)}
     svd = functools.partial(run_svd, first, device, dtype)
     yield Job("layer", "galore-svd", settings, svd, 29 if gpu else 20.5)

@@ -2,16 +2,9 @@
 
 from dataclasses import dataclass
 
-from losia_kernels.finetune.estimate import (
-    FLOAT32,
-    LoSiA,
-    Memory,
-    ModelShape,
-    Setting,
-    estimate,
-)
+from losia_kernels.finetune.estimate import FLOAT32, LoSiA, ModelShape, Setting
 
-__all__ = ["SETTINGS", "LoSiA", "Memory", "ModelShape", "Setting", "estimate"]
+from ..methods.losia import LEAN_CONFIG, LEAN_OPTIMIZER
 
 
 def _state(values: int, trained: int, optimizer: int, gradients: int) -> dict[str, int]:
@@ -134,12 +127,6 @@ SETTINGS: dict[str, Setting] = {  # by the name of a method
     "galore": GaLore(),
     "losia-pro": LoSiA(),
     "losia-pro-fused": LoSiA(fused_loss=True),
-    "losia-pro-lean": LoSiA(
-        fused_loss=True,
-        master="split",
-        moments="int8",
-        in_backward=True,
-        importance="sensitivity_bfloat16",
-    ),
+    "losia-pro-lean": LoSiA(fused_loss=True, **LEAN_CONFIG, **LEAN_OPTIMIZER),
     "losia-dense": Dense(),
 }

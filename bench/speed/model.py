@@ -1,15 +1,17 @@
 """A whole causal LM: forward, backward and update in microseconds a token, and the peak of a step.
 
-Random weights from the config, random tokens, loss over all positions, SDPA attention, no KV cache.
-"""
+Random weights from the config, random tokens, loss over all positions, SDPA attention, no KV cache."""
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from losia_kernels.finetune.estimate import estimate
 
 from ..harness.gates import Reference
 from ..harness.jobs import Job, free_memory
@@ -17,16 +19,14 @@ from ..harness.live_bytes import peak_bytes
 from ..harness.timing import measure
 from ..methods import DEFAULTS, LATE, MODEL_METHODS, Options, Prepared, get_method
 from .layer import run_step
-from .memory import SETTINGS, Setting, estimate
-from .models import GPU_BATCH, GPU_CONTEXT, build_model, shape_of
+from .memory import SETTINGS, Setting
+from .models import GPU_BATCH, GPU_CONTEXT, build_model, name_of, shape_of
 
 GATE_TOKENS = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One row's setting."""
-
     method: str
     model: str
     batch: int
@@ -37,26 +37,21 @@ class Run:
     def settings(self, dtype: torch.dtype) -> dict[str, Any]:
         values = {key: getattr(self, key) for key in ("model", "batch", "context", "checkpointing")}
         values |= {key: getattr(self.options, key) for key in get_method(self.method).options}
-        return {**values, "dtype": str(dtype).removeprefix("torch.")}
+        return {**values, "dtype": name_of(dtype)}
 
 
 def setting_of(run: Run) -> Setting | None:
-    """The memory model's of ``run``; None for a method that it does not know."""
     if run.method not in SETTINGS:
         return None
-    setting, read = SETTINGS[run.method], get_method(run.method).options
-    sizes = {"batch": run.batch, "context": run.context, "checkpointing": run.checkpointing}
-    return dataclasses.replace(
-        setting, **sizes, **{name: getattr(run.options, name) for name in read}
-    )
+    sizes = {key: getattr(run, key) for key in ("batch", "context", "checkpointing")}
+    sizes |= {key: getattr(run.options, key) for key in get_method(run.method).options}
+    return dataclasses.replace(SETTINGS[run.method], **sizes)
 
 
 def predicted_bytes(run: Run, dtype: torch.dtype) -> int | None:
     """What the memory model says; None for a method or dtype that it does not know."""
-    setting = setting_of(run)
-    if setting is None or dtype.itemsize != 2:
-        return None
-    return estimate(shape_of(run.model), setting).total
+    setting = setting_of(run) if dtype.itemsize == 2 else None
+    return setting and estimate(shape_of(run.model), setting).total
 
 
 def tokens_of(run: Run, vocabulary: int, device: torch.device) -> Tensor:
@@ -86,8 +81,7 @@ def step_phases(prepared: Prepared, ids: Tensor) -> dict:
 
 
 def gate(run: Run, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Two blocks of the model at its own widths against dense autograd: dx of the embeddings,
-    subnet gradients."""
+    """Two blocks of the model at its own widths against dense autograd: dx of the embeddings, subnet gradients."""
     model = build_model(run.model, device, dtype, num_hidden_layers=2, vocab_size=512)
     embeddings = torch.randn(1, GATE_TOKENS, model.config.hidden_size, device=device)
     ids = tokens_of(dataclasses.replace(run, batch=1, context=GATE_TOKENS), 512, device)
@@ -120,48 +114,33 @@ def run_model(run: Run, device: torch.device, dtype: torch.dtype, **changes: Any
     before = torch.cuda.memory_allocated() if on_gpu else 0
     peak = peak_bytes(lambda: run_step(phases), device) + before
     timings = measure(phases, device, seconds=3.0, repeats=None if on_gpu else 5, warmup=1)
-    row = {
-        "gate": passed,
-        "trained": prepared.trained,
-        "peak_bytes": peak,
-        **{phase: timing.to_dict() for phase, timing in timings.items()},
-        "us_per_token": {phase: 1e3 * each.ms / ids.numel() for phase, each in timings.items()},
-    }
+    row = {"gate": passed, "trained": prepared.trained, "peak_bytes": peak}
+    row |= {phase: timing.to_dict() for phase, timing in timings.items()}
+    row["us_per_token"] = {name: 1e3 * each.ms / ids.numel() for name, each in timings.items()}
     predicted = {"predicted_bytes": predicted_bytes(run, dtype)} if on_gpu and not changes else {}
     return {**row, **predicted}
 
 
-# which runs, and when -----------------------------------------------------------------------------
-
-
-def _runs(
-    device: torch.device, dtype: torch.dtype, methods: tuple[str, ...]
-) -> Iterator[tuple[float, Run]]:
+def _runs(device: torch.device) -> Iterator[tuple[float, Run]]:
     """(priority, run), most telling first."""
+    ranked = [(rank / 100, method) for rank, method in enumerate(MODEL_METHODS)]
     if device.type != "cuda":
-        for rank, method in enumerate(methods):
-            yield 20 + rank / 100, Run(method, "smollm2-135m", 1, 128, False)
+        yield from ((20 + rank, Run(each, "smollm2-135m", 1, 128, False)) for rank, each in ranked)
         return
     llama = ("llama-2-7b", GPU_BATCH, GPU_CONTEXT)
-    for rank, method in enumerate(methods):
-        for checkpointing in (True, False):
-            priority = 20 + (not checkpointing) + rank / 100 + (20 if method in LATE else 0)
-            yield priority, Run(method, *llama, checkpointing)
-    for p_o in (1 / 8, 1.0):
-        for p in (1 / 8, 1 / 16, 1 / 4, 1 / 2):
-            yield 45, Run("losia-pro", *llama, True, Options(p, p_o))
-    for r in (16, 256, 1024):
-        for method in ("lora", "lora-fp32"):
-            yield 46, Run(method, *llama, True, Options(rank=r))
-    main = tuple(name for name in methods if name not in LATE)
-    for model in ("gemma-2b", "llama-2-13b"):
-        for rank, method in enumerate(main):
-            yield 72 + rank / 100, Run(method, model, GPU_BATCH, GPU_CONTEXT, True)
+    for (rank, method), checkpointing in itertools.product(ranked, (True, False)):
+        priority = 20 + (not checkpointing) + rank + (20 if method in LATE else 0)
+        yield priority, Run(method, *llama, checkpointing)
+    for p_o, p in itertools.product((1 / 8, 1.0), (1 / 8, 1 / 16, 1 / 4, 1 / 2)):
+        yield 45, Run("losia-pro", *llama, True, Options(p, p_o))
+    for r, method in itertools.product((16, 256, 1024), ("lora", "lora-fp32")):
+        yield 46, Run(method, *llama, True, Options(rank=r))
+    for model, (rank, method) in itertools.product(("gemma-2b", "llama-2-13b"), ranked):
+        if method not in LATE:
+            yield 72 + rank, Run(method, model, GPU_BATCH, GPU_CONTEXT, True)
 
 
-def jobs(
-    device: torch.device, dtype: torch.dtype, methods: tuple[str, ...] = MODEL_METHODS
-) -> Iterator[Job]:
-    for priority, run in _runs(device, dtype, methods):
+def jobs(device: torch.device, dtype: torch.dtype) -> Iterator[Job]:
+    for priority, run in _runs(device):
         measured = functools.partial(run_model, run, device, dtype)
         yield Job("model", run.method, run.settings(dtype), measured, priority, seconds=40)

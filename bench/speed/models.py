@@ -1,5 +1,4 @@
-"""The models that are timed: their public configs, with random weights, which time like trained
-ones."""
+"""The models that are timed: their public configs, with random weights, which time like trained ones."""
 
 from typing import Any
 
@@ -13,33 +12,27 @@ from ..harness.jobs import MissingPeer
 GPU_BATCH, GPU_CONTEXT = 4, 2048  # the paper's Table 15
 
 
-def _config(
-    kind: str, hidden: int, wide: int, layers: int, heads: tuple, words: int, **more
-) -> dict:
-    return {
-        "model_type": kind,
-        "hidden_size": hidden,
-        "intermediate_size": wide,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads[0],
-        "num_key_value_heads": heads[1],
-        "vocab_size": words,
-        "max_position_embeddings": 8192,
-        **more,
-    }
+def _config(kind: str, hidden: int, wide: int, layers: int, heads: tuple, words: int, **more):
+    attention = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
+    sizes = {"hidden_size": hidden, "intermediate_size": wide, "num_hidden_layers": layers}
+    words = {"vocab_size": words, "max_position_embeddings": 8192}
+    return {"model_type": kind, **sizes, **attention, **words, **more}
 
 
+TIED = {"tie_word_embeddings": True}
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama-2-7b": _config("llama", 4096, 11008, 32, (32, 32), 32000),
     "llama-2-13b": _config("llama", 5120, 13824, 40, (40, 40), 32000),
     "llama-2-70b": _config("llama", 8192, 28672, 80, (64, 8), 32000),
     "llama-3-8b": _config("llama", 4096, 14336, 32, (32, 8), 128256),
-    "gemma-2b": _config(
-        "gemma", 2048, 16384, 18, (8, 1), 256000, head_dim=256, tie_word_embeddings=True
-    ),
+    "gemma-2b": _config("gemma", 2048, 16384, 18, (8, 1), 256000, head_dim=256, **TIED),
     "qwen2.5-7b": _config("qwen2", 3584, 18944, 28, (28, 4), 152064),
-    "smollm2-135m": _config("llama", 576, 1536, 30, (9, 3), 49152, tie_word_embeddings=True),
+    "smollm2-135m": _config("llama", 576, 1536, 30, (9, 3), 49152, **TIED),
 }
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def shape_of(name: str) -> ModelShape:
@@ -47,8 +40,7 @@ def shape_of(name: str) -> ModelShape:
 
 
 def build_model(name: str, device: torch.device, dtype: torch.dtype, **changes: Any) -> nn.Module:
-    """The causal LM of ``name`` with random weights and SDPA attention; ``changes`` to its config,
-    say fewer layers."""
+    """The causal LM of ``name`` with random weights and SDPA attention; ``changes`` to its config, say fewer layers."""
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
@@ -61,8 +53,7 @@ def build_model(name: str, device: torch.device, dtype: torch.dtype, **changes: 
 
 
 class Block(nn.Module):
-    """One decoder layer of a model, under the name that it has in the model; ``[b, t, d]`` -> ``[b,
-    t, d]``."""
+    """One decoder layer of a model, under the name that it has in the model; ``[b, t, d]`` -> ``[b, t, d]``."""
 
     def __init__(self, causal_lm: nn.Module):
         super().__init__()
@@ -81,12 +72,10 @@ class Block(nn.Module):
 
 
 class Linears(nn.Module):
-    """The seven linears of a decoder layer and nothing between them, under the names that they have
-    in the model.
+    """The seven linears of a decoder layer and nothing between them, under the names that they have in the model.
 
-    q, k, v share one input, gate and up the same one here; o_proj reads q's output, down_proj
-    gate's. Returns what is left over, ``(o, k, v, down, up)``.
-    """
+    q, k, v share one input, gate and up the same one here; o_proj reads q's output, down_proj gate's. Returns what is
+    left over, ``(o, k, v, down, up)``."""
 
     def __init__(self, causal_lm: nn.Module):
         super().__init__()
@@ -111,5 +100,4 @@ STACKS = {"linears": Linears, "block": Block}
 
 
 def build_stack(name: str, stack: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """One decoder layer ("block") or its linears alone ("linears") of a model."""
     return STACKS[stack](build_model(name, device, dtype, num_hidden_layers=1, vocab_size=64))

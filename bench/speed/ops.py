@@ -1,10 +1,7 @@
-"""Each kernel against eager torch, compiled eager torch and the strongest library form; time,
-rates, share of the roof.
+"""Each kernel against eager torch, compiled eager torch and the strongest library form; time, rates, share of the roof.
 
-A form is a function of the case's inputs. Forms that write their arguments return them. "ours" is
-held to the kernels' rule (twice eager's error), the others to 2 % of the float64 result, which a
-bfloat16 output meets.
-"""
+A form is a function of the case's inputs. Forms that write their arguments return them. "ours" is held to the kernels'
+rule (twice eager's error), the others to 2 % of the float64 result, which a bfloat16 output meets."""
 
 import functools
 import itertools
@@ -17,21 +14,23 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from losia_kernels import ops
-from losia_kernels.ops.adamw import Update, update_subnets_
+from losia_kernels.ops.adamw import Update, subnets_adamw_plain_, update_subnets_
+from losia_kernels.ops.gather import gather_features_plain
+from losia_kernels.ops.importance import importance_marginals_plain, importance_update_plain_
+from losia_kernels.ops.scores import score_marginals_plain
+from losia_kernels.ops.subnet_grad import subnet_grad_plain
 
 from ..harness.gates import gate_relative, gate_rule
 from ..harness.jobs import Job, first_line
 from ..harness.timing import measure, measure_roof, rotation
-from . import plain
-from .models import shape_of
+from .models import name_of, shape_of
 
 LR, BETA1, BETA2, EPS, STEP = 1e-2, 0.9, 0.999, 1e-8, 10
 
 
 @dataclass(frozen=True)
 class OpCase:
-    """One operation at one size. ``inputs(generator)`` makes its arguments; ``truth`` is
-    float64."""
+    """One operation at one size. ``inputs(generator)`` makes its arguments; ``truth`` is float64."""
 
     inputs: Callable[[torch.Generator], tuple]
     forms: dict[str, Callable[..., Any]]
@@ -53,15 +52,15 @@ def _index(generator, size: int, k: int) -> Tensor:
 
 
 def gather_features(shape, p, tokens, dtype) -> OpCase:
-    """``shape`` is (out, in); x is ``[t, in]``. Columns at random touch nearly every sector: a full
-    read is counted."""
+    """``shape`` is (out, in); x is ``[t, in]``. Columns at random touch nearly every sector: a full read is counted."""
     k = _size(p, shape)[1]
-    return OpCase(
-        inputs=lambda g: (_randn(g, tokens, shape[1], dtype=dtype), _index(g, shape[1], k)),
-        forms={"ours": ops.gather_features, "eager": plain.gather_features_plain},
-        truth=lambda x, idx: x.double()[:, idx],
-        moved_bytes=dtype.itemsize * tokens * (shape[1] + k),
-    )
+
+    def inputs(g):
+        return _randn(g, tokens, shape[1], dtype=dtype), _index(g, shape[1], k)
+
+    forms = {"ours": ops.gather_features, "eager": gather_features_plain}
+    moved = dtype.itemsize * tokens * (shape[1] + k)
+    return OpCase(inputs, forms, lambda x, idx: x.double()[:, idx], moved)
 
 
 def subnet_grad(shape, p, tokens, dtype) -> OpCase:
@@ -72,23 +71,23 @@ def subnet_grad(shape, p, tokens, dtype) -> OpCase:
         out_idx, in_idx = _index(g, n_out, k_out), _index(g, n_in, k_in)
         return dy, x, x[:, in_idx], out_idx, in_idx
 
-    return OpCase(
-        inputs=inputs,
-        forms={
-            "ours": lambda dy, x, x_sub, o, i: ops.subnet_grad(dy, x_sub, o, None),
-            "ours, gathering x too": lambda dy, x, x_sub, o, i: ops.subnet_grad(dy, x, o, i),
-            "eager": lambda dy, x, x_sub, o, i: plain.subnet_grad_plain(dy, x_sub, o, None),
-            "library: index_select, then matmul": lambda dy, x, x_sub, o, i: (
-                dy.index_select(1, o).T @ x_sub
-            ),
-            "library: dense gradient, then cut": lambda dy, x, x_sub, o, i: (
-                (dy.T @ x).index_select(0, o).index_select(1, i)
-            ),
-        },
-        truth=lambda dy, x, x_sub, o, i: dy[:, o].double().T @ x[:, i].double(),
-        moved_bytes=dtype.itemsize * tokens * (n_out + k_in) + 4 * k_out * k_in,
-        flops=2 * tokens * k_out * k_in,
-    )
+    def cut(dy, x, x_sub, o, i):
+        return (dy.T @ x).index_select(0, o).index_select(1, i)
+
+    forms = {
+        "ours": lambda dy, x, x_sub, o, i: ops.subnet_grad(dy, x_sub, o, None),
+        "ours, gathering x too": lambda dy, x, x_sub, o, i: ops.subnet_grad(dy, x, o, i),
+        "eager": lambda dy, x, x_sub, o, i: subnet_grad_plain(dy, x_sub, o, None),
+    }
+    select = "library: index_select, then matmul"
+    forms[select] = lambda dy, x, x_sub, o, i: dy.index_select(1, o).T @ x_sub
+    forms["library: dense gradient, then cut"] = cut
+    moved = dtype.itemsize * tokens * (n_out + k_in) + 4 * k_out * k_in
+
+    def truth(dy, x, x_sub, o, i):
+        return dy[:, o].double().T @ x[:, i].double()
+
+    return OpCase(inputs, forms, truth, moved, 2 * tokens * k_out * k_in)
 
 
 def _adamw_inputs(g, shape, p, dtype) -> tuple:
@@ -101,19 +100,9 @@ def _adamw_inputs(g, shape, p, dtype) -> tuple:
     return weight, subnet, grad, avg, avg.square(), out_idx, in_idx, step
 
 
-def _adamw_one_by_one(*matrices: tuple) -> list[Tensor]:
-    for matrix in matrices:
-        ops.subnet_adamw_(*matrix[:7], LR, BETA1, BETA2, EPS, 0.0, STEP)
-    return [tensor for matrix in matrices for tensor in matrix[:2]]
-
-
-def _adamw_updates(update: Callable, *matrices: tuple) -> list[Tensor]:
-    update([Update(*matrix[:7], LR, STEP) for matrix in matrices], BETA1, BETA2, EPS, 0.0)
-    return [tensor for matrix in matrices for tensor in matrix[:2]]
-
-
-_adamw_at_once = functools.partial(_adamw_updates, update_subnets_)
-_adamw_plain = functools.partial(_adamw_updates, plain.subnets_adamw_plain_)
+def _adamw_one_by_one(matrices: list[Update], *rates: float) -> None:
+    for m in matrices:
+        ops.subnet_adamw_(*m[:7], LR, *rates, STEP)
 
 
 def _adamw_library(*matrices: tuple) -> list[Tensor]:
@@ -127,76 +116,79 @@ def _adamw_library(*matrices: tuple) -> list[Tensor]:
     return [tensor for matrix in matrices for tensor in matrix[:2]]
 
 
-def _adamw_truth(*matrices: tuple) -> list[Tensor]:
-    doubled = [
-        tuple(t.double() if t.is_floating_point() else t for t in matrix) for matrix in matrices
-    ]
-    return _adamw_plain(*doubled)
-
-
 def subnet_adamw(shape, p, tokens, dtype, matrices: int = 1) -> OpCase:
     k_out, k_in = _size(p, shape)
-    return OpCase(
-        inputs=lambda g: tuple(_adamw_inputs(g, shape, p, dtype) for _ in range(matrices)),
-        forms={
-            "ours": _adamw_at_once,
-            "ours, a launch each": _adamw_one_by_one,
-            "eager": _adamw_plain,
-            "library: fused AdamW, then index_put": _adamw_library,
-        },
-        truth=_adamw_truth,
-        moved_bytes=matrices * k_out * k_in * (16 + 12 + dtype.itemsize),
-    )
+
+    def inputs(g):
+        return tuple(_adamw_inputs(g, shape, p, dtype) for _ in range(matrices))
+
+    def by(update: Callable) -> Callable:
+        def run(*matrices: tuple) -> list[Tensor]:
+            update([Update(*matrix[:7], LR, STEP) for matrix in matrices], BETA1, BETA2, EPS, 0.0)
+            return [tensor for matrix in matrices for tensor in matrix[:2]]
+
+        return run
+
+    def truth(*matrices: tuple) -> list[Tensor]:
+        exact = (map(_double, matrix) for matrix in matrices)
+        return by(subnets_adamw_plain_)(*map(tuple, exact))
+
+    forms = {"ours": by(update_subnets_), "ours, a launch each": by(_adamw_one_by_one)}
+    forms |= {"eager": by(subnets_adamw_plain_)}
+    forms |= {"library: fused AdamW, then index_put": _adamw_library}
+    moved = matrices * k_out * k_in * (16 + 12 + dtype.itemsize)
+    return OpCase(inputs, forms, truth, moved)
 
 
-def _importance_inputs(g, shape, dtype) -> tuple:
-    # near 1, so that the gate's 1e-6 is small
-    weight, grad = (_randn(g, *shape, dtype=dtype) for _ in range(2))
-    importance, uncertainty = (_randn(g, *shape).abs() for _ in range(2))
-    return importance, uncertainty, weight, grad
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
-def _updated(update: Callable, importance, uncertainty, weight, grad) -> list[Tensor]:
-    update(importance, uncertainty, weight, grad, 0.85, 0.85, "sensitivity", 1.0)
-    return [importance, uncertainty]
+def _states(g, shape) -> tuple:
+    return tuple(_randn(g, *shape).abs() for _ in range(2))
+
+
+def _weight_and_grad(g, shape, dtype) -> tuple:
+    return tuple(_randn(g, *shape, dtype=dtype) for _ in range(2))
+
+
+def _in_double(function: Callable) -> Callable:
+    return lambda *arguments: function(*map(_double, arguments))
 
 
 def importance_update(shape, p, tokens, dtype) -> OpCase:
-    return OpCase(
-        inputs=lambda g: _importance_inputs(g, shape, dtype),
-        forms={
-            "ours": functools.partial(_updated, ops.importance_update_),
-            "eager": functools.partial(_updated, plain.importance_update_plain_),
-        },
-        truth=lambda *a: _updated(plain.importance_update_plain_, *(t.double() for t in a)),
-        moved_bytes=shape[0] * shape[1] * (2 * dtype.itemsize + 16),
-    )
+    def by(update: Callable) -> Callable:
+        def run(weight, grad, importance, uncertainty) -> list[Tensor]:
+            update(importance, uncertainty, weight, grad, 0.85, 0.85, "sensitivity", 1.0)
+            return [importance, uncertainty]
+
+        return run
+
+    def inputs(g):
+        return _weight_and_grad(g, shape, dtype) + _states(g, shape)
+
+    eager = by(importance_update_plain_)
+    forms = {"ours": by(ops.importance_update_), "eager": eager}
+    moved = shape[0] * shape[1] * (2 * dtype.itemsize + 16)
+    return OpCase(inputs, forms, _in_double(eager), moved)
 
 
 def importance_marginals(shape, p, tokens, dtype) -> OpCase:
-    return OpCase(
-        inputs=lambda g: _importance_inputs(g, shape, dtype)[2:],
-        forms={
-            "ours": lambda w, g: ops.importance_marginals(w, g),
-            "eager": lambda w, g: plain.importance_marginals_plain(w, g, "sensitivity", 1.0),
-        },
-        truth=lambda w, g: plain.importance_marginals_plain(
-            w.double(), g.double(), "sensitivity", 1.0
-        ),
-        moved_bytes=shape[0] * shape[1] * 2 * dtype.itemsize,
-    )
+    def eager(weight, grad):
+        return importance_marginals_plain(weight, grad, "sensitivity", 1.0)
+
+    forms = {"ours": lambda w, g: ops.importance_marginals(w, g), "eager": eager}
+    inputs = functools.partial(_weight_and_grad, shape=shape, dtype=dtype)
+    return OpCase(inputs, forms, _in_double(eager), shape[0] * shape[1] * 2 * dtype.itemsize)
 
 
 def score_marginals(shape, p, tokens, dtype) -> OpCase:
-    return OpCase(
-        inputs=lambda g: _importance_inputs(g, shape, dtype)[:2],
-        forms={
-            "ours": lambda i, u: ops.score_marginals(i, u),
-            "eager": lambda i, u: plain.score_marginals_plain(i, u, None, None),
-        },
-        truth=lambda i, u: plain.score_marginals_plain(i.double(), u.double(), None, None),
-        moved_bytes=shape[0] * shape[1] * 8,
-    )
+    def eager(importance, uncertainty):
+        return score_marginals_plain(importance, uncertainty, None, None)
+
+    forms = {"ours": lambda i, u: ops.score_marginals(i, u), "eager": eager}
+    inputs = functools.partial(_states, shape=shape)
+    return OpCase(inputs, forms, _in_double(eager), shape[0] * shape[1] * 8)
 
 
 CASES: dict[str, Callable[..., OpCase]] = {
@@ -209,10 +201,7 @@ CASES: dict[str, Callable[..., OpCase]] = {
     "score_marginals": score_marginals,
 }
 USE_TOKENS = ("subnet_grad", "gather_features")
-USE_P = ("subnet_grad", "gather_features", "subnet_adamw_", "subnet_adamw_ x 32")
-
-
-# running ------------------------------------------------------------------------------------------
+USE_P = (*USE_TOKENS, "subnet_adamw_", "subnet_adamw_ x 32")
 
 
 def _flat(outputs: Any) -> list[Tensor]:
@@ -221,10 +210,6 @@ def _flat(outputs: Any) -> list[Tensor]:
 
 def _copy(arguments: tuple) -> tuple:
     return tuple(_copy(a) if isinstance(a, tuple) else a.clone() for a in arguments)
-
-
-def _call(form: Callable, sets: list[tuple], number: int) -> None:
-    form(*sets[number % len(sets)])
 
 
 def _bytes(arguments: tuple) -> int:
@@ -239,7 +224,6 @@ def input_sets(case: OpCase, device: torch.device) -> list[tuple]:
 
 
 def gate(case: OpCase, name: str, form: Callable, arguments: tuple) -> dict[str, float]:
-    """Worst error of ``form`` on copies of ``arguments``. Raises RedGate."""
     truth = _flat(case.truth(*_copy(arguments)))
     values = _flat(form(*_copy(arguments)))
     if name.startswith("ours"):
@@ -251,8 +235,8 @@ def gate(case: OpCase, name: str, form: Callable, arguments: tuple) -> dict[str,
 
 
 def forms_for(case: OpCase, device: torch.device) -> dict[str, Callable]:
-    """With the compiled eager form on a GPU; on a CPU, where "ours" is eager torch too, compiling
-    would take longer than the whole suite."""
+    """With the compiled eager form on a GPU; on a CPU, where "ours" is eager torch too, compiling would take longer
+    than the whole suite."""
     if device.type != "cuda":
         return case.forms
     eager_form = case.forms["eager"]
@@ -262,16 +246,15 @@ def forms_for(case: OpCase, device: torch.device) -> dict[str, Callable]:
 
 @torch.no_grad()  # as in a backward and in an optimizer's step, where these ops run
 def run_case(case: OpCase, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Gate and time every form. Raises RedGate when the form in use is wrong; another's trouble is
-    its entry."""
+    """Gate and time every form. Raises RedGate when the form in use is wrong; another's trouble is its entry."""
     sets, roof = input_sets(case, device), measure_roof(device, dtype)
     floor = roof.floor_ms(case.moved_bytes, case.flops)
     forms: dict[str, Any] = {}
     for name, form in forms_for(case, device).items():
+        call = {name: lambda number, form=form: form(*sets[number % len(sets)])}
         try:
             passed = gate(case, name, form, sets[0])
-            call = functools.partial(_call, form, sets)
-            timing = measure({name: call}, device, 0.3, hide_launch=True)[name]
+            timing = measure(call, device, 0.3, hide_launch=True)[name]
         except Exception as error:
             if name == "ours":
                 raise
@@ -305,17 +288,14 @@ def _sizes(device: torch.device) -> Iterator[tuple[float, str, str, str, float, 
         yield 80, op, model, linear, 1 / 8, 8192
 
 
-def run_op(
-    op: str, shape: tuple, p: float, tokens: int, device: torch.device, dtype: torch.dtype
-) -> dict[str, Any]:
+def run_op(op: str, shape: tuple, p: float, tokens: int, device, dtype) -> dict[str, Any]:
     return run_case(CASES[op](shape, p, tokens, dtype), device, dtype)
 
 
 def jobs(device: torch.device, dtype: torch.dtype) -> Iterator[Job]:
-    dtype_name = str(dtype).removeprefix("torch.")
     for priority, op, model, linear, p, tokens in _sizes(device):
         shape = shape_of(model).linears[linear]
-        size = {"model": model, "linear": linear, "shape": list(shape), "dtype": dtype_name}
+        size = {"model": model, "linear": linear, "shape": list(shape), "dtype": name_of(dtype)}
         size |= {"p": p} if op in USE_P else {}
         size |= {"tokens": tokens} if op in USE_TOKENS else {}
         run = functools.partial(run_op, op, shape, p, tokens, device, dtype)

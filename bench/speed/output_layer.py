@@ -1,11 +1,9 @@
-"""The output layer's loss, forward and backward: ours, torch's linear and cross_entropy, Liger's,
-cut-cross-entropy's.
+"""The output layer's loss, forward and backward: ours, torch's linear and cross_entropy, Liger's, cut-cross-entropy's.
 
-``p_o`` is the share of the vocabulary whose rows get a weight gradient: 0 is a frozen head, 1 a
-dense one; the peers know no other. The gate compares the loss and every gradient with float64 on a
-part of the tokens.
-"""
+``p_o`` is the share of the vocabulary whose rows get a weight gradient: 0 is a frozen head, 1 a dense one; the peers
+know no other. The gate compares the loss and every gradient with float64 on a part of the tokens."""
 
+import functools
 import importlib
 import itertools
 from collections.abc import Callable, Iterator
@@ -22,6 +20,7 @@ from ..harness.gates import gate_relative
 from ..harness.jobs import Job, MissingPeer
 from ..harness.live_bytes import peak_bytes
 from ..harness.timing import measure
+from .models import name_of
 
 GATE_TOKENS = 256
 ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 0.02}  # relative, in Frobenius norms
@@ -38,11 +37,11 @@ class Inputs:
     subnet: Tensor
 
     @classmethod
-    def make(cls, tokens: int, vocabulary: int, width: int, p_o: float, device, dtype) -> "Inputs":
+    def make(cls, tokens: int, vocabulary: int, hidden: int, p_o: float, device, dtype) -> "Inputs":
         generator = torch.Generator(device).manual_seed(0)
         like = {"generator": generator, "device": device}
-        hidden = torch.randn(tokens, width, **like).to(dtype).requires_grad_()
-        weight = torch.randn(vocabulary, width, **like).mul_(width**-0.5).to(dtype)
+        weight = torch.randn(vocabulary, hidden, **like).mul_(hidden**-0.5).to(dtype)
+        hidden = torch.randn(tokens, hidden, **like).to(dtype).requires_grad_()
         labels = torch.randint(vocabulary, (tokens,), **like)
         out_idx = torch.randperm(vocabulary, **like)[: int(p_o * vocabulary)].sort().values
         return cls(hidden, weight, labels, out_idx, weight[out_idx].float().requires_grad_())
@@ -64,19 +63,18 @@ def losia(x: Inputs) -> Gradients:
     if len(x.out_idx) == 0:
         loss = losia_linear_cross_entropy(x.hidden, x.weight, x.labels)
         return loss, *torch.autograd.grad(loss, x.hidden), None
-    loss = losia_linear_cross_entropy(
-        x.hidden, x.weight, x.labels, x.subnet, None if x.dense else x.out_idx
-    )
+    rows = x.subnet, None if x.dense else x.out_idx
+    loss = losia_linear_cross_entropy(x.hidden, x.weight, x.labels, *rows)
     return loss, *torch.autograd.grad(loss, (x.hidden, x.subnet))
 
 
-def _peer(x: Inputs, loss_of: Callable[[Tensor], Tensor]) -> Gradients:
+def _peer(x: Inputs, loss_of: Callable[[Tensor], Any]) -> Gradients:
     """``loss_of(weight)``, whose weight gets a gradient if all rows do."""
-    if not x.dense:
-        loss = loss_of(x.weight)
-        return loss, *torch.autograd.grad(loss, x.hidden), None
-    weight = x.weight.detach().requires_grad_()
+    weight = x.weight.detach().requires_grad_(x.dense)
     loss = loss_of(weight)
+    loss = loss[0] if isinstance(loss, tuple) else loss
+    if not x.dense:
+        return loss, *torch.autograd.grad(loss, x.hidden), None
     return loss, *torch.autograd.grad(loss, (x.hidden, weight))
 
 
@@ -85,13 +83,8 @@ def plain_torch(x: Inputs) -> Gradients:
 
 
 def liger(x: Inputs) -> Gradients:
-    function = _import("liger_kernel.ops", "LigerFusedLinearCrossEntropyFunction", x)
-
-    def loss_of(weight: Tensor) -> Tensor:
-        loss = function.apply(x.hidden, weight, x.labels)
-        return loss[0] if isinstance(loss, tuple) else loss
-
-    return _peer(x, loss_of)
+    function = _import("liger_kernel.ops", "LigerFusedLinearCrossEntropyFunction", x).apply
+    return _peer(x, lambda weight: function(x.hidden, weight, x.labels))
 
 
 def cut_cross_entropy(x: Inputs) -> Gradients:
@@ -108,16 +101,11 @@ def _import(module: str, name: str, inputs: Inputs) -> Any:
         raise MissingPeer(f"{module}: {error}") from None
 
 
-METHODS = {
-    "losia": losia,
-    "torch": plain_torch,
-    "liger": liger,
-    "cut-cross-entropy": cut_cross_entropy,
-}
+METHODS = {"losia": losia, "torch": plain_torch, "liger": liger}
+METHODS |= {"cut-cross-entropy": cut_cross_entropy}
 
 
 def gate(method: Callable[[Inputs], Gradients], inputs: Inputs) -> list[dict[str, float]]:
-    """Raises RedGate if the loss or a gradient is not what float64 says."""
     part = inputs.first(GATE_TOKENS)
     hidden = part.hidden.detach().double().requires_grad_()
     weight = part.weight.double().requires_grad_()
@@ -125,17 +113,11 @@ def gate(method: Callable[[Inputs], Gradients], inputs: Inputs) -> list[dict[str
     d_hidden, d_weight = torch.autograd.grad(loss, (hidden, weight))
     truth = loss.detach(), d_hidden, d_weight[part.out_idx]
     names, allowed = ("loss", "d_hidden", "d_weight"), ALLOWED[inputs.hidden.dtype]
-    found = zip(names, method(part), truth, strict=True)
-    return [
-        gate_relative(name, value.detach(), exact, allowed)
-        for name, value, exact in found
-        if value is not None
-    ]
+    found = [each for each in zip(names, method(part), truth, strict=True) if each[1] is not None]
+    return [gate_relative(name, value.detach(), exact, allowed) for name, value, exact in found]
 
 
-def run(
-    method: Callable[[Inputs], Gradients], inputs: Inputs, device: torch.device
-) -> dict[str, Any]:
+def run(method: Callable[[Inputs], Gradients], inputs: Inputs, device) -> dict[str, Any]:
     """Time of forward and backward, and the most bytes alive beyond the inputs."""
     passed = gate(method, inputs)
     timing = measure({"total": lambda number: method(inputs)}, device)["total"]
@@ -143,17 +125,16 @@ def run(
     return {"gate": passed, "total": timing.to_dict(), "extra_bytes": extra}
 
 
+def run_size(name: str, device, dtype, **size) -> dict[str, Any]:
+    return run(METHODS[name], Inputs.make(**size, device=device, dtype=dtype), device)
+
+
 def jobs(device: torch.device, dtype: torch.dtype) -> Iterator[Job]:
     gpu = device.type == "cuda"
     sizes = [(32_000, 4096), (128_256, 4096), (256_000, 2048)] if gpu else [(49_152, 576)]
-    at = {"device": device, "dtype": dtype}
     for (vocabulary, width), p_o, name in itertools.product(sizes, (0, 1 / 64, 1 / 8, 1), METHODS):
-        if name != "losia" and 0 < p_o < 1:
-            continue
-        size = {"tokens": 8192 if gpu else 512, "vocabulary": vocabulary}
-        settings = {**size, "hidden": width, "p_o": p_o, "dtype": str(dtype).removeprefix("torch.")}
-
-        def job(name=name, size=size, width=width, p_o=p_o) -> dict[str, Any]:
-            return run(METHODS[name], Inputs.make(**size, width=width, p_o=p_o, **at), device)
-
-        yield Job("output_layer", name, settings, job, 40)
+        if name == "losia" or p_o in (0, 1):
+            size = {"tokens": 8192 if gpu else 512, "vocabulary": vocabulary}
+            size |= {"hidden": width, "p_o": p_o}
+            run = functools.partial(run_size, name, device, dtype, **size)
+            yield Job("output_layer", name, {**size, "dtype": name_of(dtype)}, run, 40)

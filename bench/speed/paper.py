@@ -1,5 +1,4 @@
-"""The figures of arXiv 2507.04487 that ours stand beside: LLaMA-2 7B, 4 x 2048 tokens, on an
-A800."""
+"""The figures of arXiv 2507.04487 that ours stand beside: LLaMA-2 7B, 4 x 2048 tokens, on an A800."""
 
 # Table 15, microseconds a token, forward / backward / total; GaLore's with its SVDs; the paper's
 # LoRA is in float32

@@ -31,7 +31,6 @@ def picture_paths(groups: list[dict[str, Any]], folder: Path) -> list[Path]:
 
 
 def _model_rows(rows: list[dict], checkpointing: bool) -> list[dict]:
-    """The default runs of the first model, in the methods' order."""
     wanted = {"suite": "model", "checkpointing": checkpointing}
     chosen = [row for row in rows if all(row["id"].get(k) == v for k, v in wanted.items())]
     same = [[row["id"][key] for key in ("model", "batch")] for row in chosen]
@@ -41,7 +40,6 @@ def _model_rows(rows: list[dict], checkpointing: bool) -> list[dict]:
 
 
 def _bars(figure, rows: list[dict], fill: Callable) -> bool:
-    """A place for runs with, and one for runs without checkpointing."""
     found = [chosen for each in (True, False) if (chosen := _model_rows(rows, each))]
     for place, chosen in enumerate(found):
         axes, first = figure.add_subplot(1, len(found), place + 1), chosen[0]["id"]
@@ -84,7 +82,7 @@ def _scaling(figure, rows: list[dict]) -> bool:
         x, y = series(chosen, name)
         axes = figure.add_subplot(1, places, place + 1)
         axes.plot(x, y, "o")
-        slope, intercept = fit_line([scaled(name, value) for value in x], y)
+        slope, intercept = fit_line(name, x, y)
         fitted = [slope * scaled(name, value) + intercept for value in x]
         axes.plot(x, fitted, "--", label=f"{slope:.3g} ms / {UNITS[name]}")
         axes.legend(fontsize=7)

@@ -1,9 +1,6 @@
-"""``python -m bench quick``: a decoder layer's step by the methods people ask about, in two minutes,
-with a verdict.
+"""``python -m bench quick``: a decoder layer's step by the methods people ask about, in two minutes, with a verdict.
 
-Every row's steps are timed in turn with those of its own floor, behind the gate. Nothing is written
-unless asked.
-"""
+Every row's steps are timed in turn with those of its own floor, behind the gate. Nothing is written unless asked."""
 
 import functools
 import math
@@ -18,7 +15,7 @@ from ..harness.provenance import origin, provenance
 from ..harness.store import append
 from ..methods import METHODS
 from .layer import place, run_layer
-from .models import shape_of
+from .models import name_of, shape_of
 from .ops import run_op
 from .tables import mean_over_floor, over_floor
 
@@ -34,7 +31,7 @@ def jobs(device: torch.device) -> list[Job]:
     gpu = device.type == "cuda"
     dtype = torch.bfloat16 if gpu else torch.float32
     model, batch, context = place(device)
-    name = str(dtype).removeprefix("torch.")
+    name = name_of(dtype)
     size = {"model": model, "batch": batch, "context": context, "dtype": name}
     found = []
     for rank, method in enumerate(METHODS_SHOWN):
@@ -67,7 +64,6 @@ def main(device: torch.device, output: Path | None = None) -> int:
 
 
 def report(rows: list[dict[str, Any]], layers: int) -> str:
-    """The tables, and the verdict on the model's mean layer."""
     body, kernels = [], []
     for row in rows:
         name = row["id"]["name"]
@@ -120,10 +116,8 @@ def aligned(markdown: str) -> str:
     lines = [line.split("|")[1:-1] for line in markdown.splitlines()]
     rows = [[cell.strip() for cell in line] for line in lines[:1] + lines[2:]]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            c.rjust(w) if i else c.ljust(w)
-            for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
+    lines = []
+    for first, *others in rows:
+        cells = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+        lines.append("  ".join([first.ljust(widths[0]), *cells]) if widths else "")
+    return "\n".join(lines)

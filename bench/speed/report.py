@@ -45,7 +45,6 @@ def newest_table(name: str, groups: Groups) -> str:
 
 
 def render(groups: Groups) -> str:
-    """All tables of one device."""
     provenance = groups[0]["provenance"]
     parts = [f"## {provenance['device']} ({provenance['kind']})"]
     tables = ((title, newest_table(name, groups)) for name, (title, _) in TABLES.items())
@@ -53,8 +52,6 @@ def render(groups: Groups) -> str:
 
 
 def fill_page(text: str, groups: Groups) -> str:
-    """``text`` with its marked tables made anew, of the first device that has one."""
-
     def content(name: str) -> str:
         found = (newest_table(name, device) for device in by_device(groups))
         return next(filter(None, found), "not measured yet")
@@ -62,24 +59,19 @@ def fill_page(text: str, groups: Groups) -> str:
     return fill_markers(text, content)
 
 
-def _pictures(device: Groups, folder: Path) -> list[Path]:
-    """Drawn anew; where matplotlib is not installed, those that are there."""
-    try:
-        return draw_plots(device, folder)
-    except ImportError as error:
-        print(f"no new plots: {error}")
-        return [path for path in picture_paths(device, folder) if path.exists()]
-
-
 def write_reports(results: Path, root: Path = ROOT) -> str:
-    """Write ``bench/RESULTS.md``, the plots, and the marked tables of ``README.md`` and
-    ``bench/README.md``; returns the first."""
+    """Write ``bench/RESULTS.md``, the plots, and the marked tables of ``README.md`` and ``bench/README.md``; returns
+    the first."""
     groups = load(results)
     if not groups:
         raise ValueError(f"{results} holds no results")
     sections = ["# Results", HEAD]
     for device in by_device(groups):
-        pictures = _pictures(device, results / "plots")
+        try:
+            pictures = draw_plots(device, results / "plots")
+        except ImportError as error:  # those that are there
+            print(f"no new plots: {error}")
+            pictures = filter(Path.exists, picture_paths(device, results / "plots"))
         links = "\n".join(f"![{path.stem}](results/plots/{path.name})" for path in pictures)
         sections.append(render(device) + (f"\n\n{links}" if links else ""))
     sections.append(PREDICTED.format(counts.report()))

@@ -1,8 +1,7 @@
 """The rows of the speed suites, by device and state of the code.
 
-A run goes on in the rows that the same code wrote in the same environment, and measures only what
-it lacks. They are named after a commit; later ones that change nothing that is measured go on.
-"""
+A run goes on in the rows that the same code wrote in the same environment, and measures only what it lacks. They are
+named after a commit; later ones that change nothing that is measured go on."""
 
 import json
 from pathlib import Path
@@ -52,7 +51,6 @@ class Results:
         return next(found, None)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Keep ``row``, which its ``id`` identifies, and write it."""
         same = _identity(row["id"])
         self.rows = [old for old in self.rows if _identity(old["id"]) != same] + [row]
         append(self.path, {**row, "provenance": self.provenance})

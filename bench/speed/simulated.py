@@ -1,13 +1,11 @@
-"""The memory model against the bytes of live tensors, at full size and without a GPU: shapes under
-FakeTensorMode.
+"""The memory model against the bytes of live tensors, at full size and without a GPU: shapes under FakeTensorMode.
 
-On a GPU the model suite holds the same estimates against the allocator's peak. No figure here is a
-time.
-"""
+On a GPU the model suite holds the same estimates against the allocator's peak. No figure here is a time."""
 
 import contextlib
 import dataclasses
 import functools
+import itertools
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -17,25 +15,24 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from losia_kernels.finetune.estimate import estimate
+
 from ..harness.jobs import Job
 from ..harness.live_bytes import LiveBytes
 from ..methods import Options
 from .layer import run_step
-from .memory import estimate
 from .model import Run, prepare, setting_of, step_phases
 from .models import build_model, shape_of
 
 
 def _convert(module: nn.Module, *arguments: Any, **keywords: Any) -> nn.Module:
-    """``nn.Module.to`` for fake parameters, which torch cannot swap: replaces those whose dtype
-    changes."""
+    """``nn.Module.to`` for fake parameters, which torch cannot swap: replaces those whose dtype changes."""
     dtype = torch._C._nn._parse_to(*arguments, **keywords)[1]
     for part in module.modules():
         for name, parameter in list(part._parameters.items()):
             if parameter is not None and dtype is not None and parameter.dtype != dtype:
-                part._parameters[name] = nn.Parameter(
-                    parameter.detach().to(dtype), parameter.requires_grad
-                )
+                cast = parameter.detach().to(dtype)
+                part._parameters[name] = nn.Parameter(cast, parameter.requires_grad)
     return module
 
 
@@ -47,8 +44,7 @@ def simulated() -> Iterator[LiveBytes]:
 
 
 def simulate(run: Run, steps: int = 2, **changes: Any) -> dict[str, int]:
-    """Peak bytes of the last of ``steps`` steps of ``run`` in bfloat16; ``changes`` to the model's
-    config."""
+    """Peak bytes of the last of ``steps`` steps of ``run`` in bfloat16; ``changes`` to the model's config."""
     with simulated() as live:
         model = build_model(run.model, torch.device("cpu"), torch.bfloat16, **changes)
         # Under a GPU's SDPA there is no mask; transformers makes one when it sees tensors that it
@@ -64,27 +60,23 @@ def simulate(run: Run, steps: int = 2, **changes: Any) -> dict[str, int]:
 
 
 def compare(run: Run, **changes: Any) -> dict[str, Any]:
-    """The estimate beside the simulated peak."""
     names = {"num_hidden_layers": "layers", "vocab_size": "vocabulary"}
-    shape = dataclasses.replace(
-        shape_of(run.model), **{names[key]: value for key, value in changes.items()}
-    )
-    found = estimate(shape, setting_of(run))
+    changed = {names[key]: value for key, value in changes.items()}
+    found = estimate(dataclasses.replace(shape_of(run.model), **changed), setting_of(run))
     parts = {"predicted_bytes": found.total, "parts": dataclasses.asdict(found)}
     return {**simulate(run, **changes), **parts}
 
 
 def _runs() -> Iterator[tuple[float, Run]]:
-    llama = ("llama-2-7b", 4, 2048)
+    llama, shares = ("llama-2-7b", 4, 2048), (1 / 16, 1 / 8, 1 / 4, 1 / 2)
     yield 28, Run("losia-pro", *llama, True, Options(1 / 8, 1 / 8))
     yield 28, Run("lora", *llama, True)
-    for method in "losia-pro lora lora-fp32 dora losia-dense full galore frozen".split():
-        for checkpointing in (True, False):
-            yield 85, Run(method, *llama, checkpointing)
-    for p_o in (1 / 8, 1.0):
-        for p in (1 / 16, 1 / 8, 1 / 4, 1 / 2):
-            yield 84, Run("losia-pro", *llama, True, Options(p, p_o))
-    for p in (1 / 16, 1 / 8, 1 / 4, 1 / 2):
+    methods = "losia-pro lora lora-fp32 dora losia-dense full galore frozen".split()
+    for method, checkpointing in itertools.product(methods, (True, False)):
+        yield 85, Run(method, *llama, checkpointing)
+    for p_o, p in itertools.product((1 / 8, 1.0), shares):
+        yield 84, Run("losia-pro", *llama, True, Options(p, p_o))
+    for p in shares:
         yield 83, Run("losia-pro-lean", *llama, True, Options(p, 1 / 8))
     for r in (16, 256, 1024):
         yield 86, Run("lora", *llama, True, Options(rank=r))
@@ -92,8 +84,6 @@ def _runs() -> Iterator[tuple[float, Run]]:
 
 def jobs(device: torch.device, dtype: torch.dtype) -> Iterator[Job]:
     """Without a GPU only: beside one, the model suite measures."""
-    if device.type == "cuda":
-        return
-    for priority, run in _runs():
+    for priority, run in _runs() if device.type != "cuda" else ():
         settings = run.settings(torch.bfloat16)
         yield Job("memory", run.method, settings, functools.partial(compare, run), priority)

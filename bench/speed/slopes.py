@@ -10,15 +10,13 @@ PERIODS = (25, 50, 100, 150, 400)
 
 
 def series(rows: Rows, name: str) -> tuple[list[float], list[float]]:
-    """The swept values and what is plotted over them, sorted: ms over the floor for "p", else ms of
-    a step."""
+    """The swept values and what is plotted over them, sorted: ms over the floor for "p", else ms of a step."""
     points = []
     for row in rows:
         if row["id"]["name"] == name:
-            over_floor = row["total"]["ms"] - row["floor_ms"] if name == "p" else row["total"]["ms"]
-            points.append((float(row["id"][name]), over_floor))
-    points.sort()
-    return [x for x, _ in points], [y for _, y in points]
+            floor = row["floor_ms"] if name == "p" else 0
+            points.append((float(row["id"][name]), row["total"]["ms"] - floor))
+    return [x for x, _ in sorted(points)], [y for _, y in sorted(points)]
 
 
 def scaled(name: str, value: float) -> float:
@@ -26,15 +24,13 @@ def scaled(name: str, value: float) -> float:
     return value**2 if name == "p" else value / 1000 if name == "tokens" else value
 
 
-def fit_line(x: list[float], y: list[float]) -> tuple[float, float]:
-    """Slope and intercept of least squares."""
-    slope, intercept = np.polyfit(x, y, 1)
+def fit_line(name: str, x: list[float], y: list[float]) -> tuple[float, float]:
+    slope, intercept = np.polyfit([scaled(name, value) for value in x], y, 1)
     return float(slope), float(intercept)
 
 
 def localization_share(row: dict[str, Any], period: int) -> float:
-    """Share of a step that goes to localization: one layer of many observes, and moves once in
-    ``period`` steps."""
+    """Share of a step that goes to localization: one layer of many observes, and moves once in ``period`` steps."""
     resting = row["resting"]["total"]["ms"]
     localizing = row["observing"]["total"]["ms"] - resting + row["relocalization_ms"] / period
     return localizing / (row["layers"] * resting + localizing)
@@ -46,7 +42,7 @@ def describe_slopes(rows: Rows) -> str:
         x, y = series(rows, name)
         if len(x) < 2:
             continue
-        slope, intercept = fit_line([scaled(name, value) for value in x], y)
+        slope, intercept = fit_line(name, x, y)
         measured = ", ".join(f"{a:g}: {b:.4g}" for a, b in zip(x, y, strict=True))
         lines.append(
             f"- {name}: {slope:.4g} ms per {UNITS[name]}, {intercept:.4g} ms at 0 ({what}; {measured})"

@@ -26,7 +26,6 @@ def _select(rows: Rows, suite: str, name: str | None = None, **fields: Any) -> R
 
 
 def _values(rows: Rows, suite: str, field: str) -> list[Any]:
-    """The values of a field of the ids, as they come."""
     ids = [row["id"] for row in rows if row["id"]["suite"] == suite]
     return list(dict.fromkeys(found[field] for found in ids if field in found))
 
@@ -35,16 +34,16 @@ def _title(name: str) -> str:
     return METHODS[name].title if name in METHODS else name
 
 
-def _mib(value: int) -> str:
-    return number(value / 2**20)
-
-
 def _gb(value: int | None) -> str:
     return "" if value is None else f"{value / 1e9:.2f}"
 
 
 def _millions(value: int) -> str:
     return f"{value / 1e6:.1f}"
+
+
+def _size_of(row: Row) -> str:
+    return "{batch} x {context} tokens, {dtype}".format(**row["id"])
 
 
 def _no_figures(row: Row, columns: int) -> list[str]:
@@ -62,8 +61,7 @@ def _with_spread(timing: dict[str, Any], scale: float = 1.0) -> str:
 
 
 def over_floor(row: Row) -> float:
-    """Median of the steps' ratios, each to a floor's step beside it; before they were kept, the
-    medians' ratio."""
+    """Median of the steps' ratios, each to a floor's step beside it; before they were kept, the medians' ratio."""
     return row["over_floor"]["median"] if "over_floor" in row else _ratio(row)
 
 
@@ -76,30 +74,23 @@ def mean_over_floor(row: Row, off: Row, layers: int) -> float:
     return ((layers - 1) * over_floor(off) + over_floor(row)) / layers
 
 
-# one function a table -------------------------------------------------------------------------------
-
-
 def layer(rows: Rows) -> str:
-    """Every stack of every model: times as ratios to the frozen floor of the same job."""
     parts = []
     for model in _values(rows, "layer", "model"):
         for stack, what in (("linears", "a decoder layer's linears"), ("block", "a decoder layer")):
-            chosen = _select(rows, "layer", model=model, stack=stack)
-            if chosen:
-                first = chosen[0]["id"]
-                size = f"{first['batch']} x {first['context']} tokens, {first['dtype']}"
-                text = layer_table(chosen, model, _svd_of(rows, model))
-                parts.append(f"{what} of {model}, {size}\n\n{text}")
+            if chosen := _select(rows, "layer", model=model, stack=stack):
+                text = layer_table(chosen, model, _svd_ms(rows, model))
+                parts.append(f"{what} of {model}, {_size_of(chosen[0])}\n\n{text}")
     return "\n\n".join(parts)
 
 
 LAYER_HEAD = (
-    *("method", "over the floor", "ms (20-80 %)", "floor ms", "forward", "backward", "update"),
-    *("saved MiB", "peak MiB", "trained M"),
+    "method | over the floor | ms (20-80 %) | floor ms | forward | backward | update"
+    " | saved MiB | peak MiB | trained M"
 )
 
 
-def layer_table(chosen: Rows, model: str, svd: Row | None = None) -> str:
+def layer_table(chosen: Rows, model: str, svd_ms: float | None) -> str:
     body, by_name = [], {row["id"]["name"]: row for row in chosen}
     for name, row in by_name.items():
         if name.removesuffix("-off") != name and name.removesuffix("-off") in by_name:
@@ -113,25 +104,27 @@ def layer_table(chosen: Rows, model: str, svd: Row | None = None) -> str:
         body.append([title, *_layer_cells(row)])
         if off is not None:
             body.append([_title(f"{name}-off"), *_layer_cells(off)])
-        if name == "galore" and svd is not None and row["status"] == svd["status"] == "ok":
-            extra = svd["total"]["ms"] / GAP
-            total, update = (row[phase]["ms"] + extra for phase in ("total", "update"))
-            cells = [f"{_ratio(row, extra):.3f}", number(total), number(row["floor_ms"])]
-            cells += ["", "", number(update), "", "", ""]
-            body.append([f"{_title(name)}, with its SVD", *cells])
+        if name == "galore" and svd_ms is not None and row["status"] == "ok":
+            extra = svd_ms / GAP
+            total, update = (number(row[phase]["ms"] + extra) for phase in ("total", "update"))
+            cells = f"{_ratio(row, extra):.3f}", total, number(row["floor_ms"])
+            body.append([f"{_title(name)}, with its SVD", *cells, "", "", update, "", "", ""])
     return table(LAYER_HEAD, body)
 
 
 def _layer_cells(row: Row) -> list[str]:
     if row["status"] != "ok":
-        return _no_figures(row, len(LAYER_HEAD) - 1)
+        return _no_figures(row, 9)
     phases = [number(row[phase]["ms"]) for phase in ("forward", "backward", "update")]
     times = [f"{over_floor(row):.3f}", _with_spread(row["total"]), number(row["floor_ms"]), *phases]
-    return [*times, _mib(row["saved_bytes"]), _mib(row["peak_bytes"]), _millions(row["trained"])]
+    held = (number(row[key] / 2**20) for key in ("saved_bytes", "peak_bytes"))
+    return [*times, *held, _millions(row["trained"])]
 
 
-def _svd_of(rows: Rows, model: str) -> Row | None:
-    return next(iter(_select(rows, "layer", "galore-svd", model=model)), None)
+def _svd_ms(rows: Rows, model: str) -> float | None:
+    """Of a layer's SVDs, if they were measured."""
+    found = _select(rows, "layer", "galore-svd", model=model)
+    return found[0]["total"]["ms"] if found and found[0]["status"] == "ok" else None
 
 
 def model(rows: Rows) -> str:
@@ -140,12 +133,11 @@ def model(rows: Rows) -> str:
     for name in _values(rows, "model", "model"):
         for checkpointing in (True, False):
             sized = _select(rows, "model", model=name, checkpointing=checkpointing, batch=batch)
-            chosen = [row for row in sized if is_default(row)]
-            if chosen:
-                first, how = chosen[0]["id"], "with" if checkpointing else "without"
-                size = f"{name}, {first['batch']} x {first['context']} tokens, {first['dtype']}"
-                text = _model_table(chosen, name, checkpointing, _svd_of(rows, name))
-                parts.append(f"{size}, {how} gradient checkpointing, us a token\n\n{text}")
+            if chosen := list(filter(is_default, sized)):
+                how = "with" if checkpointing else "without"
+                text = _model_table(chosen, name, checkpointing, _svd_ms(rows, name))
+                size = f"{name}, {_size_of(chosen[0])}, {how} gradient checkpointing"
+                parts.append(f"{size}, us a token\n\n{text}")
     return "\n\n".join(parts)
 
 
@@ -154,15 +146,18 @@ def is_default(row: Row) -> bool:
     return all(row["id"].get(key, value) == value for key, value in defaults.items())
 
 
-def _model_table(chosen: Rows, name: str, checkpointing: bool, svd: Row | None) -> str:
+def _model_table(chosen: Rows, name: str, checkpointing: bool, svd_ms: float | None) -> str:
     compared, gpu = name == "llama-2-7b", any("predicted_bytes" in row for row in chosen)
     memory = ["peak GB", "predicted GB"] if gpu else ["peak GB above start"]
+    what = "forward / backward / total" if checkpointing else "total"
     head = ["method", "forward", "backward", "other", "total (20-80 %)", *memory, "trained M"]
-    if compared:
-        what = "forward / backward / total" if checkpointing else "total"
-        head.append(f"paper, A800: {what}")
-    theirs = paper.CHECKPOINTED if checkpointing else paper.NOT_CHECKPOINTED
+    head += [f"paper, A800: {what}"] if compared else []
+    paper_says = paper.CHECKPOINTED if checkpointing else paper.NOT_CHECKPOINTED
     body = []
+
+    def add(title: str, method: str, cells: list[str]) -> None:
+        body.append([title, *cells, *([paper_says.get(method, "")] if compared else [])])
+
     for row in chosen:
         method, cells = row["id"]["name"], _no_figures(row, 5 + len(memory))
         if not cells:
@@ -171,30 +166,28 @@ def _model_table(chosen: Rows, name: str, checkpointing: bool, svd: Row | None) 
             cells.append(_with_spread(row["total"], us["total"] / row["total"]["ms"]))
             cells += [_gb(row["peak_bytes"]), *([_gb(row["predicted_bytes"])] if gpu else [])]
             cells.append(_millions(row["trained"]))
-        body.append([_title(method), *cells, *([theirs.get(method, "")] if compared else [])])
-        if method == "galore" and svd is not None and row["status"] == svd["status"] == "ok":
+        add(_title(method), method, cells)
+        if method == "galore" and svd_ms is not None and row["status"] == "ok":
             tokens = row["id"]["batch"] * row["id"]["context"]
-            extra = 1e3 * svd["total"]["ms"] * CONFIGS[name]["num_hidden_layers"] / GAP / tokens
+            extra = 1e3 * svd_ms * CONFIGS[name]["num_hidden_layers"] / GAP / tokens
             cells = [number(row["us_per_token"][phase] + extra) for phase in ("other", "total")]
-            last = [theirs.get(f"{method}, with its SVD", "")] if compared else []
+            svd = f"{method}, with its SVD"
             blank = [""] * (len(memory) + 1)
-            body.append([f"{_title(method)}, with its SVD", "", "", *cells, *blank, *last])
+            add(f"{_title(method)}, with its SVD", svd, ["", "", *cells, *blank])
     return table(head, body)
-
-
-def _by_size(row: Row) -> tuple:
-    found = row["id"]
-    return found["name"], *(
-        found.get(key, 0) for key in ("output_dim_factor", "rank_factor", "rank")
-    )
 
 
 def table14(rows: Rows) -> str:
     """Memory and trained values over p, p_o and LoRA's rank, LLaMA-2 7B, 4 x 2048, checkpointed."""
+
+    def by_size(row: Row) -> tuple:
+        sizes = ("output_dim_factor", "rank_factor", "rank")
+        return row["id"]["name"], *(row["id"].get(key, 0) for key in sizes)
+
     body: list[list[str]] = []
     for suite, key in (("model", "peak_bytes"), ("memory", "live_bytes")):
         chosen = _select(rows, suite, model="llama-2-7b", checkpointing=True, batch=4)
-        for row in sorted([] if body else chosen, key=_by_size):
+        for row in sorted([] if body else chosen, key=by_size):
             found, title = row["id"], _title(row["id"]["name"])
             if found["name"] in ("losia-pro", "losia-pro-lean") and found["output_dim_factor"] > 0:
                 p, p_o = found["rank_factor"], found["output_dim_factor"]
@@ -205,33 +198,30 @@ def table14(rows: Rows) -> str:
             else:
                 continue
             cells = _no_figures(row, 3)
-            if row["status"] == "ok":
+            if not cells:
                 cells = [_millions(row["trained"]), _gb(row[key]), _gb(row["predicted_bytes"])]
             body.append([title, *cells, str(theirs)])
-    return table(("method", "trained M", "peak GB", "predicted GB", "paper GB"), body)
+    return table("method | trained M | peak GB | predicted GB | paper GB", body)
 
 
 def memory(rows: Rows) -> str:
-    """The memory model against what was measured: the allocator on a GPU, live tensors of a
-    simulated run elsewhere."""
+    """The memory model against what was measured: the allocator on a GPU, live tensors of a simulated run elsewhere."""
     body = []
     for row in [*_select(rows, "model"), *_select(rows, "memory")]:
-        if row["status"] != "ok" or not row.get("predicted_bytes"):
-            continue
-        found, measured = row["id"], row.get("live_bytes") or row["peak_bytes"]
-        predicted = row["predicted_bytes"]
-        title = f"{found['model']}, {found['batch']} x {found['context']}, {_title(found['name'])}"
-        sizes = [key for key in ("rank_factor", "output_dim_factor", "rank") if key in found]
-        title += "".join(f", {key.replace('_', ' ')} {found[key]:g}" for key in sizes)
-        how = "yes" if found["checkpointing"] else "no"
-        body.append([title, how, _gb(measured), _gb(predicted), f"{predicted / measured:.3f}"])
-    head = ("run", "checkpointing", "measured GB", "predicted GB", "predicted / measured")
-    return table(head, body)
+        if row["status"] == "ok" and (predicted := row.get("predicted_bytes")):
+            found, measured = row["id"], row.get("live_bytes") or row["peak_bytes"]
+            title = (
+                f"{found['model']}, {found['batch']} x {found['context']}, {_title(found['name'])}"
+            )
+            sizes = [key for key in ("rank_factor", "output_dim_factor", "rank") if key in found]
+            title += "".join(f", {key.replace('_', ' ')} {found[key]:g}" for key in sizes)
+            how = "yes" if found["checkpointing"] else "no"
+            body.append([title, how, _gb(measured), _gb(predicted), f"{predicted / measured:.3f}"])
+    return table("run | checkpointing | measured GB | predicted GB | predicted / measured", body)
 
 
 def ops(rows: Rows) -> str:
-    """On a CPU without a roof, which forms that stay in the cache exceed, and without a verdict: ours
-    is eager torch there."""
+    """On a CPU without a roof, which forms that stay in the cache exceed, and without a verdict: ours is eager."""
     chosen, body = [*_select(rows, "ops"), *_select(rows, "variants")], []
     gpu = any(row.get("kind") != "CPU" for row in chosen)
     head = ["op", "size", "form", "ms", "GB/s", "TFLOP/s"]
@@ -254,21 +244,18 @@ def ops(rows: Rows) -> str:
                 verdict = "" if form == "ours" else f"{faster:.2f} x"
                 cells += [f"{entry['share_of_roof']:.2f}", verdict] if gpu else []
             body.append([found["name"], size, form, *cells])
-    note = (
-        "" if gpu or not body else "\n\nOn a CPU ours is eager torch, whose forms differ by noise."
-    )
-    return table(head, body) + note
+    note = "\n\nOn a CPU ours is eager torch, whose forms differ by noise."
+    return table(head, body) + (note if body and not gpu else "")
 
 
 def output_layer(rows: Rows) -> str:
-    """Loss and gradients of the vocabulary projection; p_o 0 is a frozen one, 1 a dense one."""
     body = []
     for row in _select(rows, "output_layer"):
         found, cells = row["id"], _no_figures(row, 2)
         size = f"{found['vocabulary']} x {found['hidden']}, {found['tokens']} tokens"
         cells = cells or [number(row["total"]["ms"]), _gb(row["extra_bytes"])]
         body.append([size, f"{found['p_o']:.3g}", found["name"], *cells])
-    return table(("vocabulary", "p_o", "method", "ms", "GB beyond the inputs"), body)
+    return table("vocabulary | p_o | method | ms | GB beyond the inputs", body)
 
 
 def scaling(rows: Rows) -> str:
@@ -276,7 +263,6 @@ def scaling(rows: Rows) -> str:
 
 
 def trouble(rows: Rows) -> str:
-    """Every row without a figure, with its reason."""
     lines = []
     for row in rows:
         if row["status"] != "ok":

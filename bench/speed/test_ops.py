@@ -1,5 +1,4 @@
-"""``pytest bench/``: each form of each op under pytest-benchmark, after its gate. Figures of a CPU
-are labelled CPU."""
+"""``pytest bench/``: each form of each op under pytest-benchmark, after its gate. Figures of a CPU are labelled CPU."""
 
 import itertools
 

@@ -356,7 +356,7 @@ def describe_fit(
 
     ``model`` is a folder with a ``config.json``; ``reserve`` GiB are left to the CUDA context and
     the allocator. ``moments`` and ``in_backward`` are LoSiAAdamW's; ``master`` is "float32",
-    "remainder" or "none" (docs/memory.md). Raises ValueError for a config the memory model does not
+    "split" or "none" (docs/memory.md). Raises ValueError for a config the memory model does not
     know or a memory smaller than the reserve.
     """
     if not 0 <= reserve < memory < math.inf:
@@ -370,7 +370,7 @@ def describe_fit(
         "fused_loss": True,
         "moments": moments,
         "in_backward": in_backward,
-        "master": "split" if master == "remainder" else master,
+        "master": master,
     }
     lines = [
         f"{model}: {shape.parameters / 1e9:.2f}e9 values, {2 * shape.parameters / GIB:.2f} GiB in bfloat16",

@@ -98,9 +98,9 @@ def check_packing(model) -> None:
 def convert_model(model, options: FinetuneOptions, total_steps: int) -> None:
     """Convert ``model`` for a run of ``total_steps``. Raises InputError for options that do not fit
     it."""
-    if options.master == "remainder" and model.dtype != torch.bfloat16:
+    if options.master == "split" and model.dtype != torch.bfloat16:
         raise InputError(
-            f"master remainder completes bfloat16 weights, the model is {model.dtype}: set dtype bfloat16"
+            f"master split completes bfloat16 weights, the model is {model.dtype}: set dtype bfloat16"
         )
     config = options.losia_config(total_steps)
     try:

@@ -153,7 +153,7 @@ class FinetuneOptions:
         "how the trained values are kept: in float32, in bfloat16 with the missing bits beside them, in bfloat16 alone "
         "with stochastic rounding",
         "float32",
-        choices=("float32", "remainder", "none"),
+        choices=("float32", "split", "none"),
     )
     in_backward: bool = option(
         "memory of the optimizer", "update inside the backward, keep no gradients", False
@@ -283,7 +283,7 @@ class FinetuneOptions:
                 importance=self.importance,
                 init_subnet=self.init_subnet,
                 alignment=self.alignment,
-                master="split" if self.master == "remainder" else self.master,
+                master=self.master,
                 seed=self.seed,
             )
         except ValueError as error:

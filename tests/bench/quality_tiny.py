@@ -1,5 +1,4 @@
-"""A tokenizer of one token a character, a tiny LLaMA, and tasks of a few items, for the tests of
-the quality study."""
+"""A tokenizer of one token a character, a tiny LLaMA, and tasks of a few items, for the tests of the quality study."""
 
 import torch
 

@@ -1,5 +1,4 @@
-"""The memory model against exact counts on real tensors, and against peaks: real ones, and
-simulated at full size."""
+"""The memory model against exact counts on real tensors, and against peaks: real ones, and simulated at full size."""
 
 import dataclasses
 import importlib.util
@@ -16,14 +15,7 @@ from bench.speed.models import CONFIGS, Block, build_model, shape_of
 from bench.speed.simulated import compare
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, cli
 from losia_kernels.finetune import estimate as memory_model
-from losia_kernels.finetune.estimate import (
-    GIB,
-    LoSiA,
-    ModelShape,
-    Setting,
-    estimate,
-    largest,
-)
+from losia_kernels.finetune.estimate import GIB, LoSiA, ModelShape, Setting, estimate, largest
 from losia_kernels.layers.module import losia_layers
 
 CPU = torch.device("cpu")
@@ -44,12 +36,7 @@ def peft_or_skip(method: str) -> None:
 
 @pytest.mark.parametrize(
     ("p", "p_o", "millions"),
-    [
-        (1 / 16, 1 / 8, 41.7),
-        (1 / 8, 1 / 8, 117.6),
-        (1 / 4, 1 / 8, 421.1),
-        (1 / 2, 1 / 8, 1635.4),
-    ],
+    [(1 / 16, 1 / 8, 41.7), (1 / 8, 1 / 8, 117.6), (1 / 4, 1 / 8, 421.1), (1 / 2, 1 / 8, 1635.4)],
 )
 def test_trained_values_of_table_14(p, p_o, millions):
     assert round(LoSiA(rank_factor=p, output_dim_factor=p_o).values(LLAMA_7B) / 1e6, 1) == millions
@@ -148,8 +135,7 @@ def test_state_in_fewer_bits_is_exact(tiny, moments, master, in_backward):
     "p, paper_gb", [(1 / 16, 21.84), (1 / 8, 21.87), (1 / 4, 22.73), (1 / 2, 28.73)]
 )
 def test_with_the_smallest_state_table_14_is_met(p, paper_gb):
-    """Computed, not measured: 4 x 2048 tokens, gradient checkpointing, the loss without logits, p_o
-    = 1/8."""
+    """Computed, not measured: 4 x 2048 tokens, gradient checkpointing, the loss without logits, p_o = 1/8."""
     setting = LoSiA(
         rank_factor=p,
         output_dim_factor=1 / 8,
@@ -235,7 +221,7 @@ def test_estimate_from_the_command_line(model_folder, capsys):
     assert run_estimate(model_folder, *words) == 0
     out = capsys.readouterr().out
     assert "6.74e9 values" in out and "117.6M" in out and "batch at 2048" in out
-    less = ["--moments", "int8", "--master", "remainder", "--in-backward"]
+    less = ["--moments", "int8", "--master", "split", "--in-backward"]
     assert run_estimate(model_folder, *words, *less) == 0
     texts = out, capsys.readouterr().out
     sizes, smaller = ([float(each.split()[-1]) for each in t.splitlines()[4:]] for t in texts)

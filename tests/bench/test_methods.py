@@ -67,27 +67,21 @@ def test_sixteen_bits(tiny, method):
     assert row["gate"]["dx"]["error"] <= row["gate"]["dx"]["allowed"]
 
 
+FLOAT32 = {"lora-fp32": True, "lora-defaults": True, "losia-pro": False}  # autocast
+
+
 @pytest.mark.parametrize(
-    ("method", "dtype", "autocast"),
-    [
-        ("lora", torch.bfloat16, False),
-        ("dora", torch.bfloat16, False),
-        ("pissa", torch.bfloat16, False),
-        ("lora-fused", torch.bfloat16, False),
-        ("lora-fp32", torch.float32, True),
-        ("lora-defaults", torch.float32, True),
-        ("losia-pro", torch.float32, False),
-        ("galore", torch.bfloat16, False),
-        ("full", torch.bfloat16, False),
-    ],
+    "method", [*FLOAT32, "lora", "dora", "pissa", "lora-fused", "galore", "full"]
 )
-def test_what_is_trained_has_the_dtype_that_the_readme_says(tiny, method, dtype, autocast):
+def test_what_is_trained_has_the_dtype_that_the_readme_says(tiny, method):
     needs(method)
     prepared = get_method(method).prepare(
         model.build_model(tiny, CPU, torch.bfloat16), Options(rank=4)
     )
-    assert {p.dtype for p in prepared.module.parameters() if p.requires_grad} == {dtype}
-    assert prepared.autocast == autocast
+    assert {p.dtype for p in prepared.module.parameters() if p.requires_grad} == {
+        torch.float32 if method in FLOAT32 else torch.bfloat16
+    }
+    assert prepared.autocast == FLOAT32.get(method, False)
     assert not any(
         part.p for part in prepared.module.modules() if isinstance(part, torch.nn.Dropout)
     )
@@ -172,15 +166,7 @@ def test_the_reference_leaves_the_model_as_it_was(tiny):
 
 def test_a_row_names_what_was_run(tiny, monkeypatch):
     monkeypatch.setattr(model, "run_model", lambda run, device, dtype: {"ran": run.method})
-    row = run_job(next(iter(model.jobs(CPU, torch.float32, ("lora",)))))
+    row = run_job(next(job for job in model.jobs(CPU, torch.float32) if job.name == "lora"))
     assert row["status"] == "ok" and row["ran"] == "lora"
-    assert row["id"] == {
-        "suite": "model",
-        "name": "lora",
-        "model": "smollm2-135m",
-        "batch": 1,
-        "context": 128,
-        "checkpointing": False,
-        "rank": 64,
-        "dtype": "float32",
-    }
+    size = {"model": "smollm2-135m", "batch": 1, "context": 128, "checkpointing": False, "rank": 64}
+    assert row["id"] == {"suite": "model", "name": "lora", **size, "dtype": "float32"}

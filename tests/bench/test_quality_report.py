@@ -16,15 +16,8 @@ from bench.quality.study import SCALES, Run, ablations, data_scales, finals, sea
 from bench.quality.tables import compared, show, show_p, usable
 
 SMALL = SCALES["small"]
-ORIGIN = {
-    "device": "a CPU",
-    "torch": "2",
-    "peers": {"peft": "1"},
-    "python": "3.11",
-    "commit": "abc",
-    "started": "2026-01-01T",
-    "quiet": False,
-}
+ORIGIN = {"device": "a CPU", "torch": "2", "peers": {"peft": "1"}, "python": "3.11"}
+ORIGIN |= {"commit": "abc", "started": "2026-01-01T", "quiet": False}
 ITEMS = 30
 
 
@@ -37,17 +30,10 @@ def result(run: Run, nll: float, right: float = 0.5, english: float = 3.0, **mor
     scores = {name: {"": dict(one)} for name in splits}
     if run.kind != "search":
         scores["english"][""]["nll"] = english
-    return {
-        "run": asdict(run),
-        "status": "ok",
-        "items": splits[0],
-        "each": each,
-        "scores": scores,
-        "curve": [[0, 2.0], [1, 1.0]],
-        "provenance": ORIGIN,
-        "made": {"period": 2},
-        "memory": {"trained_values": 10**6, "gradient_bytes": 4, "optimizer_bytes": 8},
-    } | more
+    found = {"run": asdict(run), "status": "ok", "items": splits[0], "each": each}
+    found |= {"scores": scores, "curve": [[0, 2.0], [1, 1.0]], "provenance": ORIGIN}
+    memory = {"trained_values": 10**6, "gradient_bytes": 4, "optimizer_bytes": 8}
+    return found | {"made": {"period": 2}, "memory": memory} | more
 
 
 def table_under(text: str, heading: str, part: int = 1) -> list[list[str]]:
@@ -58,8 +44,7 @@ def table_under(text: str, heading: str, part: int = 1) -> list[list[str]]:
 
 @pytest.fixture
 def filled(tmp_path):
-    """Full fine-tuning is better, LoRA r 8 worse and LoRA r 64 alike; the search's best rate is the
-    second."""
+    """Full fine-tuning is better, LoRA r 8 worse and LoRA r 64 alike; the search's best rate is the second."""
     kept = Store(tmp_path / "results")
     costs = {"fft": 0.5, "lora-r8": 1.5, "losia-p8": 1.0, "lora-r64": 1.0}
     for method, nll in costs.items():
@@ -75,9 +60,8 @@ def filled(tmp_path):
 def test_mean_and_spread():
     assert mean_and_spread([1.0, 2.0, 3.0]) == (2.0, 1.0)
     assert mean_and_spread([5.0]) == (5.0, None)
-    assert (
-        show([1.0, 2.0, 3.0], 1) == "2.0 ± 1.0" and show([4.0], 1) == "4.0 (n=1)" and show([]) == ""
-    )
+    assert show([1.0, 2.0, 3.0], 1) == "2.0 ± 1.0"
+    assert (show([4.0], 1), show([])) == ("4.0 (n=1)", "")
 
 
 def test_sign_flips_by_hand():
@@ -182,11 +166,8 @@ def test_all_methods_and_tasks_stand_in_one_table(filled, no_plots):
 def test_the_report_names_trials_and_what_is_missing(filled, no_plots):
     text = report.render(filled)
     assert "28 of " in re.search(r"\*\*(.*) runs are done", text)[0]
-    assert (
-        "pronunciation search 28 of 44" in text
-        and "analysis 3 of 3" in text
-        and "equal-time" in text
-    )
+    assert "pronunciation search 28 of 44" in text and "analysis 3 of 3" in text
+    assert "equal-time" in text
     assert "| LoSiA p 1/8 | 4 |  |  |  | 2.000 | **1.000** | 2.000 | 3.000 |" in text
     assert "Nothing." in text.split("### Dropped")[1]
     assert '`period="auto"`' in text and "not measured" in text
@@ -195,19 +176,14 @@ def test_the_report_names_trials_and_what_is_missing(filled, no_plots):
 def test_what_cannot_be_compared_is_dropped_and_named(filled, no_plots):
     runs = [filled.resolve(run) for run in finals(SMALL, "pronunciation", "lora-r8")]
     filled.write(runs[0], result(runs[0], 1.0, items="other"))
-    filled.write(
-        runs[1],
-        {"run": asdict(runs[1]), "status": "diverged", "reason": "loss nan", "provenance": ORIGIN},
-    )
+    diverged = {"run": asdict(runs[1]), "status": "diverged", "reason": "loss nan"}
+    filled.write(runs[1], diverged | {"provenance": ORIGIN})
     filled.write(runs[2], result(Run(**asdict(runs[2]) | {"lr": 0.5}), 1.0))
     kept, dropped = usable(filled.all())
     assert len(dropped) == 3 and len(kept) == 25
     text = report.render(filled)
-    for reason in (
-        "scored on other items",
-        "diverged, loss nan",
-        "at lr 0.5, but the search's best is",
-    ):
+    reasons = "scored on other items", "diverged, loss nan", "at lr 0.5, but the search's best is"
+    for reason in reasons:
         assert reason in text.split("### Dropped")[1]
     assert [row.method for row in compared(kept, "pronunciation")] == ["fft", "lora-r64"]
 
@@ -216,11 +192,8 @@ def test_ablations_are_paired_with_the_default(filled, no_plots):
     for run in ablations(SMALL, "pronunciation", ("random",)):
         run = filled.resolve(run)
         filled.write(run, result(run, 1.25))
-    line = next(
-        line
-        for line in report.render(filled).splitlines()
-        if line.startswith("| random first subnets")
-    )
+    lines = report.render(filled).splitlines()
+    [line] = [line for line in lines if line.startswith("| random first subnets")]
     assert "+0.250" in line and "< 0.001" in line
 
 
@@ -230,10 +203,8 @@ def test_rules_for_period_and_rank_factor_are_judged_by_the_paired_test(filled, 
             run = filled.resolve(run)
             filled.write(run, result(run, nll))
     text = report.render(filled).split("### Defaults on trial")[1]
-    assert (
-        "- two cycles: worse (+0.250" in text
-        and "- rank factors by importance: better (-0.250" in text
-    )
+    assert "- two cycles: worse (+0.250" in text
+    assert "- rank factors by importance: better (-0.250" in text
     assert "- the paper's period of 100: no clear difference (+0.000" in text
     assert "half a cycle" not in text.split("##")[0]
     assert "- two cycles, against the period of 100: worse (+0.250" in text

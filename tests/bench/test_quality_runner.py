@@ -35,13 +35,9 @@ ORIGIN = {"quiet": True, "commit": "abc", "device": "test"}
 def fake_result(run: Run, nll: float = 1.0, status: str = "ok", step: float = 1.0) -> dict:
     split = "search" if run.kind == "search" else "held_out"
     seconds = {"step": step, "prepare": 5.0, "train": 12 * step + 3}
-    return {
-        "run": asdict(run),
-        "status": status,
-        "items": split,
-        "seconds": seconds,
-        "scores": {split: {"": {"right": 50.0, "tokens": 60.0, "nll": nll, "items": 1}}},
-    }
+    scores = {split: {"": {"right": 50.0, "tokens": 60.0, "nll": nll, "items": 1}}}
+    found = {"run": asdict(run), "status": status, "items": split, "seconds": seconds}
+    return found | {"scores": scores}
 
 
 @pytest.fixture
@@ -172,8 +168,7 @@ def test_a_run_made_again_is_told_beside_the_studys(tmp_path, ran):
 
 
 def test_several_at_a_time_wait_for_what_they_need(tmp_path, monkeypatch):
-    """The finals come after the whole search though there is a worker that has nothing else to
-    do."""
+    """The finals come after the whole search though there is a worker that has nothing else to do."""
     together, running, order = threading.Barrier(2), [], []
 
     def carry_out(run, store):
@@ -215,14 +210,8 @@ def model_folder(tmp_path):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="\0").save_pretrained(
         tmp_path / "model"
     )
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
+    sizes = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
@@ -255,8 +244,7 @@ def _die_in_the_second(run, store):
 
 
 @pytest.mark.parametrize(
-    "words",
-    ["--jobs 0", "--jobs 2 --quiet-machine", "--only [", "--model nowhere --jobs 2"],
+    "words", ["--jobs 0", "--jobs 2 --quiet-machine", "--only [", "--model nowhere --jobs 2"]
 )
 def test_what_cannot_be_is_refused_before_anything_runs(words, tmp_path, capsys):
     words = words.split()

@@ -15,18 +15,9 @@ from bench.speed import plots, report, tables
 from bench.speed.results import RESULTS, load
 from bench.speed.slopes import localization_share
 
-GPU = {
-    "device": "NVIDIA Test",
-    "kind": "GPU",
-    "torch": "2.11.0",
-    "triton": "3.6.0",
-    "peers": {"peft": "0.18.0", "galore-torch": None},
-    "commit": "abc",
-    "started": "2026-01-02T00:00:00+00:00",
-    "driver": "580",
-    "clocks": "1980 MHz",
-    "threads": 8,
-}
+GPU = {"device": "NVIDIA Test", "kind": "GPU", "torch": "2.11.0", "triton": "3.6.0"}
+GPU |= {"peers": {"peft": "0.18.0", "galore-torch": None}, "commit": "abc", "driver": "580"}
+GPU |= {"started": "2026-01-02T00:00:00+00:00", "clocks": "1980 MHz", "threads": 8}
 CPU = {**GPU, "device": "Test CPU", "kind": "CPU", "driver": None, "clocks": None}
 
 
@@ -46,19 +37,13 @@ def layer_row(name: str, ms: float, **more) -> dict:
     return {**key("layer", name, **size), "status": "ok", **timed, **held, **more}
 
 
-def model_row(
-    name: str, us: float, peak: float, checkpointing: bool = True, batch: int = 4, **fields
-) -> dict:
+def model_row(name, us: float, peak: float, checkpointing=True, batch=4, **fields) -> dict:
     size = {"batch": batch, "context": 2048, "checkpointing": checkpointing, "dtype": "bfloat16"}
-    return {
-        **key("model", name, **size, **fields),
-        "status": "ok",
-        "us_per_token": {"forward": us / 4, "backward": us / 2, "other": us / 4, "total": us},
-        "peak_bytes": int(peak * 1e9),
-        "predicted_bytes": int(peak * 1.01e9),
-        "trained": 117_571_584,
-        "total": {"ms": 10 * us, "low": 9 * us, "high": 12 * us, "repeats": 5},
-    }
+    phases = {"forward": us / 4, "backward": us / 2, "other": us / 4, "total": us}
+    total = {"ms": 10 * us, "low": 9 * us, "high": 12 * us, "repeats": 5}
+    held = {"peak_bytes": int(peak * 1e9), "predicted_bytes": int(peak * 1.01e9)}
+    row = {**key("model", name, **size, **fields), "status": "ok", "us_per_token": phases}
+    return {**row, **held, "trained": 117_571_584, "total": total}
 
 
 ROWS = [
@@ -69,22 +54,13 @@ ROWS = [
     model_row("losia-pro", 40.0, 60.0, False, rank_factor=0.125, output_dim_factor=0.0),
     model_row("losia-pro", 51.0, 21.5, rank_factor=0.0625, output_dim_factor=0.125),
     model_row("lora-fp32", 90.0, 23.0, rank=64),
-    {
-        "id": {**model_row("lora-fp32", 1, 1)["id"], "checkpointing": False, "rank": 64},
-        "status": "oom",
-        "bytes_asked_for": 1_500_000_000,
-    },
-    {
-        **key("layer", "galore", stack="block"),
-        "status": "missing",
-        "reason": "galore_torch cannot be imported",
-    },
-    {
-        **key("ops", "subnet_grad", linear="up_proj", p=0.125),
-        "status": "red",
-        "reason": "ours: error 1, allowed 0.1",
-    },
 ]
+OOM = {**ROWS[-1]["id"], "checkpointing": False}
+ROWS += [{"id": OOM, "status": "oom", "bytes_asked_for": 1_500_000_000}]
+NO_PEER = {"status": "missing", "reason": "galore_torch cannot be imported"}
+ROWS += [{**key("layer", "galore", stack="block"), **NO_PEER}]
+RED = {"status": "red", "reason": "ours: error 1, allowed 0.1"}
+ROWS += [{**key("ops", "subnet_grad", linear="up_proj", p=0.125), **RED}]
 GROUP = {"provenance": GPU, "rows": ROWS}
 
 

@@ -151,7 +151,7 @@ def test_a_run_shorter_than_a_cycle_is_warned_about(tmp_path, model_folder):
         {
             "dtype": "bfloat16",
             "moments": "int8",
-            "master": "remainder",
+            "master": "split",
             "in_backward": True,
             "max_grad_norm": 0.0,
             "gradient_accumulation": 1,
