@@ -1,7 +1,9 @@
-"""What only a GPU's run executes, executed here: every tensor that asks for a GPU is made on the CPU instead.
+"""What only a GPU's run executes, executed here: every tensor that asks for a GPU is made on the
+CPU instead.
 
-It holds that these lines run, hand over what they should and end in whole rows. It says nothing about kernels, devices,
-times or bytes: only a GPU does."""
+It holds that these lines run, hand over what they should and end in whole rows. It says nothing
+about kernels, devices, times or bytes: only a GPU does.
+"""
 
 import contextlib
 import importlib.util
@@ -53,7 +55,8 @@ class Event:
 
 
 class Allocator:
-    """What ``torch.cuda`` says of memory: 3 GB, and a peak of ``peak`` bytes since the last reset."""
+    """What ``torch.cuda`` says of memory: 3 GB, and a peak of ``peak`` bytes since the last
+    reset."""
 
     def __init__(self):
         self.peak, self.resets = 5 * 10**9, 0
@@ -64,7 +67,8 @@ class Allocator:
 
 @pytest.fixture
 def pretended(monkeypatch, tiny):
-    """A GPU on paper, the models tiny; returns its allocator and the cycles it was asked to spin."""
+    """A GPU on paper, the models tiny; returns its allocator and the cycles it was asked to
+    spin."""
     # before they are told of a GPU, which their own dependencies would look into
     for peer in ("peft", "galore_torch"):
         with contextlib.suppress(MissingPeer):
@@ -164,6 +168,10 @@ def test_kernels_are_timed_behind_a_spin_longer_than_their_launch(pretended):
     assert len(pretended.spins) == 4 and pretended.spins[0] > 0.02 * timing.MOST_CYCLES
     found = timing.measure({"a": lambda i: time.sleep(0.002), "b": lambda i: None}, CUDA, repeats=3)
     assert found["a"].ms >= 2 > found["b"].ms and len(pretended.spins) == 4
+
+
+def test_inputs_are_rotated_past_the_l2(pretended):
+    assert timing.rotation(2**12, CUDA) == 9 and timing.rotation(2**20, CUDA) == 2
 
 
 @pytest.mark.slow

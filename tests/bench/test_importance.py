@@ -1,4 +1,5 @@
-"""Rank factors by importance: within the budget, and never capturing less than one factor for all."""
+"""Rank factors by importance: within the budget, and never capturing less than one factor for
+all."""
 
 import itertools
 
@@ -32,16 +33,23 @@ def made_up(seed: int):
     generator = torch.Generator().manual_seed(seed)
     shapes = {"a": (128, 64), "b": (64, 192), "c": (128, 128)}
     scale = {"a": 1.0, "b": 5.0, "c": 0.0}
-    captured = {}
-    for name, shape in shapes.items():
-        scores = scale[name] * torch.rand(shape, generator=generator) ** 4
-        captured[name] = captured_by_level(scores) if scale[name] else [0.0] * len(LEVELS)
-    return shapes, captured
+    scores = {
+        name: scale[name] * torch.rand(shape, generator=generator) ** 4
+        for name, shape in shapes.items()
+    }
+    return (
+        shapes,
+        {
+            name: captured_by_level(score) if scale[name] else [0.0] * len(LEVELS)
+            for name, score in scores.items()
+        },
+        scores,
+    )
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_within_the_budget_and_as_good_as_any_choice_of_levels_nearly(seed):
-    shapes, captured = made_up(seed)
+    shapes, captured, _ = made_up(seed)
     pattern = rank_pattern(captured, shapes, P)
     budget = values(shapes, dict.fromkeys(shapes, P))
     assert values(shapes, pattern) <= budget
@@ -56,6 +64,15 @@ def test_within_the_budget_and_as_good_as_any_choice_of_levels_nearly(seed):
     best = max(total(choice) for choice in choices if values(shapes, choice) <= budget)
     assert total(pattern) >= 0.9 * best and total(pattern) > total(dict.fromkeys(shapes, P))
     assert pattern["c"] < P < pattern["b"]
+
+
+def test_what_a_level_captures_is_the_sum_of_its_block():
+    _, captured, scores = made_up(0)
+    whole = scores["a"].sum().item()
+    assert captured["a"] == sorted(captured["a"]) and captured["a"][-1] < whole
+    best_row_first = scores["a"].sum(1).topk(2).indices
+    inputs = scores["a"][best_row_first].sum(0).topk(1).indices
+    assert captured["a"][0] >= scores["a"][best_row_first][:, inputs].sum().item() - 1e-4
 
 
 def test_importance_is_that_of_equation_3_and_the_pattern_is_applied():

@@ -149,6 +149,12 @@ def test_bad_arguments_say_what_was_expected(arguments, problem, capsys):
     assert code == 2 and problem in capsys.readouterr().err
 
 
+def test_the_list_is_in_the_order_of_the_run(capsys):
+    assert command.main(["all", "--device", "cpu", "--methods", "frozen,lora", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("layer frozen model=smollm2-135m stack=block") and len(lines) > 5
+
+
 def test_provenance_says_what_was_measured_and_not_where(tmp_path):
     import platform
 

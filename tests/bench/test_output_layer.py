@@ -1,9 +1,11 @@
-"""The output layer's rows: gated, at every share of the vocabulary; a wrong gradient gives no figure."""
+"""The output layer's rows: gated, at every share of the vocabulary; a wrong gradient gives no
+figure."""
 
 import pytest
 import torch
 
 from bench.harness.gates import RedGate
+from bench.harness.jobs import MissingPeer
 from bench.harness.live_bytes import peak_bytes
 from bench.speed import output_layer
 
@@ -40,3 +42,14 @@ def test_ours_needs_less_memory_than_the_logits():
     assert peak_bytes(lambda: output_layer.plain_torch(inputs), CPU) > 2 * logits
     # the chunk of 128 MiB holds all
     assert peak_bytes(lambda: output_layer.losia(inputs), CPU) < 1.1 * logits
+
+
+@pytest.mark.parametrize("name", ["liger", "cut-cross-entropy"])
+def test_peers_that_cannot_run_here(name):
+    with pytest.raises(MissingPeer):
+        output_layer.METHODS[name](make(0))
+
+
+def test_jobs_are_distinct():
+    keys = [str(job.key) for job in output_layer.jobs(torch.device("cuda"), torch.bfloat16)]
+    assert len(keys) == len(set(keys)) == 3 * (4 + 4 + 2)

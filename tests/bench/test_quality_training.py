@@ -1,4 +1,5 @@
-"""Every method and every variant trains and gives a plain model back; the reference agrees; sequences are scored."""
+"""Every method and every variant trains and gives a plain model back; the reference agrees;
+sequences are scored."""
 
 import pytest
 import torch
@@ -103,7 +104,8 @@ def test_every_variant_differs_from_the_default(variant, base, plain_runs):
 
 
 def test_ways_of_rounding_differ(base):
-    """Weights after a few small updates, most of which a 16-bit value cannot hold: only a master keeps them all."""
+    """Weights after a few small updates, most of which a 16-bit value cannot hold: only a master
+    keeps them all."""
     curves = [
         training.carry_out(run_of("losia-p8", name, steps=6, lr=1e-4), base)["curve"]
         for name in ("bf16", "bf16-stochastic", "bf16-nearest")
@@ -237,3 +239,34 @@ def test_analysis(base):
     assert all(0 < values["mean"] <= 1 for values in result["singular"].values())
     for name, counts in result["selected"].items():
         assert sum(counts) == base.model.get_submodule(name).in_features
+
+
+def test_analysis_of_another_method(base):
+    result = analyses.carry_out_analysis(
+        run_of("lora-r64", kind="analysis", steps=4, lr=3e-3), base
+    )
+    assert result["selected"] == {} and result["moves"] == 0
+    assert all(values["least"] < 0.99999 for values in result["singular"].values()), (
+        "these weights were trained"
+    )
+    assert sections.captured([result]) == "" and "LoRA r 64" in sections.singular([result])
+
+
+def test_sums_alone_may_capture_less_than_greedy():
+    scores = torch.zeros(16, 16)
+    scores[:2, :2] = 1.0
+    scores[2, 4:] = 0.25  # the largest row, of which no column is large
+    found = analyses.captured(scores)
+    assert (found["greedy"], found["sums"]) == (round(4 / 7, 4), round(2 / 7, 4))
+
+
+def test_optimum_and_concentration_of_known_matrices():
+    block = torch.zeros(6, 6)
+    block[:2, :2] = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    block[5, 5] = 9.0
+    assert analyses.optimum(block, 2) == pytest.approx(13 / 19)  # the 9 with the 4
+    assert analyses.optimum(block, 3) == pytest.approx(1.0)
+    shares = [15 / 120, 29 / 120, 54 / 120, 92 / 120]
+    assert analyses.concentration(torch.arange(16.0)) == pytest.approx(shares, abs=1e-4)
+    weight = torch.randn(8, 12)
+    assert analyses.similarity(weight, 3 * weight)["least"] == pytest.approx(1.0, abs=1e-3)

@@ -10,9 +10,16 @@ from bench.harness import store
 from bench.harness.jobs import Clock, DeviceLost, Job, describe, free_memory, run_all
 from bench.speed.results import Results, load
 
-PROVENANCE = {"device": "A CPU (of ours)", "kind": "CPU", "commit": "abc", "sources": "1"}
-PROVENANCE |= {"started": "2026-01-01T00:00:00", "torch": "2.13.0", "threads": 2}
-PROVENANCE |= {"peers": {"peft": "0.21", "galore-torch": None}}
+PROVENANCE = {
+    "device": "A CPU (of ours)",
+    "kind": "CPU",
+    "commit": "abc",
+    "sources": "1",
+    "started": "2026-01-01T00:00:00",
+    "torch": "2.13.0",
+    "threads": 2,
+    "peers": {"peft": "0.21", "galore-torch": None},
+}
 
 
 def job(run, name: str, **settings) -> Job:
@@ -118,6 +125,13 @@ def test_the_time_told_is_what_the_jobs_need_and_not_what_is_left(tmp_path, only
     (tmp_path / "speed.jsonl").write_text(json.dumps(lines[0]) + "\n")
     assert command.main(arguments) == 0
     assert "1 jobs, about 61:40 in all" in capsys.readouterr().out
+
+
+def test_time_and_jobs_left_are_told():
+    lines = []
+    jobs = [job(lambda: {"total": {"ms": 1.0}}, "same", tokens=tokens) for tokens in range(3)]
+    run_all(jobs, lambda job, row: describe(row), Clock(1.0), lines.append)
+    assert "2 to go, about 0:00" in lines[0] and "0 to go" in lines[2]
 
 
 def test_a_job_of_a_kind_never_run_is_not_begun_at_the_end():

@@ -1,5 +1,7 @@
 """Forms of one kernel side by side: all give the same result, and the counts are those of the shapes."""
 
+import re
+
 import pytest
 import torch
 
@@ -37,3 +39,41 @@ def test_what_the_forms_move():
     assert (of("fused").launches, of("gathered").launches) == (1, 2)
     assert of("fused", alignment=16).memory < of("fused").memory / 2.5
     assert of("fused").flops == of("gathered").flops == 2 * 8192 * 1376 * 512
+
+
+@pytest.mark.parametrize("alignment", [1, 4, 16, 32])
+def test_touched_sectors_of_random_runs(alignment):
+    """Against a draw: 2-byte entries, 32-byte sectors."""
+    size, p = 2**16, 1 / 8
+    runs = torch.randperm(size // alignment, generator=torch.Generator().manual_seed(0))[
+        : int(p * size) // alignment
+    ]
+    sectors = (
+        (runs[:, None] * alignment + torch.arange(alignment))
+        .flatten()
+        .div(16, rounding_mode="floor")
+        .unique()
+    )
+    assert counts.touched(p, alignment) == pytest.approx(len(sectors) / (size / 16), rel=0.02)
+
+
+def test_an_epilogue_saves_the_gradients_two_passes():
+    whole, epilogue = (counts.observing(1, 100, 100, flag) for flag in (False, True))
+    assert whole.memory - epilogue.memory == 2 * 2 * 100 * 100
+    assert whole.flops == epilogue.flops
+
+
+def test_what_further_fusions_could_save_is_little():
+    """One read of x takes 1 - (7/8)^16 of its sectors."""
+    text = counts.table_fusions()
+    shared = re.search(r"one launch +(\d+) us a step, ([\d.]+) %", text)
+    read = 2 * 8192 * 4096 * (1 - (7 / 8) ** 16) / 4300 / 1e3
+    assert int(shared[1]) == pytest.approx(32 * 3 * read, abs=1) and float(shared[2]) < 1
+    assert float(re.search(r"into AdamW +\d+ us a step, ([\d.]+) %", text)[1]) < 0.1
+
+
+def test_programs_that_fit_a_multiprocessor():
+    assert variants.programs_at_once("sm_90", registers=128, shared=60_000, warps=8) == 2
+    assert variants.programs_at_once("sm_90", registers=32, shared=100_000, warps=8) == 2
+    assert variants.programs_at_once("sm_90", registers=32, shared=0, warps=16) == 4
+    assert variants.programs_at_once("gfx942", registers=32, shared=0, warps=8) is None
