@@ -87,7 +87,7 @@ class ModelFolder:
                 f"{path} is no model folder: it has neither {WEIGHTS} nor {INDEX}{hint}"
             )
         self.files = {file: Tensors(self.path / file) for file in files}
-        self.sharded = WEIGHTS not in files
+        self.in_parts = WEIGHTS not in files
         self._holder = {name: tensors for tensors in self.files.values() for name in tensors.specs}
 
     @property
@@ -204,7 +204,7 @@ def write_model(
         part = {name: specs[name] for name in tensors.specs if name in specs}
         weight_map |= dict.fromkeys(part, file)
         write_tensors(folder / file, part, get, {"format": "pt", **tensors.metadata}, track)
-    if like.sharded:
+    if like.in_parts:
         index = {
             "metadata": {"total_size": size_of(specs.values())},
             "weight_map": dict(sorted(weight_map.items())),

@@ -122,6 +122,7 @@ class SubnetModule(nn.Module):
         self._drawn = first if device.type == "meta" else None  # until the indices can hold it
         block = self.current_subnet.gather(self.matrix.detach())
         self.subnet = nn.Parameter(block.to(self._subnet_dtype))
+        self.moves = 0  # how often the subnet was put somewhere, by whomever
         self.fingerprint: int | None = None  # of the weight it was made with, if that can be read
         self._agreement = Agreement(self.weight, self.subnet)
         self._probe: Tensor | None = None
@@ -239,6 +240,7 @@ class SubnetModule(nn.Module):
         self.write_back_()
         self.out_idx.copy_(subnet.out_idx)
         self.in_idx.copy_(subnet.in_idx)
+        self.moves += 1
         self.read_subnet_()
 
     # the dense gradient is observed ---------------------------------------------------------------
@@ -333,6 +335,7 @@ class SubnetModule(nn.Module):
         stepped, edited = self._agreement.written(self.weight, self.subnet) or (False, False)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.fingerprint = None
+        self.moves += keys.issuperset(_INDICES)
         if keys == {"weight"} and not self._agree(self.matrix, self.subnet, self.current_subnet):
             self.read_subnet_()  # though its subnet may come yet
         if keys:

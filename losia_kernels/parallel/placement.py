@@ -33,6 +33,7 @@ class Layer(Protocol):
     out_idx: Tensor
     in_idx: Tensor
     out_features: int
+    moves: int
 
     @property
     def weight(self) -> Any: ...
@@ -203,6 +204,7 @@ class Sharded:
         for layer, subnet in moves:
             layer.out_idx.copy_(subnet.out_idx)
             layer.in_idx.copy_(subnet.in_idx)
+            layer.moves += 1
             here, out_idx = self._outputs_here(layer)
             weight = local(layer.weight)
             block = torch.zeros(layer.subnet.shape, dtype=layer.subnet.dtype, device=weight.device)

@@ -98,7 +98,7 @@ class Timeline:
         self._placement: Placement | None = None
         self._before_first_step = True
         self._problem: str | None = None
-        self._places: dict[SubnetModule, tuple[list, list[Tensor]]] = {}  # at the last step
+        self._places: dict[SubnetModule, tuple[tuple, list[Tensor]]] = {}  # at the last step
         check_engines(model)
         self.ranks = Ranks.of(model, process_group)
         self._check_start()
@@ -234,17 +234,18 @@ class Timeline:
         Forget it where somebody else has moved the subnet since the last one: a loaded state dict,
         a ``set_subnet_``, a ``calibrate``.
 
-        Values are compared, and the GPU waited for, only after writes to the indices.
+        Values are compared, and the GPU waited for, only after a move or a load: that DDP sends
+        buffers round at every forward is neither.
         """
         for layer in layers:
             here = layer.out_idx, layer.in_idx
-            counts = [(id(idx), idx._version) for idx in here]
+            count = layer.moves, *map(id, here)  # loading may exchange the tensors
             known = self._places.get(layer)
-            if known is not None and known[0] == counts or here[0].is_meta:
+            if known is not None and known[0] == count or here[0].is_meta:
                 continue
             if known is not None and not all(map(_same, known[1], here)):
                 forget(layer.subnet)
-            self._places[layer] = counts, [idx.clone() for idx in here]
+            self._places[layer] = count, [idx.clone() for idx in here]
 
     def _select(self, layer: SubnetModule) -> Subnet | None:
         return new_subnet(layer, self.observers[layer], self.placement.rows(layer))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach, calibrate, losia_layers
+from losia_kernels.training import timeline
 from tests.tiny import make_batches, same_tensors, take_step, tiny_lm
 
 NEVER = 10**6
@@ -85,3 +86,16 @@ def test_the_same_places_keep_their_state(driven):
     assert same_tensors(model.state_dict(), plain.state_dict())
     layer = next(layer for _, layer in losia_layers(model))
     assert int(optimizer.state[layer.subnet]["step"]) == len(batches)
+
+
+def test_buffers_that_are_sent_round_are_not_compared(monkeypatch):
+    """As DistributedDataParallel does at every forward: it would make each step wait for the
+    GPU."""
+    model, optimizer = make_run("LoSiAAdamW", NEVER)
+    first, second = make_batches(2)
+    take_step(model, optimizer, first)
+    for _, layer in losia_layers(model):
+        layer.out_idx.copy_(layer.out_idx.clone())
+        layer.in_idx.copy_(layer.in_idx.clone())
+    monkeypatch.setattr(timeline, "_same", None)
+    take_step(model, optimizer, second)
