@@ -69,7 +69,10 @@ def main(folder: Path, engine: str, moment: str) -> None:
     state = runs.whole_state(model), runs.whole_optimizer(model, optimizer)
     if dist.get_rank() == 0:
         torch.save(state, folder / "final.pt")
+    dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # all is written; gloo's threads may abort a process that is torn down
 
 
 if __name__ == "__main__":
