@@ -1,5 +1,6 @@
 """LoSiAConfig: every choice of the method, checked when it is made."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -14,6 +15,8 @@ class LoSiAConfig:
 
     Args:
         rank_factor: p; a linear ``[out, in]`` trains ``int(p * out) x int(p * in)`` of its weights.
+        shape: "square": p of both sides (the paper); "wide": as many values, half of the side that
+            is the residual stream and ``2 p**2`` of the other.
         output_dim_factor: p_o of the output layer, which trains ``int(p_o * vocabulary)`` outputs
             and all inputs (Section 3.2). 0: left frozen. 1: trained densely, without a slot in the
             timeline (ablation FFTO).
@@ -22,6 +25,10 @@ class LoSiAConfig:
             optimizer must know the run's ``total_steps``, which the Trainer adapter tells it.
         warmup_steps: warm-up of the user's learning-rate schedule; before its end nothing is
             rewarmed.
+        moves: where a subnet goes at the end of its slot. "importance": to the neurons that are
+            most important (Algorithm 1); "random": to new ones, drawn from ``seed``; "none":
+            nowhere. Only "importance" observes: the others need no importance state, no dense
+            gradient and no calibration.
         update_type: "async": groups take turns; "sync" (ablation SL): all move together, once a
             cycle.
         importance: "sensitivity" (Eqs. 3-6); "sensitivity_bfloat16": the same, its two states kept
@@ -35,6 +42,7 @@ class LoSiAConfig:
         output_init: "frequency": the output layer starts at the tokens that the data teach most
             often (``start_from_frequency``, which the Trainer adapter calls by itself); "random":
             as ``init_subnet`` says.
+        output_lr_factor: multiplies the learning rate of the output layer's subnet.
         rewarm: ramp the learning rate up over T steps after a move (Eq. 8); False is the ablation
             w/o WDS.
         reset_step: restart Adam's step counter with the moments; False is what the authors' code
@@ -44,8 +52,8 @@ class LoSiAConfig:
         exclude_modules: by the same rules, never targets.
         modules_to_save: trained densely beside the subnets (embeddings, norms); all others stay
             frozen.
-        rank_pattern: other rank factors by module name, ``{regex: p}``; a key matches a name or its
-            last components.
+        rank_pattern: other rank factors by module name, ``{regex: p}``, or a pair ``(p_out, p_in)``
+            that is the shape too; a key matches a name or its last components.
         master: where the float32 values of a subnet are. "float32": in the subnet, rounded into the
             weight; "split": the subnet is bfloat16 as the weight, and the optimizer keeps the 16
             bits that it lacks; "none": nowhere, the subnet has the weight's 16 bits and is rounded
@@ -63,21 +71,24 @@ class LoSiAConfig:
     """
 
     rank_factor: float = 1 / 8
+    shape: str = "square"
     output_dim_factor: float = 0.0
     period: int | Literal["auto"] = 100
     warmup_steps: int = 0
+    moves: str = "importance"
     update_type: str = "async"
     importance: str = "sensitivity"
     init_subnet: str = "calibrated"
     importance_beta1: float = 0.85
     importance_beta2: float = 0.85
     output_init: str = "random"
+    output_lr_factor: float = 1.0
     rewarm: bool = True
     reset_step: bool = True
     target_modules: str | list[str] = "all-linear"
     exclude_modules: str | list[str] | None = None
     modules_to_save: list[str] | None = None
-    rank_pattern: dict[str, float] = field(default_factory=dict)
+    rank_pattern: dict[str, float | tuple[float, float]] = field(default_factory=dict)
     master: str = "float32"
     fused_loss: bool = True
     seed: int = 0
@@ -93,7 +104,9 @@ class LoSiAConfig:
             "a dict {regex: rank factor}",
         )
         for pattern, factor in self.rank_pattern.items():
-            _check_factor(f"rank_pattern[{pattern!r}]", factor)
+            pair = isinstance(factor, (tuple, list)) and len(factor) == 2
+            for each in factor if pair else (factor,):
+                _check_factor(f"rank_pattern[{pattern!r}]", each)
         _check(
             "output_dim_factor",
             self.output_dim_factor,
@@ -120,6 +133,14 @@ class LoSiAConfig:
             and self.alignment & (self.alignment - 1) == 0,
             "a power of two, at least 1",
         )
+        _check(
+            "output_lr_factor",
+            self.output_lr_factor,
+            _is_number(self.output_lr_factor) and 0 < self.output_lr_factor < math.inf,
+            "a positive number",
+        )
+        _check_choice("shape", self.shape, ("square", "wide"))
+        _check_choice("moves", self.moves, ("importance", "random", "none"))
         _check_choice("update_type", self.update_type, ("async", "sync"))
         _check_choice("importance", self.importance, IMPORTANCES)
         _check_choice("init_subnet", self.init_subnet, ("calibrated", "random"))

@@ -13,6 +13,7 @@ from ..config import LoSiAConfig
 from .foreign import check_forward, check_not_quantized
 from .linear import LoSiAConv1D, LoSiALinear
 from .module import Membership, SubnetModule
+from .shapes import find_factors, has_rank
 from .subnet import subnet_size
 
 KINDS: dict[str, type[LoSiALinear]] = {  # what a module becomes, by its exact class
@@ -25,6 +26,7 @@ IDLE_BY_HAND = (  # fields of a config that cannot act on layers placed by hand
     "rank_factor",
     "output_dim_factor",
     "rank_pattern",
+    "shape",
     "alignment",
     "target_modules",
     "exclude_modules",
@@ -65,7 +67,7 @@ def find_targets(model: nn.Module, config: LoSiAConfig, output_layer: str | None
     output_name = _find_output_layer(model, output_layer, config)
     names = _find_names(model, config, output_name)
     if config.target_modules == "all-linear":
-        names = _leave_out_small(names, modules, config)
+        names = _leave_out_small(model, names, config)
     saved = _find_modules_to_save(model, config)
     targets: list[Target] = []
     if output_name is not None and config.output_dim_factor > 0:
@@ -77,9 +79,9 @@ def find_targets(model: nn.Module, config: LoSiAConfig, output_layer: str | None
     blocks = group_by_block(model, names, config.target_modules != "all-linear")
     for number, (block, members) in enumerate(blocks.items(), start=first):
         for name in members:
-            factor = find_rank_factor(name, config)
             place = Membership(number, block, config)
-            targets.append(Target(name, modules[name], (factor, factor), place))
+            factors = find_factors(model, name, features_of(modules[name]), config)
+            targets.append(Target(name, modules[name], factors, place))
     check_shared_weights(model, [target.name for target in targets], saved)
     for target in targets:
         check_forward(target.name, target.module)
@@ -109,6 +111,13 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
 def kind_of(module: nn.Module) -> type[LoSiALinear] | None:
     """What ``module`` becomes; None if it can hold no subnet."""
     return KINDS.get(f"{type(module).__module__}.{type(module).__qualname__}")
+
+
+def features_of(module: nn.Module) -> tuple[int, int]:
+    """``(out, in)`` of a module that can hold a subnet."""
+    kind = kind_of(module)
+    assert kind is not None
+    return kind.features_of(module)
 
 
 def output_name_of(model: nn.Module) -> str | None:
@@ -173,18 +182,19 @@ def _find_names(model: nn.Module, config: LoSiAConfig, output_name: str | None) 
     return targets
 
 
-def _leave_out_small(names: list[str], modules: dict[str, Any], config: LoSiAConfig) -> list[str]:
+def _leave_out_small(model: nn.Module, names: list[str], config: LoSiAConfig) -> list[str]:
     """Without the linears of which the factor selects no neuron, as a router's gate or a head of
     one output, unless all are such or ``rank_pattern`` names one: a warning names them."""
     small: dict[str, ValueError] = {}
+    modules = named_modules(model)
     for name in names:
-        kind = kind_of(modules[name])
-        assert kind is not None  # of a target
+        features = features_of(modules[name])
+        factors = find_factors(model, name, features, config)
         try:
-            for size in kind.features_of(modules[name]):
-                subnet_size(find_rank_factor(name, config), size, name, config.alignment)
+            for factor, size in zip(factors, features, strict=True):
+                subnet_size(factor, size, name, config.alignment)
         except ValueError as error:
-            if any(_has_rank(name, pattern) for pattern in config.rank_pattern):
+            if any(has_rank(name, pattern) for pattern in config.rank_pattern):
                 raise
             small[name] = error
     if len(small) == len(names):
@@ -234,17 +244,6 @@ def group_by_block(
 
 def _is_within(name: str, container: str) -> bool:
     return name.startswith(container + ".") if container else bool(name)
-
-
-def find_rank_factor(name: str, config: LoSiAConfig) -> float:
-    """The rank factor of the module ``name``: of the first in ``config.rank_pattern`` that
-    matches, or the config's."""
-    patterns = config.rank_pattern.items()
-    return next((f for pattern, f in patterns if _has_rank(name, pattern)), config.rank_factor)
-
-
-def _has_rank(name: str, pattern: str) -> bool:
-    return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
 
 
 def _find_modules_to_save(model: nn.Module, config: LoSiAConfig) -> list[str]:
@@ -303,7 +302,7 @@ def warn_of_unmatched(model: nn.Module, plan: Plan, config: LoSiAConfig) -> None
     unmatched += [
         ("rank_pattern", pattern, "trained layer")
         for pattern in config.rank_pattern
-        if not any(_has_rank(target.name, pattern) for target in plan.targets)
+        if not any(has_rank(target.name, pattern) for target in plan.targets)
     ]
     for option, pattern, what in unmatched:
         warnings.warn(f"LoSiA: {option} names {pattern!r}, which matches no {what}", stacklevel=3)

@@ -74,7 +74,9 @@ def attach(
             group["lr"] = group.pop("scheduled_lr", group["lr"])
             group["scheduled_lr"] = group["lr"]
             if group.get("layer_group") is not None:  # one added later has none
-                group["lr"] = group["lr"] * timeline.lr_factor(group["layer_group"])
+                number = group["layer_group"]
+                factor = timeline.output_factor(timeline.groups[number][0])
+                group["lr"] = group["lr"] * timeline.lr_factor(number) * factor
 
     def write_back(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         for group in optimizer.param_groups:
@@ -118,6 +120,12 @@ def check_attachable(
             raise ValueError(
                 f"attach: LoSiAConfig.master='split' keeps half of each value in LoSiAAdamW's "
                 f"state, which {type(optimizer).__name__} does not have; use 'float32'"
+            )
+        if member.is_output and member.group is None and member.config.output_lr_factor != 1:
+            raise ValueError(
+                f"attach: LoSiAConfig.output_lr_factor={member.config.output_lr_factor} cannot act "
+                f"on {layer.name}, which is trained in full beside other parameters; give it a "
+                f"parameter group of its own, or use LoSiAAdamW"
             )
     driven = any("layer_group" in group for group in optimizer.param_groups)
     if isinstance(optimizer, LoSiAAdamW) or driven:

@@ -1,7 +1,6 @@
 """LoSiAAdamW, whose step() is the whole method: AdamW on the subnets, their values into the weights,
 and the timeline."""
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
@@ -20,6 +19,7 @@ from ..parallel.placement import local
 from ..parallel.ranks import Ranks
 from .adam_state import SUBNET_STATE, AdamState
 from .in_backward import InBackward, check_in_backward
+from .selection import seed_of
 from .state_dict import TimelineState
 from .timeline import Timeline
 
@@ -198,7 +198,7 @@ class LoSiAAdamW(torch.optim.Optimizer):
             grad=local(grad).contiguous(),
             out_idx=out_idx,
             in_idx=in_idx,
-            lr=lr,
+            lr=lr * self.timeline.output_factor(layer),
             step=step,
             seed=self._seed(layer) if self._form.stochastic(subnet) else None,
             **{key: local(state[key]) for key in SUBNET_STATE[1:] if key in state},
@@ -207,7 +207,7 @@ class LoSiAAdamW(torch.optim.Optimizer):
     def _seed(self, layer: SubnetModule) -> int:
         timeline = self.timeline
         seed = timeline.config.seed + timeline.placement.part
-        return _rounding_seed(seed, layer.name, timeline.step)
+        return seed_of(seed, layer.name, timeline.step)
 
     def _subnet_state(self, subnet: Tensor) -> dict[str, Tensor]:
         state = self.state[subnet]
@@ -324,17 +324,3 @@ class LoSiAAdamW(torch.optim.Optimizer):
 def _complete_state(optimizer: torch.optim.Optimizer) -> None:
     assert isinstance(optimizer, LoSiAAdamW)
     optimizer.timeline.placement.complete_(optimizer._make_state)
-
-
-@functools.cache
-def _named_seed(seed: int, layer_name: str) -> int:
-    return functools.reduce(_fnv, layer_name.encode(), seed)
-
-
-def _rounding_seed(seed: int, layer_name: str, step: int) -> int:
-    """31 bits that differ between layers and steps, the same in every process."""
-    return _fnv(_named_seed(seed, layer_name), step)
-
-
-def _fnv(value: int, part: int) -> int:
-    return (value * 0x01000193 ^ part) & 0x7FFFFFFF

@@ -14,7 +14,7 @@ CYCLES = 2  # of a short run: against a period of 100 no worse on any task of be
 @dataclass(frozen=True)
 class Schedule:
     """N ``groups`` take turns of T = ``period`` optimizer steps; a cycle is N * T steps. Steps
-    count from 0.
+    count from 0. ``moves`` as of LoSiAConfig: groups that never move have no turns.
 
     ``last_step_only``: a group looks at the last step of its slot alone (importance "gradient").
     """
@@ -25,6 +25,7 @@ class Schedule:
     warmup_steps: int = 0
     rewarm: bool = True
     last_step_only: bool = False
+    moves: str = "importance"
 
     @property
     def cycle(self) -> int:
@@ -33,7 +34,7 @@ class Schedule:
 
     def slot(self, step: int) -> tuple[int, ...]:
         """The groups whose slot contains ``step``."""
-        if self.groups == 0:
+        if self.groups == 0 or self.moves == "none":
             return ()
         turn = step // self.period % self.groups
         if self.update_type == "async":
@@ -46,6 +47,8 @@ class Schedule:
 
     def observing(self, step: int) -> tuple[int, ...]:
         """The groups that collect importance in ``step``."""
+        if self.moves != "importance":
+            return ()
         return self.slot(step) if self.ends_slot(step) or not self.last_step_only else ()
 
     def moving(self, step: int) -> tuple[int, ...]:
@@ -55,6 +58,8 @@ class Schedule:
     def moved_at(self, group: int, step: int) -> int | None:
         """t_r of Eq. 8: the last step before ``step`` after whose update ``group`` moved; None if
         it never has."""
+        if self.moves == "none":
+            return None
         turn = group if self.update_type == "async" else 0
         slot_end = (turn + 1) * self.period - 1
         if step <= slot_end:
@@ -77,7 +82,7 @@ class Schedule:
         """
         # slots until every group has moved
         turns = self.groups if self.update_type == "async" else 1
-        if self.groups == 0 or total_steps >= turns * self.period:
+        if self.moves == "none" or self.groups == 0 or total_steps >= turns * self.period:
             return None
         left = self.groups - total_steps // self.period
         longest = total_steps // turns
@@ -143,6 +148,7 @@ class Clock:
             warmup_steps=self.config.warmup_steps,
             rewarm=self.config.rewarm,
             last_step_only=self._last_step_only,
+            moves=self.config.moves,
         )
 
     @property

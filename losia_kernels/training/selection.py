@@ -1,11 +1,35 @@
 """Algorithm 1: the core subnet of a score matrix, greedily, in both orders; the better one wins."""
 
+import functools
+
 import torch
 from torch import Tensor
 
 from .. import ops
+from ..layers.module import SubnetModule
 from ..layers.subnet import Subnet, neurons_of_runs, run_length
 from ..parallel.ranks import Ranks, RowShard
+
+
+def random_subnet(layer: SubnetModule, seed: int, step: int) -> Subnet:
+    """New places for ``layer``'s subnet after ``step``, the same in every process."""
+    generator = torch.Generator().manual_seed(seed_of(seed, layer.name, step))
+    features = layer.out_features, layer.in_features
+    return Subnet.random(features, tuple(layer.subnet.shape), generator, layer.alignment)
+
+
+def seed_of(seed: int, layer_name: str, step: int) -> int:
+    """31 bits that differ between layers and steps, the same in every process."""
+    return _fnv(_named_seed(seed, layer_name), step)
+
+
+@functools.cache
+def _named_seed(seed: int, layer_name: str) -> int:
+    return functools.reduce(_fnv, layer_name.encode(), seed)
+
+
+def _fnv(value: int, part: int) -> int:
+    return (value * 0x01000193 ^ part) & 0x7FFFFFFF
 
 
 class NonFiniteScoreError(ValueError):

@@ -26,7 +26,7 @@ from ..parallel.ranks import Ranks, RanksDifferError
 from .checks import check_alike, check_flags, check_gradients, check_held
 from .importance import ALL, OBSERVERS, Observer, make_observer, new_subnet
 from .schedule import Clock, Schedule, check_steps
-from .selection import NonFiniteScoreError
+from .selection import NonFiniteScoreError, random_subnet
 
 _DRIVERS: "weakref.WeakKeyDictionary[SubnetModule, Any]" = weakref.WeakKeyDictionary()
 
@@ -150,6 +150,12 @@ class Timeline:
         """What this step multiplies the group's learning rate with (Eq. 8)."""
         return self.clock.lr_factor(group)
 
+    def output_factor(self, layer: SubnetModule) -> float:
+        """What the learning rate of ``layer`` is multiplied with beside it: 1 but for the output
+        layer."""
+        is_output = layer.membership is not None and layer.membership.is_output
+        return self.config.output_lr_factor if is_output else 1.0
+
     def plan(self, total_steps: int) -> None:
         """Say how many optimizer steps a run that begins has: settles ``period="auto"``, and warns
         if the run ends before every group has had its turn.
@@ -248,12 +254,14 @@ class Timeline:
             self._places[layer] = count, [idx.clone() for idx in here]
 
     def _select(self, layer: SubnetModule) -> Subnet | None:
+        if self.config.moves == "random":
+            return random_subnet(layer, self.config.seed, self.step)
         return new_subnet(layer, self.observers[layer], self.placement.rows(layer))
 
     def _warn_of_unobserved(self) -> None:
         """Gradients without a backward that autograd has run show themselves by this alone: nothing
         would ever move."""
-        for group in self.clock.moving:
+        for group in self.clock.moving if self.config.moves == "importance" else ():
             layers = self.groups[group]
             updated = any(layer.subnet.grad is not None for layer in layers)
             if updated and not any(self.observers[layer].seen for layer in layers):
@@ -267,7 +275,8 @@ class Timeline:
 
     def _next_step(self, freed: list[SubnetModule]) -> None:
         for layer in freed:
-            self._stop(layer)
+            if layer in self.observers:
+                self._stop(layer)
         self.clock.step += 1
         self._observe()
 

@@ -35,21 +35,24 @@ class LoSiAPeftConfig(PeftConfig):
     """
 
     rank_factor: float = 1 / 8
+    shape: str = "square"
     output_dim_factor: float = 0.0
     period: int | Literal["auto"] = 100
     warmup_steps: int = 0
+    moves: str = "importance"
     update_type: str = "async"
     importance: str = "sensitivity"
     init_subnet: str = "calibrated"
     importance_beta1: float = 0.85
     importance_beta2: float = 0.85
     output_init: str = "random"
+    output_lr_factor: float = 1.0
     rewarm: bool = True
     reset_step: bool = True
     target_modules: str | list[str] | None = "all-linear"
     exclude_modules: str | list[str] | None = None
     modules_to_save: list[str] | None = None
-    rank_pattern: dict[str, float] = field(default_factory=dict)
+    rank_pattern: dict[str, float | tuple[float, float]] = field(default_factory=dict)
     seed: int = 0
     alignment: int = 1
     init_weights: bool = True

@@ -17,10 +17,10 @@ from torch import nn
 
 from ...layers.foreign import check_not_quantized
 from ...layers.module import Membership
+from ...layers.shapes import find_factors
 from ...layers.subnet import subnet_size
 from ...layers.targets import (
     check_shared_weights,
-    find_rank_factor,
     group_by_block,
     kind_of,
     matches,
@@ -81,7 +81,7 @@ class LoSiAModel(BaseTuner):
         for name, module in targets:
             linear = module.get_base_layer() if isinstance(module, LoSiATunerLinear) else module
             for factor, features in zip(
-                self._factors(name, config), _get_in_out_features(linear)[::-1], strict=True
+                self._factors(model, name, linear, config), _features_of(linear), strict=True
             ):
                 subnet_size(factor, features, name, config.alignment)
 
@@ -111,8 +111,8 @@ class LoSiAModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         self._check_target(current_key, target)
-        factors = self._factors(current_key, peft_config)
         layer = target if isinstance(target, LoSiATunerLinear) else LoSiATunerLinear(target)
+        factors = self._factors(self.model, current_key, layer.base_layer, peft_config)
         adapter = LoSiAAdapter(
             layer.base_layer, factors, self._generator, current_key, peft_config.alignment
         )
@@ -130,11 +130,12 @@ class LoSiAModel(BaseTuner):
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
-    def _factors(self, name: str, config: LoSiAPeftConfig) -> tuple[float, float]:
+    def _factors(
+        self, model: nn.Module, name: str, linear: nn.Module, config: LoSiAPeftConfig
+    ) -> tuple[float, float]:
         if name == self._output_name:
             return config.output_dim_factor, 1.0
-        factor = find_rank_factor(name, config.losia_config())
-        return factor, factor
+        return find_factors(model, name, _features_of(linear), config.losia_config())
 
     def _group(self, model: nn.Module, adapter_name: str, peft_config: LoSiAPeftConfig) -> None:
         """Note each layer's place in the timeline, as apply_losia does: the output layer, then
@@ -186,6 +187,11 @@ class LoSiAModel(BaseTuner):
                 "model once for each adapter, after set_adapter"
             )
         yield
+
+
+def _features_of(linear: nn.Module) -> tuple[int, int]:
+    inputs, outputs = _get_in_out_features(linear)
+    return outputs, inputs
 
 
 def _output_layer(model: nn.Module, config: LoSiAPeftConfig) -> str | None:
