@@ -150,15 +150,19 @@ def run_all(
     resolve: Callable[[Job], Job] = lambda job: job,
     pool: Executor | None = None,
     at_once: int = 1,
+    list_anew: Callable[[], Iterable[Job]] | None = None,
 ) -> list[Job]:
     """Run ``jobs`` by priority, ``at_once`` in ``pool`` at a time; those that ``resolve`` finds not ready wait for
     others.
+
+    ``list_anew``: the jobs as results change them, asked after each row; of a name that was begun none is run again.
 
     Each row goes to ``add`` at once, which says in a line what it was. A job is begun only while it would still end in
     time. Returns the jobs not begun."""
     pool = pool or InThisProcess()
     waiting, skipped = sorted(jobs, key=lambda job: job.priority), []
     flying: dict[Future, Job] = {}
+    begun: set[str] = set()
     while waiting or flying:
         for job in list(waiting):
             if len(flying) == at_once:
@@ -168,6 +172,7 @@ def run_all(
             except NotReady:  # it may wait for one that is under way
                 continue
             waiting.remove(job)
+            begun.add(job.name)
             if clock.fits(ready):
                 flying[pool.submit(run_job, ready)] = ready
             else:
@@ -177,6 +182,9 @@ def run_all(
         for future in wait(flying, return_when=FIRST_COMPLETED).done:
             job, row = flying.pop(future), future.result()
             clock.took(job, row)
+            if list_anew is not None:
+                listed = sorted(list_anew(), key=lambda job: job.priority)
+                waiting = [job for job in listed if job.name not in begun]
             left = [*waiting, *flying.values()]
             ahead = sum(map(clock.expected, left)) / at_once
             say(f"{add(job, row)}; {len(left)} to go, about {minutes_and_seconds(ahead)}")

@@ -71,6 +71,7 @@ class Method:
     exact: bool = True
     settings: str = ""
     lrs: tuple[float, ...] = ()
+    chooses: bool = False  # a choice of shape, places and moves on trial, not a method of its own
 
 
 class UnknownMethod(ValueError):

@@ -29,6 +29,15 @@ def _losia(part: int, text: str = "as p 1/8") -> Method:
     return Method(f"losia-p{part}", f"LoSiA p 1/{part}", prepare, settings=text, lrs=RATES)
 
 
+def _placed(name: str, text: str, lrs: tuple[float, ...] = RATES[1:], **changes: Any) -> Method:
+    """A choice of shape, places and moves, with a learning rate of its own."""
+
+    def prepare(model, options):
+        return losia.prepare_study(model, replace(options, changes=changes | options.changes))
+
+    return Method(f"losia-{name}", f"LoSiA {text}", prepare, settings=text, lrs=lrs, chooses=True)
+
+
 EVERYTHING = "all parameters, torch AdamW"
 OURS = "this package; the paper's settings, but one cycle a run, calibrated start"
 DORA = "peft, LoRA r 64 with use_dora"
@@ -39,6 +48,34 @@ GALORE = (
     "projection); embeddings and norms by AdamW"
 )
 SAME_BYTES = "peft, alpha 22: adds as many bytes as LoSiA p 1/8"
+AT_RANDOM = {"init_subnet": "random", "moves": "random", "cycles": 2}
+STILL = {"init_subnet": "random", "moves": "none"}
+WIDE_OUTPUTS = {"output_dim_factor": 1 / 8, "output_lr_factor": 0.1}
+_PLACED = (
+    _placed("wide", "wide, at random, moved at random twice", shape="wide", **AT_RANDOM),
+    _placed("wide-still", "wide, at random, never moved", shape="wide", **STILL),
+    _placed("square", "square, at random, moved at random twice", **AT_RANDOM),
+    _placed("square-still", "square, at random, never moved", **STILL),
+    _placed("wide-scored", "wide, calibrated, moved by importance twice", shape="wide", cycles=2),
+    _placed(
+        "wide-head",
+        "wide, calibrated, moved by importance twice, 1/8 of the outputs at a tenth of the rate",
+        **{"shape": "wide", "cycles": 2, **WIDE_OUTPUTS},
+    ),
+    _placed(
+        "wide-once",
+        "wide, at random, all moved at random at once, half-way",
+        **{"shape": "wide", **AT_RANDOM, "update_type": "sync"},
+    ),
+    *(
+        _placed(
+            f"wide-p{part}",
+            f"wide, at random, moved at random twice, p 1/{part}",
+            **{"shape": "wide", **AT_RANDOM, "rank_factor": 1 / part, "lrs": lrs},
+        )
+        for part, lrs in ((16, RATES[1:]), (4, RATES[:3]), (2, LOWER[:3]))
+    ),
+)
 _METHODS = (
     Method("fft", "full fine-tuning", plain.prepare_full, settings=EVERYTHING, lrs=LOWEST),
     _lora("lora-r8", "LoRA r 8", f"peft, alpha 16, {PLAIN}", RATES, 8, 16),
@@ -51,13 +88,15 @@ _METHODS = (
     _losia(16),
     _lora("lora-r11", "LoRA r 11", SAME_BYTES, RATES, 11, 22),
     _losia(2),
+    *_PLACED,
 )
 STUDY: dict[str, Method] = {method.name: method for method in _METHODS}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One choice of LoSiA p 1/8 changed, at the learning rate that was found for it unchanged."""
+    """One choice of LoSiA p 1/8 changed, at the learning rate that was found for it unchanged:
+    what happens if that alone is changed, and no verdict on the choice."""
 
     title: str
     changes: dict[str, Any]

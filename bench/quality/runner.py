@@ -38,9 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device(arguments.device)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a warning of every worker else
     scale = arguments.scale or ("large" if device.type == "cuda" else "small")
-    runs = select(arguments.set, scale, arguments.only)
     elsewhere = arguments.results != RESULTS
     store = Store(arguments.results, Store() if elsewhere else None)
+    wanted = functools.partial(select, arguments.set, scale, arguments.only, store)
+    runs = wanted()
     missing = [run for run in runs if not store.is_done(run)]
     done = len(runs) - len(missing)
     print(f"{len(runs)} runs, {done} done; into {store.path}", flush=True)
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     origin |= {"quiet": arguments.quiet_machine, "jobs": at_once}
     try:
         with make_pool(arguments.model, device, at_once) as pool:
-            failed = run_study(missing, store, origin, arguments.minutes, pool, at_once, say)
+            failed = run_study(wanted, store, origin, arguments.minutes, pool, at_once, say)
             return 1 if failed else 0
     except BrokenProcessPool:
         died = f"a worker died (of {at_once} that share the memory)"
@@ -66,16 +67,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def select(name: str, scale: str, only: str | None = None) -> list[Run]:
-    """The runs of a set, ``only`` those whose id matches a regex."""
+def select(name: str, scale: str, only: str | None, store: Store) -> list[Run]:
+    """The runs of a set, with the trials that its searches have come to need, ``only`` those whose id matches a
+    regex."""
     whole = {"study": study, "timings": timings}
     runs = ten_minutes() if name == "ten-minutes" else whole[name](SCALES[scale])
-    return [run for run in runs if only is None or re.search(only, run.id)]
+    runs = [run for each in runs for run in (*store.more_trials(each), each)]
+    return [run for run in dict.fromkeys(runs) if only is None or re.search(only, run.id)]
 
 
-def run_study(runs, store, origin, minutes=None, pool=None, at_once=1, say=print) -> int:
-    """Run those that are ready, others as soon as they are; returns how many failed."""
+def run_study(wanted, store, origin, minutes=None, pool=None, at_once=1, say=print) -> int:
+    """Run those of ``wanted()`` that are ready, others as soon as they are; returns how many failed."""
     failed = 0
+
+    def missing() -> list[Job]:
+        return [job_of(run) for run in wanted() if not store.is_done(run)]
 
     def job_of(run: Run) -> Job:
         work = functools.partial(_carry_out, run, store)
@@ -96,7 +102,7 @@ def run_study(runs, store, origin, minutes=None, pool=None, at_once=1, say=print
     def resolve(job: Job) -> Job:
         return job_of(store.resolve(job.settings["run"]))
 
-    run_all(map(job_of, runs), add, Clock(minutes), say, resolve, pool, at_once)
+    run_all(missing(), add, Clock(minutes), say, resolve, pool, at_once, missing)
     return failed
 
 

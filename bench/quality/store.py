@@ -1,5 +1,6 @@
 """The results of the study by run, and what a run needs of others' results."""
 
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from ..harness.jobs import NotReady
 from ..harness.provenance import ROOT
 from ..harness.store import append, load
 from ..methods import STUDY
-from .study import SCALES, Run, searches, timings
+from .study import RATES, SCALES, Run, timings, trial_of
 
 RESULTS = ROOT / "bench" / "quality" / "results"
 
@@ -51,17 +52,51 @@ class Store:
         return run
 
     def best_lr(self, scale: str, task: str, method: str) -> float:
-        """The rate of least cost on the search split; of trials that diverged none. Raises NotReady."""
-        trials = {}
-        for trial in searches(SCALES[scale], task, method):
-            result = self.read(trial) or (self.fallback and self.fallback.read(trial))
-            if result is None:
-                raise NotReady(f"{trial.id} has not run")
-            if result["status"] == "ok":
-                trials[trial.lr] = result["scores"]["search"][""]["nll"]
-        if not trials:
+        """The rate of least cost on the search split, once rates on both sides of it cost more; of trials that diverged
+        none. Raises NotReady."""
+        costs = self.trials(scale, task, method)
+        missing = [rate for rate, cost in costs.items() if cost is None]
+        if missing:
+            named = ", ".join(f"{rate:.0e}" for rate in missing)
+            raise NotReady(f"{STUDY[method].title} on {task} has not been tried at {named}")
+        best = min(costs, key=costs.__getitem__)
+        if costs[best] == math.inf:
             raise NotReady(f"no trial of {STUDY[method].title} on {task} came to an end")
-        return min(trials, key=trials.__getitem__)
+        return best
+
+    def more_trials(self, run: Run) -> list[Run]:
+        """The trials beyond its method's own rates that the search of a run's task needs by now: before the first run
+        that waits for them."""
+        if run.lr is not None or run.kind in ("untrained", "sequence"):
+            return []
+        rates = set(self.trials(run.scale, run.task, run.method)) - set(STUDY[run.method].lrs)
+        return [trial_of(SCALES[run.scale], run.task, run.method, lr) for lr in sorted(rates)]
+
+    def trials(self, scale: str, task: str, method: str) -> dict[float, float | None]:
+        """Every learning rate that the search needs, with its cost on the search split: infinite where the run
+        diverged, None where it has not run.
+
+        The method's own rates come first, then the next beyond the least or the greatest as long as that one is the
+        best."""
+        costs = {
+            lr: self._cost(trial_of(SCALES[scale], task, method, lr)) for lr in STUDY[method].lrs
+        }
+        while None not in costs.values():
+            best, place = min(costs, key=costs.__getitem__), sorted(costs)
+            if best == place[0] and best > RATES[0]:
+                lr = RATES[RATES.index(best) - 1]
+            elif best == place[-1] and best < RATES[-1]:
+                lr = RATES[RATES.index(best) + 1]
+            else:
+                break
+            costs[lr] = self._cost(trial_of(SCALES[scale], task, method, lr))
+        return dict(sorted(costs.items()))
+
+    def _cost(self, trial: Run) -> float | None:
+        result = self.read(trial) or (self.fallback and self.fallback.read(trial))
+        if result is None:
+            return None
+        return result["scores"]["search"][""]["nll"] if result["status"] == "ok" else math.inf
 
     def equal_steps(self, scale: str, method: str) -> int:
         """How many steps of ``method`` take the time of full fine-tuning's, with what comes before the first and what

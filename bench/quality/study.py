@@ -62,10 +62,19 @@ class Run:
         return (work * (3 if self.kind == "oracle" else 1) + evaluation) * (1 if scale.few else 3)
 
 
+# the rates that a search may try
+RATES = tuple(float(f"{digit}e{power}") for power in range(-7, 0) for digit in (1, 3))
+
+
+def trial_of(scale: Scale, task: str, method: str, lr: float) -> Run:
+    return Run("search", scale.name, task, method, SEARCH_SEED, lr, scale.steps)
+
+
 def searches(scale: Scale, task: str, *methods: str) -> Iterator[Run]:
+    """The trials that every search begins with: ``Store.trials`` says which it needs beyond them."""
     for method in methods:
         for lr in STUDY[method].lrs:
-            yield Run("search", scale.name, task, method, SEARCH_SEED, lr, scale.steps)
+            yield trial_of(scale, task, method, lr)
 
 
 def finals(scale: Scale, task: str, *methods: str) -> Iterator[Run]:
@@ -82,9 +91,11 @@ def several(scale: Scale, task: str, *methods: str) -> list[Run]:
     return [*searches(scale, task, *methods), *finals(scale, task, *methods)]
 
 
+PLACED = tuple(name for name in STUDY if STUDY[name].chooses)
+CANDIDATES = ("losia-wide", "losia-wide-still", "losia-square")
 FIRST = ("fft", "lora-r8", LOSIA, "lora-r64")
 EQUAL_MEMORY = "lora-r11"
-REST = tuple(name for name in STUDY if name not in (*FIRST, EQUAL_MEMORY))
+REST = tuple(name for name in STUDY if name not in (*FIRST, *PLACED, EQUAL_MEMORY))
 OUTPUT_LAYER = ("head", "head-frequency")
 TELLING = ("random", "marginal", "alignment-16", "no-wds", "sl", "gl", "period-100", "budget")
 LONG_SLOTS = ("together-100", "together-100-marginal")
@@ -99,6 +110,12 @@ def study(scale: Scale) -> list[Run]:
         return Run("oracle", scale.name, task, LOSIA, 0, None, scale.steps)
 
     runs = [Run("untrained", scale.name, task, "fft") for task in TASKS]
+    for method in CANDIDATES:
+        for task in ("pronunciation", "past-tense", "arithmetic", "plural"):
+            runs += several(scale, task, method)
+    runs += several(scale, "code", CANDIDATES[0])
+    for method in (name for name in PLACED if name not in CANDIDATES):
+        runs += several(scale, "pronunciation", method)
     for task, changed in (
         ("past-tense", (*DEFAULTS, *OUTPUT_LAYER)),
         ("pronunciation", TELLING),
