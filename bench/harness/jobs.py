@@ -182,12 +182,13 @@ def run_all(
         for future in wait(flying, return_when=FIRST_COMPLETED).done:
             job, row = flying.pop(future), future.result()
             clock.took(job, row)
+            line = add(job, row)
             if list_anew is not None:
                 listed = sorted(list_anew(), key=lambda job: job.priority)
                 waiting = [job for job in listed if job.name not in begun]
             left = [*waiting, *flying.values()]
             ahead = sum(map(clock.expected, left)) / at_once
-            say(f"{add(job, row)}; {len(left)} to go, about {minutes_and_seconds(ahead)}")
+            say(f"{line}; {len(left)} to go, about {minutes_and_seconds(ahead)}")
     if skipped:
         rest = minutes_and_seconds(sum(map(clock.expected, skipped)) / at_once)
         say(f"not begun in {clock.limit:g} minutes: {len(skipped)} jobs, about {rest}")

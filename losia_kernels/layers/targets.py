@@ -335,6 +335,27 @@ def warn_of_frozen(model: nn.Module, plan: Plan, config: LoSiAConfig) -> None:
         )
 
 
+def warn_of_unused(config: LoSiAConfig) -> None:
+    """Warn of what a config says that its other fields keep from acting."""
+    usual = LoSiAConfig()
+    idle: dict[str, str] = {}
+    if config.moves != "importance" and config.init_subnet == "random":
+        idle |= dict.fromkeys(
+            ("importance", "importance_beta1", "importance_beta2"),
+            f"moves={config.moves!r} with random first subnets looks at none",
+        )
+    if config.moves == "none":
+        idle |= dict.fromkeys(("update_type", "rewarm", "reset_step"), "moves='none'")
+    if config.output_dim_factor == 0:
+        idle |= dict.fromkeys(("output_init", "output_lr_factor"), "output_dim_factor=0")
+    for name, why in idle.items():
+        if getattr(config, name) != getattr(usual, name):
+            warnings.warn(
+                f"LoSiA: LoSiAConfig.{name} cannot act: {why}",
+                stacklevel=3,
+            )
+
+
 def warn_of_idle_fields(config: LoSiAConfig, layers: Iterable[SubnetModule]) -> None:
     """Warn of what a config says that cannot act on ``layers``, which were placed by hand."""
     usual = LoSiAConfig()

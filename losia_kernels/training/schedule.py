@@ -125,6 +125,8 @@ class Clock:
         self._schedule: Schedule | None = None
         if config.period != "auto":
             self.settle(config.period)
+        elif config.moves == "none":
+            self.settle(PAPER_PERIOD)  # of a run without turns any will do
 
     def settle(self, period: int) -> None:
         """From here on that is T."""

@@ -1,0 +1,167 @@
+"""Random moves and none; the output layer's own rate."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach, losia_layers
+from tests.tiny import make_batches, same_tensors, snapshot, take_step, tiny_lm
+
+
+def make_run(driven: str = "LoSiAAdamW", lr: float = 0.01, **options):
+    model = apply_losia(tiny_lm(), LoSiAConfig(**{"rank_factor": 0.5, "period": 2} | options))
+    if driven != "attach":
+        return model, LoSiAAdamW(model, lr=lr, in_backward=driven == "in_backward")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+    attach(optimizer, model)
+    return model, optimizer
+
+
+def places(model: nn.Module) -> dict[str, tuple]:
+    named = losia_layers(model)
+    return {n: (tuple(x.out_idx.tolist()), tuple(x.in_idx.tolist())) for n, x in named}
+
+
+@pytest.mark.parametrize("driven", ["LoSiAAdamW", "in_backward", "attach"])
+def test_random_moves_take_turns_and_nothing_observes(driven):
+    model, optimizer = make_run(driven, moves="random")
+    moved = []
+    for step, batch in enumerate(make_batches(8)):
+        assert not optimizer.timeline.observers
+        assert all(layer.observe_callback is None for _, layer in losia_layers(model))
+        before = places(model)
+        take_step(model, optimizer, batch)
+        after = places(model)
+        moved.append({name.split(".")[2] for name in after if after[name] != before[name]})
+        for _, layer in losia_layers(model):
+            block = layer.current_subnet.gather(layer.weight)
+            assert torch.equal(block, layer.subnet), f"{layer.name} after step {step}"
+    assert moved == [set(), {"0"}, set(), {"1"}, set(), {"0"}, set(), {"1"}]
+    held = {key for entries in optimizer.state.values() for key in entries}
+    assert held == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_the_places_follow_from_the_seed_the_layer_and_the_step():
+    runs = {}
+    for name, seed, noise in (("first", 0, 0), ("again", 0, 1), ("other", 1, 0)):
+        model, optimizer = make_run(moves="random", seed=seed)
+        torch.manual_seed(noise)  # nobody's generator but the run's own
+        seen = []
+        for batch in make_batches(8):
+            take_step(model, optimizer, batch)
+            seen.append(places(model))
+        runs[name] = seen
+    assert runs["first"] == runs["again"]
+    assert runs["first"][7] != runs["other"][7]
+    assert runs["first"][3]["model.layers.0.up_proj"] != runs["first"][7]["model.layers.0.up_proj"]
+    here, there = (runs["first"][3][f"model.layers.{i}.up_proj"] for i in (0, 1))
+    assert here != there
+
+
+@pytest.mark.parametrize("stop", range(1, 6))
+def test_a_run_with_random_moves_resumes_bit_for_bit(stop):
+    batches = make_batches(7)
+    model, optimizer = make_run(moves="random")
+    for batch in batches[:stop]:
+        take_step(model, optimizer, batch)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    for batch in batches[stop:]:
+        take_step(model, optimizer, batch)
+    resumed, second = make_run(moves="random")
+    resumed.load_state_dict(saved[0])
+    second.load_state_dict(saved[1])
+    for batch in batches[stop:]:
+        take_step(resumed, second, batch)
+    assert same_tensors(snapshot(model), snapshot(resumed))
+
+
+def test_a_random_move_starts_the_moments_anew_and_is_rewarmed():
+    model, optimizer = make_run(moves="random", period=3)
+    first = dict(losia_layers(model))["model.layers.0.up_proj"]
+    for batch in make_batches(3):
+        take_step(model, optimizer, batch)
+    assert first.subnet not in optimizer.state
+    assert optimizer.timeline.lr_factor(0) == pytest.approx(1 / 3)
+    assert optimizer.timeline.lr_factor(1) == 1.0
+
+
+@pytest.mark.parametrize("period", [1, "auto"])
+def test_without_moves_every_subnet_stays_and_no_period_is_needed(period):
+    model, optimizer = make_run(moves="none", period=period)
+    before = places(model)
+    for batch in make_batches(6):
+        take_step(model, optimizer, batch)
+        assert not optimizer.timeline.observers
+    assert places(model) == before
+    assert optimizer.timeline.step == 6
+    assert all(optimizer.timeline.lr_factor(group) == 1.0 for group in (0, 1))
+    optimizer.timeline.plan(1)  # too short for no turn
+
+
+def test_a_run_without_moves_is_torchs_adamw_on_the_subnets():
+    model, optimizer = make_run(moves="none")
+    plain, stock = make_run("attach", moves="none")
+    for batch in make_batches(5):
+        take_step(model, optimizer, batch)
+        take_step(plain, stock, batch)
+    assert same_tensors(snapshot(model), snapshot(plain))
+
+
+def test_random_moves_in_a_run_that_is_too_short_for_them_are_told():
+    model, _ = make_run(moves="random")
+    with pytest.warns(UserWarning, match="never leave their first subnet"):
+        LoSiAAdamW(model, lr=0.01, total_steps=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "idle"),
+    [
+        ({"moves": "random", "init_subnet": "random", "importance": "marginal"}, "importance"),
+        ({"moves": "none", "init_subnet": "random", "importance_beta1": 0.5}, "importance_beta1"),
+        ({"moves": "none", "update_type": "sync"}, "update_type"),
+        ({"moves": "none", "rewarm": False}, "rewarm"),
+        ({"output_lr_factor": 0.1}, "output_lr_factor"),
+        ({"output_init": "frequency"}, "output_init"),
+    ],
+)
+def test_a_field_that_cannot_act_is_named(options, idle):
+    with pytest.warns(UserWarning, match=rf"LoSiAConfig\.{idle} cannot act"):
+        apply_losia(tiny_lm(), LoSiAConfig(rank_factor=0.5, **options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"moves": "random", "importance": "marginal"},  # places the first subnets by it
+        {"moves": "random", "init_subnet": "random", "rewarm": False},
+        {"output_lr_factor": 0.1, "output_init": "frequency", "output_dim_factor": 0.5},
+    ],
+)
+def test_a_field_that_acts_is_not(options, recwarn):
+    apply_losia(tiny_lm(), LoSiAConfig(rank_factor=0.5, **options))
+    assert not [w for w in recwarn if "cannot act" in str(w.message)]
+
+
+# the output layer's own rate ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("driven", ["LoSiAAdamW", "in_backward", "attach"])
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_the_output_layers_rate_is_multiplied(driven, share):
+    """One step of AdamW moves every value by the rate, whatever its gradient."""
+    if driven == "attach" and share == 1.0:
+        with pytest.raises(ValueError, match="output_lr_factor=0.25.*lm_head"):
+            make_run(driven, output_dim_factor=share, output_lr_factor=0.25)
+        return
+    model, optimizer = make_run(driven, output_dim_factor=share, output_lr_factor=0.25)
+    layers = dict(losia_layers(model))
+    before = {name: layer.subnet.detach().clone() for name, layer in layers.items()}
+    take_step(model, optimizer, make_batches(1)[0])
+    for name, layer in layers.items():
+        rate = 0.0025 if name == "lm_head" else 0.01
+        moved = (layer.subnet - before[name]).abs().amax().item()
+        assert moved == pytest.approx(rate, rel=1e-3), name
+    assert {group["lr"] for group in optimizer.param_groups} == {0.01}
