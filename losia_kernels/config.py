@@ -167,6 +167,29 @@ class LoSiAConfig:
             "seed", self.seed, _is_int(self.seed) and self.seed >= 0, "a whole number, at least 0"
         )
 
+    @classmethod
+    def paper(cls, **changes: Any) -> "LoSiAConfig":
+        """The method as published (A.3, of LLaMA-2 7B), whatever the defaults are: square subnets,
+        random at first, moved to where the importance is largest; p_o is 1/8.
+
+        Args:
+            changes: fields that are to differ from it.
+
+        Raises:
+            ValueError, TypeError: as of the class.
+        """
+        published: dict[str, Any] = {
+            "rank_factor": 1 / 8,
+            "shape": "square",
+            "output_dim_factor": 1 / 8,
+            "output_lr_factor": 1.0,
+            "period": 100,
+            "moves": "importance",
+            "importance": "sensitivity",
+            "init_subnet": "random",
+        }
+        return cls(**published | changes)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values, for JSON and checkpoints; ``from_dict`` reads them back."""
         return asdict(self)

@@ -22,11 +22,13 @@ def _lora(name: str, title: str, text: str, lrs: tuple, rank: int, alpha: int, *
     return Method(name, title, prepare, settings=text, lrs=lrs)
 
 
-def _losia(part: int, text: str = "as p 1/8") -> Method:
+def _losia(part: int, text: str = "as of p 1/8") -> Method:
     def prepare(model, options):
         return losia.prepare_study(model, replace(options, rank_factor=1 / part))
 
-    return Method(f"losia-p{part}", f"LoSiA p 1/{part}", prepare, settings=text, lrs=RATES)
+    return Method(
+        f"losia-p{part}", f"LoSiA calibrated, p 1/{part}", prepare, settings=text, lrs=RATES
+    )
 
 
 def _placed(name: str, text: str, lrs: tuple[float, ...] = RATES[1:], **changes: Any) -> Method:

@@ -7,7 +7,8 @@ from typing import Any
 from ..harness.pictures import draw
 from ..methods import STUDY
 from .analyses import SHARES
-from .tables import OURS, Results, of, title, trials_of
+from .study import LOSIA
+from .tables import Results, of, title, trials_of
 
 
 def draw_plots(results: Results, tasks: list[str], scale: str, folder: Path) -> list[Path]:
@@ -94,7 +95,7 @@ def _loss(results: Results, task: str, axes, window: int = 8) -> None:
 
 def _selection(results: Results, axes) -> None:
     """How often an input neuron was selected (the paper's Figure 7)."""
-    for result in of(results, kind="analysis", method=OURS):
+    for result in of(results, kind="analysis", method=LOSIA):
         for name, counts in result["selected"].items():
             shares = [count / sum(counts) for count in counts]
             axes.plot(range(len(counts)), shares, "o-", label=name.removeprefix("model.layers."))
@@ -105,7 +106,7 @@ def _gradients(results: Results, axes) -> None:
     """How much of the gradient few neurons hold, all lines being straight if it were spread evenly (Figures 2, 9)."""
     from matplotlib import colormaps
 
-    for result in of(results, kind="analysis", method=OURS):
+    for result in of(results, kind="analysis", method=LOSIA):
         for place, (name, held) in enumerate(result["gradients"].items()):
             color, short = colormaps["tab20"](place), name.removeprefix("model.layers.")
             for side, style in (("out", "o-"), ("in", "s--")):

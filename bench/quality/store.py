@@ -34,8 +34,10 @@ class Store:
     def is_done(self, run: Run) -> bool:
         """Whether there is a result, and what it depends on has not changed since."""
         result = self.read(run)
+        if result is None or not _says_what_was_lost(result):
+            return False
         try:
-            return result is not None and result["run"] == asdict(self.resolve(run))
+            return result["run"] == asdict(self.resolve(run))
         except NotReady:
             return False
 
@@ -114,3 +116,9 @@ class Store:
                 raise NotReady(f"no timing of {needed} on a quiet machine")
         whole = before["fft"] + SCALES[scale].steps * step["fft"]
         return max(1, round((whole - before[method]) / step[method]))
+
+
+def _says_what_was_lost(result: dict[str, Any]) -> bool:
+    """Trials, and the untrained model that they are held against."""
+    needed = {"search": "english", "untrained": "search"}.get(result["run"]["kind"])
+    return result["status"] != "ok" or needed is None or needed in result["scores"]

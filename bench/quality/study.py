@@ -100,6 +100,7 @@ OUTPUT_LAYER = ("head", "head-frequency")
 TELLING = ("random", "marginal", "alignment-16", "no-wds", "sl", "gl", "period-100", "budget")
 LONG_SLOTS = ("together-100", "together-100-marginal")
 DEFAULTS = ("marginal", "alignment-16", "cycles-2", "period-100")  # what might become one
+BRIEF = ("pronunciation", "past-tense", "arithmetic", "plural")  # tasks with short answers
 SEQUENCE = ("past-tense", "pronunciation", "arithmetic", "code", "plural")
 
 
@@ -111,9 +112,10 @@ def study(scale: Scale) -> list[Run]:
 
     runs = [Run("untrained", scale.name, task, "fft") for task in TASKS]
     for method in CANDIDATES:
-        for task in ("pronunciation", "past-tense", "arithmetic", "plural"):
+        for task in SEQUENCE if method == CANDIDATES[0] else BRIEF:
             runs += several(scale, task, method)
-    runs += several(scale, "code", CANDIDATES[0])
+    for task in BRIEF:
+        runs += several(scale, task, *FIRST)
     for method in (name for name in PLACED if name not in CANDIDATES):
         runs += several(scale, "pronunciation", method)
     for task, changed in (
@@ -139,7 +141,7 @@ def study(scale: Scale) -> list[Run]:
         runs.append(Run("sequence", *where, None, scale.steps))
     for task, method in product(("past-tense", "arithmetic", "code"), REST):
         runs += several(scale, task, method)
-    return runs
+    return list(dict.fromkeys(runs))
 
 
 def data_scales(scale: Scale) -> Iterator[Run]:

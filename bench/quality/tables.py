@@ -9,7 +9,7 @@ from ..methods import STUDY, VARIANTS
 from .paired import SIGNIFICANT, Paired, holm, mean_and_spread, paired
 from .tasks import TASKS
 
-OURS = "losia-p8"
+OURS = "losia-wide"
 NEAR = 0.01  # nats a token between two trials of a search that tell nothing: seeds differ by more
 NOTABLE = 0.01  # nats a token on other text below which no difference is spoken of
 Results = list[dict[str, Any]]
@@ -118,7 +118,7 @@ def quality(results: Results, task: str) -> str:
 
 @dataclass(frozen=True)
 class Comparison:
-    """LoSiA p 1/8 against ``method``, by the cost of right answers and by lines right; p: Holm's over the task's."""
+    """LoSiA against ``method``, by the cost of right answers and by lines right; p: Holm's over the task's."""
 
     method: str
     nll: Paired
@@ -142,7 +142,7 @@ def compared(results: Results, task: str, group: str = "") -> list[Comparison]:
 
 
 def comparison(results: Results, task: str, group: str = "") -> str:
-    head = [f"LoSiA p 1/8 against{f', {group} items' if group else ''}", "nats an item, 95 %", "p"]
+    head = [f"LoSiA against{f', {group} items' if group else ''}", "nats an item, 95 %", "p"]
     head += [f"{TASKS[task].unit}, lines an item, 95 %", "p", "seeds in which it costs less"]
     rows = []
     for row in compared(results, task, group):
@@ -163,7 +163,7 @@ def searched(results: Results, task: str) -> str:
     for method, costs in trials.items():
         if costs:
             best = min(costs, key=costs.__getitem__)
-            whole = len(costs) == len(STUDY[method].lrs)
+            whole = set(STUDY[method].lrs) <= costs.keys()
             cells = [f"{costs[rate]:.3f}" if rate in costs else "" for rate in rates]
             if whole:
                 cells[rates.index(best)] = f"**{costs[best]:.3f}**"
@@ -195,8 +195,8 @@ def overview(results: Results, tasks: list[str]) -> str:
     titles = [TASKS[task].title for task in tasks]
     head = ["method", "values trained, M", *titles, "english after, mean over tasks"]
     parts = [
-        "Nats a token of right answers that were not trained on; less is better. †: the learning rate is the "
-        "smallest or largest that was tried, or one of these was as good: a wider search might find a better one.",
+        "Nats a token of right answers that were not trained on; less is better. †: the smallest or largest learning "
+        "rate that was tried was the best, or as good: a wider search might find a better one.",
         table(head, costs),
         "Answers right, % (of code: lines), which separates less:",
         table(["method", *titles], right),
@@ -209,7 +209,7 @@ def english_after(runs: Results) -> float | None:
 
 
 def verdicts(results: Results, tasks: list[str]) -> str:
-    """Where LoSiA p 1/8 is worse, where better and where no clear difference was found."""
+    """Where OURS is worse, where better and where no clear difference was found."""
     rows = []
     for task in tasks:
         for group in ("", *groups_of(results, task)):
@@ -227,7 +227,7 @@ def verdicts(results: Results, tasks: list[str]) -> str:
                 first = TASKS[task].title + (f", {group} ones" if group else "")
                 rows.append([first, *cells, *[""] * (5 - len(cells))])
     head = (
-        "LoSiA p 1/8 on | is worse than | no clear difference to | is better than"
+        f"{title(OURS)} on | is worse than | no clear difference to | is better than"
         " | loses more English than | loses less English than"
     )
     note = (
@@ -239,7 +239,7 @@ def verdicts(results: Results, tasks: list[str]) -> str:
 
 
 def more_english(results: Results, task: str) -> dict[str, float]:
-    """What English costs more after LoSiA p 1/8 than after each other method, trained on ``task``."""
+    """What English costs more after OURS than after each other method, trained on ``task``."""
     after = {name: english_after(runs) for name, runs in main_runs(results, task).items()}
     ours = after.pop(OURS)
     return {name: ours - each for name, each in after.items() if None not in (ours, each)}

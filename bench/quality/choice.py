@@ -1,0 +1,64 @@
+"""The first lines of the report: what a user should choose, what it costs, where it is better, level and worse."""
+
+from .store import Store
+from .study import SMALL
+from .tables import OURS, Results, compared, english_after, main_runs, of, title, usable
+from .tasks import TASKS
+
+AGAINST = ("lora-r8", "lora-r64", "fft")
+
+
+def choice(store: Store) -> str:
+    """Of the small scale, which has been run."""
+    results, _ = usable([r for r in store.all() if r["run"]["scale"] == SMALL.name])
+    runs = {task: main_runs(results, task) for task in TASKS}
+    mine = {task: found[OURS] for task, found in runs.items() if found[OURS]}
+    if not mine:
+        return ""
+    values = next(iter(mine.values()))[0]["memory"]["trained_values"] / 1e6
+    rates = sorted({found[0]["run"]["lr"] for found in mine.values()})
+    lines = [
+        f"**What to choose, of runs as short as these.** {title(OURS)}: {values:.2f} M trained values of 134.5 M, "
+        f"learning rate {_span(rates)} (searched on each task). In nats a token of right answers, over "
+        f"{len(mine)} tasks:"
+    ]
+    for method in AGAINST:
+        verdicts = {"better": [], "neither": [], "worse": []}
+        for task in mine:
+            for row in compared(results, task):
+                if row.method == method:
+                    verdicts[row.verdict].append(TASKS[task].title)
+        if any(verdicts.values()):
+            words = [
+                f"{word} on {', '.join(verdicts[key])}"
+                for key, word in (("better", "better"), ("neither", "level"), ("worse", "worse"))
+                if verdicts[key]
+            ]
+            lines.append(
+                f"- against {title(method)} ({_values(results, method)} M values): {'; '.join(words)}."
+            )
+    before = {task: of(results, task=task, kind="untrained") for task in mine}
+    lines.append(_lost(runs, before))
+    return "\n".join(lines)
+
+
+def _span(rates: list[float]) -> str:
+    return f"{rates[0]:.0e}" if len(rates) == 1 else f"{rates[0]:.0e} to {rates[-1]:.0e}"
+
+
+def _values(results: Results, method: str) -> str:
+    found = of(results, kind="main", method=method)
+    return f"{found[0]['memory']['trained_values'] / 1e6:.2f}"
+
+
+def _lost(runs: dict[str, dict[str, Results]], before: dict[str, Results]) -> str:
+    """What English costs after each method, mean over the tasks."""
+    after = {"untrained": [english_after(found) for found in before.values()]}
+    for method in (OURS, *AGAINST):
+        after[title(method)] = [english_after(runs[task][method]) for task in before]
+    cells = [
+        f"{name} {sum(costs) / len(costs):.2f}"
+        for name, costs in after.items()
+        if None not in costs
+    ]
+    return f"- what English costs after, nats a token, mean over these tasks: {', '.join(cells)}."
