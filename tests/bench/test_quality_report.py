@@ -12,7 +12,16 @@ pytest.importorskip("matplotlib")
 from bench.quality import report
 from bench.quality.paired import Paired, holm, mean_and_spread, paired, sign_flip_test
 from bench.quality.store import Store
-from bench.quality.study import SCALES, Run, ablations, data_scales, finals, searches
+from bench.quality.study import (
+    SCALES,
+    Run,
+    ablations,
+    data_scales,
+    finals,
+    searches,
+    study,
+    trial_of,
+)
 from bench.quality.tables import compared, show, show_p, usable
 
 SMALL = SCALES["small"]
@@ -44,16 +53,18 @@ def table_under(text: str, heading: str, part: int = 1) -> list[list[str]]:
 
 @pytest.fixture
 def filled(tmp_path):
-    """Full fine-tuning is better, LoRA r 8 worse and LoRA r 64 alike; the search's best rate is the second."""
+    """Full fine-tuning is better, LoRA r 8 worse, LoRA r 64 and another LoSiA alike; the search's best rate is the second."""
     kept = Store(tmp_path / "results")
-    costs = {"fft": 0.5, "lora-r8": 1.5, "losia-p8": 1.0, "lora-r64": 1.0}
+    costs = {"fft": 0.5, "lora-r8": 1.5, "losia-wide": 1.0, "losia-p8": 1.0, "lora-r64": 1.0}
     for method, nll in costs.items():
         for place, trial in enumerate(searches(SMALL, "pronunciation", method)):
             kept.write(trial, result(trial, nll + abs(place - 1)))
         for run in finals(SMALL, "pronunciation", method):
             run = kept.resolve(run)
             jitter = 0.01 * (run.seed - 1) if method == "lora-r64" else 0
-            kept.write(run, result(run, nll + jitter, english=3.2 if method == "losia-p8" else 3.0))
+            kept.write(
+                run, result(run, nll + jitter, english=3.2 if method == "losia-wide" else 3.0)
+            )
     return kept
 
 
@@ -138,8 +149,10 @@ def no_plots(monkeypatch):
 
 def test_the_report_says_where_losia_is_worse(filled, no_plots):
     worse = "full fine-tuning (+0.50 ± 0.00)"
-    english = "full fine-tuning (+0.20), LoRA r 8 (+0.20), LoRA r 64 (+0.20)"
-    neither, better = "LoRA r 64 (-0.00 ± 0.00)", "LoRA r 8 (-0.50 ± 0.00)"
+    others = "full fine-tuning", "LoRA r 8", "LoSiA calibrated, p 1/8", "LoRA r 64"
+    english = ", ".join(f"{name} (+0.20)" for name in others)
+    neither = "LoSiA calibrated, p 1/8 (+0.00 ± 0.00), LoRA r 64 (-0.00 ± 0.00)"
+    better = "LoRA r 8 (-0.50 ± 0.00)"
     row = ["spelling to sounds", worse, neither, better, english, "none"]
     assert table_under(report.render(filled), "Where LoSiA is worse")[1:] == [row]
 
@@ -154,23 +167,27 @@ def test_worse_is_said_where_every_seed_says_so(filled, no_plots):
 
 def test_all_methods_and_tasks_stand_in_one_table(filled, no_plots):
     for trial in searches(SMALL, "plural", "fft"):
-        filled.write(trial, result(trial, 1 + trial.lr))
+        filled.write(trial, result(trial, 1 + (trial.lr > 3e-5)))
+    trial = trial_of(SMALL, "plural", "fft", 3e-6)
+    filled.write(trial, result(trial, 1.005))
     for run in map(filled.resolve, finals(SMALL, "plural", "fft")):
         filled.write(run, result(run, 2.0, english=4.0))
     head, *rows = table_under(report.render(filled), "At a glance", part=2)
     assert head[2:] == ["spelling to sounds", "plural of nouns", "english after, mean over tasks"]
     assert rows[0] == ["full fine-tuning", "1.00", "0.500 ± 0.000", "2.000 ± 0.000 †", "3.500"]
-    assert rows[2] == ["LoSiA p 1/8", "1.00", "1.000 ± 0.000", "", ""]
+    assert rows[2] == ["LoSiA calibrated, p 1/8", "1.00", "1.000 ± 0.000", "", ""]
 
 
 def test_the_report_names_trials_and_what_is_missing(filled, no_plots):
     text = report.render(filled)
-    assert "28 of " in re.search(r"\*\*(.*) runs are done", text)[0]
-    assert "pronunciation search 28 of 44" in text and "analysis 3 of 3" in text
+    assert "15 of " in re.search(r"\*\*(.*) runs are done", text)[0]
+    every = [r for r in study(SMALL) if (r.task, r.kind) == ("pronunciation", "main")]
+    assert f"pronunciation main {len(every) - 15} of {len(every)}" in text
+    assert "analysis 3 of 3" in text
     assert "equal-time" in text
-    assert "| LoSiA p 1/8 | 4 |  |  |  | 2.000 | **1.000** | 2.000 | 3.000 |" in text
+    assert "| LoSiA calibrated, p 1/8 | 4 |  |  |  | 2.000 | **1.000** | 2.000 | 3.000 |" in text
     assert "Nothing." in text.split("### Dropped")[1]
-    assert '`period="auto"`' in text and "not measured" in text
+    assert "not measured" in text
 
 
 def test_what_cannot_be_compared_is_dropped_and_named(filled, no_plots):
@@ -180,12 +197,16 @@ def test_what_cannot_be_compared_is_dropped_and_named(filled, no_plots):
     filled.write(runs[1], diverged | {"provenance": ORIGIN})
     filled.write(runs[2], result(Run(**asdict(runs[2]) | {"lr": 0.5}), 1.0))
     kept, dropped = usable(filled.all())
-    assert len(dropped) == 3 and len(kept) == 25
+    assert len(dropped) == 3 and len(kept) == 31
     text = report.render(filled)
     reasons = "scored on other items", "diverged, loss nan", "at lr 0.5, but the search's best is"
     for reason in reasons:
         assert reason in text.split("### Dropped")[1]
-    assert [row.method for row in compared(kept, "pronunciation")] == ["fft", "lora-r64"]
+    assert [row.method for row in compared(kept, "pronunciation")] == [
+        "fft",
+        "losia-p8",
+        "lora-r64",
+    ]
 
 
 def test_ablations_are_paired_with_the_default(filled, no_plots):
@@ -195,19 +216,6 @@ def test_ablations_are_paired_with_the_default(filled, no_plots):
     lines = report.render(filled).splitlines()
     [line] = [line for line in lines if line.startswith("| random first subnets")]
     assert "+0.250" in line and "< 0.001" in line
-
-
-def test_rules_for_period_and_rank_factor_are_judged_by_the_paired_test(filled, no_plots):
-    for name, nll in (("cycles-2", 1.25), ("budget", 0.75), ("period-100", 1.0)):
-        for run in ablations(SMALL, "pronunciation", (name,)):
-            run = filled.resolve(run)
-            filled.write(run, result(run, nll))
-    text = report.render(filled).split("### Defaults on trial")[1]
-    assert "- two cycles: worse (+0.250" in text
-    assert "- rank factors by importance: better (-0.250" in text
-    assert "- the paper's period of 100: no clear difference (+0.000" in text
-    assert "half a cycle" not in text.split("##")[0]
-    assert "- two cycles, against the period of 100: worse (+0.250" in text
 
 
 def test_forms_of_importance_are_paired_at_every_length(filled, no_plots):
@@ -237,7 +245,10 @@ def test_longer_runs_stand_beside_those_of_the_other_methods(filled, no_plots):
     head, *rows = table_under(
         report.render(filled), "Number of steps and cycles, spelling to sounds"
     )
-    cycles = [f"LoSiA p 1/8, {name}" for name in ("1/2 cycle", "1 cycle", "2 cycles", "period 100")]
+    cycles = [
+        f"LoSiA calibrated, p 1/8, {name}"
+        for name in ("1/2 cycle", "1 cycle", "2 cycles", "period 100")
+    ]
     assert head == ["steps", *cycles, "full fine-tuning", "LoRA r 8"]
     assert rows[0] == ["60", "", "1.000 ± 0.000", "", "", "0.500 ± 0.000", "1.500 ± 0.000"]
     costs = ("0.610", "0.500", "0.580", "0.600", "0.250", "0.750")
@@ -265,3 +276,31 @@ def test_the_same_files_give_the_same_report(filled, capsys):
         path.read_text(),
         {p.name: p.read_bytes() for p in (filled.folder / "plots").iterdir()},
     )
+
+
+def test_the_report_begins_with_what_to_choose(filled, no_plots):
+    first = report.render(filled).split("\n\n")[1].splitlines()
+    assert "LoSiA wide" in first[0] and "1.00 M trained values" in first[0]
+    assert "over 1 tasks" in first[0]
+    assert "against LoRA r 8 (1.00 M values): better on spelling to sounds." in first[1]
+    assert "against LoRA r 64 (1.00 M values): level on spelling to sounds." in first[2]
+    assert "against full fine-tuning (1.00 M values): worse on spelling to sounds." in first[3]
+    assert "LoRA r 8 3.00, LoRA r 64 3.00" in first[4] and len(first) <= 9
+
+
+def test_what_is_learned_stands_against_what_is_lost(filled, no_plots):
+    (start,) = (r for r in study(SMALL) if (r.kind, r.task) == ("untrained", "pronunciation"))
+    before = result(start, 3.0, english=2.9)
+    before["scores"]["search"] = before["scores"]["held_out"]
+    filled.write(start, before)
+    lost = {3e-4: 2.95, 1e-3: 3.05, 3e-3: 3.5}
+    for lr, english in lost.items():
+        trial = trial_of(SMALL, "pronunciation", "lora-r8", lr)
+        found = result(trial, {3e-4: 2.5, 1e-3: 2.0, 3e-3: 1.5}[lr])
+        found["scores"]["english"] = {"": {"nll": english}}
+        filled.write(trial, found)
+    head, *rows = table_under(report.render(filled), "Learned against lost", part=3)
+    assert head[-1] == "learned at most 0.2 lost"
+    (row,) = (row for row in rows if row[0] == "LoRA r 8")
+    assert "0.50 / +0.05" in row and "1.00 / +0.15" in row and "1.50 / +0.60" in row
+    assert row[-1] == "1.000"

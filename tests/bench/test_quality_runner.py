@@ -1,5 +1,6 @@
 """What is run, in which order, what is kept, what is run again."""
 
+import math
 import os
 import signal
 import threading
@@ -17,6 +18,7 @@ from bench.quality import runner
 from bench.quality.store import Store
 from bench.quality.study import (
     EQUAL_MEMORY,
+    RATES,
     SCALES,
     SEARCH_SEED,
     SEEDS,
@@ -26,16 +28,21 @@ from bench.quality.study import (
     study,
     ten_minutes,
     timings,
+    trial_of,
 )
 
 SMALL = SCALES["small"]
 ORIGIN = {"quiet": True, "commit": "abc", "device": "test"}
 
 
-def fake_result(run: Run, nll: float = 1.0, status: str = "ok", step: float = 1.0) -> dict:
+def fake_result(run: Run, nll: float | None = None, status: str = "ok", step: float = 1.0) -> dict:
+    """Of a search's trials the method's second rate costs least."""
     split = "search" if run.kind == "search" else "held_out"
+    if nll is None:
+        nll = 1.0 + (split == "search") * abs(math.log10(run.lr / STUDY[run.method].lrs[1]))
     seconds = {"step": step, "prepare": 5.0, "train": 12 * step + 3}
-    scores = {split: {"": {"right": 50.0, "tokens": 60.0, "nll": nll, "items": 1}}}
+    one = {"right": 50.0, "tokens": 60.0, "nll": nll, "items": 1}
+    scores = {name: {"": one} for name in (split, "english")}
     found = {"run": asdict(run), "status": status, "items": split, "seconds": seconds}
     return found | {"scores": scores}
 
@@ -68,9 +75,12 @@ def test_the_list_is_whole_and_fair(scale):
         for method in STUDY:
             mine = [run for run in runs if (run.task, run.method) == (task, method)]
             if not mine:
-                assert method == EQUAL_MEMORY and task != "pronunciation"
+                some = method == EQUAL_MEMORY or STUDY[method].chooses
+                assert some and task != "pronunciation"
                 continue
-            assert len([run for run in mine if run.kind == "search"]) == 4
+            tried = [run.lr for run in mine if run.kind == "search"]
+            assert tried == list(STUDY[method].lrs) and set(tried) < set(RATES)
+            assert len(tried) >= 3
             assert [run.seed for run in mine if run.kind == "main"] == list(SEEDS)
     assert SEARCH_SEED not in SEEDS
     place = {run.id: number for number, run in enumerate(runs)}
@@ -87,7 +97,7 @@ def test_best_rate_is_of_the_whole_search_and_of_what_came_to_an_end(tmp_path):
     for trial, nll in zip(trials[:-1], (0.9, 0.5, 0.7), strict=True):
         kept.write(trial, fake_result(trial, nll))
     (final, *_) = finals(SMALL, "past-tense", "fft")
-    with pytest.raises(NotReady, match="has not run"):
+    with pytest.raises(NotReady, match="has not been tried at 3e-04"):
         kept.resolve(final)
     kept.write(trials[-1], fake_result(trials[-1], nll=0.1, status="diverged"))
     assert kept.resolve(final).lr == trials[1].lr
@@ -98,13 +108,71 @@ def test_a_run_is_done_until_its_search_finds_another_rate(tmp_path):
     kept = Store(tmp_path)
     trials = list(searches(SMALL, "past-tense", "fft"))
     for trial in trials:
-        kept.write(trial, fake_result(trial, nll=trial.lr))
+        kept.write(trial, fake_result(trial))
     final = next(finals(SMALL, "past-tense", "fft"))
     assert not kept.is_done(final)
     kept.write(final, fake_result(kept.resolve(final)))
     assert kept.is_done(final)
-    kept.write(trials[0], fake_result(trials[0], nll=9.0))
+    kept.write(trials[2], fake_result(trials[2], nll=0.5))
     assert not kept.is_done(final)
+
+
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [
+        (3e-5, [1e-5, 3e-5, 1e-4, 3e-4]),
+        (1e-5, [3e-6, 1e-5, 3e-5, 1e-4, 3e-4]),
+        (1e-6, [3e-7, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4]),
+        (1e-3, [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3]),
+    ],
+)
+def test_a_search_goes_on_until_the_best_rate_has_a_worse_one_on_both_sides(
+    tmp_path, monkeypatch, best, tried
+):
+    order = []
+
+    def carry_out(run, store):
+        order.append((run.kind, run.lr))
+        return {"result": fake_result(run, nll=1.0 + abs(math.log10(run.lr / best)))}
+
+    monkeypatch.setattr(runner, "_carry_out", carry_out)
+    later = list(searches(SMALL, "plural", "fft"))
+    runs = [*searches(SMALL, "past-tense", "fft"), *finals(SMALL, "past-tense", "fft"), *later]
+    kept = Store(tmp_path)
+
+    def wanted():
+        return [run for each in runs for run in (*kept.more_trials(each), each)]
+
+    assert runner.run_study(wanted, kept, ORIGIN, say=lambda line: None) == 0
+    first = order[: -len(later)]
+    assert sorted(lr for kind, lr in first if kind == "search") == tried
+    assert first[-3:] == [("main", best)] * 3  # before what stands after them in the list
+    assert kept.best_lr("small", "past-tense", "fft") == best
+
+
+def test_a_trial_that_diverges_is_worse_than_any(tmp_path):
+    kept = Store(tmp_path)
+    for trial in searches(SMALL, "past-tense", "fft"):
+        kept.write(trial, fake_result(trial, status="diverged"))
+    assert min(kept.trials("small", "past-tense", "fft")) == 3e-6
+    for lr in RATES:
+        trial = trial_of(SMALL, "past-tense", "fft", lr)
+        kept.write(trial, fake_result(trial, status="diverged"))
+    with pytest.raises(NotReady, match="came to an end"):
+        kept.best_lr("small", "past-tense", "fft")
+
+
+def test_a_trial_that_does_not_say_what_was_lost_is_run_again_and_counts_meanwhile(tmp_path):
+    kept = Store(tmp_path)
+    for trial in searches(SMALL, "past-tense", "fft"):
+        old = fake_result(trial)
+        del old["scores"]["english"]
+        kept.write(trial, old)
+        assert not kept.is_done(trial)
+        rate = kept.trials("small", "past-tense", "fft")[trial.lr]
+        assert rate is not None
+        kept.write(trial, fake_result(trial))
+        assert kept.is_done(trial)
 
 
 def test_stopped_and_started_again(tmp_path, ran, monkeypatch):
@@ -160,8 +228,8 @@ def test_a_run_made_again_is_told_beside_the_studys(tmp_path, ran):
     studied, lines = Store(tmp_path / "study"), []
     studied.write(run, fake_result(run, nll=0.75))
     again = Store(tmp_path / "again", fallback=studied)
-    runner.run_study([run], again, ORIGIN, say=lines.append)
-    assert "1.000 nats (the study's: 50.0 % right, 0.750 nats)" in lines[0]
+    runner.run_study(lambda: [run], again, ORIGIN, say=lines.append)
+    assert "1.477 nats (the study's: 50.0 % right, 0.750 nats)" in lines[0]
     _, lines = run_all([run], tmp_path / "alone")
     assert "the study's" not in lines[0]
 
@@ -192,7 +260,7 @@ def test_what_a_sequence_needs_is_known_before_it_begins(tmp_path, ran):
     for trial in searches(SMALL, "past-tense", "lora-r8"):
         Store(tmp_path).write(trial, fake_result(trial))
     _, lines = run_all([run], tmp_path)
-    assert ran == [] and len(lines) == 1 and "small_plural_search" in lines[0]
+    assert ran == [] and len(lines) == 1 and "LoRA r 8 on plural has not been tried" in lines[0]
     run_all([*searches(SMALL, "plural", "lora-r8"), run], tmp_path)
     assert ran[-1] == run.id
 
@@ -220,7 +288,9 @@ def test_two_processes_share_the_work(tmp_path, model_folder, capfd):
     words += ["--model", str(model_folder)]
     assert runner.main([*words, "--results", str(tmp_path / "results")]) == 0
     found = Store(tmp_path / "results").all()
-    assert len(found) == 4 and all(result["status"] == "ok" for result in found)
+    rates = {result["run"]["lr"] for result in found}
+    assert rates >= set(STUDY["fft"].lrs) and len(found) == len(rates)
+    assert all(result["status"] == "ok" for result in found)
     assert {result["provenance"]["jobs"] for result in found} == {2}
     assert "0 to go" in capfd.readouterr().out
 
@@ -267,7 +337,7 @@ def test_equal_time_takes_the_steps_of_a_quiet_machine(tmp_path):
     with pytest.raises(NotReady, match="quiet"):
         kept.resolve(wanted)
     kept.write(run, fake_result(run, step=2.0) | {"provenance": ORIGIN})
-    assert kept.resolve(wanted) == replace(wanted, steps=90, lr=STUDY["lora-r8"].lrs[0])
+    assert kept.resolve(wanted) == replace(wanted, steps=90, lr=STUDY["lora-r8"].lrs[1])
     slow_start = fake_result(run, step=2.0)["seconds"] | {"prepare": 15.0}
     kept.write(run, fake_result(run) | {"provenance": ORIGIN, "seconds": slow_start})
     assert kept.resolve(wanted).steps == 85  # ten seconds of its preparation are five steps
