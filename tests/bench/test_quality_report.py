@@ -53,7 +53,7 @@ def table_under(text: str, heading: str, part: int = 1) -> list[list[str]]:
 
 @pytest.fixture
 def filled(tmp_path):
-    """Full fine-tuning is better, LoRA r 8 worse, LoRA r 64 and another LoSiA alike; the search's best rate is the second."""
+    """Full fine-tuning is better, LoRA r 8 worse, the others alike; the search's best rate is the second."""
     kept = Store(tmp_path / "results")
     costs = {"fft": 0.5, "lora-r8": 1.5, "losia-wide": 1.0, "losia-p8": 1.0, "lora-r64": 1.0}
     for method, nll in costs.items():

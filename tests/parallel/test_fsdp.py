@@ -16,6 +16,7 @@ VARIANTS = {
     "gradient": Run({"importance": "gradient"}),
     "bfloat16_importance": Run({"importance": "sensitivity_bfloat16"}),
     "sync": Run({"update_type": "sync"}),
+    "random-moves": Run({"moves": "random", "output_dim_factor": 0.5, "output_lr_factor": 0.5}),
     # the other loss is in float64, this in float32
     "head": Run({"output_dim_factor": 0.25, "fused_loss": False}),
     "dense_head": Run({"output_dim_factor": 1.0, "fused_loss": False}),
