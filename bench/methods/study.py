@@ -55,6 +55,11 @@ STILL = {"init_subnet": "random", "moves": "none"}
 WIDE_OUTPUTS = {"output_dim_factor": 1 / 8, "output_lr_factor": 0.1}
 _PLACED = (
     _placed("wide", "wide, at random, moved at random twice", shape="wide", **AT_RANDOM),
+    _placed(
+        "wide-r8",
+        "wide, at random, moved at random twice, p 3/20: as many values as LoRA r 8",
+        **{"shape": "wide", **AT_RANDOM, "rank_factor": 3 / 20},
+    ),
     _placed("wide-still", "wide, at random, never moved", shape="wide", **STILL),
     _placed("square", "square, at random, moved at random twice", **AT_RANDOM),
     _placed("square-still", "square, at random, never moved", **STILL),

@@ -92,7 +92,8 @@ def several(scale: Scale, task: str, *methods: str) -> list[Run]:
 
 
 PLACED = tuple(name for name in STUDY if STUDY[name].chooses)
-CANDIDATES = ("losia-wide", "losia-wide-still", "losia-square")
+CANDIDATES = ("losia-wide-r8", "losia-wide")  # on all tasks
+SIZES = ("losia-wide-p4", "losia-wide-p16", "losia-wide-p2")  # for which rate goes with which p
 FIRST = ("fft", "lora-r8", LOSIA, "lora-r64")
 EQUAL_MEMORY = "lora-r11"
 REST = tuple(name for name in STUDY if name not in (*FIRST, *PLACED, EQUAL_MEMORY))
@@ -112,11 +113,17 @@ def study(scale: Scale) -> list[Run]:
 
     runs = [Run("untrained", scale.name, task, "fft") for task in TASKS]
     for method in CANDIDATES:
-        for task in SEQUENCE if method == CANDIDATES[0] else BRIEF:
+        for task in BRIEF:
             runs += several(scale, task, method)
+    for method, task in product(SIZES, BRIEF[:3]):
+        runs += searches(scale, task, method)
+    for method in (*CANDIDATES, *FIRST):
+        runs += several(scale, "code", method)
     for task in BRIEF:
         runs += several(scale, task, *FIRST)
-    for method in (name for name in PLACED if name not in CANDIDATES):
+    for method in (name for name in PLACED if name not in (*CANDIDATES, *SIZES)):
+        runs += several(scale, "pronunciation", method)
+    for method in SIZES:
         runs += several(scale, "pronunciation", method)
     for task, changed in (
         ("past-tense", (*DEFAULTS, *OUTPUT_LAYER)),
