@@ -79,7 +79,7 @@ def apply_losia(
     now = {plain_name(name): p.requires_grad for name, p in model.named_parameters()}
     setattr(model, _FOUND, {name: (found[name], now[name]) for name in found.keys() & now.keys()})
     warn_of_unmatched(model, plan, config)
-    warn_of_unused(config)
+    warn_of_unused(plan, config)
     if config.target_modules == "all-linear":
         warn_of_frozen(model, plan, config)
     if config.fused_loss and plan.output_layer is not None:

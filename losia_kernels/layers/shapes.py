@@ -42,11 +42,8 @@ def find_factors(
     """The factors of the linear ``name`` with ``features = (out, in)``.
 
     A square subnet takes p of both sides. A wide one trains as many values: half of the side that
-    is the residual stream and ``2 p**2`` of the other, as long as p is below a half.
-
-    Raises:
-        ValueError: ``shape="wide"``, and neither the model's config nor the layer's name tells
-            which side is the residual stream.
+    is the residual stream and ``2 p**2`` of the other, as long as p is below a half. A layer of
+    which neither side is the stream, as between the two halves of a low-rank projection, is square.
     """
     p = find_rank(name, config)
     if isinstance(p, (tuple, list)):
@@ -54,27 +51,19 @@ def find_factors(
     if config.shape == "square" or p >= WIDE:
         return p, p
     narrow = p * p / WIDE
-    return (WIDE, narrow) if _writes_stream(model, name, features) else (narrow, WIDE)
-
-
-def _writes_stream(model: nn.Module, name: str, features: tuple[int, int]) -> bool:
-    streams = _stream_sizes(model)
-    writes, reads = (size in streams for size in features)
+    writes, reads = (size in stream_sizes(model) for size in features)
     if writes and reads:
-        return name.rpartition(".")[2] in WRITERS
-    if not (writes or reads):
-        raise ValueError(
-            f"{name}: LoSiAConfig.shape='wide' takes half of the residual stream, but neither of "
-            f"the layer's {features[0]} outputs and {features[1]} inputs is the model's "
-            f"hidden_size ({', '.join(map(str, sorted(streams))) or 'unknown'}); give the layer a "
-            f"pair (p_out, p_in) in rank_pattern, or use shape='square'"
-        )
-    return writes
+        writes = name.rpartition(".")[2] in WRITERS
+    elif not (writes or reads):
+        return p, p
+    return (WIDE, narrow) if writes else (narrow, WIDE)
 
 
-def _stream_sizes(model: nn.Module) -> set[int]:
-    """Every ``hidden_size`` of the model's config and of the configs inside it."""
+def stream_sizes(model: nn.Module) -> set[int]:
+    """How long the model's residual streams may be: every ``hidden_size`` of its config and of the
+    configs inside that, and the size of each embedding."""
     config = getattr(model, "config", None)
     configs = [config, *vars(config).values()] if hasattr(config, "__dict__") else []
-    found = (getattr(each, "hidden_size", None) for each in configs)
+    found = [getattr(each, "hidden_size", None) for each in configs]
+    found += [m.embedding_dim for m in model.modules() if isinstance(m, nn.Embedding)]
     return {size for size in found if isinstance(size, int)}

@@ -13,7 +13,7 @@ from ..config import LoSiAConfig
 from .foreign import check_forward, check_not_quantized
 from .linear import LoSiAConv1D, LoSiALinear
 from .module import Membership, SubnetModule
-from .shapes import find_factors, has_rank
+from .shapes import WIDE, find_factors, has_rank
 from .subnet import subnet_size
 
 KINDS: dict[str, type[LoSiALinear]] = {  # what a module becomes, by its exact class
@@ -335,10 +335,13 @@ def warn_of_frozen(model: nn.Module, plan: Plan, config: LoSiAConfig) -> None:
         )
 
 
-def warn_of_unused(config: LoSiAConfig) -> None:
-    """Warn of what a config says that its other fields keep from acting."""
+def warn_of_unused(plan: Plan, config: LoSiAConfig) -> None:
+    """Warn of what a config says that its other fields, or the model, keep from acting."""
     usual = LoSiAConfig()
     idle: dict[str, str] = {}
+    inner = [target.factors for target in plan.targets if not target.membership.is_output]
+    if config.rank_factor < WIDE and all(p_out == p_in for p_out, p_in in inner):
+        idle["shape"] = "no layer's side is as long as the model's hidden_size or its embeddings"
     if config.moves != "importance" and config.init_subnet == "random":
         idle |= dict.fromkeys(
             ("importance", "importance_beta1", "importance_beta2"),

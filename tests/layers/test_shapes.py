@@ -8,6 +8,7 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    DeepseekV3Config,
     GPT2Config,
     LlamaConfig,
     T5Config,
@@ -93,16 +94,32 @@ def test_a_pair_of_factors_is_the_shape_too():
     assert shapes(apply_losia(llama(), again)) == found
 
 
-def test_a_layer_whose_stream_nobody_knows_is_named_and_the_model_stays_as_it_was():
-    model = tiny_lm()  # no config says what its hidden size is
-    with pytest.raises(
-        ValueError, match=r"model\.layers\.0\.up_proj: .*shape='wide'.*rank_pattern"
-    ):
-        apply_losia(model, LoSiAConfig(rank_factor=1 / 4, shape="wide"))
-    assert not list(losia_layers(model))
-    pattern = {"up_proj": (1 / 4, 1 / 2), "down_proj": (1 / 2, 1 / 4)}
-    config = LoSiAConfig(rank_factor=1 / 4, shape="wide", rank_pattern=pattern)
-    assert shapes(apply_losia(model, config)) == {"up_proj": (3, 4), "down_proj": (4, 3)}
+def test_without_a_config_the_embeddings_say_how_long_the_stream_is():
+    wide = LoSiAConfig(rank_factor=0.3, shape="wide")
+    assert shapes(apply_losia(tiny_lm(), wide)) == {"up_proj": (2, 4), "down_proj": (4, 2)}
+
+
+def test_a_layer_of_which_neither_side_is_the_stream_is_square():
+    config = DeepseekV3Config(
+        **{"hidden_size": HIDDEN, "intermediate_size": INNER, "vocab_size": 50},
+        **{"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4},
+        **{"q_lora_rank": 48, "kv_lora_rank": 24, "first_k_dense_replace": 1},
+        **{"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8},
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    found = shapes(apply_losia(model, LoSiAConfig(rank_factor=1 / 4, shape="wide")))
+    assert found["q_a_proj"] == (6, 32) and found["q_b_proj"] == (12, 12)  # 48 x 64, 48 x 48
+    assert found["o_proj"] == (32, 4)  # 64 x 32
+
+
+def test_a_shape_that_cannot_act_is_named(recwarn):
+    blocks = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    with pytest.warns(UserWarning, match=r"LoSiAConfig\.shape cannot act: no layer's side"):
+        apply_losia(blocks, LoSiAConfig(rank_factor=1 / 4, shape="wide"))
+    recwarn.clear()
+    apply_losia(llama(), LoSiAConfig(rank_factor=1 / 2, shape="wide"))
+    apply_losia(llama(), LoSiAConfig(rank_factor=1 / 4, shape="wide"))
+    assert not [w for w in recwarn if "cannot act" in str(w.message)]
 
 
 @pytest.mark.parametrize("pair", [(0, 0.5), (0.5, 1.5), (0.5,), (0.5, 0.5, 0.5), (0.5, None), "ab"])

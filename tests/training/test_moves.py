@@ -145,6 +145,28 @@ def test_a_field_that_acts_is_not(options, recwarn):
     assert not [w for w in recwarn if "cannot act" in str(w.message)]
 
 
+def test_an_adapter_moves_at_random_and_comes_out_again():
+    """What it has left behind stays trained, and leaving it restores the base bit for bit."""
+    peft = pytest.importorskip("peft")
+    from losia_kernels.integrations.peft import LoSiAPeftConfig
+    from tests.integrations.tiny_llama import make_model
+
+    model = make_model()
+    base = snapshot(model)
+    config = LoSiAPeftConfig(rank_factor=0.25, shape="wide", moves="random", period=1)
+    adapted = peft.get_peft_model(model, config)
+    optimizer = LoSiAAdamW(adapted, lr=0.01)
+    tokens = torch.arange(12).view(2, 6)
+    for _ in range(5):
+        before = places(adapted)
+        take_step(adapted, optimizer, {"input_ids": tokens, "labels": tokens})
+        assert places(adapted) != before and not optimizer.timeline.observers
+    trained = adapted(input_ids=tokens).logits
+    merged = copy.deepcopy(adapted).merge_and_unload()
+    assert torch.equal(merged(input_ids=tokens).logits, trained)
+    assert same_tensors(snapshot(adapted.unload()), base)
+
+
 # the output layer's own rate ----------------------------------------------------------------------
 
 
