@@ -71,14 +71,14 @@ class LoSiAConfig:
     """
 
     rank_factor: float = 1 / 8
-    shape: str = "square"
+    shape: str = "wide"
     output_dim_factor: float = 0.0
     period: int | Literal["auto"] = 100
     warmup_steps: int = 0
-    moves: str = "importance"
+    moves: str = "random"
     update_type: str = "async"
     importance: str = "sensitivity"
-    init_subnet: str = "calibrated"
+    init_subnet: str = "random"
     importance_beta1: float = 0.85
     importance_beta2: float = 0.85
     output_init: str = "random"

@@ -6,7 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from losia_kernels import LoSiAConfig
+
 VOCAB, HIDDEN = 13, 8
+
+
+# The paper's method but for the output layer, which is frozen, and the first subnets, which
+# `calibrate` would place.
+PAPER = {"shape": "square", "moves": "importance", "init_subnet": "calibrated"}
+
+
+def paper(**changes) -> LoSiAConfig:
+    """A config of the paper's method with ``changes``."""
+    return LoSiAConfig(**PAPER | changes)
 
 
 class Block(nn.Module):

@@ -13,10 +13,11 @@ from bench.methods.importance import (
     rank_pattern,
     rank_pattern_of,
 )
-from losia_kernels import LoSiAConfig, apply_losia
+from losia_kernels import apply_losia
 from losia_kernels.layers.module import losia_layers
 from losia_kernels.layers.subnet import subnet_size
 from tests.bench.quality_tiny import tiny_base, tiny_tasks
+from tests.tiny import paper
 
 P = 1 / 8
 
@@ -94,7 +95,7 @@ def test_importance_is_that_of_equation_3_and_the_pattern_is_applied():
 
     model = base.fresh()
     pattern = rank_pattern_of(model, itertools.islice(made(), 2), P)
-    apply_losia(model, LoSiAConfig(rank_factor=P, rank_pattern=pattern))
+    apply_losia(model, paper(rank_factor=P, rank_pattern=pattern))
     sizes = {name: layer.subnet.shape[0] for name, layer in losia_layers(model)}
     expected_sizes = {name.replace("\\.", "."): factor for name, factor in pattern.items()}
     assert sizes == {

@@ -13,10 +13,11 @@ from bench.speed import model
 from bench.speed.memory import SETTINGS, LoRA
 from bench.speed.models import CONFIGS, Block, build_model, shape_of
 from bench.speed.simulated import compare
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, cli
+from losia_kernels import LoSiAAdamW, apply_losia, cli
 from losia_kernels.finetune import estimate as memory_model
 from losia_kernels.finetune.estimate import GIB, LoSiA, ModelShape, Setting, estimate, largest
 from losia_kernels.layers.module import losia_layers
+from tests.tiny import paper
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
@@ -103,7 +104,7 @@ def test_state_is_exact(tiny, method):
 def test_state_in_fewer_bits_is_exact(tiny, moments, master, in_backward):
     form = {"moments": moments, "in_backward": in_backward}
     module = build_model(tiny, CPU, BF16)
-    apply_losia(module, LoSiAConfig(output_dim_factor=0.5, master=master, fused_loss=False))
+    apply_losia(module, paper(output_dim_factor=0.5, master=master, fused_loss=False))
     optimizer = LoSiAAdamW(module, **form)
     tokens = torch.zeros(2, 8, dtype=torch.long)
     module(input_ids=tokens, labels=tokens).loss.backward()

@@ -10,6 +10,7 @@ from torch import Tensor
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, remove_losia
 from losia_kernels.layers.module import losia_layers
 from tests.integrations.tiny_llama import make_model, make_tokenizer
+from tests.tiny import paper
 
 STEPS = 7  # at period 1 and three groups, every layer moves twice
 
@@ -39,7 +40,7 @@ def make_pair(
     make_tokenizer().save_pretrained(folder / "base")
     model = model.to(getattr(torch, dtype))
     values = dict(rank_factor=1 / 4, output_dim_factor=1 / 8, period=1)
-    touched = train(model, LoSiAConfig(**{**values, **config}), steps)
+    touched = train(model, paper(**{**values, **config}), steps)
     remove_losia(model).save_pretrained(folder / "trained", max_shard_size=shards[1])
     make_tokenizer().save_pretrained(folder / "trained")
     return Pair(folder / "base", folder / "trained", touched)

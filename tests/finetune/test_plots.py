@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from losia_kernels import LoSiAConfig, cli
+from losia_kernels import cli
 from losia_kernels.finetune import plots
 from losia_kernels.finetune.options import PICTURES
 from losia_kernels.finetune.run import finetune
@@ -15,8 +15,9 @@ from losia_kernels.integrations.history import SubnetHistory
 from losia_kernels.integrations.transformers import LoSiACallback
 from tests.finetune.tiny_run import options
 from tests.integrations.test_trainer_features import make_trainer
+from tests.tiny import paper
 
-CONFIG = LoSiAConfig(rank_factor=1 / 4, output_dim_factor=1 / 8, period=2, warmup_steps=1)
+CONFIG = paper(rank_factor=1 / 4, output_dim_factor=1 / 8, period=2, warmup_steps=1)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_a_trainers_history_is_enough_for_what_it_shows(tmp_path, capsys):
 
 
 def test_marginal_importance_captures_nothing_that_is_known(tmp_path):
-    config = LoSiAConfig(rank_factor=1 / 4, period=2, importance="marginal")
+    config = paper(rank_factor=1 / 4, period=2, importance="marginal")
     trainer = make_trainer(tmp_path, config=config, max_steps=3)
     trainer.callback_handler.callbacks[-1].history = tmp_path / "subnets.jsonl"
     trainer.train()

@@ -4,10 +4,10 @@ import math
 
 import torch
 
-from losia_kernels import LoSiAConfig
 from losia_kernels.finetune import spectra
 from losia_kernels.layers.module import losia_layers
 from tests.integrations.tiny_llama import make_model
+from tests.tiny import paper
 
 
 def test_gradient_sums_are_those_of_the_dense_gradients():
@@ -16,7 +16,7 @@ def test_gradient_sums_are_those_of_the_dense_gradients():
         {"input_ids": (ids := torch.randint(0, 256, (2, 8))), "labels": ids} for _ in range(2)
     ]
     model = make_model()
-    sums = spectra.gradient_sums(model, batches, LoSiAConfig(rank_factor=0.5))
+    sums = spectra.gradient_sums(model, batches, paper(rank_factor=0.5))
     assert not list(losia_layers(model))
     plain, expected = make_model().train(), {name: (0, 0) for name in sums}
     for batch in batches:

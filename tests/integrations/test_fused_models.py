@@ -8,9 +8,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia
+from losia_kernels import LoSiAAdamW, apply_losia
 from losia_kernels.layers import lazy_logits
 from losia_kernels.layers.module import losia_layers
+from tests.tiny import paper
 from tests.tolerance import assert_within
 
 VOCABULARY = 97
@@ -46,9 +47,7 @@ def make_model(name: str, output_dim_factor: float, fused: bool, dtype=torch.flo
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.2)
     model.to(dtype)
-    losia = LoSiAConfig(
-        rank_factor=0.25, output_dim_factor=output_dim_factor, period=1, fused_loss=fused
-    )
+    losia = paper(rank_factor=0.25, output_dim_factor=output_dim_factor, period=1, fused_loss=fused)
     return apply_losia(model, losia)
 
 

@@ -5,13 +5,13 @@ import struct
 
 import pytest
 
-from losia_kernels import LoSiAConfig
 from losia_kernels.integrations.history import SubnetHistory, rewind_log
 from losia_kernels.layers.module import losia_layers
 from tests.integrations.test_trainer_features import Watch, logged, make_trainer
+from tests.tiny import paper
 
 STEPS = 9
-CONFIG = LoSiAConfig(rank_factor=1 / 4, output_dim_factor=1 / 8, period=2, warmup_steps=1)
+CONFIG = paper(rank_factor=1 / 4, output_dim_factor=1 / 8, period=2, warmup_steps=1)
 
 
 def places_now(model):

@@ -8,12 +8,13 @@ import torch
 import transformers
 from torch import nn
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, export_state_dict, remove_losia
+from losia_kernels import LoSiAAdamW, apply_losia, export_state_dict, remove_losia
 from losia_kernels.layers.linear import LoSiAConv1D
 from losia_kernels.layers.module import losia_layers
 from losia_kernels.parallel.placement import Sharded, Whole, find_placement
 from losia_kernels.parallel.ranks import Ranks
 from tests.integrations.tiny_models import FAMILIES, Family
+from tests.tiny import paper
 
 
 def convert(family: Family, model: nn.Module, **options) -> nn.Module:
@@ -24,7 +25,7 @@ def convert(family: Family, model: nn.Module, **options) -> nn.Module:
     } | options
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* weights stay frozen")
-        return apply_losia(model, LoSiAConfig(**values))
+        return apply_losia(model, paper(**values))
 
 
 def logits(model: nn.Module, batch: dict) -> torch.Tensor:
@@ -48,7 +49,7 @@ def test_what_is_trained_and_how_it_is_grouped(name):
     family = FAMILIES[name]
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        model = apply_losia(family.make(), LoSiAConfig(rank_factor=0.25))
+        model = apply_losia(family.make(), paper(rank_factor=0.25))
     groups: dict[str, set[str]] = {}
     for path, layer in losia_layers(model):
         block = layer.membership.group_name

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from tests.integrations.tiny_llama import make_model
+from tests.tiny import paper
 
 pytest.importorskip("peft")
 
@@ -296,7 +297,7 @@ def _values(layer: nn.Module) -> torch.Tensor:
 def test_the_config_has_losias_fields_and_defaults():
     """PEFT saves what its own dataclass lists, so the fields stand twice; these two are PEFT's to
     decide."""
-    assert LoSiAPeftConfig().losia_config() == dataclasses.replace(LoSiAConfig(), fused_loss=False)
+    assert LoSiAPeftConfig().losia_config() == dataclasses.replace(paper(), fused_loss=False)
     listed = {field.name for field in dataclasses.fields(LoSiAPeftConfig)}
     assert {field.name for field in dataclasses.fields(LoSiAConfig)} - listed == {
         "master",

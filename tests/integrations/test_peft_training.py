@@ -5,13 +5,14 @@ import pytest
 import torch
 
 from tests.integrations.tiny_llama import make_model, make_tokenizer
+from tests.tiny import paper
 
 pytest.importorskip("peft")
 
 from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach, calibrate
+from losia_kernels import LoSiAAdamW, apply_losia, attach, calibrate
 from losia_kernels.checkpoint.resumable import load_checkpoint, save_checkpoint
 from losia_kernels.integrations.peft import LoSiAPeftConfig
 from losia_kernels.integrations.transformers import LoSiACallback, LoSiAOptimizerFactory
@@ -57,7 +58,7 @@ def assert_same(model, other):
 def test_the_steps_are_those_of_apply_losia(dtype):
     base = make_model().to(dtype)
     ours = get_peft_model(make_model().to(dtype), LoSiAPeftConfig(**CHOICES))
-    theirs = apply_losia(base, LoSiAConfig(**CHOICES, fused_loss=False))
+    theirs = apply_losia(base, paper(**CHOICES, fused_loss=False))
     one, two = LoSiAAdamW(ours, lr=LR), LoSiAAdamW(theirs, lr=LR)
     assert (
         one.timeline.group_names == two.timeline.group_names == ["model.layers.0", "model.layers.1"]
@@ -84,9 +85,7 @@ def test_a_16_bit_subnet_is_rounded_stochastically():
     )
     optimizer = LoSiAAdamW(model, lr=LR)
     assert optimizer.timeline.config.master == "none"
-    other = apply_losia(
-        make_model().bfloat16(), LoSiAConfig(**CHOICES, fused_loss=False, master="none")
-    )
+    other = apply_losia(make_model().bfloat16(), paper(**CHOICES, fused_loss=False, master="none"))
     assert train(model, optimizer, batches(5)) == train(other, LoSiAAdamW(other, lr=LR), batches(5))
 
 
@@ -112,7 +111,7 @@ def test_any_torch_optimizer_through_attach(several):
     ours = get_peft_model(make_model(), LoSiAPeftConfig(**CHOICES))
     if several:
         ours.add_adapter("other", LoSiAPeftConfig(**CHOICES))
-    theirs = apply_losia(make_model(), LoSiAConfig(**CHOICES, fused_loss=False))
+    theirs = apply_losia(make_model(), paper(**CHOICES, fused_loss=False))
     losses = []
     for model in (ours, theirs):
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -269,8 +268,6 @@ def test_a_checkpoint_in_parts_is_refused_before_it_is_written(tmp_path):
     with pytest.raises(ValueError, match="block_out_idx is no parameter or buffer"):
         save_checkpoint(tmp_path / "a", model, optimizer)
     assert not list(tmp_path.iterdir())
-    save_checkpoint(
-        tmp_path / "b", plain := apply_losia(make_model(), LoSiAConfig()), LoSiAAdamW(plain)
-    )
+    save_checkpoint(tmp_path / "b", plain := apply_losia(make_model(), paper()), LoSiAAdamW(plain))
     with pytest.raises(ValueError, match="block_out_idx is no parameter or buffer"):
         load_checkpoint(tmp_path / "b", model, optimizer)

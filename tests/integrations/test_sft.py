@@ -4,16 +4,17 @@ builds no logits."""
 import pytest
 import torch
 
-from losia_kernels import LoSiAConfig, apply_losia, remove_losia
+from losia_kernels import apply_losia, remove_losia
 from losia_kernels.integrations.transformers import LoSiACallback, LoSiAOptimizerFactory
 from losia_kernels.layers.module import losia_layers
 from tests.integrations.tiny_llama import make_model, make_tokenizer
+from tests.tiny import paper
 
 pytest.importorskip("trl")
 from datasets import Dataset  # noqa: E402
 from trl import SFTConfig, SFTTrainer  # noqa: E402
 
-CONFIG = LoSiAConfig(rank_factor=1 / 4, period=2)
+CONFIG = paper(rank_factor=1 / 4, period=2)
 STEPS, ACCUMULATION, LR = 8, 2, 3e-2
 WORDS = ["a" * (i % 5 + 1) + "b" * (i % 7) for i in range(24)]
 PROMPTS = [{"prompt": f"{word}:", "completion": word.upper()} for word in WORDS]
@@ -113,7 +114,7 @@ def test_subnets_learn_and_move_by_the_mean_loss_of_each_micro_batch(tmp_path, r
 
 
 def test_its_loss_goes_round_the_output_layer(tmp_path):
-    config = LoSiAConfig(rank_factor=1 / 4, output_dim_factor=1 / 8, period=2)
+    config = paper(rank_factor=1 / 4, output_dim_factor=1 / 8, period=2)
     with pytest.raises(
         RuntimeError,
         match="lm_head: the loss gave the output layer.s subnet no gradient.*SFTTrainer",

@@ -8,16 +8,16 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach, calibrate
+from losia_kernels import LoSiAAdamW, apply_losia, attach, calibrate
 from losia_kernels.finetune.data import IGNORE, Collator
 from losia_kernels.finetune.model import check_packing
 from losia_kernels.finetune.options import FinetuneOptions, InputError
 from losia_kernels.finetune.trainer import FinetuneTrainer, training_arguments
 from losia_kernels.integrations.transformers import LoSiACallback, LoSiAOptimizerFactory
 from tests.integrations.tiny_llama import make_model
-from tests.tiny import same_tensors
+from tests.tiny import paper, same_tensors
 
-CONFIG = LoSiAConfig(rank_factor=1 / 4, output_dim_factor=1 / 8, period=2)
+CONFIG = paper(rank_factor=1 / 4, output_dim_factor=1 / 8, period=2)
 STEPS, BATCH, ACCUMULATION = 9, 2, 2
 LR = 3e-3
 
@@ -151,7 +151,7 @@ def places(model):
 def test_the_first_subnets_are_calibrated_before_the_first_step_unless_told_not_to(
     tmp_path, init_subnet
 ):
-    model = apply_losia(make_model(), LoSiAConfig(rank_factor=1 / 4, init_subnet=init_subnet))
+    model = apply_losia(make_model(), paper(rank_factor=1 / 4, init_subnet=init_subnet))
     drawn, snapshot = places(model), Snapshot()
     make_trainer(model, tmp_path, callbacks=[snapshot]).train()
     moved = [name for name in drawn if not torch.equal(drawn[name], snapshot.places[name])]
@@ -257,7 +257,7 @@ def test_a_checkpoint_without_the_optimizer_leaves_the_period_to_be_told(tmp_pat
 
 
 def test_the_output_layer_starts_at_the_tokens_of_the_data(tmp_path):
-    config = LoSiAConfig(
+    config = paper(
         rank_factor=0.25, output_dim_factor=0.1, init_subnet="random", output_init="frequency"
     )
     model, snapshot = apply_losia(make_model(), config), Snapshot()

@@ -14,14 +14,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, calibrate, remove_losia
+from losia_kernels import LoSiAAdamW, apply_losia, calibrate, remove_losia
 from losia_kernels.finetune.data import IGNORE, Collator
 from losia_kernels.integrations.transformers import LoSiACallback, LoSiAOptimizerFactory
 from losia_kernels.layers.module import losia_layers
 from tests.integrations.test_trainer import LR, samples
 from tests.integrations.tiny_llama import make_model, make_tokenizer
+from tests.tiny import paper
 
-CONFIG = LoSiAConfig(rank_factor=1 / 4, output_dim_factor=1 / 8, period=2)
+CONFIG = paper(rank_factor=1 / 4, output_dim_factor=1 / 8, period=2)
 STEPS, BATCH = 9, 2
 ACCUMULATED = {"gradient_accumulation_steps": 2}
 
@@ -175,7 +176,7 @@ def make_scaler(init_scale):
 
 
 def test_float16_with_a_step_that_overflows(tmp_path):
-    config = LoSiAConfig(rank_factor=1 / 4, output_dim_factor=1 / 8, period=2, init_subnet="random")
+    config = paper(rank_factor=1 / 4, output_dim_factor=1 / 8, period=2, init_subnet="random")
     trainer = float16_trainer(tmp_path, 2.0**24, config=config)
     trainer.train()
     taken = trainer.optimizer.optimizer.timeline.step
@@ -238,7 +239,7 @@ def test_gradient_checkpointing(tmp_path):
 )
 def test_a_schedule_is_that_of_any_optimizer_times_the_rewarming(tmp_path, name, options):
     changes = dict(lr_scheduler_type=name, lr_scheduler_kwargs=options, warmup_steps=3)
-    config = LoSiAConfig(rank_factor=1 / 4, period=2, warmup_steps=3, init_subnet="random")
+    config = paper(rank_factor=1 / 4, period=2, warmup_steps=3, init_subnet="random")
     rates = Watch(lambda optimizer, model: [group["lr"] for group in optimizer.param_groups])
     trainer = make_trainer(tmp_path, config=config, callbacks=[rates], **changes)
     trainer.train()

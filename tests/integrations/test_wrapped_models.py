@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, export_state_dict, remove_losia
+from losia_kernels import LoSiAAdamW, apply_losia, export_state_dict, remove_losia
 from losia_kernels.checkpoint.resumable import full_state_dict
 from losia_kernels.layers.module import losia_layers
 from tests.integrations.tiny_models import FAMILIES
+from tests.tiny import paper
 
 LLAMA = FAMILIES["llama"]
 
@@ -59,8 +60,8 @@ def liger_llama(monkeypatch):
 
 
 def test_ligers_fused_loss_trains_all_but_the_output_layer(liger_llama):
-    plain = apply_losia(LLAMA.make(), LoSiAConfig(rank_factor=0.25, period=1, fused_loss=False))
-    apply_losia(liger_llama, LoSiAConfig(rank_factor=0.25, period=1))
+    plain = apply_losia(LLAMA.make(), paper(rank_factor=0.25, period=1, fused_loss=False))
+    apply_losia(liger_llama, paper(rank_factor=0.25, period=1))
     before = places(plain)
     train(plain, 3)
     train(liger_llama, 3)
@@ -72,7 +73,7 @@ def test_ligers_fused_loss_trains_all_but_the_output_layer(liger_llama):
 def test_ligers_fused_loss_with_a_trained_output_layer_is_an_error_in_the_first_step(
     liger_llama, factor
 ):
-    apply_losia(liger_llama, LoSiAConfig(rank_factor=0.25, period=1, output_dim_factor=factor))
+    apply_losia(liger_llama, paper(rank_factor=0.25, period=1, output_dim_factor=factor))
     with pytest.raises(
         RuntimeError,
         match="lm_head: the loss gave .* no gradient.*fused_linear_cross_entropy=False",
@@ -112,7 +113,7 @@ def test_compiled_block_by_block(compiled_graphs, compile_blocks, compiled_first
     """A cycle and more: two variants of a block (the first one's input needs no gradient, so the
     others share two of their own), the same subnets as without, and plain names throughout."""
     backend, graphs = compiled_graphs
-    config = LoSiAConfig(
+    config = paper(
         rank_factor=0.25, period=1, target_modules=r".*layers\.\d\.(self_attn|mlp)\..*_proj"
     )
     plain, model = (LLAMA.make(num_hidden_layers=3, use_cache=False) for _ in range(2))
@@ -150,7 +151,7 @@ def test_modules_to_save_and_rank_pattern_find_their_modules_inside_compiled_blo
     backend, _ = compiled_graphs
     model = LLAMA.make()
     compile_around(model.model.layers, backend)
-    config = LoSiAConfig(
+    config = paper(
         rank_factor=0.25,
         modules_to_save=["layers.0.input_layernorm"],
         exclude_modules=["layers.1.mlp.up_proj"],

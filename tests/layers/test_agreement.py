@@ -11,7 +11,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from losia_kernels import (
     LoSiAAdamW,
-    LoSiAConfig,
     LoSiALinear,
     apply_losia,
     attach,
@@ -19,12 +18,12 @@ from losia_kernels import (
     remove_losia,
 )
 from losia_kernels.layers.module import losia_layers
-from tests.tiny import make_batches, same_tensors, take_step, tiny_lm
+from tests.tiny import make_batches, paper, same_tensors, take_step, tiny_lm
 
 
 def make(tied: bool = False, dtype: torch.dtype = torch.float32, **options):
     return apply_losia(
-        tiny_lm(tied=tied).to(dtype), LoSiAConfig(**{"rank_factor": 0.5, "period": 1} | options)
+        tiny_lm(tied=tied).to(dtype), paper(**{"rank_factor": 0.5, "period": 1} | options)
     )
 
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from losia_kernels import LoSiAConfig, apply_losia, export_state_dict, remove_losia
+from losia_kernels import apply_losia, export_state_dict, remove_losia
 from losia_kernels.layers.module import losia_layers
-from tests.tiny import HIDDEN, VOCAB, TinyLM, make_batches, same_tensors, snapshot, tiny_lm
+from tests.tiny import HIDDEN, VOCAB, TinyLM, make_batches, paper, same_tensors, snapshot, tiny_lm
 
 HALF = {"rank_factor": 0.5}
 TINY_TARGETS = [f"model.layers.{i}.{name}" for i in (0, 1) for name in ("up_proj", "down_proj")]
 
 
 def apply(model: nn.Module, output_layer: str | None = None, **options) -> nn.Module:
-    return apply_losia(model, LoSiAConfig(**HALF | options), output_layer)
+    return apply_losia(model, paper(**HALF | options), output_layer)
 
 
 def groups(model: nn.Module) -> dict[str, tuple[int | None, str]]:

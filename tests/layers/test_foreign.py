@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from losia_kernels import LoSiAConfig, apply_losia
+from losia_kernels import apply_losia
 from losia_kernels.layers.foreign import quantized_as
+from tests.tiny import paper
 
 
 def block_of(linear: nn.Module) -> nn.Module:
@@ -82,14 +83,14 @@ def test_it_is_refused_by_name_with_what_to_do(kind, targets):
     with pytest.raises(
         ValueError, match=f"'layers.0.o_proj' is quantized: a .*{told}.*original model in bfloat16"
     ):
-        apply_losia(model, LoSiAConfig(rank_factor=0.5, target_modules=targets))
+        apply_losia(model, paper(rank_factor=0.5, target_modules=targets))
     assert {name: type(module) for name, module in model.named_modules()} == before
     assert [parameter.requires_grad for parameter in model.parameters()] == trained
 
 
 def test_left_out_it_may_stay():
     model = block_of(lookalike("awq.modules.linear.gemm.WQLinear_GEMM", qweight=PACKED))
-    apply_losia(model, LoSiAConfig(rank_factor=0.5, exclude_modules=["o_proj"]))
+    apply_losia(model, paper(rank_factor=0.5, exclude_modules=["o_proj"]))
     assert hasattr(model.layers[0].q_proj, "subnet") and not hasattr(
         model.layers[0].o_proj, "subnet"
     )
@@ -116,4 +117,4 @@ def test_a_forward_of_its_own_is_refused_by_name():
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
     model[0].forward = lambda x: 0 * x
     with pytest.raises(ValueError, match="'0' has a forward of its own .*exclude_modules"):
-        apply_losia(model, LoSiAConfig(rank_factor=0.5))
+        apply_losia(model, paper(rank_factor=0.5))

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, calibrate, remove_losia
+from losia_kernels import LoSiAAdamW, apply_losia, calibrate, remove_losia
 from losia_kernels.layers import lazy_logits
 from losia_kernels.layers.fused_loss import fuse_loss, unfuse_loss
 from losia_kernels.layers.lazy_logits import LazyLogits
 from losia_kernels.layers.module import losia_layers
-from tests.tiny import TinyLM, make_batches, same_tensors, take_step, tiny_lm
+from tests.tiny import TinyLM, make_batches, paper, same_tensors, take_step, tiny_lm
 
 EVERY_HEAD = [0.0, 0.5, 1.0]
 
@@ -43,8 +43,7 @@ def pair(**options) -> tuple[nn.Module, nn.Module]:
     """The same model, fused and ordinary."""
     settings = {"rank_factor": 0.5, "period": 1} | options
     return tuple(
-        apply_losia(exact_lm(), LoSiAConfig(**settings, fused_loss=fused))
-        for fused in (True, False)
+        apply_losia(exact_lm(), paper(**settings, fused_loss=fused)) for fused in (True, False)
     )
 
 
@@ -98,7 +97,7 @@ def test_calibration_is_the_same(calls):
 
 
 def test_tied_embedding_stays_frozen_and_both_uses_see_the_update():
-    model = apply_losia(tiny_lm(tied=True), LoSiAConfig(rank_factor=0.5, output_dim_factor=0.5))
+    model = apply_losia(tiny_lm(tied=True), paper(rank_factor=0.5, output_dim_factor=0.5))
     optimizer, before = LoSiAAdamW(model, lr=1e-2), model.lm_head.weight.clone()
     outside = torch.ones(13, dtype=torch.bool).index_fill(0, model.lm_head.out_idx, False)
     take_step(model, optimizer, make_batches(1)[0])
@@ -289,7 +288,7 @@ def test_a_custom_function_on_the_logits_is_told_rather_than_left_without_a_grad
     ],
 )
 def test_says_why_not(calls, change, why):
-    model = apply_losia(tiny_lm(), LoSiAConfig(rank_factor=0.5))
+    model = apply_losia(tiny_lm(), paper(rank_factor=0.5))
     change(model)
     with pytest.warns(UserWarning, match=f"TinyLM computes its loss from whole logits: {why}"):
         model(**make_batches(1)[0]).loss.backward()
@@ -300,14 +299,14 @@ def test_says_why_not(calls, change, why):
 
 
 def test_a_failing_forward_leaves_the_model_as_it_was():
-    model = apply_losia(tiny_lm(), LoSiAConfig(rank_factor=0.5))
+    model = apply_losia(tiny_lm(), paper(rank_factor=0.5))
     with pytest.raises(IndexError):
         model(torch.full((1, 3), 99), labels=torch.zeros(1, 3, dtype=torch.int64))
     assert "forward" not in model.lm_head.__dict__
 
 
 def test_a_copy_computes_its_own_loss(calls):
-    model = apply_losia(tiny_lm(), LoSiAConfig(rank_factor=0.5, output_dim_factor=0.5))
+    model = apply_losia(tiny_lm(), paper(rank_factor=0.5, output_dim_factor=0.5))
     twin = copy.deepcopy(model)
     with torch.no_grad():
         twin.lm_head.weight.zero_()
@@ -322,7 +321,7 @@ def test_a_copy_computes_its_own_loss(calls):
 
 
 def test_removed_with_the_layers(calls):
-    model = apply_losia(tiny_lm(), LoSiAConfig(rank_factor=0.5))
+    model = apply_losia(tiny_lm(), paper(rank_factor=0.5))
     state = model.state_dict().keys()
     remove_losia(model)(**make_batches(1)[0])
     assert not calls and not model._forward_pre_hooks and not model._forward_hooks
@@ -383,9 +382,7 @@ def test_state_dict_is_untouched():
 def test_shapes_alone(calls, output_dim_factor):
     """Under FakeTensorMode, where nothing has a value, a step runs as well."""
     with FakeTensorMode():
-        model = apply_losia(
-            tiny_lm(), LoSiAConfig(rank_factor=0.5, output_dim_factor=output_dim_factor)
-        )
+        model = apply_losia(tiny_lm(), paper(rank_factor=0.5, output_dim_factor=output_dim_factor))
         loss = model(
             torch.zeros(2, 3, dtype=torch.int64), labels=torch.zeros(2, 3, dtype=torch.int64)
         ).loss

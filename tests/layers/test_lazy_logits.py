@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from losia_kernels import LoSiAConfig, apply_losia
+from losia_kernels import apply_losia
 from losia_kernels.layers import lazy_logits
 from tests.layers.test_fused_loss import calls, pair, tell_again  # noqa: F401
-from tests.tiny import TinyLM, make_batches
+from tests.tiny import TinyLM, make_batches, paper
 
 
 class Largest(TorchDispatchMode):
@@ -64,7 +64,7 @@ class WithHidden(TinyLM):
 def test_the_logits_of_an_evaluation_are_those_of_its_time():
     """Or an error, where they are gone; never those of another weight."""
     torch.manual_seed(0)
-    model = apply_losia(WithHidden(), LoSiAConfig(rank_factor=0.5, output_dim_factor=0.5)).eval()
+    model = apply_losia(WithHidden(), paper(rank_factor=0.5, output_dim_factor=0.5)).eval()
     batch = make_batches(1)[0]
     expected = model.lm_head(model.model.embed_tokens(batch["input_ids"]))
     doubled = {"lm_head.weight": 2 * model.lm_head.weight}

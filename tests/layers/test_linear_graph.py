@@ -7,16 +7,14 @@ import torch._dynamo
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, LoSiALinear, apply_losia
+from losia_kernels import LoSiAAdamW, LoSiALinear, apply_losia
 from losia_kernels.layers.module import losia_layers
-from tests.tiny import HIDDEN, Block
+from tests.tiny import HIDDEN, Block, paper
 
 
 def make_blocks(count=2, seed=0) -> nn.Sequential:
     torch.manual_seed(seed)
-    return apply_losia(
-        nn.Sequential(*[Block() for _ in range(count)]), LoSiAConfig(rank_factor=0.5)
-    )
+    return apply_losia(nn.Sequential(*[Block() for _ in range(count)]), paper(rank_factor=0.5))
 
 
 def gradients(model: nn.Module, forward, observing: bool) -> dict[str, torch.Tensor]:
@@ -178,7 +176,7 @@ def test_a_captured_backward_replays_and_observes_until_it_is_captured_anew():
     def made() -> tuple[nn.Module, LoSiAAdamW]:
         torch.manual_seed(0)
         model = apply_losia(
-            nn.Sequential(Block(), Block()), LoSiAConfig(rank_factor=0.5, period=2)
+            nn.Sequential(Block(), Block()), paper(rank_factor=0.5, period=2)
         ).cuda()
         return model, LoSiAAdamW(model, lr=0.01)
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from losia_kernels import LoSiAConfig, LoSiALinear, apply_losia
-from tests.tiny import same_tensors, snapshot
+from losia_kernels import LoSiALinear, apply_losia
+from tests.tiny import paper, same_tensors, snapshot
 
 OUT, IN = torch.tensor([0, 3, 5]), torch.tensor([1, 2, 4, 7, 9])
 
@@ -344,8 +344,8 @@ def test_made_on_meta_it_has_the_places_that_were_drawn(converted):
     if converted:
         with torch.device("meta"):
             model = nn.Sequential(nn.Linear(8, 8))
-        model = apply_losia(model, LoSiAConfig(rank_factor=0.5, seed=3))
-        expected = apply_losia(nn.Sequential(nn.Linear(8, 8)), LoSiAConfig(rank_factor=0.5, seed=3))
+        model = apply_losia(model, paper(rank_factor=0.5, seed=3))
+        expected = apply_losia(nn.Sequential(nn.Linear(8, 8)), paper(rank_factor=0.5, seed=3))
     else:
         torch.manual_seed(0)
         with torch.device("meta"):

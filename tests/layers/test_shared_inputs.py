@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from losia_kernels import LoSiAConfig, apply_losia
+from losia_kernels import apply_losia
 from losia_kernels.layers.module import losia_layers
+from tests.tiny import paper
 
 WIDTH, INNER, TOKENS = 32, 48, 10
 
@@ -32,7 +33,7 @@ class Block(nn.Module):
 
 def make(p: float, dtype: torch.dtype = torch.float64, **config) -> nn.Module:
     torch.manual_seed(0)
-    return apply_losia(nn.ModuleList([Block()]).to(dtype), LoSiAConfig(rank_factor=p, **config))[0]
+    return apply_losia(nn.ModuleList([Block()]).to(dtype), paper(rank_factor=p, **config))[0]
 
 
 def kept_values(block: nn.Module, x: Tensor, names: set[str]) -> int:

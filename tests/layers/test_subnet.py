@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from losia_kernels import LoSiAConfig, LoSiALinear, Subnet, apply_losia
+from losia_kernels import LoSiALinear, Subnet, apply_losia
 from losia_kernels.layers.subnet import subnet_size
 from losia_kernels.training.adam_state import AdamState
-from tests.tiny import same_tensors, tiny_lm
+from tests.tiny import paper, same_tensors, tiny_lm
 
 GOOD = torch.tensor([0, 2, 3])
 
@@ -110,12 +110,12 @@ def test_random_sides_are_independent_and_uniform():
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_torchs_defaults_are_not_asked(device):
-    expected = apply_losia(tiny_lm(), LoSiAConfig(rank_factor=0.5)).state_dict()
+    expected = apply_losia(tiny_lm(), paper(rank_factor=0.5)).state_dict()
     model = tiny_lm()
     torch.set_default_device(device)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        apply_losia(model, LoSiAConfig(rank_factor=0.5))
+        apply_losia(model, paper(rank_factor=0.5))
         state = AdamState().make(model.model.layers[0].up_proj.subnet)
     finally:
         torch.set_default_device(None)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from losia_kernels import LoSiAConfig, LoSiALinear, apply_losia, export_state_dict, remove_losia
+from losia_kernels import LoSiALinear, apply_losia, export_state_dict, remove_losia
 from losia_kernels.layers.module import losia_layers
 from tests.layers.test_convert import TINY_TARGETS, apply, groups, linears, nest, trained
-from tests.tiny import HIDDEN, VOCAB, tiny_lm
+from tests.tiny import HIDDEN, VOCAB, paper, tiny_lm
 
 # Groups -------------------------------------------------------------------------------------------
 
@@ -55,7 +55,7 @@ def test_an_output_layer_can_be_named():
 
 def test_a_list_of_targets_that_names_the_output_layer_is_told_what_trains_it():
     with pytest.raises(ValueError, match="'lm_head', the output layer, but .* output_dim_factor"):
-        apply_losia(tiny_lm(), LoSiAConfig(rank_factor=0.5, target_modules=["up_proj", "lm_head"]))
+        apply_losia(tiny_lm(), paper(rank_factor=0.5, target_modules=["up_proj", "lm_head"]))
 
 
 def test_an_output_layer_among_the_targets_is_an_output_layer_only():

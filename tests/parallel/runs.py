@@ -14,11 +14,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach, calibrate
+from losia_kernels import LoSiAAdamW, apply_losia, attach, calibrate
 from losia_kernels.checkpoint.resumable import full_state_dict, load_checkpoint, save_checkpoint
 from losia_kernels.layers.module import losia_layers
 from losia_kernels.parallel.ranks import Ranks
-from tests.tiny import make_batches, tiny_lm
+from tests.tiny import make_batches, paper, tiny_lm
 
 BLOCKS, PERIOD = 3, 2
 CYCLE = BLOCKS * PERIOD
@@ -64,7 +64,7 @@ class Outcome:
 
 def convert(run: Run, device: torch.device) -> LossOf:
     model = LossOf(run.dtype).to(device)
-    config = LoSiAConfig(**{"rank_factor": 0.25, "period": PERIOD, **run.config})
+    config = paper(**{"rank_factor": 0.25, "period": PERIOD, **run.config})
     return apply_losia(
         model, config, output_layer="lm.lm_head" if config.output_dim_factor else None
     )

@@ -16,9 +16,10 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.profiler import ProfilerActivity, profile
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia
+from losia_kernels import LoSiAAdamW, apply_losia
 from losia_kernels.parallel import ranks as distributed
 from tests.parallel.runs import LossOf, Run, batches_of, train_sharded
+from tests.tiny import paper
 
 
 def refused(device: torch.device, engine: str) -> str:
@@ -33,7 +34,7 @@ def refused(device: torch.device, engine: str) -> str:
         model = model.to(torch.bfloat16) if engine == "split" else model
         apply_losia(
             model,
-            LoSiAConfig(
+            paper(
                 rank_factor=0.25,
                 master="split" if engine == "split" else "float32",
             ),
@@ -110,9 +111,7 @@ def memory(device: torch.device, blocks: int, narrow: int, wide: int) -> tuple[i
     a busy machine.
     """
     torch.manual_seed(0)
-    model = apply_losia(
-        Stack(blocks, narrow, wide).to(device), LoSiAConfig(rank_factor=1 / 8, period=1)
-    )
+    model = apply_losia(Stack(blocks, narrow, wide).to(device), paper(rank_factor=1 / 8, period=1))
     for block in model.layers:
         fully_shard(block, reshard_after_forward=True)
     fully_shard(model)
@@ -149,9 +148,7 @@ def wire(device: torch.device, blocks: int, narrow: int, wide: int, steps: int) 
     """Bytes that the package, not FSDP, hands to collectives in ``steps`` steps with T = 1, by the
     collective."""
     torch.manual_seed(0)
-    model = apply_losia(
-        Stack(blocks, narrow, wide).to(device), LoSiAConfig(rank_factor=1 / 8, period=1)
-    )
+    model = apply_losia(Stack(blocks, narrow, wide).to(device), paper(rank_factor=1 / 8, period=1))
     for block in model.layers:
         fully_shard(block)
     fully_shard(model)

@@ -6,11 +6,12 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia
+from losia_kernels import LoSiAAdamW, apply_losia
 from losia_kernels.layers.module import losia_layers
 from losia_kernels.parallel.placement import fingerprint
 from losia_kernels.parallel.ranks import RanksDifferError
 from tests.parallel.runs import PERIOD, LossOf, Run, batches_of
+from tests.tiny import paper
 
 
 def differ(device: torch.device, what: str) -> str:
@@ -20,7 +21,7 @@ def differ(device: torch.device, what: str) -> str:
     if what == "embedding" and odd:
         with torch.no_grad():
             model.lm.model.embed_tokens.weight[0, 0] += 1e-12
-    config = LoSiAConfig(
+    config = paper(
         rank_factor=0.25,
         period="auto" if what == "length" else PERIOD + (odd and what == "config"),
         seed=int(odd and what == "seed"),
@@ -46,7 +47,7 @@ def differ(device: torch.device, what: str) -> str:
 def warned_of_weights(device: torch.device) -> list[str]:
     """DDP copies rank 0's weights over different ones; returns the warnings, once the ranks
     agree."""
-    model = apply_losia(LossOf(seed=dist.get_rank()).to(device), LoSiAConfig(rank_factor=0.25))
+    model = apply_losia(LossOf(seed=dist.get_rank()).to(device), paper(rank_factor=0.25))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         optimizer = LoSiAAdamW(DistributedDataParallel(model))
@@ -61,7 +62,7 @@ def independent_models(device: torch.device) -> int:
     groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
     rank = dist.get_rank()
     model = apply_losia(
-        LossOf(seed=rank).to(device), LoSiAConfig(rank_factor=0.25, period=1 + rank, seed=rank)
+        LossOf(seed=rank).to(device), paper(rank_factor=0.25, period=1 + rank, seed=rank)
     )
     optimizer = LoSiAAdamW(model, lr=1e-2, process_group=groups[rank])
     for batch in batches_of(Run(steps=4), rank, dist.get_world_size(), device):

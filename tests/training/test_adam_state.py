@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia
+from losia_kernels import LoSiAAdamW, apply_losia
 from losia_kernels.layers.module import losia_layers
 from losia_kernels.ops import adamw
 from losia_kernels.ops.rounding import join_float
 from losia_kernels.training.adam_state import MOMENTS, SUBNET_STATE
-from tests.tiny import make_batches, same_tensors, take_step, tiny_lm
+from tests.tiny import make_batches, paper, same_tensors, take_step, tiny_lm
 
 BF16 = torch.bfloat16
 FORMS = {
@@ -29,7 +29,7 @@ def make_run(form=None, master="float32", dtype=BF16, seed=0, tied=False, lr=0.0
         "output_dim_factor": 0.5,
         "master": master,
     } | options
-    model = apply_losia(tiny_lm(tied=tied).to(dtype), LoSiAConfig(**config, seed=seed))
+    model = apply_losia(tiny_lm(tied=tied).to(dtype), paper(**config, seed=seed))
     return model, LoSiAAdamW(model, lr=lr, weight_decay=0.1, **(form or {}))
 
 
@@ -164,7 +164,7 @@ def test_rows_of_several_scales_resume():
     def run():
         torch.manual_seed(0)
         model = apply_losia(
-            nn.Sequential(nn.Linear(600, 8), nn.Linear(8, 4)), LoSiAConfig(rank_factor=0.5)
+            nn.Sequential(nn.Linear(600, 8), nn.Linear(8, 4)), paper(rank_factor=0.5)
         )
         return model, LoSiAAdamW(model, lr=0.01, moments="int8")
 
@@ -251,7 +251,7 @@ def test_a_step_is_one_call_for_all_layers(monkeypatch):
 def test_no_step_reads_a_value(form, master, in_backward):
     """Meta tensors have none: whatever would wait for a GPU (item, nonzero, a copy to the host)
     raises here."""
-    config = LoSiAConfig(
+    config = paper(
         rank_factor=0.5,
         period=100,
         output_dim_factor=0.5,
@@ -277,7 +277,7 @@ def test_no_step_reads_a_value(form, master, in_backward):
 @pytest.mark.parametrize("form, master", FORMS.values(), ids=FORMS.keys())
 def test_no_step_waits_for_the_gpu(form, master):
     model = apply_losia(
-        tiny_lm().to(BF16).cuda(), LoSiAConfig(rank_factor=0.5, period=100, master=master)
+        tiny_lm().to(BF16).cuda(), paper(rank_factor=0.5, period=100, master=master)
     )
     optimizer = LoSiAAdamW(model, lr=0.01, **form)
     batch = {key: value.cuda() for key, value in make_batches(1)[0].items()}

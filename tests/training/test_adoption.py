@@ -11,7 +11,6 @@ from torch import nn
 
 from losia_kernels import (
     LoSiAAdamW,
-    LoSiAConfig,
     LoSiALinear,
     apply_losia,
     attach,
@@ -19,8 +18,9 @@ from losia_kernels import (
     losia_layers,
     remove_losia,
 )
+from tests.tiny import paper
 
-CONFIG = LoSiAConfig(period=2)
+CONFIG = paper(period=2)
 X = torch.linspace(-1, 1, 48).view(6, 8).sin()
 
 
@@ -145,25 +145,25 @@ def test_it_is_the_training_of_apply_losia():
 
 def test_what_a_config_says_of_sizes_cannot_act():
     with pytest.warns(UserWarning, match="rank_factor cannot act on layers that were placed by"):
-        start(config=LoSiAConfig(rank_factor=0.5, period=2))
+        start(config=paper(rank_factor=0.5, period=2))
 
 
 def test_what_a_config_says_of_the_master_cannot_act():
     with pytest.warns(UserWarning, match="master"):
-        start(config=LoSiAConfig(period=2, master="none"))
+        start(config=paper(period=2, master="none"))
 
 
 def test_the_newest_config_counts_and_stays():
     model, _ = start()
     assert LoSiAAdamW(model).timeline.config.period == 2
-    assert LoSiAAdamW(model, config=LoSiAConfig(period=5)).timeline.config.period == 5
+    assert LoSiAAdamW(model, config=paper(period=5)).timeline.config.period == 5
     model.blocks[0].up = LoSiALinear(8, 16)
     assert LoSiAAdamW(model).timeline.config.period == 5
 
 
 def test_auto_is_settled_by_the_steps():
     model = Deep()
-    optimizer = LoSiAAdamW(model, config=LoSiAConfig(period="auto"), total_steps=24)
+    optimizer = LoSiAAdamW(model, config=paper(period="auto"), total_steps=24)
     assert optimizer.timeline.config.period == 4
 
 
@@ -195,7 +195,7 @@ def test_a_run_resumes_to_the_bit(optimizer, model_first):
 def test_a_state_of_another_config_is_named():
     model, optimizer = start()
     train(model, optimizer, 3)
-    other = LoSiAAdamW(Deep(), config=LoSiAConfig(period=3))
+    other = LoSiAAdamW(Deep(), config=paper(period=3))
     with pytest.raises(ValueError, match="LoSiAConfig.period=2, this run has 3"):
         other.load_state_dict(optimizer.state_dict())
 

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from csrc_ref.selection import block_sum, select_marginal_ref, select_ref
-from losia_kernels import LoSiAConfig, LoSiALinear, Subnet, apply_losia, calibrate, select_subnet
+from losia_kernels import LoSiALinear, Subnet, apply_losia, calibrate, select_subnet
 from losia_kernels.layers.module import losia_layers
 from losia_kernels.layers.subnet import subnet_size
 from losia_kernels.training.calibrate import start_from_frequency
 from losia_kernels.training.selection import select_from_marginals
+from tests.tiny import paper
 
 thorough = settings(max_examples=80, deadline=None, derandomize=True)
 
@@ -174,7 +175,7 @@ class TinyLM(nn.Module):
 
 def test_a_model_keeps_to_runs_from_the_first_draw_on():
     torch.manual_seed(0)
-    config = LoSiAConfig(rank_factor=0.5, output_dim_factor=0.4, alignment=4, fused_loss=False)
+    config = paper(rank_factor=0.5, output_dim_factor=0.4, alignment=4, fused_loss=False)
     model = apply_losia(TinyLM(), config, output_layer="lm_head")
     layers = dict(losia_layers(model))
 

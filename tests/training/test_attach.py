@@ -6,15 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach
+from losia_kernels import LoSiAAdamW, apply_losia, attach
 from losia_kernels.layers.module import losia_layers
-from tests.tiny import make_batches, same_tensors, snapshot, take_step, tiny_lm
+from tests.tiny import make_batches, paper, same_tensors, snapshot, take_step, tiny_lm
 
 
 def make_model(dtype=torch.float32, **options) -> nn.Module:
-    return apply_losia(
-        tiny_lm().to(dtype), LoSiAConfig(**{"rank_factor": 0.5, "period": 2} | options)
-    )
+    return apply_losia(tiny_lm().to(dtype), paper(**{"rank_factor": 0.5, "period": 2} | options))
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

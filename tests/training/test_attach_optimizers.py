@@ -7,9 +7,9 @@ import io
 import pytest
 import torch
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach
+from losia_kernels import LoSiAAdamW, apply_losia, attach
 from losia_kernels.layers.module import losia_layers
-from tests.tiny import make_batches, same_tensors, take_step, tiny_lm
+from tests.tiny import make_batches, paper, same_tensors, take_step, tiny_lm
 
 ADAFACTOR = {"relative_step": False, "scale_parameter": False, "warmup_init": False}
 OPTIMIZERS = {  # module, name, options
@@ -25,7 +25,7 @@ QUANTIZED = ["bitsandbytes AdamW8bit", "torchao AdamW8bit"]
 def make(kind: str, lr: float = 0.01, **config):
     module, name, options = OPTIMIZERS[kind]
     pytest.importorskip(module.partition(".")[0], exc_type=ImportError)
-    model = apply_losia(tiny_lm(), LoSiAConfig(**{"rank_factor": 0.5, "period": 2} | config))
+    model = apply_losia(tiny_lm(), paper(**{"rank_factor": 0.5, "period": 2} | config))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return model, getattr(importlib.import_module(module), name)(parameters, lr=lr, **options)
 
@@ -39,7 +39,7 @@ def places(model) -> dict[str, tuple[list[int], list[int]]]:
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_the_subnets_move_when_losia_adamws_do_and_the_weights_follow(kind):
     model, optimizer = make(kind, output_dim_factor=0.5)
-    twin = apply_losia(tiny_lm(), LoSiAConfig(rank_factor=0.5, period=2, output_dim_factor=0.5))
+    twin = apply_losia(tiny_lm(), paper(rank_factor=0.5, period=2, output_dim_factor=0.5))
     reference = LoSiAAdamW(twin, lr=0.01)
     timeline = attach(optimizer, model)
     assert optimizer.timeline is timeline
@@ -112,7 +112,7 @@ def test_quantized_moments_cannot_be_kept(kind):
     """They could only be dropped as a whole; zeros of the codes would not be zeros."""
     module, name, _ = OPTIMIZERS[kind]
     pytest.importorskip(module.partition(".")[0], exc_type=ImportError)
-    config = LoSiAConfig(rank_factor=0.5, period=1, reset_step=False)
+    config = paper(rank_factor=0.5, period=1, reset_step=False)
     # smaller subnets are not quantized
     model = apply_losia(torch.nn.Sequential(torch.nn.Linear(128, 128)), config)
     optimizer = getattr(importlib.import_module(module), name)([model[0].subnet], lr=0.01)
@@ -126,7 +126,7 @@ def test_quantized_moments_cannot_be_kept(kind):
 
 def test_a_learning_rate_of_the_optimizers_own_is_refused():
     transformers = pytest.importorskip("transformers")
-    model = apply_losia(tiny_lm(), LoSiAConfig(rank_factor=0.5))
+    model = apply_losia(tiny_lm(), paper(rank_factor=0.5))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = transformers.optimization.Adafactor(parameters)
     with pytest.raises(
@@ -137,7 +137,7 @@ def test_a_learning_rate_of_the_optimizers_own_is_refused():
 
 
 def test_learning_rates_that_are_tensors_are_one_for_each_group():
-    model = apply_losia(tiny_lm(), LoSiAConfig(rank_factor=0.5))
+    model = apply_losia(tiny_lm(), paper(rank_factor=0.5))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=torch.tensor(0.01), foreach=False)
     attach(optimizer, model)
@@ -146,7 +146,7 @@ def test_learning_rates_that_are_tensors_are_one_for_each_group():
 
 
 def test_a_step_that_a_grad_scaler_makes_a_fused_optimizer_skip_is_no_step_of_the_clock():
-    model = apply_losia(tiny_lm(), LoSiAConfig(rank_factor=0.5, period=1))
+    model = apply_losia(tiny_lm(), paper(rank_factor=0.5, period=1))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.01, fused=True)
     timeline = attach(optimizer, model)

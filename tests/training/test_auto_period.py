@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach
+from losia_kernels import LoSiAAdamW, apply_losia, attach
 from losia_kernels.layers.convert import trained_parameters
 from losia_kernels.layers.module import losia_layers
 from losia_kernels.training.schedule import Schedule, auto_period
-from tests.tiny import make_batches, same_tensors, snapshot, take_step, tiny_lm
+from tests.tiny import make_batches, paper, same_tensors, snapshot, take_step, tiny_lm
 
 STEPS = 12  # of two groups: two cycles of T = 3
 
 
 def make_model(period="auto", **options):
-    return apply_losia(tiny_lm(), LoSiAConfig(rank_factor=0.5, period=period, **options))
+    return apply_losia(tiny_lm(), paper(rank_factor=0.5, period=period, **options))
 
 
 def losia_adamw(model, total_steps=None):

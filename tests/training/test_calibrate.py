@@ -11,18 +11,17 @@ from csrc_ref.importance import importance_ref
 from csrc_ref.selection import select_marginal_ref
 from losia_kernels import (
     LoSiAAdamW,
-    LoSiAConfig,
     NonFiniteScoreError,
     apply_losia,
     attach,
     calibrate,
 )
 from losia_kernels.layers.module import losia_layers
-from tests.tiny import make_batches, same_tensors, snapshot, take_step, tiny_lm
+from tests.tiny import make_batches, paper, same_tensors, snapshot, take_step, tiny_lm
 
 
 def make_model(dtype=torch.float64, dropout=0.0, **options) -> nn.Module:
-    config = LoSiAConfig(**{"rank_factor": 0.5, "period": 2} | options)
+    config = paper(**{"rank_factor": 0.5, "period": 2} | options)
     return apply_losia(tiny_lm(dropout=dropout).to(dtype), config)
 
 
@@ -204,7 +203,7 @@ def test_a_model_without_subnets_is_refused(model):
 
 
 def test_a_model_that_is_only_trained_densely_has_nothing_to_place():
-    model = apply_losia(nn.Sequential(nn.Linear(4, 4)), LoSiAConfig(rank_factor=1.0))
+    model = apply_losia(nn.Sequential(nn.Linear(4, 4)), paper(rank_factor=1.0))
     with pytest.raises(ValueError, match="no LoSiALinear with a subnet to place"):
         calibrate(model, [torch.ones(2, 4)], loss_fn=lambda model, x: model(x).sum())
 

@@ -8,15 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach
+from losia_kernels import LoSiAAdamW, apply_losia, attach
 from losia_kernels.layers.module import losia_layers
-from tests.tiny import make_batches, take_step, tiny_lm
+from tests.tiny import make_batches, paper, take_step, tiny_lm
 
 
 def make(**options):
-    return apply_losia(
-        tiny_lm(), LoSiAConfig(**{"rank_factor": 0.5, "fused_loss": False} | options)
-    )
+    return apply_losia(tiny_lm(), paper(**{"rank_factor": 0.5, "fused_loss": False} | options))
 
 
 def subnets(model) -> list[torch.nn.Parameter]:

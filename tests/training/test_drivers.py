@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach
+from losia_kernels import LoSiAAdamW, apply_losia, attach
 from losia_kernels.layers.module import losia_layers
-from tests.tiny import make_batches, same_tensors, snapshot, take_step, tiny_lm
+from tests.tiny import make_batches, paper, same_tensors, snapshot, take_step, tiny_lm
 
 
 def make_model(blocks=2, **options) -> nn.Module:
-    return apply_losia(tiny_lm(blocks=blocks), LoSiAConfig(**{"rank_factor": 0.5} | options))
+    return apply_losia(tiny_lm(blocks=blocks), paper(**{"rank_factor": 0.5} | options))
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -88,8 +88,8 @@ def test_an_edit_of_a_layer_that_a_step_leaves_out_stays(attached):
 
 def test_layers_of_two_configs_are_refused():
     model = nn.ModuleDict({name: nn.ModuleList([nn.Linear(8, 8)]) for name in ("vision", "text")})
-    apply_losia(model["vision"], LoSiAConfig(rank_factor=0.5))
-    apply_losia(model["text"], LoSiAConfig(rank_factor=0.25))
+    apply_losia(model["vision"], paper(rank_factor=0.5))
+    apply_losia(model["text"], paper(rank_factor=0.25))
     with pytest.raises(
         ValueError, match="converted apart, with configs or groups that do not go together"
     ):
@@ -123,6 +123,6 @@ def test_after_detach_it_can_be_attached_again():
 
 
 def test_a_copied_optimizer_says_that_it_drives_no_model():
-    optimizer = LoSiAAdamW(apply_losia(tiny_lm(), LoSiAConfig(rank_factor=0.5)))
+    optimizer = LoSiAAdamW(apply_losia(tiny_lm(), paper(rank_factor=0.5)))
     with pytest.raises(RuntimeError, match="a copy of a LoSiAAdamW .* drives no model"):
         copy.deepcopy(optimizer).step()

@@ -7,11 +7,11 @@ from torch import nn
 
 from csrc_ref.importance import importance_marginals_ref, importance_update_ref
 from csrc_ref.selection import select_marginal_ref, select_ref
-from losia_kernels import LoSiAAdamW, LoSiAConfig, LoSiALinear, apply_losia
+from losia_kernels import LoSiAAdamW, LoSiALinear, apply_losia
 from losia_kernels.config import IMPORTANCES
 from losia_kernels.parallel.ranks import Ranks, RowShard
 from losia_kernels.training.importance import make_observer, new_subnet
-from tests.tiny import make_batches, take_step, tiny_lm
+from tests.tiny import make_batches, paper, take_step, tiny_lm
 
 BETAS = {"importance_beta1": 0.7, "importance_beta2": 0.6}
 SCALE = 2.0
@@ -33,7 +33,7 @@ def rows_of(layer) -> RowShard:
 
 
 def observed(layer, gradients, importance: str):
-    observer = make_observer(LoSiAConfig(importance=importance, **BETAS))
+    observer = make_observer(paper(importance=importance, **BETAS))
     for grad in gradients:
         observer.observe(layer.weight, grad, SCALE, rows_of(layer))
     return observer, new_subnet(layer, observer, rows_of(layer))
@@ -118,7 +118,7 @@ def test_choosing_changes_nothing(layer, gradients, importance):
 @pytest.mark.parametrize("importance", IMPORTANCES)
 def test_importance_starts_from_zero_in_each_slot_even_of_the_same_group(importance):
     """With one group a slot follows the other: what the first one saw is forgotten."""
-    config = LoSiAConfig(rank_factor=0.5, period=2, importance=importance)
+    config = paper(rank_factor=0.5, period=2, importance=importance)
     model = apply_losia(tiny_lm(blocks=1), config)
     optimizer = LoSiAAdamW(model, lr=0.01)
     for step, batch in enumerate(make_batches(6)):

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, LoSiALinear, apply_losia
-from tests.tiny import make_batches, same_tensors, tiny_lm
+from losia_kernels import LoSiAAdamW, LoSiALinear, apply_losia
+from tests.tiny import make_batches, paper, same_tensors, tiny_lm
 
 
 def train_scaled(first_scale: float, importance: str) -> tuple[dict, int]:
     """Four steps, each tried until the scaler takes it; the final state and how many tries
     overflowed."""
-    model = apply_losia(tiny_lm(), LoSiAConfig(rank_factor=0.5, period=2, importance=importance))
+    model = apply_losia(tiny_lm(), paper(rank_factor=0.5, period=2, importance=importance))
     optimizer = LoSiAAdamW(model, lr=1e-2)
     scaler = torch.amp.GradScaler("cpu", init_scale=first_scale, backoff_factor=2.0**-16)
     tries = 0
@@ -61,6 +61,6 @@ def test_the_scale_backs_off_where_the_dense_gradient_overflows():
 
 @pytest.mark.parametrize("divisor", [0, -1.0, float("inf"), float("nan")])
 def test_a_divisor_that_is_none_is_refused(divisor):
-    timeline = LoSiAAdamW(apply_losia(nn.Sequential(nn.Linear(8, 8)), LoSiAConfig(0.5))).timeline
+    timeline = LoSiAAdamW(apply_losia(nn.Sequential(nn.Linear(8, 8)), paper(0.5))).timeline
     with pytest.raises(ValueError, match="loss_divisor must be a positive number"):
         timeline.loss_divisor = divisor

@@ -9,7 +9,6 @@ from torch.nn.utils import prune
 
 from losia_kernels import (
     LoSiAAdamW,
-    LoSiAConfig,
     LoSiALinear,
     apply_losia,
     attach,
@@ -18,7 +17,7 @@ from losia_kernels import (
     losia_layers,
     remove_losia,
 )
-from tests.tiny import same_tensors
+from tests.tiny import paper, same_tensors
 
 
 class MLP(nn.Module):
@@ -70,7 +69,7 @@ def places(model: nn.Module) -> dict[str, list[int]]:
     return {name: layer.in_idx.tolist() for name, layer in losia_layers(model)}
 
 
-CONFIG = LoSiAConfig(period=3, seed=1)
+CONFIG = paper(period=3, seed=1)
 
 
 @pytest.mark.parametrize("driven", ["LoSiAAdamW", "attach"])
@@ -130,17 +129,17 @@ def test_a_config_that_is_none():
 
 
 def test_a_layer_placed_beside_converted_ones_is_named():
-    model = apply_losia(nn.Sequential(nn.Linear(16, 16), nn.ReLU()), LoSiAConfig(rank_factor=0.5))
+    model = apply_losia(nn.Sequential(nn.Linear(16, 16), nn.ReLU()), paper(rank_factor=0.5))
     model.append(LoSiALinear(16, 16))
     with pytest.raises(ValueError, match="2: a LoSiALinear placed by hand beside those"):
         LoSiAAdamW(model)
 
 
 def test_a_config_beside_that_of_apply_losia_is_refused():
-    model = apply_losia(nn.Sequential(nn.Linear(16, 16), nn.ReLU()), LoSiAConfig(rank_factor=0.5))
+    model = apply_losia(nn.Sequential(nn.Linear(16, 16), nn.ReLU()), paper(rank_factor=0.5))
     with pytest.raises(ValueError, match="apply_losia .or PEFT. has been given one already"):
         LoSiAAdamW(model, config=CONFIG)
-    LoSiAAdamW(model, config=LoSiAConfig(rank_factor=0.5))  # the same
+    LoSiAAdamW(model, config=paper(rank_factor=0.5))  # the same
 
 
 # requires_grad_ after the conversion --------------------------------------------------------------
@@ -148,7 +147,7 @@ def test_a_config_beside_that_of_apply_losia_is_refused():
 
 def converted() -> nn.Module:
     plain = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
-    return apply_losia(plain, LoSiAConfig(rank_factor=0.5))
+    return apply_losia(plain, paper(rank_factor=0.5))
 
 
 @pytest.mark.parametrize("model", [make(), converted()], ids=["by hand", "converted"])
@@ -177,7 +176,7 @@ def test_removed_the_flags_are_those_that_were_found():
     plain[1].requires_grad_(False)
     plain[2].bias.requires_grad_(False)
     before = {name: parameter.requires_grad for name, parameter in plain.named_parameters()}
-    model = apply_losia(plain, LoSiAConfig(rank_factor=0.5, modules_to_save=["1"]))
+    model = apply_losia(plain, paper(rank_factor=0.5, modules_to_save=["1"]))
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     assert flags["1.weight"] and not flags["0.weight"]
     after = remove_losia(model).named_parameters()
@@ -187,7 +186,7 @@ def test_removed_the_flags_are_those_that_were_found():
 def test_flags_set_since_the_conversion_stay():
     model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16))
     compiled = torch.compile(model, backend="eager")
-    apply_losia(compiled, LoSiAConfig(rank_factor=0.5, modules_to_save=["1"]))
+    apply_losia(compiled, paper(rank_factor=0.5, modules_to_save=["1"]))
     model[1].weight.requires_grad_(False)
     remove_losia(compiled)
     assert {name for name, p in model.named_parameters() if not p.requires_grad} == {"1.weight"}
@@ -196,7 +195,7 @@ def test_flags_set_since_the_conversion_stay():
 def test_flags_are_those_that_were_found_when_a_conversion_fails():
     plain = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 1))
     with pytest.raises(ValueError, match="selects none of 1"):
-        apply_losia(plain, LoSiAConfig(rank_factor=0.5, rank_pattern={"1": 0.5}))
+        apply_losia(plain, paper(rank_factor=0.5, rank_pattern={"1": 0.5}))
     assert all(parameter.requires_grad for parameter in plain.parameters())
 
 
@@ -261,11 +260,11 @@ def test_a_refused_optimizer_leaves_the_one_before(refused):
     before = LoSiAAdamW(model, config=CONFIG)
     with pytest.raises(ValueError):
         if refused == "attach":
-            attach(torch.optim.SGD([torch.ones(1)], lr=0.1), model, config=LoSiAConfig(period=9))
+            attach(torch.optim.SGD([torch.ones(1)], lr=0.1), model, config=paper(period=9))
         elif refused == "moments":
-            LoSiAAdamW(model, moments="fp8", config=LoSiAConfig(period=9))
+            LoSiAAdamW(model, moments="fp8", config=paper(period=9))
         else:
-            LoSiAAdamW(model, in_backward=True, config=LoSiAConfig(period=9))
+            LoSiAAdamW(model, in_backward=True, config=paper(period=9))
     assert before.timeline.drives and LoSiAAdamW(model).timeline.config.period == 3
 
 
@@ -285,7 +284,7 @@ def test_partly_frozen_models_are_attached():
 
 
 def test_attached_16_bit_subnets_are_warned_of():
-    model = apply_losia(nn.Sequential(nn.Linear(16, 16)).bfloat16(), LoSiAConfig(master="none"))
+    model = apply_losia(nn.Sequential(nn.Linear(16, 16)).bfloat16(), paper(master="none"))
     with pytest.warns(UserWarning, match="rounds subnets that are kept in 16 bits to nearest"):
         attach(torch.optim.SGD([model[0].subnet], lr=0.1), model)
 

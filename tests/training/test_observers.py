@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from losia_kernels import LoSiAConfig
 from losia_kernels.config import IMPORTANCES
 from losia_kernels.parallel.ranks import Ranks, RowShard
 from losia_kernels.training.importance import make_observer
+from tests.tiny import paper
 
 ROWS = RowShard(Ranks(), 11)
 
@@ -17,7 +17,7 @@ ROWS = RowShard(Ranks(), 11)
 )
 def test_blocks_of_outputs(kind, blocks):
     torch.manual_seed(0)
-    config = LoSiAConfig(importance=kind, importance_beta1=0.7)
+    config = paper(importance=kind, importance_beta1=0.7)
     whole, parts = make_observer(config), make_observer(config)
     weight = torch.randn(11, 5, dtype=torch.float64)
     for _ in range(3):

@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from bench.harness.live_bytes import LiveBytes
-from losia_kernels import LoSiAConfig, LoSiALinear
+from losia_kernels import LoSiALinear
 from losia_kernels import ops as losia_ops
 from losia_kernels.parallel.ranks import Ranks, RowShard
 from losia_kernels.training.importance import make_observer
+from tests.tiny import paper
 
 OUT, IN, TOKENS = 64, 96, 4
 DENSE = 4 * OUT * IN
@@ -33,7 +34,7 @@ def peaks(layers: int, observing: bool) -> list[int]:
             for i in range(layers)
         )
     )
-    observers = [make_observer(LoSiAConfig()) for _ in model]
+    observers = [make_observer(paper()) for _ in model]
     if observing:
         for layer, observer in zip(model, observers, strict=True):
             layer.observe_(

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, NonFiniteScoreError, apply_losia
+from losia_kernels import LoSiAAdamW, NonFiniteScoreError, apply_losia
 from losia_kernels.layers.convert import trained_parameters
 from losia_kernels.layers.module import losia_layers
-from tests.tiny import make_batches, same_tensors, snapshot, take_step, tiny_lm
+from tests.tiny import make_batches, paper, same_tensors, snapshot, take_step, tiny_lm
 
 NEVER = 10_000  # a period after the end of the run
 
 
 def make_model(dtype=torch.float32, tied=False, blocks=2, **options) -> nn.Module:
-    config = LoSiAConfig(**{"rank_factor": 0.5, "period": 2} | options)
+    config = paper(**{"rank_factor": 0.5, "period": 2} | options)
     return apply_losia(tiny_lm(tied=tied, blocks=blocks).to(dtype), config)
 
 

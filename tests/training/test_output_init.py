@@ -3,16 +3,14 @@
 import pytest
 import torch
 
-from losia_kernels import LoSiAConfig, apply_losia, start_from_frequency
+from losia_kernels import apply_losia, start_from_frequency
 from losia_kernels.layers.module import losia_layers
-from tests.tiny import tiny_lm
+from tests.tiny import paper, tiny_lm
 
 
 def make_model(**options):
     # 5 of 13
-    return apply_losia(
-        tiny_lm(), LoSiAConfig(**{"rank_factor": 0.5, "output_dim_factor": 0.4} | options)
-    )
+    return apply_losia(tiny_lm(), paper(**{"rank_factor": 0.5, "output_dim_factor": 0.4} | options))
 
 
 def labels(*tokens: int) -> dict:

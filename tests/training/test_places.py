@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach, calibrate, losia_layers
+from losia_kernels import LoSiAAdamW, apply_losia, attach, calibrate, losia_layers
 from losia_kernels.training import timeline
-from tests.tiny import make_batches, same_tensors, take_step, tiny_lm
+from tests.tiny import make_batches, paper, same_tensors, take_step, tiny_lm
 
 NEVER = 10**6
 
 
 def make_run(driven: str, period: int = 2):
-    model = apply_losia(tiny_lm(), LoSiAConfig(rank_factor=0.5, period=period))
+    model = apply_losia(tiny_lm(), paper(rank_factor=0.5, period=period))
     if driven == "LoSiAAdamW":
         return model, LoSiAAdamW(model, lr=0.01)
     if driven == "in_backward":

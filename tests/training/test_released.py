@@ -6,8 +6,8 @@ import weakref
 import pytest
 import torch
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach, calibrate, remove_losia
-from tests.tiny import make_batches, take_step, tiny_lm
+from losia_kernels import LoSiAAdamW, apply_losia, attach, calibrate, remove_losia
+from tests.tiny import make_batches, paper, take_step, tiny_lm
 
 
 def attached(model):
@@ -29,7 +29,7 @@ OPTIMIZERS = {
 )
 @pytest.mark.parametrize("removed", [False, True])
 def test_model_optimizer_and_importance_are_freed(make_optimizer, config, removed):
-    model = apply_losia(tiny_lm(), LoSiAConfig(rank_factor=0.5, period=2, **config))
+    model = apply_losia(tiny_lm(), paper(rank_factor=0.5, period=2, **config))
     batches = make_batches(5)
     calibrate(model, batches, steps=1)
     optimizer = make_optimizer(model)

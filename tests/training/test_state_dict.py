@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach
+from losia_kernels import LoSiAAdamW, apply_losia, attach
 from losia_kernels.layers.module import losia_layers
-from tests.tiny import make_batches, same_tensors, snapshot, take_step, tiny_lm
+from tests.tiny import make_batches, paper, same_tensors, snapshot, take_step, tiny_lm
 
 STEPS = 12  # two cycles of three groups, T = 2
 
@@ -22,7 +22,7 @@ def make_run(seed: int = 0, attached: bool = False, dtype=torch.float32, **optio
     """Model, optimizer and scheduler; ``seed`` of the first subnets, which a resumed run draws
     otherwise."""
     defaults = {"rank_factor": 0.5, "output_dim_factor": 0.5, "period": 2, "warmup_steps": 3}
-    model = apply_losia(tiny_lm().to(dtype), LoSiAConfig(**defaults | options, seed=seed))
+    model = apply_losia(tiny_lm().to(dtype), paper(**defaults | options, seed=seed))
     if attached:
         optimizer = torch.optim.AdamW(
             [p for p in model.parameters() if p.requires_grad], lr=0.01, weight_decay=0.1

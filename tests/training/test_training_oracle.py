@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from csrc_ref.training import Config, Matrix, Training
 from losia_kernels import (
     LoSiAAdamW,
-    LoSiAConfig,
     LoSiALinear,
     apply_losia,
     attach,
     export_state_dict,
 )
 from losia_kernels.layers.module import losia_layers
+from tests.tiny import paper
 from tests.tolerance import assert_within, max_error
 
 transformers = pytest.importorskip("transformers")
@@ -135,7 +135,7 @@ class Package:
         self.case, self.plain = case, build(case.tied, dtype)
         self.model = apply_losia(
             copy.deepcopy(self.plain),
-            LoSiAConfig(0.25, case.output, PERIOD, case.warmup, **case.losia),
+            paper(0.25, case.output, PERIOD, case.warmup, **case.losia),
         )
         if case.attached:
             trained = [
