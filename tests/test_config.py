@@ -17,7 +17,7 @@ BAD = {
     "warmup_steps": [-1, 0.5, False, None],
     "shape": ["round", None, 1],
     "moves": ["randomly", None, True],
-    "output_lr_factor": [0, -1, NAN, INF, True, "0.1", None],
+    "lr_of": ["weights", None, 1],
     "update_type": ["asynchronous", "", None, 1],
     "importance": ["sensitive", None],
     "init_subnet": ["calibrate", None],
@@ -79,11 +79,27 @@ def test_the_edges_of_the_ranges_are_good(values):
     assert {name: getattr(config, name) for name in values} == values
 
 
-def test_defaults_are_the_papers():
+def test_the_defaults_are_the_studys():
     config = LoSiAConfig()
+    assert (config.rank_factor, config.shape, config.init_subnet, config.moves) == (
+        3 / 20,
+        "wide",
+        "random",
+        "random",
+    )
+    assert config.output_dim_factor == 0 and config.scales_lr
+
+
+def test_the_papers_method_is_a_preset():
+    config = LoSiAConfig.paper()
+    assert (config.shape, config.init_subnet, config.moves) == ("square", "random", "importance")
+    assert not config.scales_lr
+    assert LoSiAConfig.paper(period=50, rank_factor=1 / 4) == dataclasses.replace(
+        config, period=50, rank_factor=1 / 4
+    )
     assert (config.rank_factor, config.output_dim_factor, config.period, config.warmup_steps) == (
         1 / 8,
-        0,
+        1 / 8,
         100,
         0,
     )

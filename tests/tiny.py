@@ -16,9 +16,10 @@ VOCAB, HIDDEN = 13, 8
 PAPER = {"shape": "square", "moves": "importance", "init_subnet": "calibrated"}
 
 
-def paper(**changes) -> LoSiAConfig:
+def paper(*values, **changes) -> LoSiAConfig:
     """A config of the paper's method with ``changes``."""
-    return LoSiAConfig(**PAPER | changes)
+    size = {} if values else {"rank_factor": 1 / 8}
+    return LoSiAConfig(*values, **size | PAPER | changes)
 
 
 class Block(nn.Module):

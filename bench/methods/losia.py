@@ -71,7 +71,7 @@ def prepare(
         raise MissingPeer("a remainder completes bfloat16 weights: needs a bfloat16 model")
     sizes = {"rank_factor": options.rank_factor, "output_dim_factor": options.output_dim_factor}
     form = {"period": NEVER, "fused_loss": fused_loss, **(LEAN_CONFIG if lean else {})}
-    apply_losia(model, LoSiAConfig(**sizes, **form))
+    apply_losia(model, LoSiAConfig.paper(**sizes, **form))
     optimizer = LoSiAAdamW(model, lr=options.lr, **(LEAN_OPTIMIZER if lean else {}))
     timeline = optimizer.timeline
     first_block = next(i for i, name in enumerate(timeline.group_names) if "layers" in name)
@@ -106,6 +106,9 @@ def study_config(model: nn.Module, options: Options) -> LoSiAConfig:
     turns = model.config.num_hidden_layers * options.changes.get("cycles", CYCLES)
     values = {"rank_factor": options.rank_factor, "period": max(1, int(options.steps / turns))}
     values |= {"warmup_steps": options.warmup, "seed": options.seed, "importance": "sensitivity"}
+    # as the paper has it, but for the calibrated start; rates are the subnets' own
+    values |= {"shape": "square", "moves": "importance", "init_subnet": "calibrated"}
+    values |= {"lr_of": "subnet"}
     return LoSiAConfig(**(values | changes))
 
 

@@ -31,13 +31,15 @@ def _losia(part: int, text: str = "as of p 1/8") -> Method:
     )
 
 
-def _placed(name: str, text: str, lrs: tuple[float, ...] = RATES[1:], **changes: Any) -> Method:
+def _placed(
+    name: str, title: str, text: str, lrs: tuple[float, ...] = RATES[1:], **changes: Any
+) -> Method:
     """A choice of shape, places and moves, with a learning rate of its own."""
 
     def prepare(model, options):
         return losia.prepare_study(model, replace(options, changes=changes | options.changes))
 
-    return Method(f"losia-{name}", f"LoSiA {text}", prepare, settings=text, lrs=lrs, chooses=True)
+    return Method(f"losia-{name}", title, prepare, settings=text, lrs=lrs, chooses=True)
 
 
 EVERYTHING = "all parameters, torch AdamW"
@@ -50,39 +52,43 @@ GALORE = (
     "projection); embeddings and norms by AdamW"
 )
 SAME_BYTES = "peft, alpha 22: adds as many bytes as LoSiA p 1/8"
-AT_RANDOM = {"init_subnet": "random", "moves": "random", "cycles": 2}
-STILL = {"init_subnet": "random", "moves": "none"}
-WIDE_OUTPUTS = {"output_dim_factor": 1 / 8, "output_lr_factor": 0.1}
+WIDE = {"shape": "wide", "init_subnet": "random", "moves": "random", "cycles": 2}
+SQUARE = WIDE | {"shape": "square"}
+STILL = {"moves": "none"}
+SCORED = {"shape": "wide", "cycles": 2}
+HEAD = {"output_dim_factor": 1 / 8, "output_init": "frequency", "lr_of": "full"}
+DEFAULT = "the default: wide, at random, moved at random twice in the run; p 3/20, as many values as LoRA r 8"
 _PLACED = (
-    _placed("wide", "wide, at random, moved at random twice", shape="wide", **AT_RANDOM),
+    _placed("wide-r8", "LoSiA", DEFAULT, **WIDE, rank_factor=3 / 20),
+    _placed("wide", "LoSiA p 1/8", "as LoSiA, of the paper's p", **WIDE),
+    _placed("wide-still", "LoSiA p 1/8, never moved", "wide, at random", **WIDE | STILL),
+    _placed("square", "LoSiA p 1/8, square", "square, at random, moved at random twice", **SQUARE),
+    _placed("square-still", "LoSiA p 1/8, square, never moved", "at random", **SQUARE | STILL),
     _placed(
-        "wide-r8",
-        "wide, at random, moved at random twice, p 3/20: as many values as LoRA r 8",
-        **{"shape": "wide", **AT_RANDOM, "rank_factor": 3 / 20},
-    ),
-    _placed("wide-still", "wide, at random, never moved", shape="wide", **STILL),
-    _placed("square", "square, at random, moved at random twice", **AT_RANDOM),
-    _placed("square-still", "square, at random, never moved", **STILL),
-    _placed("wide-scored", "wide, calibrated, moved by importance twice", shape="wide", cycles=2),
-    _placed(
-        "wide-head",
-        "wide, calibrated, moved by importance twice, 1/8 of the outputs at a tenth of the rate",
-        **{"shape": "wide", "cycles": 2, **WIDE_OUTPUTS},
+        *("wide-once", "LoSiA p 1/8, all at once", "wide, at random, all moved at random half-way"),
+        **WIDE | {"update_type": "sync"},
     ),
     _placed(
-        "wide-once",
-        "wide, at random, all moved at random at once, half-way",
-        **{"shape": "wide", **AT_RANDOM, "update_type": "sync"},
+        *("wide-scored", "LoSiA p 1/8, by importance"),
+        "wide, calibrated, moved by importance twice",
+        **SCORED,
+    ),
+    _placed(
+        *("wide-head", "LoSiA p 1/8 and 1/8 of the output layer"),
+        "never moved; rates are full fine-tuning's, as for every share",
+        **{**WIDE, **STILL, **HEAD, "lrs": LOWEST[:3]},
     ),
     *(
         _placed(
-            f"wide-p{part}",
-            f"wide, at random, moved at random twice, p 1/{part}",
-            **{"shape": "wide", **AT_RANDOM, "rank_factor": 1 / part, "lrs": lrs},
+            *(f"wide-p{part}", f"LoSiA p 1/{part}", f"as LoSiA, p 1/{part}"),
+            **{**WIDE, "rank_factor": 1 / part, "lrs": lrs},
         )
         for part, lrs in ((16, RATES[1:]), (4, RATES[:3]), (2, LOWER[:3]))
     ),
 )
+# the share of each weight's values that is trained, of methods that differ in nothing else
+TRAINED_SHARE = {"fft": 1.0, "losia-wide-p2": 1 / 4, "losia-wide-p4": 1 / 16}
+TRAINED_SHARE |= {"losia-wide-r8": 9 / 400, "losia-wide": 1 / 64, "losia-wide-p16": 1 / 256}
 _METHODS = (
     Method("fft", "full fine-tuning", plain.prepare_full, settings=EVERYTHING, lrs=LOWEST),
     _lora("lora-r8", "LoRA r 8", f"peft, alpha 16, {PLAIN}", RATES, 8, 16),

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..harness.pictures import draw
 from ..methods import STUDY
+from ..methods.study import TRAINED_SHARE
 from .analyses import SHARES
 from .study import LOSIA
 from .tables import Results, of, title, trials_of
@@ -17,6 +18,7 @@ def draw_plots(results: Results, tasks: list[str], scale: str, folder: Path) -> 
     of_all = {"lengths": _lengths, "selection": _selection, "gradients": _gradients}
     pictures = {f"all-{name}": functools.partial(each, results) for name, each in of_all.items()}
     of_task = {"learned-and-lost": _learned_and_lost, "search": _search, "loss": _loss}
+    of_task["one-rate"] = _one_rate
     for task in tasks:
         for name, picture in of_task.items():
             pictures[f"{task}-{name}"] = functools.partial(picture, results, task)
@@ -78,6 +80,19 @@ def _search(results: Results, task: str, axes) -> None:
             axes.plot(*zip(*costs, strict=True), "o-", label=title(method))
     y = "nats a token, search split"
     axes.set(xscale="log", xlabel="learning rate", ylabel=y, title=task)
+
+
+def _one_rate(results: Results, task: str, axes) -> None:
+    """All sizes' searches over the rate times the share of the values trained: one curve if one rate is right."""
+    for method, share in TRAINED_SHARE.items():
+        trials = sorted(trials_of(results, task, method).items())
+        if len(trials) > 1:
+            rates, costs = zip(*((lr * share, cost) for lr, cost in trials), strict=True)
+            axes.semilogx(
+                rates, costs, "o-", label=f"{title(method)}, 1/{1 / share:.3g} of the values"
+            )
+    x = "learning rate times the share of the values trained"
+    axes.set(xlabel=x, ylabel="nats a token, search split", title=task)
 
 
 def _loss(results: Results, task: str, axes, window: int = 8) -> None:

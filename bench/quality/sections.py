@@ -7,6 +7,7 @@ from ..harness.markdown import table
 from ..methods import STUDY, VARIANTS
 from .lost import learned_and_lost
 from .paired import paired
+from .rates import one_rate
 from .sequence import measures, single_task
 from .study import LOSIA, SCALES
 from .tables import Results, fewer, held_out, nats, of, other_text, show, show_p, title
@@ -203,6 +204,7 @@ ABLATED = {"past tense": "past-tense", "spelling to sounds": "pronunciation"}
 ABLATED |= {"arithmetic": "arithmetic", "completing code": "code", "plurals": "plural"}
 SECTIONS: dict[str, Callable[[Results], str]] = {
     "Learned against lost": learned_and_lost,
+    "One rate for every p": one_rate,
     **{
         f"One choice of {title(LOSIA)} changed, {name}": functools.partial(ablations, task=task)
         for name, task in ABLATED.items()

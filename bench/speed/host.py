@@ -47,7 +47,8 @@ def make(kind: str) -> tuple[nn.Module, torch.optim.Optimizer | None]:
         return chain.requires_grad_(False), None
     if kind == "full":
         return chain, torch.optim.AdamW(chain.parameters(), lr=1e-3)
-    apply_losia(chain, LoSiAConfig(rank_factor=1 / 2, period=10**6, importance="gradient"))
+    sizes = {"rank_factor": 1 / 2, "output_dim_factor": 0.0}
+    apply_losia(chain, LoSiAConfig.paper(**sizes, period=10**6, importance="gradient"))
     return chain, LoSiAAdamW(chain, lr=1e-3, in_backward=kind == "losia, in backward")
 
 

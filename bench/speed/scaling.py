@@ -28,7 +28,9 @@ def run_relocalization(model: str, batch: int, context: int, device, dtype) -> d
         module = build_stack(model, "block", device, dtype)
         inputs = Inputs(module, batch, context)
         reference = Reference(module, backward_dx(inputs))
-        optimizer = LoSiAAdamW(apply_losia(module, LoSiAConfig(period=period)))
+        optimizer = LoSiAAdamW(
+            apply_losia(module, LoSiAConfig.paper(period=period, output_dim_factor=0.0))
+        )
         layers = dict(losia_layers(module))
         if name == "resting":
             for layer in layers.values():

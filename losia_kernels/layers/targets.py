@@ -340,8 +340,14 @@ def warn_of_unused(plan: Plan, config: LoSiAConfig) -> None:
     usual = LoSiAConfig()
     idle: dict[str, str] = {}
     inner = [target.factors for target in plan.targets if not target.membership.is_output]
-    if config.rank_factor < WIDE and all(p_out == p_in for p_out, p_in in inner):
-        idle["shape"] = "no layer's side is as long as the model's hidden_size or its embeddings"
+    wide = config.shape == "wide" and config.rank_factor < WIDE
+    if wide and all(p_out == p_in for p_out, p_in in inner):
+        warnings.warn(
+            "LoSiA: every subnet is square: LoSiAConfig.shape='wide' cannot act, for no layer's "
+            "side is as long as the model's hidden_size or its embeddings; give pairs (p_out, "
+            "p_in) in rank_pattern",
+            stacklevel=3,
+        )
     if config.moves != "importance" and config.init_subnet == "random":
         idle |= dict.fromkeys(
             ("importance", "importance_beta1", "importance_beta2"),
@@ -350,7 +356,7 @@ def warn_of_unused(plan: Plan, config: LoSiAConfig) -> None:
     if config.moves == "none":
         idle |= dict.fromkeys(("update_type", "rewarm", "reset_step"), "moves='none'")
     if config.output_dim_factor == 0:
-        idle |= dict.fromkeys(("output_init", "output_lr_factor"), "output_dim_factor=0")
+        idle["output_init"] = "output_dim_factor=0"
     for name, why in idle.items():
         if getattr(config, name) != getattr(usual, name):
             warnings.warn(
@@ -361,8 +367,12 @@ def warn_of_unused(plan: Plan, config: LoSiAConfig) -> None:
 
 def warn_of_idle_fields(config: LoSiAConfig, layers: Iterable[SubnetModule]) -> None:
     """Warn of what a config says that cannot act on ``layers``, which were placed by hand."""
-    usual = LoSiAConfig()
-    idle = [name for name in IDLE_BY_HAND if getattr(config, name) != getattr(usual, name)]
+    presets = LoSiAConfig(), LoSiAConfig.paper()
+    idle = [
+        name
+        for name in IDLE_BY_HAND
+        if getattr(config, name) not in [getattr(preset, name) for preset in presets]
+    ]
     if config.master == "none" and any(layer.master for layer in layers):
         idle.append("master")
     if idle:

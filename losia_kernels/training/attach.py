@@ -74,9 +74,8 @@ def attach(
             group["lr"] = group.pop("scheduled_lr", group["lr"])
             group["scheduled_lr"] = group["lr"]
             if group.get("layer_group") is not None:  # one added later has none
-                number = group["layer_group"]
-                factor = timeline.output_factor(timeline.groups[number][0])
-                group["lr"] = group["lr"] * timeline.lr_factor(number) * factor
+                group["lr"] = group["lr"] * timeline.lr_factor(group["layer_group"])
+            group["lr"] = group["lr"] * group.get("lr_scale", 1.0)
 
     def write_back(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         for group in optimizer.param_groups:
@@ -93,6 +92,7 @@ def attach(
     def join_groups() -> None:
         for group in optimizer.param_groups:
             group.pop("layer_group", None)
+            group.pop("lr_scale", None)
 
     state = TimelineState(timeline, optimizer)
     if type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict:
@@ -121,12 +121,6 @@ def check_attachable(
                 f"attach: LoSiAConfig.master='split' keeps half of each value in LoSiAAdamW's "
                 f"state, which {type(optimizer).__name__} does not have; use 'float32'"
             )
-        if member.is_output and member.group is None and member.config.output_lr_factor != 1:
-            raise ValueError(
-                f"attach: LoSiAConfig.output_lr_factor={member.config.output_lr_factor} cannot act "
-                f"on {layer.name}, which is trained in full beside other parameters; give it a "
-                f"parameter group of its own, or use LoSiAAdamW"
-            )
     driven = any("layer_group" in group for group in optimizer.param_groups)
     if isinstance(optimizer, LoSiAAdamW) or driven:
         raise ValueError("attach: the optimizer drives the subnets already")
@@ -146,24 +140,25 @@ def check_attachable(
 
 
 def _split_groups(optimizer: torch.optim.Optimizer, timeline: Timeline) -> None:
-    """A parameter group for each layer group in it, and one for the rest."""
-    number_of = {
-        id(layer.subnet): number
+    """A parameter group for each layer group in it and each scale of the learning rate there, and
+    one for the rest."""
+    place_of = {
+        id(layer.subnet): (number, timeline.scale_of(layer))
         for number, layers in enumerate(timeline.groups)
         for layer in layers
     }
     split: list[dict] = []
     for group in optimizer.param_groups:
-        places = [number_of.get(id(parameter)) for parameter in group["params"]]
-        for number in [*range(len(timeline.groups)), None]:
-            here = [i for i, place in enumerate(places) if place == number]
+        places = [place_of.get(id(parameter), (None, 1.0)) for parameter in group["params"]]
+        for number, scale in [*dict.fromkeys(sorted(place_of.values())), (None, 1.0)]:
+            here = [i for i, place in enumerate(places) if place == (number, scale)]
             per_parameter: dict[str, list] = {  # of an optimizer that was given names, those too
                 key: [group[key][i] for i in here]
                 for key in ("params", "param_names")
                 if key in group
             }
             if here:
-                split.append({**group, **per_parameter, "layer_group": number})
+                split.append({**group, **per_parameter, "layer_group": number, "lr_scale": scale})
     optimizer.param_groups[:] = split
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):  # torchao's: schedulers fill it in place

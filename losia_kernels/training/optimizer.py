@@ -198,7 +198,7 @@ class LoSiAAdamW(torch.optim.Optimizer):
             grad=local(grad).contiguous(),
             out_idx=out_idx,
             in_idx=in_idx,
-            lr=lr * self.timeline.output_factor(layer),
+            lr=lr * self.timeline.scale_of(layer),
             step=step,
             seed=self._seed(layer) if self._form.stochastic(subnet) else None,
             **{key: local(state[key]) for key in SUBNET_STATE[1:] if key in state},

@@ -150,11 +150,13 @@ class Timeline:
         """What this step multiplies the group's learning rate with (Eq. 8)."""
         return self.clock.lr_factor(group)
 
-    def output_factor(self, layer: SubnetModule) -> float:
-        """What the learning rate of ``layer`` is multiplied with beside it: 1 but for the output
-        layer."""
-        is_output = layer.membership is not None and layer.membership.is_output
-        return self.config.output_lr_factor if is_output else 1.0
+    def scale_of(self, layer: SubnetModule) -> float:
+        """What the learning rate of ``layer`` is multiplied with beside it, where it is full
+        fine-tuning's: a step of Adam lowers the loss by the rate times the sum of |g| over what it
+        changes, of which places at random hold ``k_out * k_in / (out * in)``."""
+        if not self.config.scales_lr:
+            return 1.0
+        return layer.out_features * layer.in_features / layer.subnet.numel()
 
     def plan(self, total_steps: int) -> None:
         """Say how many optimizer steps a run that begins has: settles ``period="auto"``, and warns

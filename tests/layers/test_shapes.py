@@ -56,7 +56,7 @@ def test_a_wide_subnet_takes_half_of_the_stream_and_trains_as_many_values():
         "up_proj": (20, 32),
         "down_proj": (32, 20),  # 64 x 160
     }
-    square = apply_losia(llama(), LoSiAConfig(rank_factor=1 / 4))
+    square = apply_losia(llama(), LoSiAConfig(rank_factor=1 / 4, shape="square"))
     assert sum(layer.subnet.numel() for _, layer in losia_layers(model)) == sum(
         layer.subnet.numel() for _, layer in losia_layers(square)
     )
@@ -65,7 +65,7 @@ def test_a_wide_subnet_takes_half_of_the_stream_and_trains_as_many_values():
 @pytest.mark.parametrize("p", [0.5, 0.75, 1.0])
 def test_from_a_half_on_wide_is_square(p):
     wide = apply_losia(llama(), LoSiAConfig(rank_factor=p, shape="wide"))
-    assert shapes(wide) == shapes(apply_losia(llama(), LoSiAConfig(rank_factor=p)))
+    assert shapes(wide) == shapes(apply_losia(llama(), LoSiAConfig(rank_factor=p, shape="square")))
 
 
 def test_of_layers_with_two_sides_of_the_streams_length_the_name_tells():
@@ -114,11 +114,12 @@ def test_a_layer_of_which_neither_side_is_the_stream_is_square():
 
 def test_a_shape_that_cannot_act_is_named(recwarn):
     blocks = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
-    with pytest.warns(UserWarning, match=r"LoSiAConfig\.shape cannot act: no layer's side"):
+    with pytest.warns(UserWarning, match=r"every subnet is square: .* no layer's side"):
         apply_losia(blocks, LoSiAConfig(rank_factor=1 / 4, shape="wide"))
     recwarn.clear()
     apply_losia(llama(), LoSiAConfig(rank_factor=1 / 2, shape="wide"))
     apply_losia(llama(), LoSiAConfig(rank_factor=1 / 4, shape="wide"))
+    apply_losia(nn.Sequential(nn.Linear(8, 16)), LoSiAConfig(rank_factor=1 / 4, shape="square"))
     assert not [w for w in recwarn if "cannot act" in str(w.message)]
 
 

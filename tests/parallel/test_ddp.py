@@ -15,7 +15,7 @@ VARIANTS = {
     "marginal": Run({"importance": "marginal"}),
     "gradient": Run({"importance": "gradient"}),
     "sync": Run({"update_type": "sync"}),
-    "random-moves": Run({"moves": "random", "output_dim_factor": 0.5, "output_lr_factor": 0.5}),
+    "random-moves": Run({"moves": "random", "init_subnet": "random", "output_dim_factor": 0.5}),
     "head": Run({"output_dim_factor": 0.25}),
     "accumulated": Run(accumulation=2),
     "no_sync": Run(accumulation=2, no_sync=True),

@@ -10,7 +10,7 @@ from tests.parallel.runs import Run
 from tests.parallel.test_ddp import assert_replicas, assert_same_run
 
 CPU = torch.device("cpu")
-SLOW_HEAD = {"output_dim_factor": 0.5, "output_lr_factor": 0.5}
+AT_RANDOM = {"moves": "random", "init_subnet": "random", "output_dim_factor": 0.5}
 VARIANTS = {
     "paper": Run(),
     "marginal": Run({"importance": "marginal"}),
@@ -18,7 +18,7 @@ VARIANTS = {
     "bfloat16_importance": Run({"importance": "sensitivity_bfloat16"}),
     "sync": Run({"update_type": "sync"}),
     # the other loss is in float64, this in float32
-    "random-moves": Run({"moves": "random", **SLOW_HEAD, "fused_loss": False}),
+    "random-moves": Run({**AT_RANDOM, "fused_loss": False}),
     "head": Run({"output_dim_factor": 0.25, "fused_loss": False}),
     "dense_head": Run({"output_dim_factor": 1.0, "fused_loss": False}),
     "norms": Run({"modules_to_save": ["norm"]}),

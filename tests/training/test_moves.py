@@ -1,4 +1,4 @@
-"""Random moves and none; the output layer's own rate."""
+"""Random moves and none; whose learning rate an optimizer is given."""
 
 import copy
 
@@ -123,7 +123,6 @@ def test_random_moves_in_a_run_that_is_too_short_for_them_are_told():
         ({"moves": "none", "init_subnet": "random", "importance_beta1": 0.5}, "importance_beta1"),
         ({"moves": "none", "update_type": "sync"}, "update_type"),
         ({"moves": "none", "rewarm": False}, "rewarm"),
-        ({"output_lr_factor": 0.1}, "output_lr_factor"),
         ({"output_init": "frequency"}, "output_init"),
     ],
 )
@@ -135,9 +134,9 @@ def test_a_field_that_cannot_act_is_named(options, idle):
 @pytest.mark.parametrize(
     "options",
     [
-        {"moves": "random", "importance": "marginal"},  # places the first subnets by it
+        {"moves": "importance", "importance": "marginal"},
         {"moves": "random", "init_subnet": "random", "rewarm": False},
-        {"output_lr_factor": 0.1, "output_init": "frequency", "output_dim_factor": 0.5},
+        {"output_init": "frequency", "output_dim_factor": 0.5},
     ],
 )
 def test_a_field_that_acts_is_not(options, recwarn):
@@ -167,23 +166,61 @@ def test_an_adapter_moves_at_random_and_comes_out_again():
     assert same_tensors(snapshot(adapted.unload()), base)
 
 
-# the output layer's own rate ----------------------------------------------------------------------
+# whose learning rate it is -------------------------------------------------------------------------
+
+RANDOM = {"init_subnet": "random", "moves": "none"}
 
 
 @pytest.mark.parametrize("driven", ["LoSiAAdamW", "in_backward", "attach"])
 @pytest.mark.parametrize("share", [0.5, 1.0])
-def test_the_output_layers_rate_is_multiplied(driven, share):
+def test_full_fine_tunings_rate_is_divided_by_the_share_that_is_trained(driven, share):
     """One step of AdamW moves every value by the rate, whatever its gradient."""
-    if driven == "attach" and share == 1.0:
-        with pytest.raises(ValueError, match="output_lr_factor=0.25.*lm_head"):
-            make_run(driven, output_dim_factor=share, output_lr_factor=0.25)
-        return
-    model, optimizer = make_run(driven, output_dim_factor=share, output_lr_factor=0.25)
+    pattern = {"layers.1.up_proj": (0.25, 1.0)}
+    options = {"output_dim_factor": share, "rank_pattern": pattern, "shape": "square"}
+    model, optimizer = make_run(driven, **RANDOM, **options)
     layers = dict(losia_layers(model))
     before = {name: layer.subnet.detach().clone() for name, layer in layers.items()}
     take_step(model, optimizer, make_batches(1)[0])
     for name, layer in layers.items():
-        rate = 0.0025 if name == "lm_head" else 0.01
         moved = (layer.subnet - before[name]).abs().amax().item()
-        assert moved == pytest.approx(rate, rel=1e-3), name
+        assert moved == pytest.approx(0.01 * layer.weight.numel() / layer.subnet.numel(), rel=1e-3)
     assert {group["lr"] for group in optimizer.param_groups} == {0.01}
+    factors = {layer.weight.numel() / layer.subnet.numel() for layer in layers.values()}
+    assert len(factors) >= 2
+
+
+@pytest.mark.parametrize(
+    ("options", "scaled"),
+    [
+        ({}, True),
+        ({"init_subnet": "random", "moves": "none"}, True),
+        ({"init_subnet": "calibrated"}, False),
+        ({"moves": "importance"}, False),
+        ({"moves": "importance", "lr_of": "full"}, True),
+        ({"lr_of": "subnet"}, False),
+    ],
+)
+def test_auto_means_full_fine_tunings_where_places_are_at_random(options, scaled):
+    config = LoSiAConfig(**options)
+    assert config.scales_lr is scaled and not LoSiAConfig.paper().scales_lr
+    model = apply_losia(tiny_lm(), LoSiAConfig(**{"rank_factor": 0.5} | options))
+    optimizer = LoSiAAdamW(model, lr=0.01)
+    layer = dict(losia_layers(model))["model.layers.0.up_proj"]
+    before = layer.subnet.detach().clone()
+    take_step(model, optimizer, make_batches(1)[0])
+    moved = (layer.subnet - before).abs().amax().item()
+    assert moved == pytest.approx(0.04 if scaled else 0.01, rel=1e-3)
+
+
+def test_attach_keeps_the_scale_through_a_scheduler_and_detach():
+    pattern = {"layers.1.up_proj": (0.25, 1.0)}
+    model, optimizer = make_run("attach", moves="none", rank_pattern=pattern, shape="square")
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    for batch in make_batches(2):
+        take_step(model, optimizer, batch)
+        scheduler.step()
+    assert {group["lr"] for group in optimizer.param_groups} == {0.0025}
+    scales = sorted({group["lr_scale"] for group in optimizer.param_groups})
+    assert scales == [4.0]
+    optimizer.timeline.detach()
+    assert not any("lr_scale" in group for group in optimizer.param_groups)

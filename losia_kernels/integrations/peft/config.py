@@ -34,19 +34,16 @@ class LoSiAPeftConfig(PeftConfig):
         ValueError: a value is out of range.
     """
 
-    rank_factor: float = 1 / 8
-    shape: str = "wide"
+    rank_factor: float = 3 / 20
     output_dim_factor: float = 0.0
     period: int | Literal["auto"] = 100
     warmup_steps: int = 0
-    moves: str = "random"
     update_type: str = "async"
     importance: str = "sensitivity"
     init_subnet: str = "random"
     importance_beta1: float = 0.85
     importance_beta2: float = 0.85
     output_init: str = "random"
-    output_lr_factor: float = 1.0
     rewarm: bool = True
     reset_step: bool = True
     target_modules: str | list[str] | None = "all-linear"
@@ -55,6 +52,9 @@ class LoSiAPeftConfig(PeftConfig):
     rank_pattern: dict[str, float | tuple[float, float]] = field(default_factory=dict)
     seed: int = 0
     alignment: int = 1
+    shape: str = "wide"
+    moves: str = "random"
+    lr_of: str = "auto"
     init_weights: bool = True
 
     def __post_init__(self) -> None:
