@@ -8,8 +8,8 @@ from .base import Method, Options, Prepared, adamw, count, decoder_linears, trai
 
 
 class BlocksLinear(nn.Module):
-    """A frozen linear and what is added to disjoint blocks of its weight, from zero, as in both papers: block b is
-    ``weight[out_idx[b]][:, in_idx[b]]``."""
+    """A frozen linear and what is added to disjoint blocks of its weight, from zero, which is to train them in place:
+    block b is ``weight[out_idx[b]][:, in_idx[b]]``."""
 
     def __init__(self, linear: nn.Linear, out_idx: Tensor, in_idx: Tensor):
         super().__init__()
