@@ -43,7 +43,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A tiny LLaMA that has read WIKI until it costs the 1 to 2 nats a token that the harness wants
     of a model."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2}
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
     model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, vocab_size=len(tokenizer)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

@@ -97,7 +97,7 @@ def test_a_folder_that_is_no_checkout_is_named(tmp_path, capsys):
 @pytest.mark.skipif(not CHECKOUT, reason="PEFT_CHECKOUT names no checkout of huggingface/peft")
 def test_the_harness_runs_the_entries(tmp_path):
     results = {}
-    for entry in ("llama-3.2-3B-wide", "llama-3.2-3B-wide-still", "llama-3.2-3B-paper"):
+    for entry in table.ENTRIES:
         folder = tmp_path / entry
         script = ROOT / "tests" / "bench" / "peft_table_small.py"
         command = [sys.executable, str(script), CHECKOUT, str(folder), entry]
@@ -114,7 +114,11 @@ def test_the_harness_runs_the_entries(tmp_path):
         losses = [row["train loss"] for row in found["metrics"]]
         assert losses[-1] < losses[0]
         assert {"test accuracy", "forgetting"} <= found["metrics"][-1].keys()
-    wide, still, paper = (result["train_info"] for result in results.values())
+    wide, still, p16, paper = (
+        results[f"llama-3.2-3B-{name}"]["train_info"]
+        for name in ("wide", "wide-still", "wide-p16", "paper")
+    )
     assert wide["num_trainable_params"] == still["num_trainable_params"]
+    assert 4 * p16["num_trainable_params"] == wide["num_trainable_params"]
     assert wide["num_trainable_params"] < paper["num_trainable_params"]
     assert still["file_size"] < wide["file_size"] < 99999999, "each place of a subnet is a block"
