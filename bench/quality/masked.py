@@ -22,7 +22,7 @@ from .study import SCALES, Run
 from .tasks import TASKS
 from .training import Base, held_out, options_of, prepare, train
 
-MASKED = (1 / 64, 1 / 16, 1 / 4, 1 / 2, 3 / 4, 15 / 16, 63 / 64)  # of every linear's weights
+MASKED = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 15 / 16, 63 / 64)  # of each linear
 KINDS = ("sensitivity", "gradient", "random")
 BATCHES = 8
 Places = dict[str, Subnet]  # of every linear
