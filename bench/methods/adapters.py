@@ -1,4 +1,5 @@
-"""Adapters: PEFT's LoRA at its best, at the paper's settings and at PEFT's defaults; DoRA; PiSSA; a hand-fused LoRA."""
+"""Adapters: PEFT's LoRA at its best, at the paper's settings and at PEFT's defaults; DoRA; PiSSA; other methods of
+PEFT's; a hand-fused LoRA."""
 
 import functools
 import math
@@ -24,14 +25,29 @@ def prepare_peft(
     if defaults:  # what PEFT takes for LLaMA when nothing is said
         config["target_modules"] = ["q_proj", "v_proj"]
     else:
-        names = sorted({name.rsplit(".", 1)[-1] for name in decoder_linears(model)})
         alpha = options.alpha or 2 * options.rank
-        config |= {"r": options.rank, "lora_alpha": alpha, "target_modules": names}
+        config |= {"r": options.rank, "lora_alpha": alpha, "target_modules": linear_names(model)}
+    prepared = _adapt(model, options, peft.LoraConfig(**config), float32)
+    return replace(prepared, autocast=float32 and narrow)
+
+
+def prepare_other(model: nn.Module, options: Options, kind: str, **config: Any) -> Prepared:
+    """Another method of PEFT's, on all linears of the decoder blocks; ``kind``: its config's name."""
+    make = getattr(base.import_peer("peft"), kind)
+    return _adapt(model, options, make(target_modules=linear_names(model), **config), False)
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    return sorted({name.rsplit(".", 1)[-1] for name in decoder_linears(model)})
+
+
+def _adapt(model: nn.Module, options: Options, config: Any, float32: bool) -> Prepared:
+    peft = base.import_peer("peft")
     torch.manual_seed(options.seed)  # of the adapters' first values
-    adapted = peft.get_peft_model(model, peft.LoraConfig(**config), autocast_adapter_dtype=float32)
+    adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=float32)
     parameters = trained_parameters(adapted)
     optimizer, merged = adamw(parameters, options.lr), getattr(adapted, "merge_and_unload", None)
-    return Prepared(adapted, optimizer, base.count(parameters), merged, autocast=float32 and narrow)
+    return Prepared(adapted, optimizer, base.count(parameters), merged)
 
 
 class _FusedLoRA(torch.autograd.Function):

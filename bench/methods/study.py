@@ -6,8 +6,8 @@ library's; the learning rate is searched."""
 from dataclasses import dataclass, replace
 from typing import Any
 
-from . import galore, losia, plain
-from .adapters import prepare_peft
+from . import blocks, galore, losia, plain
+from .adapters import prepare_other, prepare_peft
 from .base import Method
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
@@ -20,6 +20,18 @@ def _lora(name: str, title: str, text: str, lrs: tuple, rank: int, alpha: int, *
         return prepare_peft(model, replace(options, rank=rank, alpha=alpha), **config)
 
     return Method(name, title, prepare, settings=text, lrs=lrs)
+
+
+def _peft(
+    name: str, title: str, text: str, lrs: tuple, kind: str, seeded=False, **config
+) -> Method:
+    """Another method of PEFT's; ``seeded``: its places are drawn from ``random_seed``."""
+
+    def prepare(model, options):
+        seed = {"random_seed": options.seed} if seeded else {}
+        return prepare_other(model, options, kind, **config, **seed)
+
+    return Method(name, title, prepare, settings=f"peft, {text}, {PLAIN}", lrs=lrs)
 
 
 def _losia(part: int, text: str = "as of p 1/8") -> Method:
@@ -52,6 +64,22 @@ GALORE = (
     "projection); embeddings and norms by AdamW"
 )
 SAME_BYTES = "peft, alpha 22: adds as many bytes as LoSiA p 1/8"
+SAME_VALUES = "peft, alpha 34: as many values as LoSiA p 1/8 with 1/8 of the output layer's outputs (5.19M, 5.20M)"
+AS_LORA = "as many values as LoRA r 8"
+SHIRA = f"ShiraConfig(r=8): random single weights, {AS_LORA}"
+MISS = f"MissConfig(r=16), its defaults otherwise: {AS_LORA}, and 2 % more"
+DIABLO = (
+    "64 disjoint blocks at random that cover all outputs and inputs of each linear, as many values as LoSiA p 1/8; "
+    "after DiaBlo, whose blocks are the diagonal ones"
+)
+PACA = f"16 random columns (inputs) of each linear, {AS_LORA}, and 2 % more; after PaCA"
+_PEERS = (
+    _peft("shira", "SHiRA r 8", SHIRA, RATES[1:], "ShiraConfig", seeded=True, r=8),
+    _peft("miss", "MiSS r 16", MISS, RATES[:3], "MissConfig", r=16),
+    blocks.method("blocks-64", "DiaBlo-like, 64", blocks.random_blocks, 64, DIABLO, RATES[1:]),
+    blocks.method("columns-16", "PaCA-like, 16", blocks.random_columns, 16, PACA, RATES[1:]),
+    _lora("lora-r17", "LoRA r 17", SAME_VALUES, RATES[:3], 17, 34),
+)
 WIDE = {"shape": "wide", "init_subnet": "random", "moves": "random", "cycles": 2}
 SQUARE = WIDE | {"shape": "square"}
 STILL = {"moves": "none"}
@@ -101,6 +129,7 @@ _METHODS = (
     _losia(16),
     _lora("lora-r11", "LoRA r 11", SAME_BYTES, RATES, 11, 22),
     _losia(2),
+    *_PEERS,
     *_PLACED,
 )
 STUDY: dict[str, Method] = {method.name: method for method in _METHODS}

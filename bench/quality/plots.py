@@ -16,6 +16,7 @@ def draw_plots(results: Results, tasks: list[str], scale: str, folder: Path) -> 
     from matplotlib import colormaps, cycler
 
     of_all = {"lengths": _lengths, "selection": _selection, "gradients": _gradients}
+    of_all["masked"] = _masked
     pictures = {f"all-{name}": functools.partial(each, results) for name, each in of_all.items()}
     of_task = {"learned-and-lost": _learned_and_lost, "search": _search, "loss": _loss}
     of_task["one-rate"] = _one_rate
@@ -128,3 +129,16 @@ def _gradients(results: Results, axes) -> None:
                 x, y, label = [0, *SHARES, 1], [0, *held[side], 1], f"{short} {side}"
                 axes.plot(x, y, style, color=color, markersize=3, label=label)
     axes.set(xlabel="share of the neurons, largest first", ylabel="share of the sum of |g|")
+
+
+def _masked(results: Results, axes) -> None:
+    """How much a trained model still does with only a subnet of its weights (after the paper's Figure 10)."""
+    styles = {"zero": ("s--", "others zero"), "untrained": ("o-", "others untrained")}
+    for result in of(results, kind="masked"):
+        for outside, of_kind in result["masked"].items():
+            style, words = styles[outside]
+            end = [[1.0, *result["linears_untrained"]]] if outside == "untrained" else []
+            for kind, rows in of_kind.items():
+                shares, right, _ = zip(*[[0.0, *result["whole"]], *rows, *end], strict=True)
+                axes.plot(shares, right, style, markersize=3, label=f"{kind}, {words}")
+    axes.set(xlabel="share of the weights that is masked", ylabel="right, %")

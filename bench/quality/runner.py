@@ -19,6 +19,7 @@ import torch
 from ..harness.jobs import Clock, InThisProcess, Job, run_all
 from ..harness.provenance import ROOT, provenance
 from .analyses import carry_out_analysis
+from .masked import carry_out_masked
 from .oracle import carry_out_oracle
 from .sequence import carry_out_sequence
 from .store import RESULTS, Store
@@ -133,6 +134,7 @@ def _carry_out(run: Run, store: Store) -> dict[str, Any]:
     if run.kind == "sequence":
         return {"result": carry_out_sequence(run, _base, store)}
     special = {"oracle": carry_out_oracle, "analysis": carry_out_analysis}
+    special |= {"masked": carry_out_masked}
     return {"result": special.get(run.kind, carry_out)(run, _base)}
 
 

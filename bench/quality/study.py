@@ -35,7 +35,7 @@ class Run:
     """One result. ``lr`` None: the best of the method's search on the task; ``steps`` None: as many as take the time of
     full fine-tuning's."""
 
-    kind: str  # untrained, search, main, ablation, oracle, sequence, analysis, timing, equal-time
+    kind: str  # untrained, search, main, ablation, oracle, sequence, analysis, masked, timing, equal-time
     scale: str
     task: str
     method: str
@@ -54,7 +54,7 @@ class Run:
     def minutes(self) -> float:
         """Estimated for one CPU core."""
         scale = SCALES[self.scale]
-        if self.kind in ("sequence", "analysis"):
+        if self.kind in ("sequence", "analysis", "masked"):
             return 8.0
         steps = 0 if self.kind == "untrained" else self.steps or scale.steps
         work = steps * scale.batch * TOKENS[self.task] / TOKENS_PER_MINUTE
@@ -134,6 +134,7 @@ def study(scale: Scale) -> list[Run]:
     for method, variant in ((LOSIA, "cycles-2"), ("lora-r64", ""), ("fft", "")):
         where = scale.name, "pronunciation", method, 0, None, 2 * scale.steps
         runs.append(Run("analysis", *where, variant))
+    runs.append(Run("masked", scale.name, "past-tense", "fft", 0, None, scale.steps))
     runs += [*several(scale, "arithmetic", *FIRST), *ablations(scale, "arithmetic", DEFAULTS)]
     runs.append(oracle("arithmetic"))
     for method in REST:
