@@ -1,17 +1,18 @@
 """The command line: ``python -m losia_kernels`` or ``losia-kernels``.
 
-Exit codes: 0 done; 1 training broke off; 2 a mistake in the arguments or the data, said in one line.
-A command imports what it needs when it runs, so that help comes at once.
+Exit codes: 0 done; 1 training broke off; 2 a mistake in the arguments or the data, said in one line;
+130 interrupted. A command imports what it needs when it runs, so that help comes at once.
 """
 
 import argparse
+import os
+import shlex
 import sys
-import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import Field, fields
-from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,26 +26,76 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = vars(command_parser().parse_args(argv))
     command = arguments.pop("command")
     warnings.showwarning = _show_warning
+    problem: object
     try:
         COMMANDS[command](**arguments)
+        sys.stdout.flush()
+        return 0
     except InputError as error:
-        print(f"losia-kernels: {error}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        print(
-            f"losia-kernels: {command} needs {error.name or error}; in a checkout of losia_kernels: "
-            f"pip install '.[hf]'",
-            file=sys.stderr,
-        )
-        return 2
+        code, problem = 2, error
+    except ImportError as error:
+        code, problem = 2, f"{command} {_what_is_missing(error)}"
     except (FloatingPointError, NonFiniteScoreError) as error:
-        print(f"losia-kernels: {error}", file=sys.stderr)
-        return 1
-    return 0
+        code, problem = 1, error
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") != "0":
+            return 130  # the first process says it for all
+        code, problem = 130, f"interrupted{_how_to_go_on(command, arguments.get('output'))}"
+    except BrokenPipeError:  # whoever reads the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    print(f"losia-kernels: {problem}", file=sys.stderr)
+    return code
 
 
-def _finetune(**values: Any) -> None:
-    options = FinetuneOptions(**values)
+def _what_is_missing(error: BaseException) -> str:
+    """What to tell of an import that failed, by its first cause: libraries that import late hide
+    it."""
+    while reason := error.__cause__ or (not error.__suppress_context__ and error.__context__):
+        error = reason
+    modules = [
+        frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
+    foreign = [name for name in modules if not name.startswith(("importlib.", "losia_kernels"))]
+    module = getattr(error, "name", None) or next(reversed(foreign), "a library")
+    library, install = (
+        module.partition(".")[0],
+        "in a checkout of losia_kernels: pip install -e '.[hf]'",
+    )
+    if isinstance(error, ModuleNotFoundError):
+        return f"needs {library}, which is not installed; {install}"
+    problem = str(error).strip().partition("\n")[0]
+    return f"cannot import {library}, broken or of another version ({problem}); {install}"
+
+
+def _how_to_go_on(command: str, output: str | None) -> str:
+    """What an interrupted ``finetune`` has left, and the command that goes on from there."""
+    if command != "finetune" or output is None:
+        return ""
+    folder = Path(output)
+    if (folder / "model").exists():
+        return f": the run is finished, the model is in {folder / 'model'}"
+    if not (folder / "run.json").exists():
+        return ": nothing was written yet"
+    from .checkpoint.folder import MARKER
+
+    whole = (folder / "checkpoints").glob(f"checkpoint-*/{MARKER}")
+    steps = [int(path.parent.name.rpartition("-")[2]) for path in whole]
+    start = f"step {max(steps)}" if steps else "the beginning, for there is no checkpoint yet"
+    return f": losia-kernels finetune --resume --output {shlex.quote(output)} goes on from {start}"
+
+
+def _finetune(**given: Any) -> None:
+    if given.get("resume") and "output" in given:
+        from .finetune.folder import resumed_options
+
+        options = resumed_options(given)
+    else:
+        missing = [name for name in ("model", "data", "output") if name not in given]
+        if missing:
+            flags = ", ".join(f"--{name}" for name in missing)
+            raise InputError(f"finetune needs {flags} (see losia-kernels finetune --help)")
+        options = FinetuneOptions(**given)
     options.check()  # before the imports, which take seconds
     from .finetune.run import finetune
 
@@ -128,27 +179,19 @@ def _as_input_errors() -> Iterator[None]:
     """For work on folders alone, where a ValueError or OSError is about what the user named."""
     try:
         yield
+    except BrokenPipeError:  # of the output
+        raise
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from None
 
 
-def _track(names: Iterable[str], doing: str) -> Iterator[str]:
-    """Yields ``names`` and says on stderr how far it is: one line, rewritten; in a log a line every
-    half minute."""
-    names = list(names)
-    terminal = sys.stderr.isatty()
-    start = "\r\033[K" if terminal else ""  # back to the start of the line, and clear it
-    started = printed = time.perf_counter()
-    for done, name in enumerate(names):
-        now = time.perf_counter()
-        if done and now - printed > (0.2 if terminal else 30):
-            left = timedelta(seconds=round((now - started) / done * (len(names) - done)))
-            text = f"{start}{doing} {done}/{len(names)}  left {left}"
-            print(text, end="" if terminal else "\n", file=sys.stderr, flush=True)
-            printed = now
-        yield name
-    if terminal:
-        print(start, end="", file=sys.stderr, flush=True)
+def _track(names: Iterable[str], doing: str) -> Iterable[str]:
+    """``names``, with a bar on stderr of how far through them it is; in a log a line every half
+    minute."""
+    from tqdm import tqdm
+
+    often = 0.2 if sys.stderr.isatty() else 30
+    return tqdm(names, doing, unit=" tensors", leave=False, delay=often, mininterval=often)
 
 
 def _show_warning(message: Warning | str, *where: Any, **options: Any) -> None:
@@ -188,7 +231,8 @@ def _add_finetune(commands: argparse._SubParsersAction) -> None:
         help="fine-tune a causal language model on a JSONL file",
         formatter_class=_Help,
         description="Fine-tune a causal language model. OUTPUT gets model/ (an ordinary transformers folder), "
-        "checkpoints/, log.jsonl, subnets.jsonl and loss_curve.png.",
+        "checkpoints/, log.jsonl, subnets.jsonl, loss_curve.png and run.json. Needed are --model, --data and "
+        "--output; to go on with a run, --resume and --output.",
     )
     for title, options in groupby(OPTIONS.values(), lambda field: field.metadata["group"]):
         group = parser.add_argument_group(title)
@@ -199,7 +243,16 @@ def _add_finetune(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_option(container: argparse._ActionsContainer, field: Field) -> None:
-    container.add_argument(f"--{field.name.replace('_', '-')}", **field.metadata["argument"])
+    """What is not given is left out, so that a resumed run has the first one's; its default stands
+    in the dataclass and, for the reader, in the help."""
+    argument = dict(field.metadata["argument"])
+    default = argument.pop("default", None)
+    argument["required"] = False
+    if default is not None and default is not False:
+        argument["help"] += f" (default: {default})"
+    container.add_argument(
+        f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, **argument
+    )
 
 
 def _add_plot(commands: argparse._SubParsersAction) -> None:

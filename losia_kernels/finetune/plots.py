@@ -29,7 +29,7 @@ from ..training.schedule import Schedule
 from .data import Collator, load_data, pad_token_id
 from .folder import read_options
 from .model import load_model
-from .options import PICTURES, InputError
+from .options import PICTURES, FinetuneOptions, InputError
 from .progress import draw_loss_curve
 from .spectra import gradient_sums, singular_vector_similarity
 
@@ -88,8 +88,12 @@ def _last_step(run: Path, history: SubnetHistory) -> int:
     return max(1, *steps)
 
 
+def _options(run: Path, base: str | None) -> FinetuneOptions:
+    return read_options(run, **({} if base is None else {"model": base}))
+
+
 def _gradients(run: Path, base: str | None) -> dict[str, tuple]:
-    options = read_options(run, base)
+    options = _options(run, base)
     model, tokenizer = load_model(options)
     samples, _ = load_data(replace(options, eval_data=None), tokenizer)
     collator = Collator(pad_token_id(tokenizer))
@@ -101,7 +105,7 @@ def _gradients(run: Path, base: str | None) -> dict[str, tuple]:
 
 
 def _similarity(run: Path, base: str | None, vectors: int) -> dict:
-    options = read_options(run, base)
+    options = _options(run, base)
     if not (run / "model").exists():
         raise InputError(f"{run} is not finished: it has no model/ to compare with its base")
     folders = options.model, run / "model"
