@@ -150,7 +150,7 @@ def _lora(base: str, trained: str, output: str, rank: int | None) -> None:
 
 
 def _estimate(**options: Any) -> None:
-    from .finetune.estimate import describe_fit
+    from .finetune.fit import describe_fit
 
     with _as_input_errors():
         print(describe_fit(**options))
@@ -342,13 +342,18 @@ def _add_estimate(commands: argparse._SubParsersAction) -> None:
         "estimate",
         help="say which rank factor, batch and context fit a GPU",
         formatter_class=_Help,
-        description="Arithmetic on the model's config.json: nothing is loaded, nothing is run.",
+        description="Arithmetic on the model's config.json: no weights are loaded, nothing is run.",
     )
     add = parser.add_argument
-    add("--model", required=True, metavar="FOLDER", help="a folder with a config.json")
+    add("--model", required=True, help="a local folder or a name on the hub")
     add("--memory", required=True, type=float, metavar="GIB", help="of the GPU")
-    add("--context", type=int, default=2048, metavar="TOKENS", help="length of a sample")
-    for name in ("output_dim_factor", "moments", "master", "in_backward"):
+    add(
+        "--context",
+        type=int,
+        metavar="TOKENS",
+        help="length of a sample (default: 2048, or what the model was made for if that is less)",
+    )
+    for name in ("output_dim_factor", "importance", "moments", "master", "in_backward"):
         _add_option(parser, OPTIONS[name])
     add(
         "--reserve",
