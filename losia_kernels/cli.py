@@ -103,11 +103,16 @@ def _finetune(**given: Any) -> None:
 
 
 def _export(checkpoint: str, output: str) -> None:
-    from .checkpoint.export import export_checkpoint
-
     with _as_input_errors():
-        export_checkpoint(Path(checkpoint), Path(output), _track)
-    print(f"model in {output}")
+        if (Path(checkpoint) / "run.json").exists():
+            from .finetune.result import export_run
+
+            checkpoint = str(export_run(Path(checkpoint), Path(output), _track))
+        else:
+            from .checkpoint.export import export_checkpoint
+
+            export_checkpoint(Path(checkpoint), Path(output), _track)
+    print(f"model of {checkpoint} in {output}")
 
 
 def _inspect(folder: str) -> None:
@@ -117,6 +122,8 @@ def _inspect(folder: str) -> None:
             from .checkpoint.delta import describe_delta as describe
         elif (Path(folder) / "lora_error.json").exists():
             from .checkpoint.lora import describe_lora as describe
+        elif (Path(folder) / "run.json").exists():
+            from .finetune.result import describe_run as describe
         else:
             from .checkpoint.export import describe_checkpoint as describe
         print(describe(Path(folder)))
@@ -286,17 +293,18 @@ def _add_plot(commands: argparse._SubParsersAction) -> None:
 
 def _add_export_and_inspect(commands: argparse._SubParsersAction) -> None:
     export = commands.add_parser(
-        "export", help="write the plain model of a checkpoint of a LoSiA run"
+        "export", help="write the plain model of a run or of one of its checkpoints"
     )
     _add_folders(
         export,
-        checkpoint="a folder OUTPUT/checkpoints/checkpoint-STEP",
+        checkpoint="the folder of a run, of which the model or else the newest checkpoint is taken, "
+        "or one OUTPUT/checkpoints/checkpoint-STEP",
         output="the new folder",
     )
     inspect = commands.add_parser(
-        "inspect", help="say what a checkpoint, a model, a delta or a LoRA folder holds"
+        "inspect", help="say what a run, a checkpoint, a model, a delta or a LoRA folder holds"
     )
-    _add_folders(inspect, folder="such as OUTPUT/checkpoints/checkpoint-STEP")
+    _add_folders(inspect, folder="such as the output folder of a finetune run")
 
 
 def _add_delta(commands: argparse._SubParsersAction) -> None:
