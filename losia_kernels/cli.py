@@ -91,10 +91,10 @@ def _finetune(**given: Any) -> None:
 
         options = resumed_options(given)
     else:
-        missing = [name for name in ("model", "data", "output") if name not in given]
+        needed = ("output",) if given.get("resume") else ("model", "data", "output")
+        missing = ", ".join(f"--{name}" for name in needed if name not in given)
         if missing:
-            flags = ", ".join(f"--{name}" for name in missing)
-            raise InputError(f"finetune needs {flags} (see losia-kernels finetune --help)")
+            raise InputError(f"finetune needs {missing} (see losia-kernels finetune --help)")
         options = FinetuneOptions(**given)
     options.check()  # before the imports, which take seconds
     from .finetune.run import finetune

@@ -58,7 +58,8 @@ def check_mistake(result, problem):
     ("arguments", "problem"),
     [
         ([], "COMMAND"),
-        (["finetune"], "--model, --data, --output"),
+        (["finetune"], "finetune needs --model, --data, --output"),
+        (["finetune", "--resume"], "finetune needs --output"),
         (["tune"], "invalid choice: 'tune'"),
         (
             ["finetune", "--rank-factor", "1/0"],
