@@ -208,8 +208,12 @@ def argument_table(command: argparse.ArgumentParser) -> Iterator[str]:
         else:
             name = action.option_strings[-1] if action.option_strings else value or action.dest
         default = command.get_default(action.dest)
+        said = action.help
+        if default is argparse.SUPPRESS:  # left out if not given: what it is stands in the help
+            said, _, default = said.removesuffix(")").partition(" (default: ")
+            default = default or None
         silent = default is None or default is False or default is dataclasses.MISSING
-        yield f"| `{name.replace('|', chr(92) + '|')}` | {'' if silent else f'`{default}`'} | {action.help} |"
+        yield f"| `{name.replace('|', chr(92) + '|')}` | {'' if silent else f'`{default}`'} | {said} |"
     yield ""
 
 

@@ -1,17 +1,18 @@
 """The command line: ``python -m losia_kernels`` or ``losia-kernels``.
 
-Exit codes: 0 done; 1 training broke off; 2 a mistake in the arguments or the data, said in one line.
-A command imports what it needs when it runs, so that help comes at once.
+Exit codes: 0 done; 1 training broke off; 2 a mistake in the arguments or the data, said in one line;
+130 interrupted. A command imports what it needs when it runs, so that help comes at once.
 """
 
 import argparse
+import os
+import shlex
 import sys
-import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import Field, fields
-from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,26 +26,76 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = vars(command_parser().parse_args(argv))
     command = arguments.pop("command")
     warnings.showwarning = _show_warning
+    problem: object
     try:
         COMMANDS[command](**arguments)
+        sys.stdout.flush()
+        return 0
     except InputError as error:
-        print(f"losia-kernels: {error}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        print(
-            f"losia-kernels: {command} needs {error.name or error}; in a checkout of losia_kernels: "
-            f"pip install '.[hf]'",
-            file=sys.stderr,
-        )
-        return 2
+        code, problem = 2, error
+    except ImportError as error:
+        code, problem = 2, f"{command} {_what_is_missing(error)}"
     except (FloatingPointError, NonFiniteScoreError) as error:
-        print(f"losia-kernels: {error}", file=sys.stderr)
-        return 1
-    return 0
+        code, problem = 1, error
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") != "0":
+            return 130  # the first process says it for all
+        code, problem = 130, f"interrupted{_how_to_go_on(command, arguments.get('output'))}"
+    except BrokenPipeError:  # whoever reads the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    print(f"losia-kernels: {problem}", file=sys.stderr)
+    return code
 
 
-def _finetune(**values: Any) -> None:
-    options = FinetuneOptions(**values)
+def _what_is_missing(error: BaseException) -> str:
+    """What to tell of an import that failed, by its first cause: libraries that import late hide
+    it."""
+    while reason := error.__cause__ or (not error.__suppress_context__ and error.__context__):
+        error = reason
+    modules = [
+        frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
+    foreign = [name for name in modules if not name.startswith(("importlib.", "losia_kernels"))]
+    module = getattr(error, "name", None) or next(reversed(foreign), "a library")
+    library, install = (
+        module.partition(".")[0],
+        "in a checkout of losia_kernels: pip install -e '.[hf]'",
+    )
+    if isinstance(error, ModuleNotFoundError):
+        return f"needs {library}, which is not installed; {install}"
+    problem = str(error).strip().partition("\n")[0]
+    return f"cannot import {library}, broken or of another version ({problem}); {install}"
+
+
+def _how_to_go_on(command: str, output: str | None) -> str:
+    """What an interrupted ``finetune`` has left, and the command that goes on from there."""
+    if command != "finetune" or output is None:
+        return ""
+    folder = Path(output)
+    if (folder / "model").exists():
+        return f": the run is finished, the model is in {folder / 'model'}"
+    if not (folder / "run.json").exists():
+        return ": nothing was written yet"
+    from .checkpoint.folder import MARKER
+
+    whole = (folder / "checkpoints").glob(f"checkpoint-*/{MARKER}")
+    steps = [int(path.parent.name.rpartition("-")[2]) for path in whole]
+    start = f"step {max(steps)}" if steps else "the beginning, for there is no checkpoint yet"
+    return f": losia-kernels finetune --resume --output {shlex.quote(output)} goes on from {start}"
+
+
+def _finetune(**given: Any) -> None:
+    if given.get("resume") and "output" in given:
+        from .finetune.folder import resumed_options
+
+        options = resumed_options(given)
+    else:
+        needed = ("output",) if given.get("resume") else ("model", "data", "output")
+        missing = ", ".join(f"--{name}" for name in needed if name not in given)
+        if missing:
+            raise InputError(f"finetune needs {missing} (see losia-kernels finetune --help)")
+        options = FinetuneOptions(**given)
     options.check()  # before the imports, which take seconds
     from .finetune.run import finetune
 
@@ -52,11 +103,16 @@ def _finetune(**values: Any) -> None:
 
 
 def _export(checkpoint: str, output: str) -> None:
-    from .checkpoint.export import export_checkpoint
-
     with _as_input_errors():
-        export_checkpoint(Path(checkpoint), Path(output), _track)
-    print(f"model in {output}")
+        if (Path(checkpoint) / "run.json").exists():
+            from .finetune.result import export_run
+
+            checkpoint = str(export_run(Path(checkpoint), Path(output), _track))
+        else:
+            from .checkpoint.export import export_checkpoint
+
+            export_checkpoint(Path(checkpoint), Path(output), _track)
+    print(f"model of {checkpoint} in {output}")
 
 
 def _inspect(folder: str) -> None:
@@ -66,6 +122,8 @@ def _inspect(folder: str) -> None:
             from .checkpoint.delta import describe_delta as describe
         elif (Path(folder) / "lora_error.json").exists():
             from .checkpoint.lora import describe_lora as describe
+        elif (Path(folder) / "run.json").exists():
+            from .finetune.result import describe_run as describe
         else:
             from .checkpoint.export import describe_checkpoint as describe
         print(describe(Path(folder)))
@@ -99,7 +157,7 @@ def _lora(base: str, trained: str, output: str, rank: int | None) -> None:
 
 
 def _estimate(**options: Any) -> None:
-    from .finetune.estimate import describe_fit
+    from .finetune.fit import describe_fit
 
     with _as_input_errors():
         print(describe_fit(**options))
@@ -128,27 +186,19 @@ def _as_input_errors() -> Iterator[None]:
     """For work on folders alone, where a ValueError or OSError is about what the user named."""
     try:
         yield
+    except BrokenPipeError:  # of the output
+        raise
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from None
 
 
-def _track(names: Iterable[str], doing: str) -> Iterator[str]:
-    """Yields ``names`` and says on stderr how far it is: one line, rewritten; in a log a line every
-    half minute."""
-    names = list(names)
-    terminal = sys.stderr.isatty()
-    start = "\r\033[K" if terminal else ""  # back to the start of the line, and clear it
-    started = printed = time.perf_counter()
-    for done, name in enumerate(names):
-        now = time.perf_counter()
-        if done and now - printed > (0.2 if terminal else 30):
-            left = timedelta(seconds=round((now - started) / done * (len(names) - done)))
-            text = f"{start}{doing} {done}/{len(names)}  left {left}"
-            print(text, end="" if terminal else "\n", file=sys.stderr, flush=True)
-            printed = now
-        yield name
-    if terminal:
-        print(start, end="", file=sys.stderr, flush=True)
+def _track(names: Iterable[str], doing: str) -> Iterable[str]:
+    """``names``, with a bar on stderr of how far through them it is; in a log a line every half
+    minute."""
+    from tqdm import tqdm
+
+    often = 0.2 if sys.stderr.isatty() else 30
+    return tqdm(names, doing, unit=" tensors", leave=False, delay=often, mininterval=often)
 
 
 def _show_warning(message: Warning | str, *where: Any, **options: Any) -> None:
@@ -188,7 +238,8 @@ def _add_finetune(commands: argparse._SubParsersAction) -> None:
         help="fine-tune a causal language model on a JSONL file",
         formatter_class=_Help,
         description="Fine-tune a causal language model. OUTPUT gets model/ (an ordinary transformers folder), "
-        "checkpoints/, log.jsonl, subnets.jsonl and loss_curve.png.",
+        "checkpoints/, log.jsonl, subnets.jsonl, loss_curve.png and run.json. Needed are --model, --data and "
+        "--output; to go on with a run, --resume and --output.",
     )
     for title, options in groupby(OPTIONS.values(), lambda field: field.metadata["group"]):
         group = parser.add_argument_group(title)
@@ -199,7 +250,16 @@ def _add_finetune(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_option(container: argparse._ActionsContainer, field: Field) -> None:
-    container.add_argument(f"--{field.name.replace('_', '-')}", **field.metadata["argument"])
+    """What is not given is left out, so that a resumed run has the first one's; its default stands
+    in the dataclass and, for the reader, in the help."""
+    argument = dict(field.metadata["argument"])
+    default = argument.pop("default", None)
+    argument["required"] = False
+    if default is not None and default is not False:
+        argument["help"] += f" (default: {default})"
+    container.add_argument(
+        f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, **argument
+    )
 
 
 def _add_plot(commands: argparse._SubParsersAction) -> None:
@@ -233,17 +293,18 @@ def _add_plot(commands: argparse._SubParsersAction) -> None:
 
 def _add_export_and_inspect(commands: argparse._SubParsersAction) -> None:
     export = commands.add_parser(
-        "export", help="write the plain model of a checkpoint of a LoSiA run"
+        "export", help="write the plain model of a run or of one of its checkpoints"
     )
     _add_folders(
         export,
-        checkpoint="a folder OUTPUT/checkpoints/checkpoint-STEP",
+        checkpoint="the folder of a run, of which the model or else the newest checkpoint is taken, "
+        "or one OUTPUT/checkpoints/checkpoint-STEP",
         output="the new folder",
     )
     inspect = commands.add_parser(
-        "inspect", help="say what a checkpoint, a model, a delta or a LoRA folder holds"
+        "inspect", help="say what a run, a checkpoint, a model, a delta or a LoRA folder holds"
     )
-    _add_folders(inspect, folder="such as OUTPUT/checkpoints/checkpoint-STEP")
+    _add_folders(inspect, folder="such as the output folder of a finetune run")
 
 
 def _add_delta(commands: argparse._SubParsersAction) -> None:
@@ -289,13 +350,18 @@ def _add_estimate(commands: argparse._SubParsersAction) -> None:
         "estimate",
         help="say which rank factor, batch and context fit a GPU",
         formatter_class=_Help,
-        description="Arithmetic on the model's config.json: nothing is loaded, nothing is run.",
+        description="Arithmetic on the model's config.json: no weights are loaded, nothing is run.",
     )
     add = parser.add_argument
-    add("--model", required=True, metavar="FOLDER", help="a folder with a config.json")
+    add("--model", required=True, help="a local folder or a name on the hub")
     add("--memory", required=True, type=float, metavar="GIB", help="of the GPU")
-    add("--context", type=int, default=2048, metavar="TOKENS", help="length of a sample")
-    for name in ("output_dim_factor", "moments", "master", "in_backward"):
+    add(
+        "--context",
+        type=int,
+        metavar="TOKENS",
+        help="length of a sample (default: 2048, or what the model was made for if that is less)",
+    )
+    for name in ("output_dim_factor", "importance", "moments", "master", "in_backward"):
         _add_option(parser, OPTIONS[name])
     add(
         "--reserve",

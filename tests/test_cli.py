@@ -1,8 +1,11 @@
 """Mistakes are said in one line with exit code 2; what help and subcommands say."""
 
+import ast
+import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +14,7 @@ from losia_kernels.checkpoint.folder import MARKER
 
 for library in ("transformers", "accelerate", "matplotlib", "psutil"):
     pytest.importorskip(library)
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +58,8 @@ def check_mistake(result, problem):
     ("arguments", "problem"),
     [
         ([], "COMMAND"),
-        (["finetune"], "--model, --data, --output"),
+        (["finetune"], "finetune needs --model, --data, --output"),
+        (["finetune", "--resume"], "finetune needs --output"),
         (["tune"], "invalid choice: 'tune'"),
         (
             ["finetune", "--rank-factor", "1/0"],
@@ -240,6 +245,8 @@ def test_help_says_defaults_and_units_and_needs_no_transformers():
         "--period STEPS",
         "--max-length TOKENS",
         "(default: 2048)",
+        "(default: 0.0)",
+        "run.json",
     ):
         assert text in result.stdout
 
@@ -261,15 +268,74 @@ def test_beyond_the_package_it_imports_the_standard_library_alone():
     assert others <= sys.stdlib_module_names, result.stderr
 
 
-def test_without_transformers_it_says_what_to_install():
-    blocked = (
-        "import sys; sys.modules['transformers'] = None\nfrom losia_kernels.cli import main\n"
+INSTALL = "in a checkout of losia_kernels: pip install -e '.[hf]'"
+
+
+def finetune_after(code, *path):
+    """What ``finetune`` says on stderr after some code, in a process with another ``path``."""
+    whole = (
+        f"import sys; sys.path[:0] = sys.argv[1:]\n{code}\nfrom losia_kernels.cli import main\n"
         "sys.exit(main(['finetune', '--model', 'm', '--data', 'd', '--output', 'o']))"
     )
-    result = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True)
-    assert result.returncode == 2
-    assert (
-        result.stderr
-        == "losia-kernels: finetune needs transformers; in a checkout of losia_kernels: "
-        "pip install '.[hf]'\n"
+    command = [sys.executable, "-c", whole, *map(str, path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2, result.stderr
+    return result.stderr
+
+
+@pytest.mark.parametrize("name", ["transformers", "accelerate", "matplotlib", "psutil"])
+def test_what_is_missing_is_named_with_what_installs_it(name):
+    said = finetune_after(f"sys.modules[{name!r}] = None")
+    needs = f"losia-kernels: finetune needs {name}, which is not installed; {INSTALL}\n"
+    assert said.endswith(needs)
+
+
+def test_what_is_broken_is_named_with_what_installs_it(tmp_path):
+    (tmp_path / "accelerate.py").write_text("raise ImportError('libnope.so: cannot open')")
+    said = finetune_after("", tmp_path)
+    assert said.endswith(
+        "losia-kernels: finetune cannot import accelerate, broken or of another version "
+        f"(libnope.so: cannot open); {INSTALL}\n"
     )
+
+
+def test_the_first_cause_of_an_import_that_failed_is_named(run, monkeypatch):
+    """transformers imports late, and says only that it could not import."""
+
+    def import_late(**options):
+        try:
+            raise RuntimeError("operator torchvision::nms does not exist\nand more")
+        except RuntimeError as error:
+            raise ModuleNotFoundError("Could not import module 'Trainer'") from error
+
+    monkeypatch.setitem(cli.COMMANDS, "inspect", import_late)
+    check_mistake(run("inspect", "x"), "(operator torchvision::nms does not exist)")
+
+
+def test_the_extra_brings_all_that_the_command_imports():
+    tomllib = pytest.importorskip("tomllib", reason="of Python 3.11")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    brought = project["dependencies"] + project["optional-dependencies"]["hf"]
+    known = {re.match(r"[\w-]+", line)[0] for line in brought} | set(sys.stdlib_module_names)
+    package = ROOT / "losia_kernels"
+    files = [package / "cli.py", *(package / "integrations").glob("*.py")]
+    files += [path for name in ("finetune", "checkpoint") for path in (package / name).glob("*.py")]
+    imported = {}
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            imported |= {name.partition(".")[0]: file.name for name in names}
+    assert {"transformers", "matplotlib"} <= imported.keys()
+    assert not imported.keys() - known - {"huggingface_hub"}, imported  # which transformers brings
+
+
+def test_a_reader_that_has_seen_enough_is_no_mistake(model_folder):
+    """``losia-kernels inspect FOLDER | head -0``"""
+    command = [sys.executable, "-m", "losia_kernels", "inspect", model_folder]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 141

@@ -26,7 +26,8 @@ MODULES = {
     ),
     "losia_kernels.checkpoint.lora": ("export_lora", "describe_lora"),
     "losia_kernels.checkpoint.export": ("export_checkpoint", "describe_checkpoint"),
-    "losia_kernels.finetune.estimate": ("estimate", "describe_fit"),
+    "losia_kernels.finetune.estimate": ("estimate",),
+    "losia_kernels.finetune.fit": ("describe_fit",),
 }
 
 

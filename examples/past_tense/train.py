@@ -89,6 +89,7 @@ def train_lora(options: FinetuneOptions, rank: int, meter: Meter):
 
 def main(model_folder: str, method: str, work: Path) -> None:
     split = task.split_verbs()
+    work.mkdir(parents=True, exist_ok=True)
     data = work / "train.jsonl"
     task.write_training_file(split.train, data)
     options = FinetuneOptions(

@@ -11,6 +11,7 @@ transformers.
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -154,8 +155,8 @@ def overall(errors: dict[str, LayerError], kind: str) -> float:
 
 
 def describe_lora(folder: str | Path) -> str:
-    """What a folder of ``export_lora`` holds, as text: ranks and errors, overall and of every
-    layer."""
+    """What a folder of ``export_lora`` holds, as text: ranks and errors, overall and of every kind
+    of layer."""
     errors = json.loads((Path(folder) / ERRORS).read_text())
     config = json.loads((Path(folder) / CONFIG).read_text())
     layers = errors["layers"]
@@ -167,11 +168,18 @@ def describe_lora(folder: str | Path) -> str:
         f"error    {errors['relative_error']:.2e} of the change; {errors['merged_error']:.2e} when merged and rounded",
         "",
     ]
-    width = max(len(layer) for layer in layers)
+    kinds: dict[str, list[LayerError]] = {}
     for name, layer in layers.items():
-        error = LayerError(**layer)
+        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(LayerError(**layer))
+    for name, each in kinds.items():
+        ranks = sorted({error.rank for error in each})
+        rank = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else ranks[0]
+        far, merged = (
+            max(getattr(error, kind) for error in each)
+            for kind in ("relative_error", "merged_error")
+        )
         lines.append(
-            f"{name:{width}}  rank {error.rank:4}  error {error.relative_error:.2e}  merged {error.merged_error:.2e}"
+            f"{len(each):4} x {name}  rank {rank}  error up to {far:.2e}, merged {merged:.2e}"
         )
     return "\n".join(lines)
 

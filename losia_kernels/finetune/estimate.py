@@ -6,13 +6,7 @@ Hugging Face model (SDPA attention without a mask, no KV cache), without the all
 CUDA context's share. T is the number of tokens in a micro-batch, batch * context.
 """
 
-import json
-import math
 from dataclasses import dataclass
-from dataclasses import replace as with_changes
-from fractions import Fraction
-from pathlib import Path
-from typing import Any
 
 from ..kernels.codes import CODE_BLOCK
 from ..layers.cross_entropy import CHUNK_BYTES
@@ -41,6 +35,7 @@ class ModelShape:
     tied: bool = False
     qkv_bias: bool = False
     upcasts_norm_weight: bool = False  # Gemma multiplies by its norm weight in float32
+    positions: int | None = None  # the longest context that it was made for
 
     @classmethod
     def from_config(cls, config: dict) -> "ModelShape":
@@ -63,23 +58,10 @@ class ModelShape:
                 tied=config.get("tie_word_embeddings", kind == "gemma"),
                 qkv_bias=kind == "qwen2" or config.get("attention_bias", False),
                 upcasts_norm_weight=kind == "gemma",
+                positions=config.get("max_position_embeddings"),
             )
         except KeyError as missing:
             raise ValueError(f"the config has no {missing.args[0]!r}") from None
-
-    @classmethod
-    def from_folder(cls, folder: str | Path) -> "ModelShape":
-        """From ``FOLDER/config.json``. Raises ValueError if there is none or it is of another
-        kind."""
-        path = Path(folder) / "config.json"
-        try:
-            config = json.loads(path.read_text())
-        except FileNotFoundError:
-            missing = f"{path} does not exist; give the folder of a Hugging Face model"
-            raise ValueError(missing) from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
-        return cls.from_config(config)
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -318,76 +300,3 @@ def estimate(shape: ModelShape, setting: Setting) -> Memory:
     values, lasting = state.pop("values"), state | {"gradients": gradients}
     weights = b * shape.parameters
     return Memory(values, weights, **lasting, activations=activations, workspace=workspace)
-
-
-# what fits ----------------------------------------------------------------------------------------
-
-
-def largest(shape: ModelShape, setting: Setting, field: str, budget: int) -> int:
-    """The largest ``field`` ("batch" or "context") whose estimate stays within ``budget`` bytes; 0
-    if 1 does not."""
-
-    def fits(size: int) -> bool:
-        return estimate(shape, with_changes(setting, **{field: size})).total <= budget  # type: ignore[arg-type]
-
-    if not fits(1):
-        return 0
-    low, high = 1, 2
-    while fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
-def describe_fit(
-    model: str,
-    memory: float,
-    context: int = 2048,
-    output_dim_factor: float = 0.0,
-    reserve: float = 1.0,
-    moments: str = "float32",
-    master: str = "float32",
-    in_backward: bool = False,
-) -> str:
-    """What of LoSiA fits a GPU of ``memory`` GiB, as a table: for ``python -m losia_kernels
-    estimate``.
-
-    ``model`` is a folder with a ``config.json``; ``reserve`` GiB are left to the CUDA context and
-    the allocator. ``moments`` and ``in_backward`` are LoSiAAdamW's; ``master`` is "float32",
-    "split" or "none" (docs/memory.md). Raises ValueError for a config the memory model does not
-    know or a memory smaller than the reserve.
-    """
-    if not 0 <= reserve < memory < math.inf:
-        least = f"more than the reserve of {reserve} GiB (--reserve, at least 0)"
-        raise ValueError(f"--memory must be finite and {least}, got {memory}")
-    if not 0 <= output_dim_factor <= 1:
-        raise ValueError(f"--output-dim-factor must be in [0, 1], got {output_dim_factor}")
-    shape, budget = ModelShape.from_folder(model), int((memory - reserve) * GIB)
-    state: dict[str, Any] = {
-        "output_dim_factor": output_dim_factor,
-        "fused_loss": True,
-        "moments": moments,
-        "in_backward": in_backward,
-        "master": master,
-    }
-    lines = [
-        f"{model}: {shape.parameters / 1e9:.2f}e9 values, {2 * shape.parameters / GIB:.2f} GiB in bfloat16",
-        f"memory {memory:g} GiB, of which {reserve:g} GiB are left to CUDA and its allocator",
-        "",
-        f"{'p':>5} {'trained':>10} {'checkpointing':>13} {f'batch at {context}':>13} "
-        f"{'context at batch 1':>18} {f'GiB at 1 x {context}':>16}",
-    ]
-    for p in (Fraction(1, 16), Fraction(1, 8), Fraction(1, 4), Fraction(1, 2)):
-        for checkpointing in (False, True):
-            setting = LoSiA(1, context, checkpointing, rank_factor=float(p), **state)
-            one = estimate(shape, setting)
-            batch, longest = (
-                largest(shape, setting, field, budget) for field in ("batch", "context")
-            )
-            lines.append(
-                f"{str(p):>5} {one.trained_values / 1e6:>9.1f}M {'yes' if checkpointing else 'no':>13} "
-                f"{batch or 'none':>13} {longest or 'none':>18} {one.total / GIB:>16.2f}"
-            )
-    return "\n".join(lines)

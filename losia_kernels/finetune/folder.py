@@ -6,16 +6,18 @@ the model.
     log.jsonl      one line a step
     subnets.jsonl  where each layer's subnet has been
     loss_curve.png
-    run.json       the options, which ``resume`` holds to
+    run.json       every option, which ``resume`` goes on with
 """
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import warnings
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from transformers import TrainerCallback
@@ -24,8 +26,8 @@ from ..checkpoint.folder import MARKER, new_folder, write_json
 from ..integrations.transformers import losia_timeline
 from .options import FinetuneOptions, InputError
 
-# Options that do not change the result.
-FREE_ON_RESUME = ("output", "resume", "save_steps", "print_every", "report_to")
+# Options that do not change the result; data is known by its checksum.
+FREE_ON_RESUME = ("data", "eval_data", "save_steps", "print_every", "report_to")
 
 
 def open_run(options: FinetuneOptions, processes: int = 1) -> tuple[dict, Path | None]:
@@ -41,11 +43,14 @@ def open_run(options: FinetuneOptions, processes: int = 1) -> tuple[dict, Path |
         InputError: if the folder is not empty, has nothing to resume, or is of other options.
     """
     folder = Path(options.output)
-    record = {name: value for name, value in asdict(options).items() if name not in FREE_ON_RESUME}
+    record = asdict(options)
+    del record["output"], record["resume"]
     record["batch_size"] *= processes
+    record["model"] = _whole_path(record["model"])
     for name in ("data", "eval_data"):
         if record[name] is not None:
             record[f"{name}_sha256"] = _sha256(record[name])
+            record[name] = _whole_path(record[name])
     if not options.resume:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(
@@ -55,7 +60,8 @@ def open_run(options: FinetuneOptions, processes: int = 1) -> tuple[dict, Path |
     if not (folder / "run.json").exists():
         raise InputError(f"nothing to resume: {folder} holds no run (no run.json)")
     first = json.loads((folder / "run.json").read_text())
-    changed = sorted(name for name in record | first if record.get(name) != first.get(name))
+    held = (record.keys() | first.keys()) - set(FREE_ON_RESUME)
+    changed = sorted(name for name in held if record.get(name) != first.get(name))
     if changed:
         was = ", ".join(
             f"{name} was {first.get(name)!r}, now {record.get(name)!r}" for name in changed
@@ -65,15 +71,41 @@ def open_run(options: FinetuneOptions, processes: int = 1) -> tuple[dict, Path |
     return record, last_checkpoint(folder / "checkpoints")
 
 
-def read_options(folder: Path, model: str | None = None) -> FinetuneOptions:
-    """The options that the run in ``folder`` was begun with; ``model`` instead of its own."""
+def read_options(folder: Path, **instead: Any) -> FinetuneOptions:
+    """The options that the run in ``folder`` was begun with, but for those given ``instead``.
+
+    ``batch_size`` is that of all its processes together.
+    """
     if not (folder / "run.json").exists():
         raise InputError(f"{folder} has no run.json, so its base model and its data are not known")
     record = json.loads((folder / "run.json").read_text())
     known = {field.name for field in fields(FinetuneOptions)}
     values = {name: value for name, value in record.items() if name in known}
-    values["model"] = model or values["model"]
-    return FinetuneOptions(**{**values, "output": str(folder)})
+    return FinetuneOptions(**{**values, "output": str(folder), **instead})
+
+
+def resumed_options(given: dict[str, Any]) -> FinetuneOptions:
+    """What ``--resume --output FOLDER`` goes on with: the options of the run there, but for those
+    ``given``."""
+    folder = Path(given["output"])
+    if not (folder / "run.json").exists():
+        raise InputError(f"nothing to resume: {folder} holds no run (no run.json)")
+    options, processes = read_options(folder, **given), int(os.environ.get("WORLD_SIZE", "1"))
+    if "batch_size" in given:
+        return options
+    if options.batch_size % processes:
+        raise InputError(
+            f"cannot resume {folder} with {processes} processes: its batches of {options.batch_size} "
+            f"samples cannot be shared out evenly"
+        )
+    return replace(options, batch_size=options.batch_size // processes)
+
+
+def _whole_path(name: str) -> str:
+    """Of a file or folder, the path that is right from everywhere; of a name on the hub, the
+    name."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
 
 
 def _sha256(path: str) -> str:

@@ -207,7 +207,9 @@ class FinetuneOptions:
         "progress", "between checkpoints, two are kept; 0: none", 500, metavar="STEPS"
     )
     resume: bool = option(
-        "progress", "go on from the last checkpoint in --output, with the same options", False
+        "progress",
+        "go on with the run in --output from its last checkpoint; run.json there has the options",
+        False,
     )
 
     def check(self) -> None:

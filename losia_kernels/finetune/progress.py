@@ -9,6 +9,8 @@ from pathlib import Path
 
 import psutil
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from ..integrations.history import append_log, read_log, rewind_log
@@ -39,10 +41,12 @@ class ProgressCallback(TrainerCallback):
         text = describe_run(self.options, self.train_data, model, self.timeline, args)
         print(text, flush=True)
         rewind_log(self.log_path, state.global_step)
-        self.first_step, self.started = state.global_step, time.perf_counter()
-        self.step_started, self.tokens_seen = self.started, state.num_input_tokens_seen
+        self.first_step, self.started = state.global_step, math.nan
+        self.tokens_seen = state.num_input_tokens_seen
 
     def on_step_begin(self, args, state, control, **kwargs):
+        if math.isnan(self.started):  # calibration is over: it says nothing of the steps to come
+            self.started = self.step_started = time.perf_counter()
         timeline = self.timeline
         self.observing = [timeline.group_names[group] for group in timeline.observing]
         self.moving = [
@@ -151,11 +155,6 @@ def _clock(seconds: float) -> str:
 
 def draw_loss_curve(log_path: Path, picture_path: Path) -> None:
     """Loss by step with its moving average, evaluation losses, and a mark where subnets moved."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     entries = read_log(log_path)
     losses = [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
     if not losses:
@@ -163,7 +162,8 @@ def draw_loss_curve(log_path: Path, picture_path: Path) -> None:
     steps, values = zip(*losses, strict=True)
     window = max(1, round(WINDOW * len(values)))
     smooth = moving_average(values, window)
-    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
     axes.plot(steps, values, color="C0", alpha=0.35, linewidth=1, label="loss of the step")
     axes.plot(steps, smooth, color="C0", label="moving average")
     evaluated = [(entry["step"], entry["eval_loss"]) for entry in entries if "eval_loss" in entry]
@@ -181,11 +181,13 @@ def draw_loss_curve(log_path: Path, picture_path: Path) -> None:
             label="subnets moved",
         )
     axes.set(
-        xlabel="optimizer step", ylabel="loss, nats per learned token", title="LoSiA fine-tuning"
+        xlabel="optimizer step",
+        ylabel="loss (nats per learned token)",
+        title="Loss while training",
     )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
     figure.savefig(picture_path, dpi=120)
-    pyplot.close(figure)
 
 
 def moving_average(values: Sequence[float], window: int) -> list[float]:

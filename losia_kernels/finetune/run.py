@@ -152,7 +152,9 @@ def train(run: Run, callbacks: tuple[TrainerCallback, ...] = ()) -> None:
         ),
         callbacks=[*speaking, CheckpointCallback(run.tokenizer, run.use_cache), *callbacks],
     )
-    trainer.add_callback(LoSiACallback(trainer, history=folder / "subnets.jsonl"))
+    trainer.add_callback(
+        LoSiACallback(trainer, history=folder / "subnets.jsonl", show_progress=True)
+    )
     trainer.add_callback(NoStepTooMany())
     try:
         trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)

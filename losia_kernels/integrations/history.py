@@ -106,8 +106,8 @@ class Place:
             **{
                 **entry,
                 "features": tuple(entry["features"]),
-                "out_idx": _indices(entry["out_idx"]),
-                "in_idx": _indices(entry["in_idx"]),
+                "out_idx": _indices(entry["out_idx"], entry["features"][0]),
+                "in_idx": _indices(entry["in_idx"], entry["features"][1]),
             }
         )
 
@@ -161,5 +161,10 @@ def _bits(idx: np.ndarray, features: int) -> str:
     return base64.b64encode(np.packbits(chosen).tobytes()).decode()
 
 
-def _indices(bits: str) -> np.ndarray:
-    return np.flatnonzero(np.unpackbits(np.frombuffer(base64.b64decode(bits), dtype=np.uint8)))
+def _indices(bits: str, features: int) -> np.ndarray:
+    """Raises ValueError where the bits are not of so many neurons: what a file says of sizes decides
+    what memory is taken."""
+    packed = np.frombuffer(base64.b64decode(bits), dtype=np.uint8)
+    if len(packed) != -(-features // 8):
+        raise ValueError(f"{8 * len(packed)} bits for {features} neurons")
+    return np.flatnonzero(np.unpackbits(packed, count=features))

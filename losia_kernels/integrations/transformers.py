@@ -14,6 +14,7 @@ Checkpoints and ``resume_from_checkpoint`` are the Trainer's own: the subnets an
 in the model's state dict, everything else in the optimizer's.
 """
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
@@ -22,6 +23,7 @@ from statistics import fmean
 import torch
 from torch import nn
 from torch.utils.data import IterableDataset
+from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
@@ -69,6 +71,8 @@ class LoSiACallback(TrainerCallback):
         trainer: the one that the callback is added to.
         calibration_steps: batches before the first step.
         history: a file that gets every place of every subnet, for ``losia-kernels plot``.
+        show_progress: a bar on stderr while it calibrates, which takes as long as that many steps
+            that all observe.
 
     Raises:
         ValueError: when training begins with an optimizer that is neither LoSiAAdamW nor one
@@ -81,8 +85,10 @@ class LoSiACallback(TrainerCallback):
         trainer: Trainer,
         calibration_steps: int = CALIBRATION_STEPS,
         history: str | Path | None = None,
+        show_progress: bool = False,
     ):
         self.trainer, self.calibration_steps = trainer, calibration_steps
+        self.show_progress = show_progress
         self.history = None if history is None else Path(history)
         self._training_step = trainer.training_step
         trainer.training_step = self._set_divisor_and_train
@@ -144,8 +150,10 @@ class LoSiACallback(TrainerCallback):
                 # which may take labels out
                 return scale * self.trainer.compute_loss(model, dict(batch))
 
+        show = self.show_progress and self.trainer.is_world_process_zero()
+        shown = _with_bar(batches, "placing the first subnets", show)
         try:
-            calibrate(model, batches, len(batches), loss_fn, loss_divisor=1 / scale)
+            calibrate(model, shown, len(batches), loss_fn, loss_divisor=1 / scale)
         except NonFiniteScoreError:
             if scale <= 1:
                 raise
@@ -244,6 +252,16 @@ def _same_random_state(device: torch.device) -> AbstractContextManager:
     """What is drawn inside is not missed outside: a resumed run, which does not look ahead, sees
     the same order."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+def _with_bar(batches: list[dict], doing: str, show: bool) -> Iterator[dict]:
+    """The batches, each counted when it is done with, the last one too if no more is asked for."""
+    with tqdm(total=len(batches), desc=doing, unit="batch", disable=not show) as bar:
+        for batch in batches:
+            try:
+                yield batch
+            finally:
+                bar.update()
 
 
 def _first_batches(dataloader, count: int, device: torch.device) -> list[dict]:

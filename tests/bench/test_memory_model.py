@@ -15,7 +15,8 @@ from bench.speed.models import CONFIGS, Block, build_model, shape_of
 from bench.speed.simulated import compare
 from losia_kernels import LoSiAAdamW, apply_losia, cli
 from losia_kernels.finetune import estimate as memory_model
-from losia_kernels.finetune.estimate import GIB, LoSiA, ModelShape, Setting, estimate, largest
+from losia_kernels.finetune.estimate import GIB, LoSiA, ModelShape, Setting, estimate
+from losia_kernels.finetune.fit import largest
 from losia_kernels.layers.module import losia_layers
 from tests.tiny import paper
 
@@ -213,6 +214,38 @@ def model_folder(tmp_path):
     return tmp_path
 
 
+def test_estimate_knows_the_longest_context(model_folder, capsys):
+    long = CONFIGS["llama-2-7b"] | {"max_position_embeddings": 4096}
+    (model_folder / "config.json").write_text(json.dumps(long))
+    assert run_estimate(model_folder, "--memory", "80") == 0
+    said = capsys.readouterr().out
+    assert "* the longest context that the model was made for: 4096 tokens" in said
+    assert "beyond" not in said and said.splitlines()[-1].split()[4] == "4096*"
+    assert run_estimate(model_folder, "--memory", "80", "--context", "8192") == 0
+    assert "a context of 8192 tokens is beyond what it was made for" in capsys.readouterr().out
+    short = CONFIGS["llama-2-7b"] | {"max_position_embeddings": 1024}
+    (model_folder / "config.json").write_text(json.dumps(short))
+    assert run_estimate(model_folder, "--memory", "80") == 0
+    assert "batch at 1024" in capsys.readouterr().out
+
+
+def test_estimate_of_a_name_on_the_hub(tmp_path, monkeypatch, capsys):
+    """Its config alone is fetched; what is in the cache needs no hub."""
+    snapshot = tmp_path / "models--meta--llama" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--meta--llama" / "refs").mkdir()
+    (tmp_path / "models--meta--llama" / "refs" / "main").write_text("abc")
+    (snapshot / "config.json").write_text(json.dumps(CONFIGS["llama-2-7b"]))
+    for constant, value in (("HF_HUB_CACHE", str(tmp_path)), ("HF_HUB_OFFLINE", True)):
+        monkeypatch.setattr(f"huggingface_hub.constants.{constant}", value)
+    assert run_estimate("meta/llama", "--memory", "24") == 0
+    assert "meta/llama: 6.74e9 values" in capsys.readouterr().out
+    assert run_estimate("meta/other", "--memory", "24") == 2
+    said = capsys.readouterr().err
+    assert "no folder meta/other, and its config.json is not to be had from the hub: " in said
+    assert said.count("\n") == 1
+
+
 def run_estimate(folder, *words: str) -> int:
     return cli.main(["estimate", "--model", str(folder), *words])
 
@@ -225,8 +258,20 @@ def test_estimate_from_the_command_line(model_folder, capsys):
     less = ["--moments", "int8", "--master", "split", "--in-backward"]
     assert run_estimate(model_folder, *words, *less) == 0
     texts = out, capsys.readouterr().out
-    sizes, smaller = ([float(each.split()[-1]) for each in t.splitlines()[4:]] for t in texts)
+    sizes, smaller = (sizes_of(text) for text in texts)
     assert len(sizes) == 8 and all(b < a for a, b in zip(sizes, smaller, strict=True))
+
+
+def sizes_of(text: str) -> list[float]:
+    """GiB of each line of the table."""
+    return [float(line.split()[-1]) for line in text.splitlines() if line.strip().startswith("1/")]
+
+
+def test_estimate_knows_what_importance_takes(model_folder, capsys):
+    assert run_estimate(model_folder, "--memory", "24") == 0
+    assert run_estimate(model_folder, "--memory", "24", "--importance", "marginal") == 0
+    with_scores, without = map(sizes_of, capsys.readouterr().out.split("6.74e9")[-2:])
+    assert all(b < a - 0.5 for a, b in zip(with_scores, without, strict=True))
 
 
 @pytest.mark.parametrize(

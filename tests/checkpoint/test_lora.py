@@ -123,6 +123,10 @@ def test_a_smaller_rank_is_the_best_of_that_rank_and_says_its_error(pair, tmp_pa
     )
     assert cli.main(["inspect", str(tmp_path / "lora")]) == 0
     assert capsys.readouterr().out == printed
+    kinds = [line for line in printed.splitlines() if " x " in line]
+    assert len(kinds) == 8 and "   2 x model.layers.*.mlp.up_proj  rank 5  error up to " in printed
+    alike = [e["relative_error"] for n, e in stated["layers"].items() if "up_proj" in n]
+    assert f"up_proj  rank 5  error up to {max(alike):.2e}, merged " in printed
     result = merged(pair.base, tmp_path / "lora")
     name = "model.layers.0.mlp.up_proj.weight"
     off = (result[name] - trained[name]).norm() / (trained[name] - base[name]).norm()

@@ -1,14 +1,16 @@
 """The pictures made from what a run records of its subnets."""
 
+import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from losia_kernels import cli
-from losia_kernels.finetune import plots
+from losia_kernels.finetune import draw
 from losia_kernels.finetune.options import PICTURES
 from losia_kernels.finetune.run import finetune
 from losia_kernels.integrations.history import SubnetHistory
@@ -81,7 +83,7 @@ def test_marginal_importance_captures_nothing_that_is_known(tmp_path):
     claimed = replace(history, places=[replace(place, captured=0.5) for place in history.places])
     widths = []
     for known in (history, claimed):
-        plots.draw_timeline(known, 3, tmp_path / "timeline.png")
+        draw.draw_timeline(known, 3).savefig(tmp_path / "timeline.png")
         widths.append(Image.open(tmp_path / "timeline.png").width)
     assert widths[0] < 0.7 * widths[1], "a panel for what nobody knows"
 
@@ -98,8 +100,46 @@ def test_the_share_of_the_run_in_which_a_neuron_is_trained(run):
     history = SubnetHistory.read(run / "subnets.jsonl")
     for places in history.of_layers().values():
         for side in (0, 1):
-            trained = plots._time_trained(places, side, 14)
+            trained = draw.time_trained(places, side, 14)
             assert (
-                trained.sum() == pytest.approx(len(plots._idx(places[0], side)))
+                trained.sum() == pytest.approx(len(draw.idx_of(places[0], side)))
                 and trained.max() <= 1 + 1e-9
             )
+
+
+def test_a_base_that_has_moved_is_named_with_what_to_say(run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    record = json.loads((folder / "run.json").read_text())
+    assert Path(record["model"]).is_absolute()  # wherever plot is called from
+    record["model"] = "/no/longer/here"
+    (folder / "run.json").write_text(json.dumps(record))
+    for picture in ("gradients", "singular_vectors"):
+        assert cli.main(["plot", str(folder), "--only", picture]) == 2
+        said = capsys.readouterr().err
+        assert (
+            "/no/longer/here, the model before training, is no longer there: --base MODEL" in said
+        )
+
+
+@pytest.mark.parametrize(
+    "line, problem",
+    [
+        ("", "holds no subnet"),
+        ('{"step": 0}', "is damaged"),
+        ('{"step": 0, "layer": "x", "group": "lm_head", "features": [10000000000, 8], "out_idx": "AA==", '
+         '"in_idx": "AA=="}', "is damaged: 8 bits for 10000000000 neurons"),
+    ],
+    ids=["none", "cut", "lying"],
+)  # fmt: skip
+def test_a_damaged_history_is_named(run, tmp_path, capsys, line, problem):
+    head = (run / "subnets.jsonl").read_text().splitlines()[0]
+    (tmp_path / "subnets.jsonl").write_text(f"{head}\n{line}\n" if line else f"{head}\n")
+    assert cli.main(["plot", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'subnets.jsonl'} " in said and problem in said and said.count("\n") == 1
+
+
+def test_a_count_of_vectors_that_cannot_be(run, capsys):
+    assert cli.main(["plot", str(run), "--vectors", "0"]) == 2
+    assert "--vectors must be at least 1, got 0" in capsys.readouterr().err

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass, field, fields
 from enum import Enum
-from typing import Literal
+from typing import Any, Literal
 
 from peft import PeftConfig
 
 from ...config import LoSiAConfig
+from .card import say_how_to_load
 
 
 class LoSiAPeftType(str, Enum):
@@ -65,6 +66,11 @@ class LoSiAPeftConfig(PeftConfig):
         if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = set(self.target_modules)
         self.losia_config()
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's, which has written the adapter's model card by then: it is completed."""
+        super().save_pretrained(save_directory, **kwargs)
+        say_how_to_load(save_directory, self.base_model_name_or_path, self.task_type)
 
     def losia_config(self) -> LoSiAConfig:
         """The same choices as a LoSiAConfig. Raises ValueError for a value out of range."""
