@@ -5,6 +5,11 @@ from torch import nn
 from .placement import cut_parameters
 from .ranks import several_processes
 
+NO_DEEPSPEED = (
+    "LoSiA does not train under DeepSpeed, whose ZeRO optimizers own flat copies of all parameters: use FSDP2 "
+    "(accelerate: fsdp_version: 2) or DDP"
+)
+
 
 def check_engines(model: nn.Module) -> None:
     """Raise ValueError, naming what to use instead, if an engine has split the model in a way that

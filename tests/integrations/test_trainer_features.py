@@ -82,10 +82,12 @@ class Watch(TrainerCallback):
 
 
 class Places(TrainerCallback):
-    """Where the subnets are when training begins."""
+    """Where the subnets are in the first step."""
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.found = places_of(model)
+    found = None
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.found = self.found or places_of(model)
 
 
 def places_of(model):
