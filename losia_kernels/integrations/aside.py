@@ -34,9 +34,9 @@ class Scaling(NamedTuple):
     def divisor(self, trainer: Trainer, inputs: Any, items: Any) -> float:
         """Of this micro-batch; ``items`` is what the Trainer hands to its loss."""
         divisor = float(trainer.current_gradient_accumulation_steps) if self.by_steps else 1.0
-        if self.by_items and items is not None:
-            own = count_items(trainer, inputs)
-            divisor *= max(1.0, float(items)) / max(1.0, float(own or 0))
+        own = count_items(trainer, inputs) if self.by_items and items is not None else None
+        if own is not None:
+            divisor *= max(1.0, float(items)) / max(1.0, float(own))
         return divisor
 
 

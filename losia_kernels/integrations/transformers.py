@@ -29,12 +29,14 @@ from ..training.optimizer import LoSiAAdamW
 from ..training.timeline import Timeline
 from .arguments import check_options, create_optimizer, warn_of_idle_arguments
 from .aside import Scaling, calibrate_aside, find_scaling, same_random_state
+from .following import sync_by_weights
 from .history import Place, SubnetHistory, append_log, rewind_log
 
 CALIBRATION_STEPS = 4
 COUNTED_BATCHES = 64
 # methods of the Trainer that the callback stands in for, by its own
 STANDS_IN = {
+    "compute_loss": "_compute_loss",
     "create_optimizer": "_create_optimizer",
     "get_batch_samples": "_get_batch_samples",
     "training_step": "_training_step",
@@ -111,13 +113,14 @@ class LoSiACallback(TrainerCallback):
         self.trainer, self.calibration_steps = trainer, calibration_steps
         self.history = None if history is None else Path(history)
         self.loss_divisor, self.options = loss_divisor, options
-        self._starting, self._ahead = False, deque[Any]()
+        self._starting, self._ahead, self._scale = False, deque[Any](), 1.0
         self._scaling: Scaling | None = None
         for name, ours in STANDS_IN.items():
             before = getattr(vars(trainer).get(name), "__self__", None)
             if isinstance(before, LoSiACallback):
-                trainer.remove_callback(before)
                 delattr(trainer, name)
+                if before in trainer.callback_handler.callbacks:
+                    trainer.remove_callback(before)
             setattr(self, f"_trainers_{name}", getattr(trainer, name))
             setattr(trainer, name, getattr(self, ours))
 
@@ -135,6 +138,7 @@ class LoSiACallback(TrainerCallback):
         if self._begins() or timeline.config.period == "auto":
             timeline.plan(state.max_steps)
         self._starting, self._scaling = True, None
+        sync_by_weights(self.trainer.callback_handler.callbacks)
         kinds = tuple(INTEGRATION_TO_CALLBACK.values())
         self._reporters = [
             each for each in self.trainer.callback_handler.callbacks if isinstance(each, kinds)
@@ -220,13 +224,23 @@ class LoSiACallback(TrainerCallback):
         self._scale = _loss_scale(optimizer)  # once a step, which is as often as it changes
 
     def _training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None):
-        timeline, divisor = losia_timeline(self.trainer.optimizer), self.loss_divisor
+        self._set_divisor(inputs, num_items_in_batch)
+        return self._trainers_training_step(model, inputs, num_items_in_batch)
+
+    def _compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any):
+        """The micro-batch is known in full: trainers that generate, or that keep several in a batch,
+        have prepared it."""
+        if model.training and "labels" in inputs:
+            self._set_divisor(inputs, kwargs.get("num_items_in_batch"))
+        return self._trainers_compute_loss(model, inputs, *args, **kwargs)
+
+    def _set_divisor(self, inputs: Any, items: Any) -> None:
+        divisor = self.loss_divisor
         if divisor is None:
             alone = self.trainer.current_gradient_accumulation_steps == 1
             scaling = None if alone else self._scaling
-            divisor = (scaling or Scaling()).divisor(self.trainer, inputs, num_items_in_batch)
-        timeline.loss_divisor = divisor / self._scale
-        return self._trainers_training_step(model, inputs, num_items_in_batch)
+            divisor = (scaling or Scaling()).divisor(self.trainer, inputs, items)
+        losia_timeline(self.trainer.optimizer).loss_divisor = divisor / self._scale
 
     # what it did ----------------------------------------------------------------------------------
 
