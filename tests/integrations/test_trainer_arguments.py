@@ -62,7 +62,9 @@ def test_a_search_trains_each_trial_at_its_own_rate(tmp_path, monkeypatch):
 
     trainer = given(tmp_path, model_init=model_init)
     trainer.hp_search_backend = HPSearchBackend.WANDB  # its trials are plain dicts
-    monkeypatch.setattr("transformers.integrations.hp_params", dict)  # else it must be installed
+    # what asks for wandb itself
+    monkeypatch.setattr("transformers.integrations.hp_params", dict)
+    monkeypatch.setattr(Trainer, "_get_output_dir", lambda self, trial: str(tmp_path))
     found = []
     for rate in (1e-3, 4e-3, 1e-3):
         trainer.train(trial={"learning_rate": rate, "weight_decay": 10 * rate})
