@@ -23,7 +23,7 @@ from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from ..layers.module import SubnetModule
 from ..layers.subnet import Subnet
-from ..parallel.engines import NO_DEEPSPEED
+from ..parallel.placement import NO_DEEPSPEED
 from ..training.calibrate import start_from_frequency
 from ..training.optimizer import LoSiAAdamW
 from ..training.timeline import Timeline

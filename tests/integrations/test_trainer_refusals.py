@@ -91,6 +91,13 @@ def test_updates_inside_the_backward_and_accumulation_exclude_each_other(tmp_pat
         trainer.train()
 
 
+def test_deepspeed_is_refused_where_the_callback_is_added(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(ValueError, match="does not train under DeepSpeed.*FSDP2.*or DDP"):
+        LoSiACallback(trainer)
+
+
 def test_several_gpus_in_one_process_are_refused(tmp_path):
     """DataParallel's copies of a layer are on other devices than what it observes with."""
     trainer = make_trainer(tmp_path)

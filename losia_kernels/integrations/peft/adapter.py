@@ -191,6 +191,10 @@ class LoSiAAdapter(LoSiALinear):
         matrix = self.matrix
         return torch.stack([block.gather(matrix) for _, block in self.blocks()])
 
+    def is_finite(self) -> bool:
+        """Of the subnet too: what is written past torch's count is not in the weight yet."""
+        return all(bool(torch.isfinite(t).all()) for t in (self.subnet, self.trained_values()))
+
     # state ----------------------------------------------------------------------------------------
 
     def _apply(self, fn, recurse: bool = True):
