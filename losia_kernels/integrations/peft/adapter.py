@@ -192,8 +192,8 @@ class LoSiAAdapter(LoSiALinear):
         return torch.stack([block.gather(matrix) for _, block in self.blocks()])
 
     def is_finite(self) -> bool:
-        """Of the subnet too: what is written past torch's count is not in the weight yet."""
-        return all(bool(torch.isfinite(t).all()) for t in (self.subnet, self.trained_values()))
+        """First of the subnet: what was written past torch's count is not in the weight."""
+        return bool(self.subnet.isfinite().all()) and bool(self.trained_values().isfinite().all())
 
     # state ----------------------------------------------------------------------------------------
 
