@@ -10,7 +10,7 @@ in the model's state dict, everything else in the optimizer's.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
 from statistics import fmean
@@ -212,7 +212,7 @@ class LoSiACallback(TrainerCallback):
             timeline.listeners.append(self._note)
 
     def _check_labels(self) -> None:
-        if not all(isinstance(batch, dict) and "labels" in batch for batch in self._ahead):
+        if not all(isinstance(batch, Mapping) and "labels" in batch for batch in self._ahead):
             raise ValueError(
                 f"output_init='frequency' counts labels, and the batches of {type(self.trainer).__name__} have none: "
                 f"set output_init='random'"
@@ -224,17 +224,17 @@ class LoSiACallback(TrainerCallback):
         self._scale = _loss_scale(optimizer)  # once a step, which is as often as it changes
 
     def _training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None):
-        self._set_divisor(inputs, num_items_in_batch)
+        self._set_divisor(inputs)
         return self._trainers_training_step(model, inputs, num_items_in_batch)
 
     def _compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any):
-        """The micro-batch is known in full: trainers that generate, or that keep several in a batch,
-        have prepared it."""
+        """Here the micro-batch is known: trainers that generate, or that keep several in what the
+        dataloader gives, have prepared it."""
         if model.training and "labels" in inputs:
             self._set_divisor(inputs, kwargs.get("num_items_in_batch"))
         return self._trainers_compute_loss(model, inputs, *args, **kwargs)
 
-    def _set_divisor(self, inputs: Any, items: Any) -> None:
+    def _set_divisor(self, inputs: Any, items: Any = None) -> None:
         divisor = self.loss_divisor
         if divisor is None:
             alone = self.trainer.current_gradient_accumulation_steps == 1

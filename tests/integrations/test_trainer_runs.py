@@ -2,6 +2,7 @@
 end early, generation in evaluation, sequence-to-sequence, streams, callbacks that follow."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from tests.integrations.test_trainer import LR, samples
 from tests.integrations.test_trainer_features import (
     CONFIG,
     STEPS,
+    Places,
     arguments,
     make_trainer,
     places_of,
@@ -60,6 +62,35 @@ def test_a_batch_size_that_is_found_trains_as_one_that_was_given(tmp_path):
         if find:
             found = trainer._train_batch_size
     assert found in (1, 2) and (found == 1 or same_state(*models))
+
+
+def test_fewer_batches_than_the_calibration_takes(tmp_path):
+    """All of the first epoch is drawn before its first step, and trained on all the same."""
+    changes = {"train": samples(5), "max_steps": 6, "gradient_accumulation_steps": 2}
+    places, trainer = Places(), make_trainer(tmp_path, **changes)
+    trainer.add_callback(places)
+    trainer.train()
+    assert trainer.state.global_step == 6 and trainer.state.epoch == 3
+    config = dataclasses.replace(CONFIG, init_subnet="random")
+    placed = make_trainer(tmp_path, config=config, **changes)
+    for (_, layer), found in zip(losia_layers(placed.model), places.found, strict=True):
+        layer.set_subnet_(*found)
+    placed.train()
+    assert same_state(trainer.model, placed.model)
+
+
+def test_tokens_are_counted_in_what_a_collator_of_transformers_gives(tmp_path):
+    config = dataclasses.replace(CONFIG, init_subnet="random", output_init="frequency")
+    trainer = Trainer(
+        apply_losia(make_model(), config),
+        arguments(tmp_path),
+        data_collator=DataCollatorForSeq2Seq(make_tokenizer()),
+        train_dataset=samples(),
+    )
+    trainer.add_callback(LoSiACallback(trainer))
+    head = trainer.model.lm_head.out_idx.clone()
+    trainer.train()
+    assert not torch.equal(head, trainer.model.lm_head.out_idx)
 
 
 class StopsEpochs(TrainerCallback):

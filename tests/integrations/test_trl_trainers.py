@@ -87,7 +87,7 @@ TRAINERS = {
 }
 
 
-def make_trainer(name, folder, model_folder, **changes):
+def make_trainer(name, folder, model_folder, peft_config=None, **changes):
     module, rows, arguments, given, _ = TRAINERS[name]
     module = importlib.import_module(module)
     values = dict(
@@ -116,13 +116,29 @@ def make_trainer(name, folder, model_folder, **changes):
         teacher.config._name_or_path = str(folder / "teacher")
         given = {"teacher_model": teacher}
     config = LoSiAConfig(rank_factor=1 / 4, period=1)
+    if peft_config is not None:
+        given = {**given, "peft_config": peft_config}
     return getattr(module, f"{name}Trainer")(
-        model=apply_losia(model, config),
+        model=apply_losia(model, config) if peft_config is None else model,
         args=getattr(module, f"{name}Config")(**{**values, **arguments, **changes}),
         train_dataset=Dataset.from_list(rows),
         processing_class=make_tokenizer(),
         **given,
     )
+
+
+@pytest.mark.parametrize("name", ["DPO", "KTO", "GRPO", "SFT"])
+def test_as_a_peft_config(name, tmp_path, model_folder):
+    pytest.importorskip("peft")
+    from losia_kernels.integrations.peft import LoSiAPeftConfig
+
+    config = LoSiAPeftConfig(rank_factor=1 / 4, period=1, task_type="CAUSAL_LM")
+    trainer = make_trainer(name, tmp_path, model_folder, peft_config=config)
+    trainer.add_callback(LoSiACallback(trainer))
+    trainer.train()
+    timeline = trainer.optimizer.optimizer.timeline
+    assert timeline.step == STEPS
+    assert all(len(layer.block_values) > 1 for layer in timeline.layers)  # they have moved
 
 
 def places(model):
