@@ -49,7 +49,7 @@ class ScaledByTheTrainer(Trainer):
 CASES = {  # model, data, class of the Trainer, its options
     "language model": (make_model, None, Trainer, {}),
     "classification": (
-        lambda: classifier(num_labels=3),
+        lambda: classifier(num_labels=3, attention_dropout=0.3),
         labelled(lambda i: torch.tensor(i % 3)),
         Trainer,
         {},

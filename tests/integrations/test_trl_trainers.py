@@ -167,6 +167,8 @@ def test_one_line_is_enough(name, tmp_path, model_folder):
     optimizer = trainer.optimizer.optimizer
     assert isinstance(optimizer, LoSiAAdamW) and optimizer.timeline.step == STEPS
     assert optimizer.param_groups[0]["initial_lr"] == LR
+    # what the trainer counts and logs is of its own steps alone
+    assert getattr(trainer, "_step", STEPS * ACCUMULATION) == STEPS * ACCUMULATION
     divisors, found = zip(*seen, strict=True)
     assert len(seen) == STEPS * ACCUMULATION
     assert differ(drawn, found[0]) and differ(found[0], found[-1])
