@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from losia_kernels import LoSiAConfig, apply_losia, remove_losia
-from losia_kernels.integrations.transformers import LoSiACallback, LoSiAOptimizerFactory
+from losia_kernels.integrations.transformers import LoSiACallback
 
 model_name, output, steps = sys.argv[1], sys.argv[2], int(sys.argv[3]) if sys.argv[3:] else 60
 tokenizer = AutoTokenizer.from_pretrained(model_name)
@@ -49,9 +49,8 @@ trainer = SFTTrainer(
     arguments,
     train_dataset=chats,
     processing_class=tokenizer,
-    # LoRA: peft_config=...
-    optimizer_cls_and_kwargs=(LoSiAOptimizerFactory, {"lr": arguments.learning_rate}),
 )
+# LoRA: nothing here
 trainer.add_callback(LoSiACallback(trainer))
 trainer.train()
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from losia_kernels import LoSiAConfig, apply_losia, remove_losia
-from losia_kernels.integrations.transformers import LoSiACallback, LoSiAOptimizerFactory
+from losia_kernels.integrations.transformers import LoSiACallback
 
 model_name, output, steps = sys.argv[1], sys.argv[2], int(sys.argv[3]) if sys.argv[3:] else 60
 tokenizer = AutoTokenizer.from_pretrained(model_name)
@@ -50,9 +50,8 @@ trainer = Trainer(
     train_dataset=[encode(text) for text in texts],
     # masks padding by place: the end is learned though it pads too
     data_collator=DataCollatorForSeq2Seq(tokenizer),
-    # LoRA needs neither this argument nor the callback
-    optimizer_cls_and_kwargs=(LoSiAOptimizerFactory, {"lr": arguments.learning_rate}),
 )
+# LoRA: nothing here
 trainer.add_callback(LoSiACallback(trainer))
 trainer.train()  # resume_from_checkpoint=True goes on from the last checkpoint, to the same bits
 

@@ -1,42 +1,46 @@
-"""LoSiA in transformers' Trainer and TRL's SFTTrainer: an optimizer factory and a callback; the
-Trainer stays as it is.
+"""LoSiA in transformers' Trainer, TRL's trainers and any other subclass: one callback; the Trainer
+stays as it is.
 
     model = apply_losia(model, config)
-    trainer = Trainer(
-        model,
-        args,
-        train_dataset=...,
-        optimizer_cls_and_kwargs=(LoSiAOptimizerFactory, {"lr": args.learning_rate}),
-    )
+    trainer = Trainer(model, args, train_dataset=...)
     trainer.add_callback(LoSiACallback(trainer))
 
 Checkpoints and ``resume_from_checkpoint`` are the Trainer's own: the subnets and their places are
 in the model's state dict, everything else in the optimizer's.
 """
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
-from itertools import islice
+from collections import deque
+from collections.abc import Iterator, Mapping
+from itertools import chain, islice
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import IterableDataset
-from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from ..layers.module import SubnetModule
 from ..layers.subnet import Subnet
-from ..training.calibrate import calibrate, start_from_frequency
+from ..parallel.placement import NO_DEEPSPEED
+from ..training.calibrate import start_from_frequency
 from ..training.optimizer import LoSiAAdamW
-from ..training.selection import NonFiniteScoreError
 from ..training.timeline import Timeline
+from .arguments import check_options, create_optimizer, warn_of_idle_arguments
+from .aside import Scaling, calibrate_aside, find_scaling, same_random_state
+from .following import sync_by_weights
 from .history import Place, SubnetHistory, append_log, rewind_log
 
 CALIBRATION_STEPS = 4
 COUNTED_BATCHES = 64
+# methods of the Trainer that the callback stands in for, by its own
+STANDS_IN = {
+    "compute_loss": "_compute_loss",
+    "create_optimizer": "_create_optimizer",
+    "get_batch_samples": "_get_batch_samples",
+    "training_step": "_training_step",
+}
 
 
 class LoSiAOptimizerFactory:
@@ -53,13 +57,24 @@ class LoSiAOptimizerFactory:
 
 
 class LoSiACallback(TrainerCallback):
-    """Places the first subnets, tells the timeline the number of steps (``period="auto"``) and how
-    ``trainer`` scales each loss, and reports what the subnets do.
+    """Makes a Trainer train subnets, whichever it is: gives it the optimizer, places the first
+    subnets, tells the timeline the number of steps (``period="auto"``) and how each loss is scaled,
+    and reports what the subnets do.
 
-    Calibration is on the Trainer's own loss, if the config's ``init_subnet`` is "calibrated"; with
-    ``output_init="frequency"`` the labels of the first 64 batches are counted. Neither moves
-    torch's random state. A resumed run, and one that a second ``train()`` continues, is left where
-    it was. A run that ends before every group has moved once is warned about.
+    The optimizer is made when the Trainer makes its own, from the arguments that it has then
+    (``learning_rate``, ``weight_decay``, ``adam_beta1``, ``adam_beta2``, ``adam_epsilon``), so that
+    a hyperparameter search reaches it: a LoSiAAdamW if ``optim`` is torch's AdamW, else that
+    optimizer, attached. One that the Trainer was given is attached if it does not drive the subnets
+    yet.
+
+    Calibration is by the Trainer's own training step on its first batches, if the config's
+    ``init_subnet`` is "calibrated"; with ``output_init="frequency"`` the labels of the first 64
+    batches are counted. Neither moves torch's random state nor the Trainer's metrics. A resumed
+    run, and one that a second ``train()`` continues, is left where it was. A run that ends before
+    every group has moved once is warned about.
+
+    What an accumulated micro-batch's loss is divided by, which the importance must know, is found
+    out by three backwards of the first one: no class of Trainer tells it reliably.
 
     Whatever ``args.report_to`` names (TensorBoard, ...) gets, with each of the Trainer's logs:
     ``losia/lr/<group>``, the group's learning rate with its rewarming; ``losia/observing``, the
@@ -68,16 +83,19 @@ class LoSiACallback(TrainerCallback):
     ``losia/captured`` (see ``history.Place``).
 
     Args:
-        trainer: the one that the callback is added to.
+        trainer: the one that the callback is added to; a second callback replaces the first.
         calibration_steps: batches before the first step.
         history: a file that gets every place of every subnet, for ``losia-kernels plot``.
         show_progress: a bar on stderr while it calibrates, which takes as long as that many steps
             that all observe.
+        loss_divisor: what the mean loss of each micro-batch is divided by; None finds it out.
+        options: of ``LoSiAAdamW``, such as ``moments="int8"``; they win over the Trainer's
+            arguments.
 
     Raises:
-        ValueError: when training begins with an optimizer that is neither LoSiAAdamW nor one
-            ``attach`` was given, with gradients to clip that ``in_backward=True`` has spent, or
-            with several GPUs in one process (DataParallel).
+        ValueError: the Trainer uses DeepSpeed; ``options`` are for another optimizer than it has;
+            when training begins, gradients to clip or to accumulate that ``in_backward=True`` has
+            spent, or several GPUs in one process (DataParallel).
     """
 
     def __init__(
@@ -86,106 +104,150 @@ class LoSiACallback(TrainerCallback):
         calibration_steps: int = CALIBRATION_STEPS,
         history: str | Path | None = None,
         show_progress: bool = False,
+        loss_divisor: float | None = None,
+        **options: Any,
     ):
+        if trainer.is_deepspeed_enabled:
+            raise ValueError(f"LoSiACallback: {NO_DEEPSPEED}")
+        if trainer.optimizer is not None:
+            check_options(options, "optimizers=")
+        elif trainer.optimizer_cls_and_kwargs is not None:
+            check_options(options, "optimizer_cls_and_kwargs=")
         self.trainer, self.calibration_steps = trainer, calibration_steps
         self.show_progress = show_progress
         self.history = None if history is None else Path(history)
-        self._training_step = trainer.training_step
-        trainer.training_step = self._set_divisor_and_train
+        self.loss_divisor, self.options = loss_divisor, options
+        self._starting, self._ahead, self._scale = False, deque[Any](), 1.0
+        self._scaling: Scaling | None = None
+        for name, ours in STANDS_IN.items():
+            before = getattr(vars(trainer).get(name), "__self__", None)
+            if isinstance(before, LoSiACallback):
+                delattr(trainer, name)
+                if before in trainer.callback_handler.callbacks:
+                    trainer.remove_callback(before)
+            setattr(self, f"_trainers_{name}", getattr(trainer, name))
+            setattr(trainer, name, getattr(self, ours))
+
+    def _create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        create = self._trainers_create_optimizer
+        return create_optimizer(self.trainer, create, model, LoSiAOptimizerFactory, self.options)
 
     # before the first step ------------------------------------------------------------------------
 
-    def on_train_begin(
-        self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs
-    ):
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
         timeline = losia_timeline(optimizer)
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"the Trainer would spread the batch over {args.n_gpu} GPUs by DataParallel, in which layers cannot "
-                f"observe: start a process for each (torchrun, accelerate launch), or set CUDA_VISIBLE_DEVICES to one"
-            )
-        if (
-            getattr(getattr(optimizer, "optimizer", optimizer), "in_backward", False)
-            and args.max_grad_norm
-        ):
-            raise ValueError(
-                f"max_grad_norm={args.max_grad_norm} would find nothing to clip: with in_backward=True the gradients "
-                f"are spent before the step; set max_grad_norm=0"
-            )
-        # not so in a second train(), which keeps the optimizer
-        begins = state.global_step == timeline.step == 0
+        self._check(args, optimizer)
+        warn_of_idle_arguments(args, getattr(optimizer, "optimizer", optimizer))
         # a checkpoint without the optimizer's state has no period
-        if begins or timeline.config.period == "auto":
+        if self._begins() or timeline.config.period == "auto":
             timeline.plan(state.max_steps)
-        if begins and timeline.config.init_subnet == "calibrated":
-            with _same_random_state(args.device):
-                batches = _first_batches(train_dataloader, self.calibration_steps, args.device)
-                # training checkpoints gradients
-                self._calibrate(model.train(), batches, _loss_scale(optimizer))
-        if begins and timeline.config.output_init == "frequency":
-            with _same_random_state(args.device):
-                start_from_frequency(
-                    model, _first_batches(train_dataloader, COUNTED_BATCHES, args.device)
-                )
+        self._starting, self._scaling = True, None
+        sync_by_weights(self.trainer.callback_handler.callbacks)
         kinds = tuple(INTEGRATION_TO_CALLBACK.values())
         self._reporters = [
             each for each in self.trainer.callback_handler.callbacks if isinstance(each, kinds)
         ]
         self._moved: list[Place] = []
-        if not state.is_world_process_zero:
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self._ahead.clear()  # of an epoch that was broken off
+
+    def _check(self, args, optimizer: torch.optim.Optimizer) -> None:
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"the Trainer would spread the batch over {args.n_gpu} GPUs by DataParallel, in which layers cannot "
+                f"observe: start a process for each (torchrun, accelerate launch), or set CUDA_VISIBLE_DEVICES to one"
+            )
+        if not getattr(getattr(optimizer, "optimizer", optimizer), "in_backward", False):
             return
-        if self.history and state.global_step == 0:
+        if args.max_grad_norm:
+            raise ValueError(
+                f"max_grad_norm={args.max_grad_norm} would find nothing to clip: with in_backward=True the gradients "
+                f"are spent before the step; set max_grad_norm=0"
+            )
+        if args.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"gradient_accumulation_steps={args.gradient_accumulation_steps}: with in_backward=True the gradients "
+                f"of each micro-batch are spent before the next; set it to 1, or in_backward=False"
+            )
+
+    def _begins(self) -> bool:
+        """Not so in a second train(), which keeps the optimizer."""
+        timeline = losia_timeline(self.trainer.optimizer)
+        return self.trainer.state.global_step == timeline.step == 0
+
+    def _get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, *args, **kwargs):
+        """The Trainer's next micro-batches; before the first of a run that begins, the first subnets
+        are placed by them."""
+        if self._starting:
+            self._starting = False
+            self._start(epoch_iterator)
+        ahead = [self._ahead.popleft() for _ in range(min(num_batches, len(self._ahead)))]
+        iterator = chain(ahead, epoch_iterator)
+        batches, items = self._trainers_get_batch_samples(iterator, num_batches, *args, **kwargs)
+        timeline = losia_timeline(self.trainer.optimizer)
+        asks = self.loss_divisor is None and timeline.config.moves == "importance"
+        if len(batches) > 1 and self._scaling is None and asks:
+            ranks = timeline.ranks
+            step, number = self._trainers_training_step, len(batches)
+            self._scaling = find_scaling(self.trainer, step, batches[0], items, number, ranks)
+        return batches, items
+
+    def _start(self, epoch_iterator: Iterator) -> None:
+        trainer, timeline = self.trainer, losia_timeline(self.trainer.optimizer)
+        calibrated = timeline.config.init_subnet == "calibrated"
+        counted = timeline.config.output_init == "frequency"
+        if self._begins() and (calibrated or counted):
+            seen = max(calibrated * self.calibration_steps, counted * COUNTED_BATCHES)
+            self._ahead.extend(islice(epoch_iterator, seen))
+            if calibrated:
+                batches = list(islice(self._ahead, self.calibration_steps))
+                scale = _loss_scale(trainer.optimizer)
+                show = self.show_progress and trainer.is_world_process_zero()
+                calibrate_aside(trainer, self._trainers_training_step, batches, scale, show)
+            if counted:
+                self._check_labels()
+                with same_random_state(trainer.args.device):
+                    start_from_frequency(trainer.model, self._ahead)
+        if not trainer.state.is_world_process_zero:
+            return
+        if self.history and trainer.state.global_step == 0:
             SubnetHistory.begin(self.history, timeline)
         elif self.history:
-            rewind_log(self.history, state.global_step)
+            rewind_log(self.history, trainer.state.global_step)
         if (self.history or self._reporters) and self._note not in timeline.listeners:
             timeline.listeners.append(self._note)
 
-    def _calibrate(self, model: nn.Module, batches: list[dict], scale: float) -> None:
-        """``calibrate`` on the Trainer's loss with the largest scale, from ``scale`` down, that
-        does not overflow."""
-
-        def loss_fn(model: nn.Module, batch: dict) -> torch.Tensor:
-            with self.trainer.compute_loss_context_manager():
-                # which may take labels out
-                return scale * self.trainer.compute_loss(model, dict(batch))
-
-        show = self.show_progress and self.trainer.is_world_process_zero()
-        shown = _with_bar(batches, "placing the first subnets", show)
-        try:
-            calibrate(model, shown, len(batches), loss_fn, loss_divisor=1 / scale)
-        except NonFiniteScoreError:
-            if scale <= 1:
-                raise
-            self._calibrate(model, batches, max(1.0, scale / 16))
+    def _check_labels(self) -> None:
+        if not all(isinstance(batch, Mapping) and "labels" in batch for batch in self._ahead):
+            raise ValueError(
+                f"output_init='frequency' counts labels, and the batches of {type(self.trainer).__name__} have none: "
+                f"set output_init='random'"
+            )
 
     # how the loss is scaled -----------------------------------------------------------------------
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         self._scale = _loss_scale(optimizer)  # once a step, which is as often as it changes
 
-    def _set_divisor_and_train(self, model, inputs, num_items_in_batch=None):
-        timeline = losia_timeline(self.trainer.optimizer)
-        timeline.loss_divisor = self._divisor(inputs, num_items_in_batch, timeline) / self._scale
-        return self._training_step(model, inputs, num_items_in_batch)
+    def _training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None):
+        self._set_divisor(inputs)
+        return self._trainers_training_step(model, inputs, num_items_in_batch)
 
-    def _divisor(self, inputs: dict, items: torch.Tensor | None, timeline: Timeline) -> float:
-        """What the Trainer divides the mean loss of this micro-batch by.
+    def _compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any):
+        """Here the micro-batch is known: trainers that generate, or that keep several in what the
+        dataloader gives, have prepared it."""
+        if model.training and "labels" in inputs:
+            self._set_divisor(inputs, kwargs.get("num_items_in_batch"))
+        return self._trainers_compute_loss(model, inputs, *args, **kwargs)
 
-        Its loss is a sum over the micro-batch divided by ``items``, the learned tokens of the whole
-        accumulated batch, and so is its mean over the processes, of whose micro-batches both then
-        count all tokens; for models that do not take ``num_items_in_batch`` it is the mean divided
-        by the number of micro-batches.
-        """
-        if self.trainer.args.gradient_accumulation_steps == 1:
-            return 1.0
-        if items is None:
-            return float(self.trainer.current_gradient_accumulation_steps)
-        labels = inputs.get("shift_labels")
-        if labels is None:
-            shifts = getattr(self.trainer, "_loss_shifts_labels", True)
-            labels = inputs["labels"][..., 1:] if shifts else inputs["labels"]
-        return float(items) / max(1, timeline.ranks.total((labels != -100).sum()))
+    def _set_divisor(self, inputs: Any, items: Any = None) -> None:
+        divisor = self.loss_divisor
+        if divisor is None:
+            alone = self.trainer.current_gradient_accumulation_steps == 1
+            scaling = None if alone else self._scaling
+            divisor = (scaling or Scaling()).divisor(self.trainer, inputs, items)
+        losia_timeline(self.trainer.optimizer).loss_divisor = divisor / self._scale
 
     # what it did ----------------------------------------------------------------------------------
 
@@ -234,9 +296,8 @@ def losia_timeline(optimizer: torch.optim.Optimizer) -> Timeline:
     timeline = getattr(inner, "timeline", None)
     if not isinstance(timeline, Timeline):
         raise ValueError(
-            f"the Trainer's optimizer is {type(inner).__name__}, which does not know the subnets: give the Trainer "
-            f"optimizer_cls_and_kwargs=(LoSiAOptimizerFactory, {{'lr': ...}}), or attach(optimizer, model) and "
-            f"optimizers=(optimizer, None)"
+            f"the Trainer's optimizer is {type(inner).__name__}, which does not know the subnets: before the optimizer "
+            f"is made, trainer.add_callback(LoSiACallback(trainer)); of one made by hand, attach(optimizer, model)"
         )
     return timeline
 
@@ -246,39 +307,3 @@ def _loss_scale(optimizer: torch.optim.Optimizer) -> float:
     float16."""
     scaler = getattr(optimizer, "scaler", None)
     return 1.0 if scaler is None else scaler.get_scale()
-
-
-def _same_random_state(device: torch.device) -> AbstractContextManager:
-    """What is drawn inside is not missed outside: a resumed run, which does not look ahead, sees
-    the same order."""
-    return torch.random.fork_rng([device] if device.type == "cuda" else [])
-
-
-def _with_bar(batches: list[dict], doing: str, show: bool) -> Iterator[dict]:
-    """The batches, each counted when it is done with, the last one too if no more is asked for."""
-    with tqdm(total=len(batches), desc=doing, unit="batch", disable=not show) as bar:
-        for batch in batches:
-            try:
-                yield batch
-            finally:
-                bar.update()
-
-
-def _first_batches(dataloader, count: int, device: torch.device) -> list[dict]:
-    """The first batches of an epoch, made beside the dataloader, whose own iteration is left for
-    the training."""
-    if isinstance(dataloader.dataset, IterableDataset):
-        raise ValueError(
-            "cannot calibrate from an iterable dataset: call losia_kernels.calibrate before the Trainer, and set "
-            "init_subnet='random'"
-        )
-    batches = []
-    for indices in islice(dataloader.batch_sampler, count):
-        batch = dataloader.collate_fn([dataloader.dataset[i] for i in indices])
-        batches.append(
-            {
-                key: value.to(device) if torch.is_tensor(value) else value
-                for key, value in batch.items()
-            }
-        )
-    return batches

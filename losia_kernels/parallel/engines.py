@@ -2,13 +2,16 @@
 
 from torch import nn
 
-from .placement import cut_parameters
+from .placement import NO_DEEPSPEED, cut_parameters, owned_by_deepspeed
 from .ranks import several_processes
 
 
 def check_engines(model: nn.Module) -> None:
     """Raise ValueError, naming what to use instead, if an engine has split the model in a way that
     LoSiA cannot train in."""
+    for name, parameter in model.named_parameters():
+        if owned_by_deepspeed(parameter):
+            raise ValueError(f"{name}: {NO_DEEPSPEED}")
     if not several_processes():
         return
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -23,12 +26,6 @@ def check_engines(model: nn.Module) -> None:
         if isinstance(module, FSDPModule):
             sharded.update(module.modules())
     for name, module in model.named_modules():
-        for key, parameter in module.named_parameters(recurse=False):
-            if hasattr(parameter, "ds_id"):
-                raise ValueError(
-                    f"{name}.{key} belongs to DeepSpeed's ZeRO-3, which LoSiA cannot train in: use "
-                    f"FSDP2 (accelerate: fsdp_version: 2) or DDP"
-                )
         for key in cut_parameters(module) if module not in sharded else ():
             raise ValueError(
                 f"{name}.{key} is split by a tensor-parallel plan, which LoSiA cannot train in: "

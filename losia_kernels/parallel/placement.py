@@ -14,6 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .ranks import Ranks, RowShard, all_gather_rows
 
+NO_DEEPSPEED = (
+    "LoSiA does not train under DeepSpeed, whose ZeRO optimizers own flat copies of the parameters: use FSDP2 "
+    "(accelerate: fsdp_version: 2) or DDP"
+)
+
 
 class Indices(Protocol):
     """A subnet's place."""
@@ -312,8 +317,15 @@ def is_gathered_for_use(model: nn.Module, weight: Tensor) -> bool:
 
 def check_whole(weight: Tensor, name: str, advice: str) -> None:
     """Raise ValueError, naming the layer and what to do, if its weight is cut already."""
+    if owned_by_deepspeed(weight):
+        raise ValueError(f"{name}: {NO_DEEPSPEED}")
     if _is_cut(weight):
         raise ValueError(f"{name}: the weight is sharded already; {advice}")
+
+
+def owned_by_deepspeed(parameter: Tensor) -> bool:
+    """Cut up by ZeRO-3, or a view into the flat copies of ZeRO-1 and 2."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
 
 def cut_parameters(module: nn.Module) -> Iterator[str]:

@@ -128,6 +128,11 @@ def check_attachable(
         raise ValueError(
             "attach: the optimizer has a learning-rate scheduler already; attach first, then make it"
         )
+    if optimizer.state and not any(map(_stepped, optimizer.state.values())):
+        raise ValueError(
+            f"attach: {type(optimizer).__name__} makes its state when it is made, not for a subnet "
+            f"that has moved; use another optimizer"
+        )
     if optimizer.state:
         raise ValueError(
             "attach: the optimizer has taken steps already; attach before the first one"
@@ -137,6 +142,10 @@ def check_attachable(
             f"attach: {type(optimizer).__name__} sets its own learning rate, which cannot be "
             f"rewarmed; give it one (transformers' Adafactor: relative_step=False, lr=...)"
         )
+
+
+def _stepped(state: dict) -> bool:
+    return float(state.get("step", 1)) > 0
 
 
 def _split_groups(optimizer: torch.optim.Optimizer, timeline: Timeline) -> None:

@@ -23,7 +23,7 @@ def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
     steps: int = 4,
-    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+    loss_fn: Callable[[nn.Module, Any], Tensor | None] | None = None,
     process_group: "dist.ProcessGroup | None" = None,
     loss_divisor: float = 1.0,
 ) -> nn.Module:
@@ -41,7 +41,7 @@ def calibrate(
             gradients.
         steps: how many of them.
         loss_fn: ``(model, batch)`` -> the mean loss divided by ``loss_divisor``; by default
-            ``model(**batch).loss``.
+            ``model(**batch).loss``. None says that it has run the backward itself.
         process_group: by default as in ``LoSiAAdamW``.
         loss_divisor: in float16 1/scale, for importance is not linear in the gradient.
 
@@ -70,7 +70,8 @@ def calibrate(
         seen = 0
         for batch in batches:
             loss = _model_loss(model, batch) if loss_fn is None else loss_fn(model, batch)
-            loss.backward()
+            if loss is not None:
+                loss.backward()
             _drop_gradients(model)
             seen += 1
             if seen == steps:

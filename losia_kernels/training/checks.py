@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..layers.module import Membership, SubnetModule
+from ..parallel.placement import NO_DEEPSPEED, owned_by_deepspeed
 
 SELECTING = ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern")  # of a config
 
@@ -64,10 +65,11 @@ def check_held(optimizer: torch.optim.Optimizer, layers: Iterable[SubnetModule])
                 f"step before another adapter is activated, or this one disabled"
             )
         if layer.subnet.requires_grad and id(layer.subnet) not in held:
+            if owned_by_deepspeed(layer.subnet):
+                raise RuntimeError(f"{layer.name}: {NO_DEEPSPEED}")
             raise RuntimeError(
                 f"{layer.name}: the optimizer holds another subnet than the model; make the "
-                f"optimizer after fully_shard or whatever else exchanges parameters (DeepSpeed is "
-                f"not supported: use FSDP2 or DDP)"
+                f"optimizer after fully_shard or whatever else exchanges parameters"
             )
 
 

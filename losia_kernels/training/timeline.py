@@ -31,6 +31,11 @@ from .selection import NonFiniteScoreError, random_subnet
 _DRIVERS: "weakref.WeakKeyDictionary[SubnetModule, Any]" = weakref.WeakKeyDictionary()
 
 
+def driver_of(layer: SubnetModule) -> "Timeline | None":
+    """The timeline that was last made for ``layer``, as long as its optimizer lives."""
+    return _DRIVERS.get(layer, lambda: None)()
+
+
 class Timeline:
     """Drives the layers of one model beside an optimizer; ``LoSiAAdamW`` and ``attach`` each hold
     one.
@@ -105,7 +110,7 @@ class Timeline:
         add_join_check(model)
         join_(members)
         for layer in self.layers:
-            before = _DRIVERS.get(layer, lambda: None)()
+            before = driver_of(layer)
             if before is not None:
                 before.detach()
             _DRIVERS[layer] = weakref.ref(self)

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 from losia_kernels import LoSiAAdamW, apply_losia, attach, calibrate
 from losia_kernels.checkpoint.resumable import load_checkpoint, save_checkpoint
 from losia_kernels.integrations.peft import LoSiAPeftConfig
-from losia_kernels.integrations.transformers import LoSiACallback, LoSiAOptimizerFactory
+from losia_kernels.integrations.transformers import LoSiACallback
 
 CHOICES = dict(rank_factor=1 / 4, period=2, rank_pattern={"v_proj": 0.5}, seed=3)
 LR = 1e-2
@@ -183,12 +183,7 @@ def arguments(folder, cls=TrainingArguments, **changes):
 def make_trainer(folder, **changes):
     data = [{key: value[0] for key, value in batch.items()} for batch in batches(20)]
     model = get_peft_model(make_model(), LoSiAPeftConfig(**CHOICES))
-    trainer = Trainer(
-        model,
-        arguments(folder, **changes),
-        train_dataset=data,
-        optimizer_cls_and_kwargs=(LoSiAOptimizerFactory, {"lr": LR}),
-    )
+    trainer = Trainer(model, arguments(folder, **changes), train_dataset=data)
     trainer.add_callback(LoSiACallback(trainer))
     return trainer
 
@@ -237,7 +232,6 @@ def test_sft_trainer_takes_it_as_peft_config(tmp_path):
         ),
         processing_class=make_tokenizer(),
         peft_config=LoSiAPeftConfig(**CHOICES),
-        optimizer_cls_and_kwargs=(LoSiAOptimizerFactory, {"lr": LR}),
     )
     trainer.add_callback(LoSiACallback(trainer))
     trainer.train()
@@ -246,6 +240,41 @@ def test_sft_trainer_takes_it_as_peft_config(tmp_path):
     assert len(adapter.block_values) > 1  # it has moved
     trainer.save_model(tmp_path / "saved")
     assert_same(trainer.model, PeftModel.from_pretrained(make_model(), tmp_path / "saved"))
+
+
+SAID = "stepped by an optimizer that does not know them"
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "SGD", "AdamW8bit"])
+def test_an_optimizer_that_moves_no_subnet_is_said(kind):
+    """It reaches the weights, and the subnets stay where they were drawn."""
+    library = torch.optim if kind != "AdamW8bit" else pytest.importorskip("bitsandbytes").optim
+    model = get_peft_model(make_model(), LoSiAPeftConfig(**CHOICES))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with pytest.warns(UserWarning, match=f"{SAID}.*LoSiAAdamW, attach"):
+        train(model, getattr(library, kind)(trained, lr=LR), batches(2))
+
+
+def test_an_optimizer_that_drives_the_subnets_is_not_warned_about(recwarn):
+    for driven in ("LoSiAAdamW", "attached"):
+        model = get_peft_model(make_model(), LoSiAPeftConfig(**CHOICES))
+        if driven == "attached":
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
+            attach(optimizer, model)
+        else:
+            optimizer = LoSiAAdamW(model, lr=LR)
+        train(model, optimizer, batches(5))
+        model.disable_adapter_layers()
+        model.enable_adapter_layers()
+        model(**batches(1)[0])
+    assert not [each for each in recwarn if SAID in str(each.message)]
+
+
+def test_a_trainer_without_the_callback_says_so_too(tmp_path):
+    data = [{key: value[0] for key, value in batch.items()} for batch in batches(20)]
+    model = get_peft_model(make_model(), LoSiAPeftConfig(**CHOICES))
+    with pytest.warns(UserWarning, match=f"{SAID}.*add_callback.LoSiACallback.trainer"):
+        Trainer(model, arguments(tmp_path), train_dataset=data).train()
 
 
 def test_an_8_bit_optimizer_reaches_the_weights_without_attach():

@@ -137,10 +137,15 @@ def test_the_importance_is_told_what_the_loss_was_divided_by(tmp_path, monkeypat
 
 
 class Snapshot(TrainerCallback):
-    """The subnets' places when training begins."""
+    """The subnets' places in the first step."""
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.places = places(model)
+    places = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.places = None
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.places = self.places or places(model)
 
 
 def places(model):
@@ -271,15 +276,19 @@ def test_the_output_layer_starts_at_the_tokens_of_the_data(tmp_path):
     )
 
 
-def test_an_iterable_dataset_cannot_be_calibrated_from(tmp_path):
-    class Stream(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            return iter(samples())
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(samples())
 
-    trainer = make_trainer(apply_losia(make_model(), CONFIG), tmp_path)
+
+def test_a_stream_is_trained_on_from_its_first_batch_though_it_calibrates(tmp_path):
+    seen = apply_losia(make_model(), CONFIG)
+    trainer = make_trainer(seen, tmp_path, kind=Trainer)
     trainer.train_dataset = Stream()
-    with pytest.raises(ValueError, match="cannot calibrate from an iterable dataset"):
-        trainer.train()
+    trainer.train()
+    model = apply_losia(make_model(), CONFIG)
+    by_hand(model, [Collator(256)(samples()[i : i + BATCH]) for i in range(0, 64, BATCH)])
+    assert same_tensors(model.state_dict(), seen.state_dict())
 
 
 def test_length_groups_reach_the_dataloader(tmp_path):

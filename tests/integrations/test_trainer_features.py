@@ -16,7 +16,7 @@ from transformers import (
 
 from losia_kernels import LoSiAAdamW, apply_losia, calibrate, remove_losia
 from losia_kernels.finetune.data import IGNORE, Collator
-from losia_kernels.integrations.transformers import LoSiACallback, LoSiAOptimizerFactory
+from losia_kernels.integrations.transformers import LoSiACallback
 from losia_kernels.layers.module import losia_layers
 from tests.integrations.test_trainer import LR, samples
 from tests.integrations.tiny_llama import make_model, make_tokenizer
@@ -54,7 +54,6 @@ def make_trainer(folder, model=None, callbacks=(), config=CONFIG, train=None, **
         data_collator=Collator(256),
         train_dataset=train or samples(),
         eval_dataset=samples(6),
-        optimizer_cls_and_kwargs=(LoSiAOptimizerFactory, {"lr": LR}),
         callbacks=list(callbacks),
         processing_class=make_tokenizer(),
     )
@@ -83,10 +82,12 @@ class Watch(TrainerCallback):
 
 
 class Places(TrainerCallback):
-    """Where the subnets are when training begins."""
+    """Where the subnets are in the first step."""
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.found = places_of(model)
+    found = None
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.found = self.found or places_of(model)
 
 
 def places_of(model):
@@ -311,7 +312,7 @@ def test_early_stopping_and_the_best_model(tmp_path):
         tmp_path,
         callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
         max_steps=60,
-        learning_rate=0.0,
+        learning_rate=0.03,
         eval_strategy="steps",
         eval_steps=1,
         save_strategy="steps",
@@ -320,7 +321,6 @@ def test_early_stopping_and_the_best_model(tmp_path):
         load_best_model_at_end=True,
         prediction_loss_only=True,
     )
-    trainer.optimizer_cls_and_kwargs[1]["lr"] = 0.03
     trainer.train()
     state = trainer.state
     assert 0 < state.best_global_step < state.global_step == state.best_global_step + 2 < 60

@@ -8,7 +8,7 @@ from transformers import (
 
 from losia_kernels import apply_losia
 from losia_kernels.finetune.data import Collator
-from losia_kernels.integrations.transformers import LoSiACallback, LoSiAOptimizerFactory
+from losia_kernels.integrations.transformers import LoSiACallback
 from tests.integrations.test_trainer import LR, samples
 from tests.integrations.test_trainer_features import (
     ACCUMULATED,
@@ -20,15 +20,30 @@ from tests.integrations.test_trainer_features import (
 from tests.integrations.tiny_llama import make_model
 
 
-def test_another_optimizer_is_refused(tmp_path):
+def test_an_optimizer_with_a_schedule_of_its_own_is_refused(tmp_path):
+    """Its parameter groups cannot be split any more, by which subnets are rewarmed."""
     model = apply_losia(make_model(), CONFIG)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     trainer = Trainer(
-        model, arguments(tmp_path), data_collator=Collator(256), train_dataset=samples()
+        model,
+        arguments(tmp_path),
+        data_collator=Collator(256),
+        train_dataset=samples(),
+        optimizers=(optimizer, schedule),
     )
     trainer.add_callback(LoSiACallback(trainer))
-    with pytest.raises(
-        ValueError, match="the Trainer's optimizer is AdamW.*optimizer_cls_and_kwargs"
-    ):
+    with pytest.raises(ValueError, match="has a learning-rate scheduler already; attach first"):
+        trainer.train()
+
+
+def test_an_optimizer_made_behind_the_callbacks_back_is_refused(tmp_path):
+    """Its steps would move no subnet."""
+    trainer = make_trainer(tmp_path)
+    model = trainer.model
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR)
+    trainer.create_optimizer = lambda: setattr(trainer, "optimizer", optimizer)
+    with pytest.raises(ValueError, match="optimizer is SGD.*add_callback.LoSiACallback.trainer"):
         trainer.train()
 
 
@@ -64,9 +79,23 @@ def test_the_last_step_of_an_epoch_has_fewer_micro_batches(tmp_path):
 
 def test_updates_inside_the_backward_and_clipping_exclude_each_other(tmp_path):
     trainer = make_trainer(tmp_path, max_grad_norm=1.0, gradient_accumulation_steps=1)
-    trainer.optimizer_cls_and_kwargs = (LoSiAOptimizerFactory, {"lr": LR, "in_backward": True})
+    trainer.add_callback(LoSiACallback(trainer, in_backward=True))
     with pytest.raises(ValueError, match="max_grad_norm=1.0 would find nothing to clip"):
         trainer.train()
+
+
+def test_updates_inside_the_backward_and_accumulation_exclude_each_other(tmp_path):
+    trainer = make_trainer(tmp_path, max_grad_norm=0.0, gradient_accumulation_steps=2)
+    trainer.add_callback(LoSiACallback(trainer, in_backward=True))
+    with pytest.raises(ValueError, match="gradient_accumulation_steps=2.*set it to 1"):
+        trainer.train()
+
+
+def test_deepspeed_is_refused_where_the_callback_is_added(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(ValueError, match="does not train under DeepSpeed.*FSDP2.*or DDP"):
+        LoSiACallback(trainer)
 
 
 def test_several_gpus_in_one_process_are_refused(tmp_path):

@@ -6,7 +6,7 @@ from tests.parallel import sharding
 
 REFUSED = {
     "FSDP1": ("FSDP1", "fully_shard"),
-    "ZeRO-3": ("ZeRO-3", "FSDP2"),
+    "ZeRO-3": ("lm.lm_head.weight", "DeepSpeed", "FSDP2"),
     "tensor parallel columns": ("layers.0.up_proj.weight", "tensor-parallel", "FSDP2"),
     "tensor parallel rows": ("layers.0.down_proj.weight", "tensor-parallel", "FSDP2"),
     "tensor parallel first": ("sharded already", "FSDP2"),

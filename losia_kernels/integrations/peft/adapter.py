@@ -1,5 +1,6 @@
 """LoSiAAdapter: one adapter of one linear, a LoSiALinear on the base layer's own weight."""
 
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -10,6 +11,7 @@ from ...layers.linear import LoSiALinear
 from ...layers.module import Membership
 from ...layers.subnet import Subnet
 from ...parallel.placement import check_whole
+from ...training.timeline import driver_of
 
 BLOCKS = ("block_out_idx", "block_in_idx", "block_values")
 
@@ -85,7 +87,20 @@ class LoSiAAdapter(LoSiALinear):
         Not in compiled code, which needs an optimizer that does.
         """
         if not torch.compiler.is_compiling():
+            self._warn_of_foreign_steps()
             self.sync_(finish=True)
+
+    def _warn_of_foreign_steps(self) -> None:
+        """The words are the same for all layers, so that Python says them once."""
+        driver = driver_of(self)
+        stepped = self._agreement.written(self.weight, self.subnet) == (True, False)
+        if stepped and not self._agreement.loaded and (driver is None or not driver.drives):
+            warnings.warn(
+                "LoSiA: the subnets of a PEFT adapter are stepped by an optimizer that does not know them, and will "
+                "stay where they were drawn: use LoSiAAdamW, attach(optimizer, model), or in a Trainer "
+                "trainer.add_callback(LoSiACallback(trainer))",
+                stacklevel=2,
+            )
 
     def sync_(self, finish: bool = False) -> None:
         if self.in_weight:  # else: when it enters
@@ -175,6 +190,10 @@ class LoSiAAdapter(LoSiALinear):
         self.finish_step_()
         matrix = self.matrix
         return torch.stack([block.gather(matrix) for _, block in self.blocks()])
+
+    def is_finite(self) -> bool:
+        """First of the subnet: what was written past torch's count is not in the weight."""
+        return bool(self.subnet.isfinite().all()) and bool(self.trained_values().isfinite().all())
 
     # state ----------------------------------------------------------------------------------------
 

@@ -129,7 +129,7 @@ class LoSiATunerLinear(nn.Module, BaseTunerLayer):
         name = self.only_one([*self.merged_adapters, *names])
         if name is None or name in self.merged_adapters:
             return
-        if safe_merge and not bool(torch.isfinite(self.losia_adapter[name].trained_values()).all()):
+        if safe_merge and not self.losia_adapter[name].is_finite():
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
             )
