@@ -109,8 +109,8 @@ class LoSiAConfig:
             "a dict {regex: rank factor}",
         )
         for pattern, factor in self.rank_pattern.items():
-            pair = isinstance(factor, (tuple, list)) and len(factor) == 2
-            for each in factor if pair else (factor,):
+            pair: Sequence[Any] = factor if isinstance(factor, (tuple, list)) else ()
+            for each in pair if len(pair) == 2 else (factor,):
                 _check_factor(f"rank_pattern[{pattern!r}]", each)
         _check(
             "output_dim_factor",

@@ -15,7 +15,8 @@ def random_subnet(layer: SubnetModule, seed: int, step: int) -> Subnet:
     """New places for ``layer``'s subnet after ``step``, the same in every process."""
     generator = torch.Generator().manual_seed(seed_of(seed, layer.name, step))
     features = layer.out_features, layer.in_features
-    return Subnet.random(features, tuple(layer.subnet.shape), generator, layer.alignment)
+    k_out, k_in = layer.subnet.shape
+    return Subnet.random(features, (k_out, k_in), generator, layer.alignment)
 
 
 def seed_of(seed: int, layer_name: str, step: int) -> int:
