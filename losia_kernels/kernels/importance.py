@@ -95,6 +95,7 @@ def importance_update_kernel(
     deviation = tl.load(deviation_ptrs, mask=mask, other=0.0).to(tl.float32)
     mean = beta1 * mean + one_minus_beta1 * now  # Eq. 4
     deviation = beta2 * deviation + one_minus_beta2 * tl.abs(now - mean)  # Eq. 5, with the new mean
+    mask &= now < float("inf")  # and no NaN
     store_as(mean_ptrs, mean, mask)
     store_as(deviation_ptrs, deviation, mask)
 

@@ -2,8 +2,9 @@
 
 import warnings
 from collections.abc import Mapping
-from functools import partial
+from functools import partial, wraps
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -83,22 +84,32 @@ def attach(
         if found_inf is not None and bool(found_inf):
             return  # there for the time of a GradScaler's step: the optimizer has changed nothing
         timeline.check_first_step()
+        timeline.observe()  # the weights do not have the new values yet
         for layers in [*timeline.groups, timeline.dense]:
             timeline.placement.write_back_(layers)
         with torch.no_grad():
             timeline.advance(forget)
 
-    def join_groups() -> None:
+    plain_zero_grad = optimizer.zero_grad
+
+    @wraps(plain_zero_grad)
+    def zero_grad(*args: Any, **kwargs: Any) -> None:
+        plain_zero_grad(*args, **kwargs)
+        timeline.drop_gradients()
+
+    def undo() -> None:
+        optimizer.__dict__.pop("zero_grad", None)
         for group in optimizer.param_groups:
             group.pop("layer_group", None)
 
+    optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
     state = TimelineState(timeline, optimizer)
     if type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict:
         state.load_around(optimizer)
     timeline.handles += [
         optimizer.register_step_pre_hook(rewarm),
         optimizer.register_step_post_hook(write_back),
-        SimpleNamespace(remove=join_groups),
+        SimpleNamespace(remove=undo),
     ]
     return timeline
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..layers.module import Membership, SubnetModule
+from ..parallel.placement import local
 
 SELECTING = ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern")  # of a config
 
@@ -113,6 +114,22 @@ def check_gradients(layers: Iterable[SubnetModule], updated: Collection[SubnetMo
             f"{_some([layer.name for layer in without])}. They train only if later batches reach "
             f"them; a kernel that reads weight itself, or a loss that leaves part of the model "
             f"out, never will",
+            stacklevel=4,
+        )
+
+
+def warn_of_not_finite(layers: Iterable[SubnetModule]) -> None:
+    """Warn of layers that found no place to move to, if the reason is that not even the last gradient
+    of the slot was finite."""
+    lost = [
+        layer.name
+        for layer in layers
+        if layer.subnet.grad is not None and not bool(local(layer.subnet.grad).isfinite().all())
+    ]
+    if lost:
+        warnings.warn(
+            f"LoSiA: {_some(lost)}: no gradient of the slot was finite, so the subnets stay where "
+            f"they are",
             stacklevel=4,
         )
 

@@ -139,6 +139,7 @@ class LoSiAAdamW(torch.optim.Optimizer):
         timeline.forget_moved(self._forget, timeline.layers)
         timeline.check_first_step(self._in_backward.take_updated() if self._in_backward else ())
         numbers = range(len(self._groups))
+        timeline.observe()
         # of shards group by group: what travels together is in memory at once
         at_once = timeline.placement.all_at_once
         for together in [numbers] if at_once else [[number] for number in numbers]:
@@ -147,6 +148,13 @@ class LoSiAAdamW(torch.optim.Optimizer):
             self._update_dense(parameters, group)
         timeline.advance(self._forget)
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As of torch's optimizers. Without a step before it, what the backwards have shown is
+        dropped too."""
+        super().zero_grad(set_to_none)
+        if "timeline" in self.__dict__:  # not of a copy
+            self.timeline.drop_gradients()
 
     # subnets --------------------------------------------------------------------------------------
 

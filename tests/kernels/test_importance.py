@@ -72,6 +72,17 @@ def test_update(device, shape, dtype, state_dtype):
     check_update(make_args(shape, device, dtype, state_dtype))
 
 
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_finite_leaves_both_states_as_they_are(device, state_dtype):
+    args = make_args((37, 53), device, state_dtype=state_dtype)
+    bad = torch.tensor([torch.nan, torch.inf, -torch.inf], device=device).repeat(13)[:37]
+    args[3][:, 7] = bad
+    before = [state.clone() for state in args[:2]]
+    check_update(args)
+    for state, old in zip(args, before, strict=False):
+        assert torch.equal(state[:, 7], old[:, 7]) and not torch.equal(state[:, 8], old[:, 8])
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_marginals(device, shape, dtype):
