@@ -210,7 +210,7 @@ class Pending:
         backwards = _backwards(shown) or [-1]
         of_layer = [{each.backward: each for each in shown.pop(layer, [])} for layer in layers]
         known = torch.tensor([[backward in held for backward in backwards] for held in of_layer])
-        anyone = placement.ranks.all_reduce_max_(known.int().to(layers[0].out_idx.device))
+        anyone = placement.ranks.all_reduce_max_(known.byte().to(layers[0].out_idx.device))
         for layer, held, used in zip(layers, of_layer, anyone, strict=True):
             for backward, flag in zip(backwards, used, strict=True):
                 one = held.pop(backward, None)
