@@ -24,7 +24,14 @@ from ..layers.targets import warn_of_idle_fields
 from ..parallel.engines import add_join_check, check_engines
 from ..parallel.placement import Placement, find_placement, fingerprint
 from ..parallel.ranks import Ranks, RanksDifferError
-from .checks import check_alike, check_flags, check_gradients, check_held, warn_of_not_finite
+from .checks import (
+    check_alike,
+    check_dtypes,
+    check_flags,
+    check_gradients,
+    check_held,
+    warn_of_not_finite,
+)
 from .importance import OBSERVERS, Observer, make_observer, new_subnet
 from .pending import Pending
 from .schedule import Clock, Schedule, check_steps
@@ -102,6 +109,7 @@ class Timeline:
         self._before_first_step = True
         self._problem: str | None = None
         self._places: dict[SubnetModule, tuple[tuple, list[Tensor]]] = {}  # at the last step
+        self.dtypes: dict[SubnetModule, torch.dtype] = {}  # of the subnets at the last step
         check_engines(model)
         self.ranks = Ranks.of(model, process_group)
         self._check_start()
@@ -338,6 +346,7 @@ class Timeline:
                 f"new one"
             )
         check_held(optimizer, self.layers)
+        check_dtypes(optimizer, self.layers, self.dtypes)
         for layer in self.layers:
             self.placement.check(layer)
 
