@@ -35,8 +35,8 @@ class LoSiAConfig:
         output_init: "frequency": the output layer starts at the tokens that the data teach most
             often (``start_from_frequency``, which the Trainer adapter calls by itself); "random":
             as ``init_subnet`` says.
-        rewarm: ramp the learning rate up over T steps after a move (Eq. 8); False is the ablation
-            w/o WDS.
+        rewarm: ramp the learning rate up over T steps after a move, the first of which runs at lr/T
+            (Eq. 8; the authors' code takes it at 0); False is the ablation w/o WDS.
         reset_step: restart Adam's step counter with the moments; False is what the authors' code
             does.
         target_modules: PEFT's rules: a string is a regex for the whole name, a list holds names or

@@ -17,7 +17,7 @@ from ..layers.subnet import Subnet
 from ..parallel.placement import Placement, find_placement
 from ..parallel.ranks import Ranks
 from .importance import Observer, make_observer, new_subnet
-from .selection import top_neurons
+from .selection import NonFiniteScoreError, top_neurons
 
 
 def calibrate(
@@ -78,6 +78,9 @@ def calibrate(
                 break
         if seen == 0:
             raise ValueError("calibrate: there is no batch to calibrate with")
+        for layer, observer in observers.items():
+            if getattr(observer, "left_out", False):
+                raise NonFiniteScoreError(f"{layer.name}: importance is not finite in some batch")
         found = [
             (layer, new_subnet(layer, observer, placement.rows(layer)))
             for layer, observer in observers.items()

@@ -159,6 +159,7 @@ class MarginalObserver(Observer, kind="marginal"):
 
     replicated = ("in_importance",)
     bytes_per_weight = 0
+    left_out: Tensor | bool = False  # whether a gradient was, as not finite
 
     def make_state(self, weight: Tensor) -> dict[str, Tensor]:
         dtype = accumulate_dtype(weight.dtype)
@@ -173,6 +174,7 @@ class MarginalObserver(Observer, kind="marginal"):
         out_sums, in_sums = ops.importance_marginals(weight[outputs], grad, grad_scale=grad_scale)
         in_sums = rows.all_reduce(in_sums)
         finite = in_sums.isfinite().all()  # what is not finite in a row is so in some column
+        self.left_out = ~finite | self.left_out
         for name, sums, held in (
             ("out_importance", out_sums, self.tensors["out_importance"][outputs]),
             ("in_importance", in_sums, self.tensors["in_importance"]),
