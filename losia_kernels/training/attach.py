@@ -106,7 +106,7 @@ def attach(
         timeline.drop_gradients()
 
     # what it does differs from step to step; a method, as schedulers want to see
-    step = MethodType(torch.compiler.disable(type(optimizer).step), optimizer)
+    step = MethodType(torch._disable_dynamo(type(optimizer).step), optimizer)
 
     def undo() -> None:
         optimizer.__dict__.pop("zero_grad", None)

@@ -119,9 +119,9 @@ class LoSiAAdamW(torch.optim.Optimizer):
         self.in_backward = in_backward
         self._in_backward = InBackward(self.timeline, self._update_inside) if in_backward else None
 
-    @torch.compiler.disable  # what it does differs from step to step
+    @torch._disable_dynamo  # what it does differs from step to step
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Update every subnet and its weight, relocalize the groups whose slot ends, advance the
         clock."""
         loss = None

@@ -233,7 +233,10 @@ def _show(
     weight, rows = placement.observed_weight(layer), placement.rows(layer)
     in_blocks = layer.membership is not None and layer.membership.is_output and not placement.cut
     for outputs in row_blocks(weight.shape) if in_blocks else [ALL]:
-        grad = torch.zeros_like(weight[outputs]) if shown is None else shown.rows(outputs)
+        if shown is None:  # contiguous as gradients are, whatever the weight is
+            grad = weight.new_zeros(weight[outputs].shape)
+        else:
+            grad = shown.rows(outputs)
         if in_blocks:  # a rank may have parts that are computed in float32, and another one not
             grad = grad.to(accumulate_dtype(grad.dtype))
         grad = placement.mean_of_kept(grad)
