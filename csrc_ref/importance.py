@@ -27,11 +27,13 @@ def importance_update_ref(
     kind: str = "sensitivity",
     grad_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Eqs. 4 and 5 -> new ``(I bar, U bar)``; the uncertainty measures against the *new* mean."""
+    """Eqs. 4 and 5 -> new ``(I bar, U bar)``; the uncertainty measures against the *new* mean. Where
+    I is not finite both stay."""
     now = importance_ref(weight, grad, kind, grad_scale)
     mean = beta1 * importance.double() + (1 - beta1) * now  # Eq. 4
     deviation = beta2 * uncertainty.double() + (1 - beta2) * (now - mean).abs()  # Eq. 5
-    return mean, deviation
+    finite = now.isfinite()
+    return mean.where(finite, importance.double()), deviation.where(finite, uncertainty.double())
 
 
 def importance_marginals_ref(

@@ -29,7 +29,7 @@ def rewarm_ref(
     warmup_steps: int = 0,
 ) -> float:
     """Eq. 8: what multiplies the group's learning rate at this step, ``(t - t_r) / T`` in the T
-    steps after a move."""
+    steps after a move, counted from 1 (the authors' code counts from 0)."""
     if step < warmup_steps:
         return 1.0
     for moved_at in range(max(0, step - period), step):  # t_r

@@ -48,8 +48,8 @@ class LoSiAConfig:
             subnet's is that times ``out * in / (k_out * k_in)``, so that one rate is right for every
             rank factor; "subnet": the subnets' own (the paper). "auto": "full" where first places
             and moves are at random, which the rule is for, else "subnet".
-        rewarm: ramp the learning rate up over T steps after a move (Eq. 8); False is the ablation
-            w/o WDS.
+        rewarm: ramp the learning rate up over T steps after a move, the first of which runs at lr/T
+            (Eq. 8; the authors' code takes it at 0); False is the ablation w/o WDS.
         reset_step: restart Adam's step counter with the moments; False is what the authors' code
             does.
         target_modules: PEFT's rules: a string is a regex for the whole name, a list holds names or

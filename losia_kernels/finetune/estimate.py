@@ -164,6 +164,10 @@ class Setting:
         # down_proj's saved input is free by then
         return flowing - (wide if self.saved_by_linears(shape, observing) >= wide else 0)
 
+    def pending(self, shape: ModelShape) -> int:
+        """Dense gradients of the group that observes, from its backward to the step."""
+        return 0
+
     def update_workspace(self, shape: ModelShape) -> int:
         """Fused AdamW and ours need nothing."""
         return 0
@@ -245,9 +249,13 @@ class LoSiA(Setting):
         return self.weight_bytes * self.tokens * (kept + k["o_proj"] + k["down_proj"])
 
     def block_workspace(self, shape: ModelShape, observing: bool) -> int:
-        """And a dense weight gradient where it observes."""
-        dense = self.weight_bytes * shape.largest_weight if observing else 0
+        """And the MLP's dense weight gradients where it observes; attention's come later."""
+        dense = 3 * self.weight_bytes * shape.intermediate * shape.hidden if observing else 0
         return super().block_workspace(shape, observing) + dense
+
+    def pending(self, shape: ModelShape) -> int:
+        """Of one micro-batch a step; of more see docs/memory.md."""
+        return self.weight_bytes * shape.block_weights
 
 
 @dataclass(frozen=True)
@@ -294,7 +302,7 @@ def estimate(shape: ModelShape, setting: Setting) -> Memory:
         (kept + last + final_norm, head, norm),
         (kept + again, head, setting.block_workspace(shape, False)),
         (inputs + observing, gradients_late, setting.block_workspace(shape, True)),
-        (0, state["gradients"], setting.update_workspace(shape)),
+        (0, state["gradients"], setting.pending(shape) + setting.update_workspace(shape)),
     ]
     activations, gradients, workspace = max(phases, key=sum)
     values, lasting = state.pop("values"), state | {"gradients": gradients}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import LoSiAConfig, apply_losia, remove_losia
+from ..layers.cross_entropy import WeightGradient, gradient_blocks
 from ..layers.module import losia_layers
 
 
@@ -23,10 +24,11 @@ def gradient_sums(
     model = apply_losia(model, config).train()
     sums: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def add(name: str, grad: Tensor, outputs: slice = slice(None)) -> None:
+    def add(name: str, gradient: Tensor | WeightGradient) -> None:
         out_sums, in_sums = sums[name]
-        out_sums[outputs] += grad.abs().sum(1, dtype=torch.float32).cpu()
-        in_sums += grad.abs().sum(0, dtype=torch.float32).cpu()
+        for grad, outputs in gradient_blocks(gradient):
+            out_sums[outputs] += grad.abs().sum(1, dtype=torch.float32).cpu()
+            in_sums += grad.abs().sum(0, dtype=torch.float32).cpu()
 
     try:
         for name, layer in losia_layers(model):

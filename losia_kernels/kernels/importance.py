@@ -93,10 +93,12 @@ def importance_update_kernel(
     )
     mean = tl.load(mean_ptrs, mask=mask, other=0.0).to(tl.float32)
     deviation = tl.load(deviation_ptrs, mask=mask, other=0.0).to(tl.float32)
-    mean = beta1 * mean + one_minus_beta1 * now  # Eq. 4
-    deviation = beta2 * deviation + one_minus_beta2 * tl.abs(now - mean)  # Eq. 5, with the new mean
-    store_as(mean_ptrs, mean, mask)
-    store_as(deviation_ptrs, deviation, mask)
+    new_mean = beta1 * mean + one_minus_beta1 * now  # Eq. 4
+    # Eq. 5, with the new mean
+    new_deviation = beta2 * deviation + one_minus_beta2 * tl.abs(now - new_mean)
+    finite = now < float("inf")  # and no NaN; masked stores would not be vectors
+    store_as(mean_ptrs, tl.where(finite, new_mean, mean), mask)
+    store_as(deviation_ptrs, tl.where(finite, new_deviation, deviation), mask)
 
 
 @triton.jit

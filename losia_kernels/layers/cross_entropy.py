@@ -1,7 +1,9 @@
 """The output layer (Section 3.2): linear and cross-entropy in one, whose logits exist for a chunk
 of tokens at a time and whose weight gradient exists for the chosen vocabulary rows only."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ def losia_linear_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     chunk_bytes: int = CHUNK_BYTES,
-    on_gradient: Callable[[Tensor, slice], None] | None = None,
+    on_gradient: "Callable[[WeightGradient], None] | None" = None,
 ) -> Tensor:
     """``cross_entropy(hidden @ weight.T + bias, labels)``, differentiated for ``hidden`` and some
     rows of the weight (Section 3.2).
@@ -49,9 +51,8 @@ def losia_linear_cross_entropy(
         softcap, logit_scale: see above.
         chunk_bytes: of the logits in memory, in float32 (half of that in 16 bits), at least one
             token's.
-        on_gradient: called in the backward, ``on_gradient(grad [rows, d] float32, rows)``, for
-            blocks of the vocabulary in order, each of at most ``chunk_bytes``, until all of the
-            dense weight gradient has passed (a layer that observes).
+        on_gradient: called in the backward with the dense weight gradient, which is computed by
+            rows, as they are asked for (a layer that observes).
 
     Returns:
         The loss, a float32 scalar (float64 for float64).
@@ -167,39 +168,81 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # as in torch: nothing learned, no gradient, though 1/0 came in
         d_loss = torch.where(learned, d_loss, 0.0)
         if ctx.on_gradient is not None:
-            for grad, rows in _weight_grad_blocks(
-                hidden, weight, bias, labels, lse, ctx.formula, ctx.chunk_bytes
-            ):
-                ctx.on_gradient(grad.mul_(d_loss), rows)
+            hidden = hidden.detach()  # the graph is not to live as long as this
+            labels = labels.clone()  # a loop may reuse its batch
+            ctx.on_gradient(
+                WeightGradient(
+                    hidden, weight, bias, labels, lse, d_loss, ctx.formula, ctx.chunk_bytes
+                )
+            )
         d_hidden, d_bias, d_subnet = (
             _scaled(grad, d_loss) for grad in (d_hidden, d_bias, d_subnet)
         )
         return d_hidden, None, d_bias, d_subnet, *(None,) * 6
 
 
-def _weight_grad_blocks(hidden, weight, bias, labels, lse, formula, chunk_bytes):
-    """The dense weight gradient of the losses' sum, as ``([rows, d], rows)``.
+@dataclass(eq=False)
+class WeightGradient:
+    """The dense weight gradient ``[V, d]`` of one backward, of which ``gradient[rows]`` computes
+    rows.
 
-    Importance is not linear in the gradient, so a row must have seen all tokens before it is
-    judged. The blocks depend on the weight alone: ranks that average them meet in step.
+    It holds what it is computed from, a fraction of its size: the hidden states and, for each token,
+    the label and the log-sum-exp. The weight must not have changed since.
     """
-    vocabulary, d = weight.shape
-    block = max(1, min(vocabulary, chunk_bytes // (4 * d)))
-    tokens = max(1, min(hidden.shape[0], chunk_bytes // (4 * block)))
-    buffer = hidden.new_empty(tokens * block)
-    for rows in _slices(vocabulary, block):
-        size = rows.stop - rows.start
-        row_bias = None if bias is None else bias[rows]
-        grad = hidden.new_zeros(size, d, dtype=accumulate_dtype(hidden.dtype))
+
+    hidden: Tensor  # [t, d]
+    weight: Tensor  # [V, d]
+    bias: Tensor | None
+    labels: Tensor  # [t]
+    lse: Tensor  # [t]
+    d_loss: Tensor
+    formula: dict[str, Any]
+    chunk_bytes: int
+
+    @property
+    def blocks(self) -> list[slice]:
+        """Rows that are to be asked for together, in order; see ``row_blocks``."""
+        return row_blocks(self.weight.shape, self.chunk_bytes)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """``[rows, d]`` in float32 (float64 of float64).
+
+        Importance is not linear in the gradient, so a row has seen all tokens.
+        """
+        hidden, size = self.hidden, rows.stop - rows.start
+        block = self.blocks[0].stop
+        tokens = max(1, min(hidden.shape[0], self.chunk_bytes // (4 * block)))
+        buffer = hidden.new_empty(tokens, size)
+        bias = None if self.bias is None else self.bias[rows]
+        grad = hidden.new_zeros(size, hidden.shape[1], dtype=accumulate_dtype(hidden.dtype))
         for chunk in _slices(hidden.shape[0], tokens):
-            logits = _logits(
-                hidden[chunk], weight[rows], row_bias, buffer[: tokens * size].view(tokens, size)
-            )
+            logits = _logits(hidden[chunk], self.weight[rows], bias, buffer)
             ops.cross_entropy_block_grad_(
-                logits, labels[chunk], lse[chunk], rows.start, vocabulary, **formula
+                logits,
+                self.labels[chunk],
+                self.lse[chunk],
+                rows.start,
+                self.weight.shape[0],
+                **self.formula,
             )
             grad += ops.subnet_grad(logits, hidden[chunk])
-        yield grad, rows
+        return grad.mul_(self.d_loss)
+
+
+def row_blocks(shape: torch.Size, chunk_bytes: int = CHUNK_BYTES) -> list[slice]:
+    """A ``[V, d]`` gradient's rows in blocks of at most ``chunk_bytes`` float32 values; they depend
+    on the weight alone, so that ranks that average them meet in step."""
+    return _slices(shape[0], max(1, min(shape[0], chunk_bytes // (4 * shape[1]))))
+
+
+def gradient_blocks(gradient: Tensor | WeightGradient) -> Iterator[tuple[Tensor, slice]]:
+    """What a layer observes, as ``(gradient[outputs], outputs)`` from the first output to the last:
+    a tensor in one piece."""
+    if isinstance(gradient, Tensor):
+        yield gradient, slice(None)
+    else:
+        for rows in gradient.blocks:
+            yield gradient[rows], rows
 
 
 def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:

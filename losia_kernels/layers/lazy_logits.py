@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from .cross_entropy import autocast_dtype, losia_linear_cross_entropy
+from .cross_entropy import WeightGradient, autocast_dtype, losia_linear_cross_entropy
 from .module import SubnetModule
 
 
@@ -106,9 +106,9 @@ class Source:
             )
 
 
-def hand_over(head: SubnetModule, grad: Tensor, outputs: slice) -> None:
+def hand_over(head: SubnetModule, gradient: WeightGradient) -> None:
     if head.observe_callback is not None:  # else: a graph from before the layer stopped observing
-        head.observe_callback(grad, outputs)
+        head.observe_callback(gradient)
 
 
 class LazyLogits(Tensor):

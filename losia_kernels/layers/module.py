@@ -126,6 +126,7 @@ class SubnetModule(nn.Module):
         self.fingerprint: int | None = None  # of the weight it was made with, if that can be read
         self._agreement = Agreement(self.weight, self.subnet)
         self._probe: Tensor | None = None
+        self.used_in = -1  # torch's number of the backward in which the last forward ran, -1: none
         self.observe_callback: Callable[..., None] | None = None
         _watch(self)
 
@@ -187,8 +188,10 @@ class SubnetModule(nn.Module):
     def sync_before_use_(self, training: bool) -> None:
         """``sync_``, but an evaluation asks only after a checkpoint was loaded, and compiled code
         never."""
-        if not torch.compiler.is_compiling() and (training or self._agreement.loaded):
-            self.sync_()
+        if not torch.compiler.is_compiling():
+            self.used_in = torch._C._current_graph_task_id()
+            if training or self._agreement.loaded:
+                self.sync_()
 
     @staticmethod
     def _agree(matrix: Tensor, values: Tensor, subnet: Subnet) -> bool:
@@ -248,9 +251,9 @@ class SubnetModule(nn.Module):
     def observe_(self, on_gradient: Callable[..., None] | None) -> None:
         """Call ``on_gradient`` with the dense gradient ``[out, in]`` of every backward.
 
-        The gradient is whole (summed over the uses of the layer in one backward) and freed right
-        after the call. Only from ``losia_linear_cross_entropy`` it comes in blocks:
-        ``on_gradient(grad[outputs], outputs)``, from the first output to the last.
+        It is summed over the uses of the layer in the graph. A backward may bring several that add
+        up: one of each segment that is checkpointed reentrantly, and a ``WeightGradient`` of
+        ``losia_linear_cross_entropy`` beside the tensor of a loss that reads the logits.
 
         Args:
             on_gradient: None ends it.
@@ -300,11 +303,7 @@ class SubnetModule(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         written = self._agreement.written(self.weight, self.subnet), self._agreement.loaded
         # observes for nobody
-        own = {
-            "_probe": None,
-            "observe_callback": None,
-            "_agreement": written,
-        }
+        own = {"_probe": None, "observe_callback": None, "_agreement": written}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ def importance_update_(
     With ``g = grad * grad_scale``: I is ``|g w - (g w)^2 / 2|`` ("sensitivity", Eq. 3), ``|g w|``
     ("first_order"), ``(g w)^2 / 2`` ("second_order") or ``|g|`` ("gradient"). Then ``importance <-
     beta1 importance + (1 - beta1) I`` (Eq. 4) and, with the new importance, ``uncertainty <- beta2
-    uncertainty + (1 - beta2) |I - importance|`` (Eq. 5).
+    uncertainty + (1 - beta2) |I - importance|`` (Eq. 5). Where I is not finite both stay as they are.
 
     Args:
         importance: ``[out, in]`` float32 or bfloat16, written; the arithmetic is float32.
@@ -125,8 +125,9 @@ def importance_update_plain_(
     now = importance_of(weight, grad, kind, grad_scale)
     mean = beta1 * importance.to(now.dtype) + (1 - beta1) * now
     deviation = beta2 * uncertainty.to(now.dtype) + (1 - beta2) * (now - mean).abs()
-    importance.copy_(mean)
-    uncertainty.copy_(deviation)
+    finite = now.isfinite()
+    importance.copy_(torch.where(finite, mean, importance))
+    uncertainty.copy_(torch.where(finite, deviation, uncertainty))
 
 
 def importance_marginals_plain(

@@ -56,6 +56,7 @@ class Whole:
     """Every rank has whole weights: one process, or replicas of them."""
 
     all_at_once = True  # the update of all layers may be in memory together
+    cut = False
 
     def __init__(self, ranks: Ranks):
         self.ranks = ranks
@@ -82,14 +83,17 @@ class Whole:
         """The outputs of the layer that are here."""
         return RowShard(Ranks(), layer.out_features)
 
-    def observed(self, layer: Layer, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """What importance is judged by, of the outputs here: the weight and, of all ranks'
-        micro-batches, the mean of ``grad`` (whose memory may be reused)."""
-        return layer.matrix, self.ranks.all_reduce_mean_(grad)
+    def keep(self, layer: Layer, grad: Tensor) -> Tensor:
+        """Of a dense gradient what is to be kept here until it is judged."""
+        return grad
 
-    def overflowed(self, grad: Tensor) -> bool:
-        """Whether ``grad`` of ``observed`` is not finite, on any rank; waits for the GPU."""
-        return not bool(torch.isfinite(grad).all())
+    def mean_of_kept(self, grad: Tensor) -> Tensor:
+        """Of what all ranks have kept the mean (the memory of ``grad`` may be reused)."""
+        return self.ranks.all_reduce_mean_(grad)
+
+    def observed_weight(self, layer: Layer) -> Tensor:
+        """What a mean gradient is judged by: the weight's outputs that it has."""
+        return layer.matrix
 
     def target(self, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
         """Where an update writes its new values: a matrix, ``out_idx`` and ``in_idx`` of it."""
@@ -121,6 +125,7 @@ class Sharded:
     """
 
     all_at_once = False
+    cut = True
 
     def __init__(self, ranks: Ranks):
         self.ranks = ranks
@@ -169,12 +174,17 @@ class Sharded:
     def rows(self, layer: Layer) -> RowShard:
         return RowShard(self.ranks, layer.out_features)
 
-    def observed(self, layer: Layer, grad: Tensor) -> tuple[Tensor, Tensor]:
-        rows = self.rows(layer)
-        return rows.local(layer.matrix), rows.reduce_scatter_mean(grad)
+    def keep(self, layer: Layer, grad: Tensor) -> Tensor:
+        """This rank's rows of the mean, at once: a whole gradient is n times as large."""
+        return self.rows(layer).reduce_scatter_mean(grad)
 
-    def overflowed(self, grad: Tensor) -> bool:
-        return self.ranks.any_rank(not bool(torch.isfinite(grad).all()))
+    def mean_of_kept(self, grad: Tensor) -> Tensor:
+        return grad
+
+    def observed_weight(self, layer: Layer) -> Tensor:
+        """This rank's rows, whether FSDP has the weight gathered at the moment or not."""
+        weight = layer.weight
+        return local(weight) if _is_cut(weight) else self.rows(layer).local(weight)
 
     def target(self, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
         """A copy: where the new values belong in the weight is mostly on other ranks."""

@@ -73,6 +73,12 @@ class Ranks:
             for tensor, total in zip(bucket, totals, strict=True):
                 tensor.copy_(total.view_as(tensor))
 
+    def all_reduce_max_(self, tensor: Tensor) -> Tensor:
+        """The largest of the ranks' values, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
+        return tensor
+
     def total(self, count: Tensor) -> int:
         """The sum over the ranks of an integer that each has."""
         count = count.clone()

@@ -1,18 +1,21 @@
 """attach(): what LoSiAAdamW's step does, for any torch optimizer that holds the subnets."""
 
+import functools
 import warnings
 from collections.abc import Mapping
-from functools import partial
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..config import LoSiAConfig
 from ..layers.members import find_members
 from ..layers.module import Membership, SubnetModule
 from ..parallel.placement import local
+from .checks import only_makes_state
 from .optimizer import LoSiAAdamW
 from .state_dict import TimelineState
 from .timeline import Timeline
@@ -49,6 +52,7 @@ def attach(
         raise TypeError(
             f"attach: expected the optimizer, then the model; got {type(optimizer).__name__} first"
         )
+    _check_copies()
     members = find_members(model, config)
     check_attachable(optimizer, members)
     timeline = Timeline(model, total_steps, process_group, config)
@@ -62,9 +66,12 @@ def attach(
     optimizer.timeline = timeline  # type: ignore[attr-defined]
     _split_groups(optimizer, timeline)
 
-    forget = partial(_forget, optimizer, timeline.config.reset_step)
+    made_state_alone = False
+    forget = functools.partial(_forget, optimizer, timeline.config.reset_step)
 
     def rewarm(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        nonlocal made_state_alone
+        made_state_alone = only_makes_state(optimizer)
         timeline.check_step(optimizer)
         timeline.forget_moved(forget, timeline.layers)
         for layer in timeline.layers:
@@ -81,26 +88,44 @@ def attach(
         for group in optimizer.param_groups:
             group["lr"] = group.pop("scheduled_lr")
         found_inf = getattr(optimizer, "found_inf", None)
+        if made_state_alone:
+            return
         if found_inf is not None and bool(found_inf):
             return  # there for the time of a GradScaler's step: the optimizer has changed nothing
         timeline.check_first_step()
+        timeline.observe()  # the weights do not have the new values yet
         for layers in [*timeline.groups, timeline.dense]:
             timeline.placement.write_back_(layers)
         with torch.no_grad():
             timeline.advance(forget)
 
-    def join_groups() -> None:
+    plain_zero_grad = optimizer.zero_grad
+
+    @functools.wraps(plain_zero_grad)
+    def zero_grad(*args: Any, **kwargs: Any) -> None:
+        plain_zero_grad(*args, **kwargs)
+        timeline.drop_gradients()
+
+    # what it does differs from step to step; a method, as schedulers want to see
+    step = MethodType(torch._disable_dynamo(type(optimizer).step), optimizer)
+
+    def undo() -> None:
+        optimizer.__dict__.pop("zero_grad", None)
+        if optimizer.__dict__.get("step") is step:  # no scheduler has wrapped it
+            del optimizer.step
         for group in optimizer.param_groups:
             group.pop("layer_group", None)
             group.pop("lr_scale", None)
 
+    optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
+    optimizer.step = step  # type: ignore[method-assign]
     state = TimelineState(timeline, optimizer)
     if type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict:
         state.load_around(optimizer)
     timeline.handles += [
         optimizer.register_step_pre_hook(rewarm),
         optimizer.register_step_post_hook(write_back),
-        SimpleNamespace(remove=join_groups),
+        SimpleNamespace(remove=undo),
     ]
     return timeline
 
@@ -121,6 +146,11 @@ def check_attachable(
                 f"attach: LoSiAConfig.master='split' keeps half of each value in LoSiAAdamW's "
                 f"state, which {type(optimizer).__name__} does not have; use 'float32'"
             )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            "attach: LBFGS evaluates the loss several times within a step, for which the subnets' "
+            "values would have to be in the weights; use LoSiAAdamW or another first-order optimizer"
+        )
     driven = any("layer_group" in group for group in optimizer.param_groups)
     if isinstance(optimizer, LoSiAAdamW) or driven:
         raise ValueError("attach: the optimizer drives the subnets already")
@@ -146,6 +176,22 @@ def check_attachable(
 
 def _stepped(state: dict) -> bool:
     return float(state.get("step", 1)) > 0
+
+
+@functools.cache
+def _check_copies() -> None:
+    """From the first attach of the process on: copies of what it has grouped lose its hooks."""
+    register_optimizer_step_pre_hook(_check_driven)
+
+
+def _check_driven(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    attached = any("layer_group" in group for group in optimizer.param_groups)
+    if attached and not isinstance(getattr(optimizer, "timeline", None), Timeline):
+        raise RuntimeError(
+            f"a copy of an attached {type(optimizer).__name__} (deepcopy, pickle, torch.save of it "
+            f"whole, or its state loaded by another) drives no model: make a new one for the model "
+            f"that it is to train, attach it, and load_state_dict"
+        )
 
 
 def _split_groups(optimizer: torch.optim.Optimizer, timeline: Timeline) -> None:

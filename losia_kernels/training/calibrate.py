@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from ..config import LoSiAConfig
 from ..layers.convert import trained_parameters
+from ..layers.cross_entropy import WeightGradient, gradient_blocks
 from ..layers.module import SubnetModule, losia_layers
 from ..layers.subnet import Subnet
 from ..parallel.placement import Placement, find_placement
 from ..parallel.ranks import Ranks
-from .importance import ALL, Observer, make_observer, new_subnet
-from .selection import top_neurons
+from .importance import Observer, make_observer, new_subnet
+from .selection import NonFiniteScoreError, top_neurons
 
 
 def calibrate(
@@ -78,6 +79,9 @@ def calibrate(
                 break
         if seen == 0:
             raise ValueError("calibrate: there is no batch to calibrate with")
+        for layer, observer in observers.items():
+            if getattr(observer, "left_out", False):
+                raise NonFiniteScoreError(f"{layer.name}: importance is not finite in some batch")
         found = [
             (layer, new_subnet(layer, observer, placement.rows(layer)))
             for layer, observer in observers.items()
@@ -156,11 +160,12 @@ def _observed(
     layer: SubnetModule,
     observer: Observer,
     grad_scale: float,
-    grad: Tensor,
-    outputs: slice = ALL,
+    gradient: Tensor | WeightGradient,
 ) -> None:
-    weight, grad = placement.observed(layer, grad)
-    observer.observe(weight, grad, grad_scale, placement.rows(layer), outputs)
+    for grad, outputs in gradient_blocks(gradient):
+        grad = placement.mean_of_kept(placement.keep(layer, grad))
+        weight = placement.observed_weight(layer)
+        observer.observe(weight, grad, grad_scale, placement.rows(layer), outputs)
 
 
 def _drop_gradients(model: nn.Module) -> None:

@@ -1,14 +1,16 @@
 """What an optimizer finds in a model before its first step, and what the first step shows."""
 
+import sys
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import asdict
+from types import FrameType
 
 import torch
 from torch import Tensor
 
 from ..layers.module import Membership, SubnetModule
-from ..parallel.placement import NO_DEEPSPEED, owned_by_deepspeed
+from ..parallel.placement import NO_DEEPSPEED, local, owned_by_deepspeed
 
 SELECTING = ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern")  # of a config
 
@@ -73,6 +75,40 @@ def check_held(optimizer: torch.optim.Optimizer, layers: Iterable[SubnetModule])
             )
 
 
+def check_dtypes(
+    optimizer: torch.optim.Optimizer,
+    layers: Iterable[SubnetModule],
+    known: MutableMapping[SubnetModule, torch.dtype],
+) -> None:
+    """Before an update of ``layers``: raise RuntimeError for a subnet with another dtype than at the
+    last one, if what the optimizer keeps of it still has that one.
+
+    Args:
+        known: the dtypes at the last update, which become those of now.
+    """
+    for layer in layers:
+        subnet, before = layer.subnet, known.get(layer)
+        for key, value in optimizer.state.get(subnet, {}).items() if subnet.dtype != before else ():
+            if isinstance(value, Tensor) and value.dtype == before and value.dim() == 2:
+                raise RuntimeError(
+                    f"{layer.name}: its subnet has become {subnet.dtype}, but the optimizer's {key} "
+                    f"of it is {before}: cast the model before the first step, or make a new "
+                    f"optimizer"
+                )
+        known[layer] = subnet.dtype
+
+
+def only_makes_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether torch.distributed.checkpoint has called this step, at rate 0 with gradients of zeros that
+    it made, to have a new optimizer make its state: no step of the clock."""
+    if optimizer.state or any(float(group["lr"]) for group in optimizer.param_groups):
+        return False
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "_init_optim_state":
+        frame = frame.f_back
+    return frame is not None
+
+
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """In the order of ``state_dict()["param_groups"]``."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -115,6 +151,22 @@ def check_gradients(layers: Iterable[SubnetModule], updated: Collection[SubnetMo
             f"{_some([layer.name for layer in without])}. They train only if later batches reach "
             f"them; a kernel that reads weight itself, or a loss that leaves part of the model "
             f"out, never will",
+            stacklevel=4,
+        )
+
+
+def warn_of_not_finite(layers: Iterable[SubnetModule]) -> None:
+    """Warn of layers that found no place to move to, if the reason is that not even the last gradient
+    of the slot was finite."""
+    lost = [
+        layer.name
+        for layer in layers
+        if layer.subnet.grad is not None and not bool(local(layer.subnet.grad).isfinite().all())
+    ]
+    if lost:
+        warnings.warn(
+            f"LoSiA: {_some(lost)}: no gradient of the slot was finite, so the subnets stay where "
+            f"they are",
             stacklevel=4,
         )
 

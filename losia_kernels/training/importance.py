@@ -60,7 +60,8 @@ class Observer:
     def update(
         self, weight: Tensor, grad: Tensor, grad_scale: float, rows: RowShard, outputs: slice
     ) -> None:
-        """Take the gradient of one micro-batch into ``tensors``.
+        """Take the gradient of one micro-batch into ``tensors``: what of it is not finite has no effect
+        on them, and nobody waits for the GPU.
 
         Args:
             weight: ``[out, in]``, whose outputs are ``rows`` of the layer's.
@@ -145,7 +146,7 @@ class GradientObserver(Observer, kind="gradient"):
     def update(
         self, weight: Tensor, grad: Tensor, grad_scale: float, rows: RowShard, outputs: slice
     ) -> None:
-        self.tensors["gradient"][outputs] += grad
+        self.tensors["gradient"][outputs] += torch.where(grad.isfinite(), grad, 0)
 
     def select(self, k_out: int, k_in: int, rows: RowShard, alignment: int) -> Subnet:
         size = self.tensors["gradient"].abs()
@@ -158,6 +159,7 @@ class MarginalObserver(Observer, kind="marginal"):
 
     replicated = ("in_importance",)
     bytes_per_weight = 0
+    left_out: Tensor | bool = False  # whether a gradient was, as not finite
 
     def make_state(self, weight: Tensor) -> dict[str, Tensor]:
         dtype = accumulate_dtype(weight.dtype)
@@ -171,11 +173,15 @@ class MarginalObserver(Observer, kind="marginal"):
     ) -> None:
         out_sums, in_sums = ops.importance_marginals(weight[outputs], grad, grad_scale=grad_scale)
         in_sums = rows.all_reduce(in_sums)
-        self.tensors["out_importance"][outputs] *= self.beta1
-        self.tensors["out_importance"][outputs] += (1 - self.beta1) * out_sums
-        if not outputs.start:  # the first block: the column sums of the others add to it
-            self.tensors["in_importance"] *= self.beta1
-        self.tensors["in_importance"] += (1 - self.beta1) * in_sums
+        finite = in_sums.isfinite().all()  # what is not finite in a row is so in some column
+        self.left_out = ~finite | self.left_out
+        for name, sums, held in (
+            ("out_importance", out_sums, self.tensors["out_importance"][outputs]),
+            ("in_importance", in_sums, self.tensors["in_importance"]),
+        ):
+            # of the column sums the first block: those of the others add to it
+            kept = held if name == "in_importance" and outputs.start else self.beta1 * held
+            held.copy_(torch.where(finite, kept + (1 - self.beta1) * sums, held))
 
     def select(self, k_out: int, k_in: int, rows: RowShard, alignment: int) -> Subnet:
         out_sums = rows.all_gather(self.tensors["out_importance"])

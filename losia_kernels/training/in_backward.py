@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Variable
 
 from ..layers.module import SubnetModule
 from ..parallel.ranks import Ranks
@@ -40,6 +41,7 @@ class InBackward:
         self._timeline = timeline
         self._update = update
         self._updated: set[SubnetModule] = set()
+        self._running = -1  # torch's number of a backward that has updated and not come to its end
         for number, layers in enumerate(timeline.groups):
             for layer in layers:
                 # a full one does not observe while ``calibrate`` looks
@@ -72,6 +74,7 @@ class InBackward:
                 f"in_backward=True: the timeline's loss_divisor is {self._timeline.loss_divisor}, but "
                 f"updates inside the backward know neither accumulation nor a GradScaler"
             )
+        self._notice_backward()
         if layer in self._updated:
             raise RuntimeError(
                 f"{layer.name}: a second gradient before step(), but with in_backward=True the first "
@@ -81,3 +84,17 @@ class InBackward:
         self._updated.add(layer)
         self._update(group, layer)
         subnet.grad = None
+
+    def _notice_backward(self) -> None:
+        """One that was broken off (out of memory, an interrupt) is not the step's: what it has updated
+        is updated anew by the one that is tried instead."""
+        now = torch._C._current_graph_task_id()
+        if now == self._running:
+            return
+        if self._running >= 0:
+            self._updated.clear()
+        self._running = now
+        Variable._execution_engine.queue_callback(self._end_backward)
+
+    def _end_backward(self) -> None:
+        self._running = -1

@@ -18,6 +18,7 @@ from ..ops.adamw import Update, update_subnets_
 from ..parallel.placement import local
 from ..parallel.ranks import Ranks
 from .adam_state import SUBNET_STATE, AdamState
+from .checks import check_dtypes, only_makes_state
 from .in_backward import InBackward, check_in_backward
 from .selection import seed_of
 from .state_dict import TimelineState
@@ -118,6 +119,7 @@ class LoSiAAdamW(torch.optim.Optimizer):
         self.in_backward = in_backward
         self._in_backward = InBackward(self.timeline, self._update_inside) if in_backward else None
 
+    @torch._disable_dynamo  # what it does differs from step to step
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """Update every subnet and its weight, relocalize the groups whose slot ends, advance the
@@ -133,12 +135,15 @@ class LoSiAAdamW(torch.optim.Optimizer):
             )
         timeline = self.timeline
         timeline.check_step(self)
+        self._form.check(timeline.layers)
         self._form.check_placement(timeline.placement)
-        if self._only_makes_state():
+        if only_makes_state(self):
+            self._make_state()
             return loss
         timeline.forget_moved(self._forget, timeline.layers)
         timeline.check_first_step(self._in_backward.take_updated() if self._in_backward else ())
         numbers = range(len(self._groups))
+        timeline.observe()
         # of shards group by group: what travels together is in memory at once
         at_once = timeline.placement.all_at_once
         for together in [numbers] if at_once else [[number] for number in numbers]:
@@ -147,6 +152,13 @@ class LoSiAAdamW(torch.optim.Optimizer):
             self._update_dense(parameters, group)
         timeline.advance(self._forget)
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As of torch's optimizers. Without a step before it, what the backwards have shown is
+        dropped too."""
+        super().zero_grad(set_to_none)
+        if "timeline" in self.__dict__:  # not of a copy
+            self.timeline.drop_gradients()
 
     # subnets --------------------------------------------------------------------------------------
 
@@ -170,6 +182,7 @@ class LoSiAAdamW(torch.optim.Optimizer):
 
     def _update_inside(self, number: int, layer: SubnetModule) -> None:
         """One layer inside the backward."""
+        check_dtypes(self, [layer], self.timeline.dtypes)
         self.timeline.forget_moved(self._forget, [layer])
         lr, options = self._hyperparameters(number)
         layer.sync_(finish=True)
@@ -281,19 +294,6 @@ class LoSiAAdamW(torch.optim.Optimizer):
         return state
 
     # the state ------------------------------------------------------------------------------------
-
-    def _only_makes_state(self) -> bool:
-        """torch.distributed.checkpoint makes a new optimizer's state by a step at lr 0 with zero
-        gradients, which is no step of the clock."""
-        if self.state or any(float(group["lr"]) for group in self.param_groups):
-            return False
-        parameters = [
-            p for group in self.param_groups for p in group["params"] if p.grad is not None
-        ]
-        if any(bool(local(p.grad).any()) for p in parameters):
-            return False
-        self._make_state()
-        return True
 
     def _make_state(self) -> None:
         for layer in self.timeline.layers:

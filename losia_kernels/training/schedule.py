@@ -68,7 +68,7 @@ class Schedule:
 
     def lr_factor(self, group: int, step: int) -> float:
         """What ``step`` multiplies the group's learning rate with, Eq. 8: (t - t_r) / T in the T
-        steps after a move."""
+        steps after a move, the first of which runs at 1 / T (in the authors' code at 0)."""
         moved_at = self.moved_at(group, step)
         if not self.rewarm or moved_at is None or step < self.warmup_steps:
             return 1.0

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import LoSiAConfig
+from ..layers.cross_entropy import WeightGradient
 from ..layers.members import find_members, join_
 from ..layers.module import SubnetModule, losia_layers
 from ..layers.subnet import Subnet
@@ -23,8 +24,16 @@ from ..layers.targets import warn_of_idle_fields
 from ..parallel.engines import add_join_check, check_engines
 from ..parallel.placement import Placement, find_placement, fingerprint
 from ..parallel.ranks import Ranks, RanksDifferError
-from .checks import check_alike, check_flags, check_gradients, check_held
-from .importance import ALL, OBSERVERS, Observer, make_observer, new_subnet
+from .checks import (
+    check_alike,
+    check_dtypes,
+    check_flags,
+    check_gradients,
+    check_held,
+    warn_of_not_finite,
+)
+from .importance import OBSERVERS, Observer, make_observer, new_subnet
+from .pending import Pending
 from .schedule import Clock, Schedule, check_steps
 from .selection import NonFiniteScoreError, random_subnet
 
@@ -96,6 +105,7 @@ class Timeline:
         self._loss_divisor = 1.0
         self.listeners: list[Callable[[SubnetModule, Subnet], None]] = []
         self.observers: dict[SubnetModule, Observer] = {}
+        self._pending = Pending(self.observers)
         self.handles: list[Any] = []
         self.drives = True
 
@@ -104,6 +114,7 @@ class Timeline:
         self._before_first_step = True
         self._problem: str | None = None
         self._places: dict[SubnetModule, tuple[tuple, list[Tensor]]] = {}  # at the last step
+        self.dtypes: dict[SubnetModule, torch.dtype] = {}  # of the subnets at the last step
         check_engines(model)
         self.ranks = Ranks.of(model, process_group)
         self._check_start()
@@ -211,6 +222,15 @@ class Timeline:
 
     # one step -------------------------------------------------------------------------------------
 
+    def observe(self) -> None:
+        """At the start of the step, by the weights before its update: what the backwards since the
+        last one have shown counts."""
+        self._pending.commit(self.loss_divisor, self.placement)
+
+    def drop_gradients(self) -> None:
+        """Gradients were dropped without a step: so is what came with them."""
+        self._pending.drop()
+
     def advance(self, forget: Callable[[Tensor], None]) -> None:
         """End the step, after its update: relocalize the groups whose slot ends, then set up the
         next step.
@@ -230,6 +250,7 @@ class Timeline:
             self._next_step(freed=moving)
             raise
         moves = [(layer, subnet) for layer, subnet in found if subnet is not None]
+        warn_of_not_finite([layer for layer, subnet in found if subnet is None])
         for listener, move in product(self.listeners, moves):
             listener(*move)
         self.placement.move_(moves)
@@ -300,20 +321,16 @@ class Timeline:
         for layer in due:
             if layer not in self.observers:
                 self.observers[layer] = make_observer(self.config)
-                layer.observe_(partial(self._observed, layer, self.observers[layer]))
+                layer.observe_(partial(self._observed, layer))
+                self._pending.watch(layer)
 
-    def _observed(
-        self, layer: SubnetModule, observer: Observer, grad: Tensor, outputs: slice = ALL
-    ) -> None:
-        placement = self.placement
-        weight, grad = placement.observed(layer, grad)
-        if self.loss_divisor < 1 and placement.overflowed(grad):
-            return  # a GradScaler's: it will skip this step, which is then taken anew
-        observer.observe(weight, grad, self.loss_divisor, placement.rows(layer), outputs)
+    def _observed(self, layer: SubnetModule, gradient: Tensor | WeightGradient) -> None:
+        self._pending.add(layer, gradient, self.loss_divisor, self.placement)
 
     def _stop(self, layer: SubnetModule) -> None:
         del self.observers[layer]
         layer.observe_(None)
+        self._pending.unwatch(layer)
 
     def detach(self) -> None:
         """Take the hooks off the optimizer and stop observing; subnets and weights stay as they
@@ -345,6 +362,7 @@ class Timeline:
                 f"new one"
             )
         check_held(optimizer, self.layers)
+        check_dtypes(optimizer, self.layers, self.dtypes)
         for layer in self.layers:
             self.placement.check(layer)
 

@@ -115,9 +115,9 @@ def test_state_in_fewer_bits_is_exact(tiny, moments, master, in_backward):
         kept += max(
             subnet.nbytes for subnet in subnets if subnet.shape != module.lm_head.subnet.shape
         )
+    optimizer.step()
     observed = [t for o in optimizer.timeline.observers.values() for t in o.tensors.values()]
     importance = sum(tensor.nbytes for tensor in observed)
-    optimizer.step()
     setting = LoSiA(output_dim_factor=0.5, master=master, **form)
     state = setting.state(shape_of(tiny))
     assert (

@@ -7,6 +7,7 @@ from csrc_ref.cross_entropy import linear_cross_entropy_ref
 from losia_kernels.layers.cross_entropy import (
     CHUNK_BYTES,
     _tokens_per_chunk,
+    gradient_blocks,
     losia_linear_cross_entropy,
 )
 from losia_kernels.ops import cross_entropy
@@ -172,7 +173,7 @@ def test_all_labels_ignored(reduction):
         labels,
         subnet,
         **reduction,
-        on_gradient=lambda grad, rows: seen.append(grad),
+        on_gradient=lambda gradient: seen.extend(grad for grad, _ in gradient_blocks(gradient)),
     )
     expected = F.cross_entropy(
         hidden @ weight.T, labels, reduction=reduction.get("reduction", "mean")
@@ -250,7 +251,9 @@ def test_nothing_is_larger_than_a_chunk(dtype, observing):
             subnet,
             idx,
             chunk_bytes=budget,
-            on_gradient=(lambda grad, rows: seen_rows.append(rows)) if observing else None,
+            on_gradient=(lambda gradient: seen_rows.extend(gradient_blocks(gradient)))
+            if observing
+            else None,
         ).backward()
     assert seen.bytes <= budget
     assert bool(seen_rows) == observing
@@ -291,7 +294,7 @@ def test_observed_gradient_is_the_dense_one(options, chunk_bytes):
         out_idx,
         bias=bias,
         chunk_bytes=chunk_bytes,
-        on_gradient=lambda grad, rows: blocks.append((grad.clone(), rows)),
+        on_gradient=lambda gradient: blocks.extend(gradient_blocks(gradient)),
         **options,
     )
     assert not blocks
@@ -316,7 +319,7 @@ def test_blocks_depend_on_the_weight_alone():
             weight,
             labels,
             chunk_bytes=300,
-            on_gradient=lambda grad, rows, blocks=blocks: blocks.append(rows),
+            on_gradient=lambda gradient, blocks=blocks: blocks.extend(gradient.blocks),
         ).backward()
         shapes.append(blocks)
     assert shapes[0] == shapes[1] and len(shapes[0]) > 1

@@ -18,7 +18,7 @@ from losia_kernels import LoSiAAdamW, apply_losia, attach, calibrate
 from losia_kernels.checkpoint.resumable import full_state_dict, load_checkpoint, save_checkpoint
 from losia_kernels.layers.module import losia_layers
 from losia_kernels.parallel.ranks import Ranks
-from tests.tiny import make_batches, paper, tiny_lm
+from tests.tiny import HIDDEN, make_batches, paper, tiny_lm
 
 BLOCKS, PERIOD = 3, 2
 CYCLE = BLOCKS * PERIOD
@@ -182,6 +182,45 @@ def uneven(device: torch.device) -> tuple[dict, dict]:
             optimizer.zero_grad()
         states.append({key: value.cpu() for key, value in model.state_dict().items()})
     return tuple(states)
+
+
+class Experts(nn.Module):
+    """Two projections, of which ``pick`` is used."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(HIDDEN, 12, bias=False) for _ in "ab")
+        self.pick = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts[self.pick](x)
+
+
+def other_paths(device: torch.device, run: Run) -> dict[str, Tensor]:
+    """Each rank comes by an expert of its own, but in every fifth micro-batch; one process
+    by those of both ranks."""
+    model = LossOf(run.dtype)
+    for block in model.lm.model.layers:
+        block.up_proj = Experts().to(run.dtype)
+    model = apply_losia(model.to(device), paper(0.25, period=PERIOD, **run.config))
+    several = dist.is_initialized()
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True) if several else model
+    optimizer = LoSiAAdamW(wrapped, lr=1e-2)
+    optimizer.timeline.loss_divisor = run.accumulation
+    ranks = [dist.get_rank()] if several else [0, 1]
+    shares = (batches_of(run, rank, 2, device) for rank in ranks)
+    for number, batches in enumerate(zip(*shares, strict=True)):
+        losses = []
+        for rank, batch in zip(ranks, batches, strict=True):
+            for i, block in enumerate(model.lm.model.layers):
+                # with the last block's none comes by the second expert
+                block.up_proj.pick = rank if i < 2 and number % 5 else 0
+            losses.append(wrapped(**batch) / len(ranks))
+        (sum(losses) / run.accumulation).backward()
+        if number % run.accumulation == run.accumulation - 1:
+            optimizer.step()
+            optimizer.zero_grad()
+    return {key: value.cpu() for key, value in model.state_dict().items()}
 
 
 def join(device: torch.device) -> str:

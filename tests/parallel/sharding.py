@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from losia_kernels import LoSiAAdamW, apply_losia
 from losia_kernels.parallel import ranks as distributed
-from tests.parallel.runs import LossOf, Run, batches_of, train_sharded
+from tests.parallel.runs import LossOf, Run, batches_of, make, train_sharded, whole_state
 from tests.tiny import paper
 
 
@@ -178,3 +178,23 @@ def wire(device: torch.device, blocks: int, narrow: int, wide: int, steps: int) 
             optimizer.step()
             optimizer.zero_grad()
     return sent
+
+
+def skipping(device: torch.device, engine: str, drop: str | None) -> dict[str, Tensor]:
+    """Train, but skip a step after each of two micro-batches, gradients dropped by "optimizer",
+    "zeros" or "model"; None: no such step."""
+    run = Run(steps=6, attached=engine == "fsdp")
+    model, forward, optimizer, _ = make(device, engine, run)
+    batches = batches_of(run, dist.get_rank(), dist.get_world_size(), device)
+    for step, batch in enumerate(batches):
+        if drop and (step or drop != "model" or engine == "ddp"):
+            for spike in (batches[step - 1], batches[step - 2]):
+                forward(**spike).backward()
+            if drop == "model":
+                model.zero_grad()
+            else:
+                optimizer.zero_grad(set_to_none=drop == "optimizer")
+        forward(**batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return whole_state(model)

@@ -73,7 +73,8 @@ def test_bytes_on_the_wire(two):
     sent = two.run(runs.train, run)[0].sent
     assert sent["subnets"] == run.steps * subnets
     per_group = weights // runs.BLOCKS
-    assert sent["importance"] == run.steps * run.accumulation * per_group
+    flags = len(layers) // runs.BLOCKS  # whether the layer was used, a byte each
+    assert sent["importance"] == run.steps * run.accumulation * (per_group + flags)
 
 
 TOLD = {
@@ -113,6 +114,20 @@ def test_two_forwards_before_a_backward(two, broadcast):
     if broadcast and TORCH < (2, 13):
         pytest.skip("in torch 2.11 a broadcast of buffers is a change that autograd refuses")
     assert_same_bits(*two.run(runs.two_forwards, {"broadcast_buffers": broadcast}))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+@pytest.mark.parametrize("importance", ["sensitivity", "gradient", "marginal"])
+def test_ranks_that_take_other_paths(two, importance, accumulation):
+    run = Run({"importance": importance}, steps=2 * runs.CYCLE, accumulation=accumulation)
+    outcomes = two.run(runs.other_paths, run)
+    assert_same_bits(*outcomes)
+    whole = runs.other_paths(CPU, run)
+    torch.testing.assert_close(outcomes[0], whole, rtol=0, atol=1e-12)
+    first = runs.other_paths(CPU, Run(run.config, steps=1))
+    for expert in (0, 1):
+        name = f"lm.model.layers.0.up_proj.experts.{expert}.out_idx"
+        assert not torch.equal(whole[name], first[name]), f"{name} never moved"
 
 
 def test_uneven_batches_with_weights(two):

@@ -7,7 +7,7 @@ import torch
 
 from tests.parallel import runs, sharding
 from tests.parallel.runs import Run
-from tests.parallel.test_ddp import assert_replicas, assert_same_run
+from tests.parallel.test_ddp import assert_replicas, assert_same_bits, assert_same_run
 
 CPU = torch.device("cpu")
 AT_RANDOM = {"moves": "random", "init_subnet": "random", "output_dim_factor": 0.5}
@@ -47,6 +47,13 @@ def test_four_uneven_shards_are_one_process(four):
 def test_optimizer_that_accelerate_gives_the_shards_to(two):
     outcomes = two.run(runs.train_sharded, Run(), None, True)
     assert_same_run(outcomes[0], runs.train(CPU, Run()))
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "ddp"])
+def test_skipped_steps_leave_no_trace(two, engine):
+    control = two.run(sharding.skipping, engine, None)[0]
+    for drop in ("optimizer", "zeros", "model"):
+        assert_same_bits(two.run(sharding.skipping, engine, drop)[0], control)
 
 
 @pytest.mark.parametrize("offload", [False, True])

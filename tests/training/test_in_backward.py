@@ -134,3 +134,28 @@ def test_calibration_and_detached_optimizers_update_nothing():
     model(**make_batches(1)[0]).loss.backward()
     assert all(torch.equal(layer.weight, weights[name]) for name, layer in losia_layers(model))
     assert len(gradients(model)) == 5
+
+
+@pytest.mark.parametrize("drop", [True, False])
+def test_a_backward_that_ran_out_of_memory_is_tried_again(drop):
+    """The upper block was updated, the lower one never got its gradient."""
+    model, optimizer = make_run({"in_backward": True}, output_dim_factor=0.0)
+    batches = make_batches(4)
+    take_step(model, optimizer, batches[0])
+
+    def run_out(grad):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for tries in (1, 2):
+        handle = model.model.layers[0].up_proj._probe.register_hook(run_out)
+        with pytest.raises(torch.OutOfMemoryError):
+            model(**batches[tries]).loss.backward()
+        handle.remove()
+        if drop:
+            optimizer.zero_grad()
+    for batch in batches[1:]:
+        take_step(model, optimizer, batch)
+    assert optimizer.timeline.step == 4
+    with pytest.raises(RuntimeError, match="a second gradient before step"):
+        for batch in batches[:2]:
+            model(**batch).loss.backward()

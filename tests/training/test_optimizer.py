@@ -232,15 +232,17 @@ def test_accumulation_is_one_tick_and_each_micro_batch_is_judged_by_its_own_loss
         seen = optimizer.timeline.observers[model.model.layers[0].up_proj]
         for batch in make_batches(2):
             (model(**batch).loss / 2).backward()
-        chosen[divisor] = seen.tensors["importance"].clone()
         optimizer.step()
+        chosen[divisor] = seen.tensors["importance"]
         assert optimizer.timeline.step == 1
     whole = make_model(torch.float64, blocks=1, period=1)
     with torch.no_grad():
         whole.lm_head.weight.mul_(50)
-    seen = LoSiAAdamW(whole, lr=0.0).timeline.observers[whole.model.layers[0].up_proj]
+    optimizer = LoSiAAdamW(whole, lr=0.0)
+    seen = optimizer.timeline.observers[whole.model.layers[0].up_proj]
     for batch in make_batches(2):
         whole(**batch).loss.backward()
+    optimizer.step()
     torch.testing.assert_close(chosen[2.0], seen.tensors["importance"])
     assert not torch.allclose(chosen[1.0], seen.tensors["importance"], rtol=0.01)
 
@@ -251,15 +253,17 @@ def test_accumulation_is_one_tick_and_each_micro_batch_is_judged_by_its_own_loss
 @pytest.mark.parametrize("importance", ["sensitivity", "gradient", "marginal"])
 @pytest.mark.parametrize("update_type", ["async", "sync"])
 def test_a_score_that_is_not_finite_names_the_layer_and_leaves_all_whole(importance, update_type):
-    """One micro-batch of the slot had a NaN in one layer; what is saved after the error resumes and
-    goes on."""
+    """Something has written an infinity into the importance of one layer; what is saved after the
+    error resumes and goes on."""
     model = make_model(importance=importance, update_type=update_type)
     optimizer = LoSiAAdamW(model, lr=0.01)
     first, batch = make_batches(2)
     take_step(model, optimizer, first)
     layer = model.model.layers[0].down_proj
     model(**batch).loss.backward()
-    layer.observe_callback(torch.full_like(layer.weight, float("nan")))
+    optimizer.timeline.observe()
+    for tensor in optimizer.timeline.observers[layer].tensors.values():
+        tensor.fill_(torch.inf)
     before = {n: (x.out_idx.clone(), x.in_idx.clone()) for n, x in losia_layers(model)}
     with pytest.raises(
         NonFiniteScoreError, match=r"model\.layers\.0\.down_proj: importance is not finite for"
