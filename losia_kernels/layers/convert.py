@@ -11,7 +11,7 @@ from ..parallel.ranks import several_processes
 from .foreign import check_no_adapters
 from .fused_loss import fuse_loss, unfuse_loss
 from .linear import LoSiALinear
-from .module import SubnetModule, losia_layers
+from .module import SubnetModule, as_they_are, losia_layers
 from .targets import (
     Target,
     find_targets,
@@ -149,16 +149,22 @@ def remove_losia(model: nn.Module) -> nn.Module:
 
 def export_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """``model.state_dict()`` with the original model's keys and nothing else (DDP and compile
-    prefixes dropped). Writes back what an optimizer has stepped."""
+    prefixes dropped). Changes nothing in the model: where a subnet was written whose values its
+    weight does not have yet, the weight is a copy that has them."""
     named = model.named_modules(remove_duplicate=False)
     layers = {name: module for name, module in named if isinstance(module, SubnetModule)}
-    _finish_steps(layers.values())
     extra = {f"{name}.{key}".removeprefix(".") for name in layers for key in SUBNET_KEYS}
     inner = getattr(model, "_orig_mod", model)  # torch.compile around DDP, or the other way round
     prefix = "module." if isinstance(inner, nn.parallel.DistributedDataParallel) else ""
+    with as_they_are():
+        state_dict = model.state_dict(keep_vars=True)
+    # by the weight's identity: it may be tied, and stand under other keys too
+    current = {id(layer.weight): layer.current_weight() for layer in set(layers.values())}
     return {
-        key.replace("_orig_mod.", "").removeprefix(prefix): value
-        for key, value in model.state_dict().items()
+        key.replace("_orig_mod.", "").removeprefix(prefix): current.get(id(value), value.detach())
+        if isinstance(value, Tensor)
+        else value
+        for key, value in state_dict.items()
         if key not in extra
     }
 
@@ -208,3 +214,5 @@ def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
         for name, child in list(parent._modules.items()):
             if child is not None and child in new:
                 setattr(parent, name, new[child])
+                if isinstance(parent, torch._dynamo.OptimizedModule):  # holds its module's call too
+                    parent._initialize()

@@ -322,8 +322,10 @@ class LoSiAAdamW(torch.optim.Optimizer):
 
 
 def _complete_state(optimizer: torch.optim.Optimizer) -> None:
+    """torch.distributed.checkpoint wants the state of every parameter, also of one just moved."""
     assert isinstance(optimizer, LoSiAAdamW)
-    optimizer.timeline.placement.complete_(optimizer._make_state)
+    if optimizer.state:
+        optimizer._make_state()
 
 
 @functools.cache

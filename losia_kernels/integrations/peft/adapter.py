@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from ...layers.linear import LoSiALinear
 from ...layers.module import Membership
 from ...layers.subnet import Subnet
+from ...layers.writers import SubnetParameter
 from ...parallel.placement import check_whole
 
 BLOCKS = ("block_out_idx", "block_in_idx", "block_values")
@@ -87,9 +88,8 @@ class LoSiAAdapter(LoSiALinear):
         if not torch.compiler.is_compiling():
             self.sync_(finish=True)
 
-    def sync_(self, finish: bool = False) -> None:
-        if self.in_weight:  # else: when it enters
-            super().sync_(finish)
+    def _subnet_counts(self) -> bool | None:
+        return super()._subnet_counts() if self.in_weight else None  # else: when it enters
 
     def write_back_(self) -> None:
         if self.in_weight and not self.subnet.is_meta:
@@ -99,7 +99,7 @@ class LoSiAAdapter(LoSiALinear):
         """Keep the subnet in float32 (True) or in the weight's dtype."""
         self.master = master
         if self.subnet.dtype != self._subnet_dtype:
-            self.subnet = nn.Parameter(
+            self.subnet = SubnetParameter(
                 self.subnet.detach().to(self._subnet_dtype), self.subnet.requires_grad
             )
             self._agreement.carry(None, self.weight, self.subnet)
