@@ -232,6 +232,11 @@ class SubnetModule(InAgreement):
         self._place = here if device.type == "meta" else None
         self.out_idx, self.in_idx = here.out_idx.to(device), here.in_idx.to(device)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _INDICES and isinstance(value, nn.Parameter):
+            value = value.detach()  # as transformers loads what is no buffer
+        super().__setattr__(name, value)
+
     def named_buffers(self, prefix: str = "", recurse: bool = True, *args: Any, **kwargs: Any):
         """Of the layer alone also the indices, for torch.distributed.checkpoint and fully_shard,
         which ask module by module."""

@@ -184,6 +184,15 @@ class LoSiAAdapter(LoSiALinear):
             setattr(self, name, fn(getattr(self, name)))
         return self
 
+    def __setattr__(self, name, value) -> None:
+        if name in (*BLOCKS, "out_idx", "in_idx") and isinstance(value, nn.Parameter):
+            raise ValueError(
+                f"{self.name}: transformers loads this LoSiA adapter tensor by tensor, past the weight "
+                f"it belongs in: load it by peft.PeftModel.from_pretrained(base_model, folder), not by "
+                f"load_adapter or from_pretrained(folder) of a transformers model"
+            )
+        super().__setattr__(name, value)
+
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         tensors = self.block_out_idx, self.block_in_idx, self.trained_values()
@@ -197,17 +206,26 @@ class LoSiAAdapter(LoSiALinear):
         """The tuner layer has taken the adapter out of the weight. The number of blocks is the
         checkpoint's."""
         loaded = [state_dict.pop(prefix + name, None) for name in BLOCKS]
-        if all(tensor is not None for tensor in loaded):
+        if loaded[0] is not None:
             self._check_blocks(*loaded)
             for name, tensor in zip(BLOCKS, loaded, strict=True):
                 setattr(self, name, tensor.detach().to(self.out_idx.device, copy=True))
         else:
-            missing_keys += [
-                prefix + name for name, tensor in zip(BLOCKS, loaded, strict=True) if tensor is None
-            ]
+            missing_keys += [prefix + name for name in BLOCKS]
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def check_loadable(self, state_dict: dict, prefix: str) -> None:
+        """Raise ValueError for a state dict that has some of the adapter's tensors and not all: what
+        came of them would be neither the trained weights nor the base."""
+        keys = [prefix + name for name in (*BLOCKS, "out_idx", "in_idx", "subnet")]
+        missing = [key for key in keys if key not in state_dict]
+        if 0 < len(missing) < len(keys):
+            raise ValueError(
+                f"{self.name}: the adapter is incomplete, it lacks {', '.join(missing)}; nothing was "
+                f"loaded"
+            )
 
     def _check_blocks(self, out_idx: Tensor, in_idx: Tensor, values: Tensor) -> None:
         if values.shape != (len(out_idx), *out_idx.shape[1:], *in_idx.shape[1:]) or len(
