@@ -20,6 +20,7 @@ from .targets import (
     warn_of_frozen,
     warn_of_unmatched,
 )
+from .unchanged import forget_converted_, note_converted_
 
 SUBNET_KEYS = ("subnet", "out_idx", "in_idx")
 SHARED_INPUTS = (
@@ -75,6 +76,7 @@ def apply_losia(
     for module in plan.saved:
         module.requires_grad_(True)
     _replace(model, layers)
+    note_converted_(model, [layer.name for layer in layers.values()])
     now = {plain_name(name): p.requires_grad for name, p in model.named_parameters()}
     setattr(model, _FOUND, {name: (found[name], now[name]) for name in found.keys() & now.keys()})
     warn_of_unmatched(model, plan, config)
@@ -132,6 +134,7 @@ def remove_losia(model: nn.Module) -> nn.Module:
         The model; the nn.Linear of a model that is one LoSiALinear.
     """
     unfuse_loss(model)
+    forget_converted_(model)
     layers = [layer for _, layer in losia_layers(model)]
     _finish_steps(layers)
     plain: dict[nn.Module, nn.Module] = {layer: layer.to_plain() for layer in layers}

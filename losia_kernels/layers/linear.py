@@ -66,7 +66,8 @@ class LoSiALinear(SubnetModule, nn.Linear):
 
     Attributes:
         weight: ``[out, in]``, frozen, always current: write-back after each update keeps it so.
-        out_idx, in_idx: int64 ``[k_out]``, ``[k_in]``, sorted and unique; in the state dict.
+        out_idx, in_idx: int64 buffers ``[k_out]``, ``[k_in]``, sorted and unique, which the model's
+            own ``buffers()`` leave out.
         subnet: Parameter ``[k_out, k_in]``, float32: the master copy of the block, and what an
             optimizer sees.
         keeps_input: keep all of x for the backward, which layers that share it keep together, in

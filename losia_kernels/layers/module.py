@@ -15,10 +15,11 @@ from ..config import LoSiAConfig
 from ..ops.rounding import accumulate_dtype
 from ..parallel.placement import holds_values
 from .agreement import Agreement, InAgreement
+from .indices import NAMES as INDICES
+from .indices import Indices
 from .subnet import Subnet, subnet_size
 from .writers import SubnetParameter, watch
 
-_INDICES = ("out_idx", "in_idx")
 _SYNCS = ContextVar("syncs", default=True)  # whether a state dict first makes weights current
 _HOOKS = (
     "_forward_hooks",
@@ -59,8 +60,8 @@ class SubnetModule(InAgreement):
     Attributes:
         weight: frozen, always current: write-back after each update keeps it so.
         matrix: the weight as ``[out, in]``.
-        out_idx, in_idx: int64 ``[k_out]``, ``[k_in]``, sorted and unique; in the state dict, but no
-            buffers of the model: what averages those would make places out of them that are none.
+        out_idx, in_idx: int64 buffers ``[k_out]``, ``[k_in]``, sorted and unique, which the model's
+            own ``buffers()`` leave out.
         subnet: Parameter ``[k_out, k_in]``, float32: the master copy of the block, and what an
             optimizer sees.
         membership: the place in the timeline, None of a layer that no timeline drives.
@@ -105,6 +106,7 @@ class SubnetModule(InAgreement):
             for factor, size in zip(factors, features, strict=True)
         )
         self.name, self.alignment, self.master, self.membership = name, alignment, master, None
+        self.made_for = features
         self.found_trained = {
             key: parameter.requires_grad
             for key in ("weight", "bias")
@@ -116,7 +118,9 @@ class SubnetModule(InAgreement):
             features, (k_out, k_in), generator or torch.default_generator, alignment
         )
         device = self.weight.device
-        self.out_idx, self.in_idx = first.out_idx.to(device), first.in_idx.to(device)
+        self._buffers = Indices(self._buffers)
+        self.register_buffer("out_idx", first.out_idx.to(device))
+        self.register_buffer("in_idx", first.in_idx.to(device))
         self._place = first if device.type == "meta" else None  # while the indices cannot hold it
         block = self.current_subnet.gather(self.matrix.detach())
         self.subnet = SubnetParameter(block.to(self._subnet_dtype))
@@ -230,19 +234,14 @@ class SubnetModule(InAgreement):
         """A place is kept while the layer is on "meta", which has none."""
         here = self._place if self._place and self.out_idx.is_meta else self.current_subnet
         self._place = here if device.type == "meta" else None
-        self.out_idx, self.in_idx = here.out_idx.to(device), here.in_idx.to(device)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _INDICES and isinstance(value, nn.Parameter):
-            value = value.detach()  # as transformers loads what is no buffer
-        super().__setattr__(name, value)
+        self._buffers |= {"out_idx": here.out_idx.to(device), "in_idx": here.in_idx.to(device)}
 
     def named_buffers(self, prefix: str = "", recurse: bool = True, *args: Any, **kwargs: Any):
-        """Of the layer alone also the indices, for torch.distributed.checkpoint and fully_shard,
-        which ask module by module."""
+        """Of the layer alone also the indices, for those who ask module by module:
+        torch.distributed.checkpoint, fully_shard, accelerate."""
         yield from super().named_buffers(prefix, recurse, *args, **kwargs)
         if not recurse:
-            for name in _INDICES:
+            for name in INDICES:
                 yield f"{prefix}.{name}".removeprefix("."), getattr(self, name)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -275,7 +274,7 @@ class SubnetModule(InAgreement):
         if _SYNCS.get():
             self.sync_(finish=True)
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in _INDICES:  # copies: also those who average state dicts shall not reach them
+        for name in INDICES:  # copies: also those who average state dicts shall not reach them
             idx = getattr(self, name)
             destination[prefix + name] = idx if keep_vars else idx.clone()
 
@@ -293,36 +292,36 @@ class SubnetModule(InAgreement):
         elsewhere). A subnet without its weight is written back. Files may hold parts, in any order:
         what is not known yet waits for the layer's use.
         """
-        keys = {key for key in ("weight", "subnet", *_INDICES) if prefix + key in state_dict}
-        indices = {name: state_dict.pop(prefix + name) for name in _INDICES if name in keys}
+        keys = {key for key in ("weight", "subnet", *INDICES) if prefix + key in state_dict}
+        indices = {name: state_dict.pop(prefix + name) for name in INDICES if name in keys}
         if indices:
             self._check_indices(prefix.removesuffix(".") or self.name, indices)
         stepped, edited = self._agreement.written(self.weight, self.subnet) or (False, False)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, *args
         )
-        missing_keys += [prefix + name for name in _INDICES if strict and name not in indices]
+        missing_keys += [prefix + name for name in INDICES if strict and name not in indices]
         for name, value in indices.items():
             idx = getattr(self, name)
             if idx.is_meta:
-                setattr(self, name, value.clone())
+                self._buffers[name] = value.clone()
             else:
                 idx.copy_(value)
         if local_metadata.get("assign_to_params_buffers"):
             self._count_subnet_()
         self.fingerprint = None
-        self.moves += keys.issuperset(_INDICES)
+        self.moves += keys.issuperset(INDICES)
         if keys == {"weight"} and not self._agree(self.matrix, self.subnet, self.current_subnet):
             self.read_subnet_()  # though its subnet may come yet
         if keys:
             written = stepped or "subnet" in keys, edited or "weight" in keys
             self._agreement.carry(written, self.weight, self.subnet)
             self._agreement.stepped_by = None
-        if keys >= {"subnet", *_INDICES}:
+        if keys >= {"subnet", *INDICES}:
             self.sync_()
 
     def _check_indices(self, name: str, indices: dict[str, Tensor]) -> None:
-        loaded = Subnet(*(indices.get(key, getattr(self, key)) for key in _INDICES))
+        loaded = Subnet(*(indices.get(key, getattr(self, key)) for key in INDICES))
         if holds_values(loaded.out_idx, loaded.in_idx):
             loaded.check((self.out_features, self.in_features), name, self.alignment)
         if loaded.shape != tuple(self.subnet.shape):

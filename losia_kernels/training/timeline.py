@@ -20,10 +20,17 @@ from ..layers.members import find_members, join_
 from ..layers.module import SubnetModule, losia_layers
 from ..layers.subnet import Subnet
 from ..layers.targets import warn_of_idle_fields
+from ..layers.unchanged import check_unchanged
 from ..parallel.engines import add_join_check, check_engines
 from ..parallel.placement import Placement, find_placement, fingerprint
 from ..parallel.ranks import Ranks, RanksDifferError
-from .checks import check_alike, check_flags, check_gradients, check_held
+from .checks import (
+    check_alike,
+    check_flags,
+    check_gradients,
+    check_held,
+    warn_of_frozen_since,
+)
 from .importance import ALL, OBSERVERS, Observer, make_observer, new_subnet
 from .schedule import Clock, Schedule, check_steps
 from .selection import NonFiniteScoreError
@@ -78,6 +85,7 @@ class Timeline:
             warn_of_idle_fields(config, members)
         check_alike(members)
         check_flags(list(members))
+        self._trained = [layer for layer in members if layer.subnet.requires_grad]
         if total_steps is not None:
             check_steps(total_steps)
         names = {m.group: m.group_name for m in members.values() if m.group is not None}
@@ -255,6 +263,12 @@ class Timeline:
         would ever move."""
         for group in self.clock.moving:
             layers = self.groups[group]
+            unseen = [layer for layer in layers if not self.observers[layer].seen]
+            try:
+                check_unchanged(self._model, unseen)
+            except ValueError as error:
+                warnings.warn(f"LoSiA: {error}", stacklevel=4)
+            warn_of_frozen_since([layer for layer in unseen if layer in self._trained])
             updated = any(layer.subnet.grad is not None for layer in layers)
             if updated and not any(self.observers[layer].seen for layer in layers):
                 warnings.warn(
@@ -333,13 +347,15 @@ class Timeline:
             self.placement.check(layer)
 
     def check_first_step(self, updated: "set[SubnetModule] | tuple[()]" = ()) -> None:
-        """In the first step alone: ``check_gradients``.
+        """In the first step alone: ``check_unchanged`` and ``check_gradients``.
 
         Args:
             updated: layers whose gradient was used and freed inside the backward.
         """
         if self._before_first_step:
             self._before_first_step = False
+            check_unchanged(self._model, self.layers)
+            warn_of_frozen_since([layer for layer in self._trained if layer not in updated])
             check_gradients(self.layers, updated)
 
     def _check_start(self) -> None:

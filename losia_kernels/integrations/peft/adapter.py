@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ...layers.indices import NAMES as INDICES
 from ...layers.linear import LoSiALinear
 from ...layers.module import Membership
 from ...layers.subnet import Subnet
@@ -185,7 +186,7 @@ class LoSiAAdapter(LoSiALinear):
         return self
 
     def __setattr__(self, name, value) -> None:
-        if name in (*BLOCKS, "out_idx", "in_idx") and isinstance(value, nn.Parameter):
+        if name in INDICES or (name in BLOCKS and isinstance(value, nn.Parameter)):
             raise ValueError(
                 f"{self.name}: transformers loads this LoSiA adapter tensor by tensor, past the weight "
                 f"it belongs in: load it by peft.PeftModel.from_pretrained(base_model, folder), not by "
