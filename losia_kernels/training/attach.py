@@ -13,6 +13,7 @@ from ..config import LoSiAConfig
 from ..layers.members import find_members
 from ..layers.module import Membership, SubnetModule
 from ..parallel.placement import local
+from .checks import only_makes_state
 from .optimizer import LoSiAAdamW
 from .state_dict import TimelineState
 from .timeline import Timeline
@@ -62,9 +63,12 @@ def attach(
     optimizer.timeline = timeline  # type: ignore[attr-defined]
     _split_groups(optimizer, timeline)
 
+    makes_state = False
     forget = partial(_forget, optimizer, timeline.config.reset_step)
 
     def rewarm(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        nonlocal makes_state
+        makes_state = only_makes_state(optimizer)
         timeline.check_step(optimizer)
         timeline.forget_moved(forget, timeline.layers)
         for layer in timeline.layers:
@@ -80,8 +84,9 @@ def attach(
         for group in optimizer.param_groups:
             group["lr"] = group.pop("scheduled_lr")
         found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and bool(found_inf):
-            return  # there for the time of a GradScaler's step: the optimizer has changed nothing
+        # there for the time of a GradScaler's step: the optimizer has changed nothing
+        if makes_state or (found_inf is not None and bool(found_inf)):
+            return
         timeline.check_first_step()
         for layers in [*timeline.groups, timeline.dense]:
             timeline.placement.write_back_(layers)

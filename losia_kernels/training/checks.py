@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..layers.module import Membership, SubnetModule
+from ..parallel.placement import local
 
 SELECTING = ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern")  # of a config
 
@@ -80,6 +81,15 @@ def check_held(optimizer: torch.optim.Optimizer, layers: Iterable[SubnetModule])
                 f"optimizer after fully_shard or whatever else exchanges parameters (DeepSpeed is "
                 f"not supported: use FSDP2 or DDP)"
             )
+
+
+def only_makes_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step, about to be taken, is torch.distributed.checkpoint's: at lr 0 with zero
+    gradients, to make a new optimizer's state, and no step of the clock."""
+    if optimizer.state or any(float(group["lr"]) for group in optimizer.param_groups):
+        return False
+    grads = [parameter.grad for parameter in parameters_of(optimizer)]
+    return not any(bool(local(grad).any()) for grad in grads if grad is not None)
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:

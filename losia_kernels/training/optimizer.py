@@ -19,6 +19,7 @@ from ..ops.adamw import Update, update_subnets_
 from ..parallel.placement import local
 from ..parallel.ranks import Ranks
 from .adam_state import SUBNET_STATE, AdamState
+from .checks import only_makes_state
 from .in_backward import InBackward, check_in_backward
 from .state_dict import TimelineState
 from .timeline import Timeline
@@ -222,7 +223,7 @@ class LoSiAAdamW(torch.optim.Optimizer):
             self.state.pop(subnet, None)
             return
         for key, value in self.state.get(subnet, {}).items():
-            if key != "step":
+            if key != "step" and value is not None:  # None: a name alone
                 value.zero_()
 
     # what has no subnet ---------------------------------------------------------------------------
@@ -283,17 +284,10 @@ class LoSiAAdamW(torch.optim.Optimizer):
     # the state ------------------------------------------------------------------------------------
 
     def _only_makes_state(self) -> bool:
-        """torch.distributed.checkpoint makes a new optimizer's state by a step at lr 0 with zero
-        gradients, which is no step of the clock."""
-        if self.state or any(float(group["lr"]) for group in self.param_groups):
-            return False
-        parameters = [
-            p for group in self.param_groups for p in group["params"] if p.grad is not None
-        ]
-        if any(bool(local(p.grad).any()) for p in parameters):
-            return False
-        self._make_state()
-        return True
+        makes = only_makes_state(self)
+        if makes:
+            self._make_state()
+        return makes
 
     def _make_state(self) -> None:
         for layer in self.timeline.layers:
