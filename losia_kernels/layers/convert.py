@@ -18,6 +18,7 @@ from .targets import (
     kind_of,
     plain_name,
     warn_of_frozen,
+    warn_of_outside,
     warn_of_unmatched,
 )
 from .unchanged import forget_converted_, note_converted_
@@ -82,6 +83,7 @@ def apply_losia(
     warn_of_unmatched(model, plan, config)
     if config.target_modules == "all-linear":
         warn_of_frozen(model, plan, config)
+        warn_of_outside(plan)
     if config.fused_loss and plan.output_layer is not None:
         fuse_loss(model, plan.output_layer)
     return model

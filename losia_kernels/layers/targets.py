@@ -45,12 +45,14 @@ class Target:
 @dataclass(frozen=True)
 class Plan:
     """All targets in the order in which their subnets are drawn, what is trained densely beside
-    them, and the name of the output layer, trained or not."""
+    them, the name of the output layer, trained or not, and linears that lie outside of the blocks
+    and are no targets for that."""
 
     targets: list[Target]
     saved: list[nn.Module]
     output_layer: str | None
     blocks: list[str]
+    outside: list[str]
 
 
 def find_targets(model: nn.Module, config: LoSiAConfig, output_layer: str | None = None) -> Plan:
@@ -83,7 +85,9 @@ def find_targets(model: nn.Module, config: LoSiAConfig, output_layer: str | None
     check_shared_weights(model, [target.name for target in targets], saved)
     for target in targets:
         check_forward(target.name, target.module)
-    return Plan(targets, [modules[name] for name in saved], output_name, list(blocks))
+    grouped = {name for members in blocks.values() for name in members}
+    outside = [name for name in names if name not in grouped]
+    return Plan(targets, [modules[name] for name in saved], output_name, list(blocks), outside)
 
 
 def matches(name: str, patterns: str | list[str] | tuple[str, ...] | None) -> bool:
@@ -332,6 +336,20 @@ def warn_of_frozen(model: nn.Module, plan: Plan, config: LoSiAConfig) -> None:
             f"LoSiA: {share:.1%} of the blocks' weights stay frozen, for only linear layers can "
             f"hold a subnet: {'; '.join(frozen)}. Name them in modules_to_save to train them in "
             f"full, in exclude_modules if not",
+            stacklevel=3,
+        )
+
+
+def warn_of_outside(plan: Plan) -> None:
+    """Warn, with the entry that would train them, of linears outside of the blocks, which
+    "all-linear" leaves frozen: a vision-language model's projector, a new head."""
+    if plan.outside:
+        inside = [t.name for t in plan.targets if not t.membership.is_output]
+        entry = [*sorted({name.rpartition(".")[2] for name in inside}), *plan.outside]
+        warnings.warn(
+            f"LoSiA: {', '.join(plan.outside)}: outside of the blocks, so frozen: to train subnets of "
+            f"them too set target_modules={entry}; name them in modules_to_save to train them in "
+            f"full, as a new head needs, or in exclude_modules if not",
             stacklevel=3,
         )
 
