@@ -117,9 +117,9 @@ class InAgreement(nn.Module):
             self.write_back_()
         else:
             raise RuntimeError(
-                f"{self.name}: an optimizer has stepped the subnet ({optimizer}), but its values are "
-                f"not in the weight, with which the model computes: use LoSiAAdamW, "
-                f"attach(optimizer, model), or write_back_() after each step"
+                f"{self.name}: an optimizer has stepped the subnet, but its values are not in the "
+                f"weight, with which the model computes: {optimizer} alone does not write them back; "
+                f"use LoSiAAdamW, attach(optimizer, model), or write_back_() after each step"
             )
 
     def sync_before_use_(self, training: bool) -> None:

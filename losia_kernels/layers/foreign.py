@@ -54,6 +54,11 @@ def check_forward(name: str, module: nn.Module) -> None:
             f"pruning), so that no subnet of it can be trained: remove that first, or leave it out "
             f"with exclude_modules"
         )
+    if weight.is_inference():
+        raise ValueError(
+            f"apply_losia: {name!r} was made in torch.inference_mode(), so that autograd takes no "
+            f"part of it: make or load the model outside of it (torch.no_grad() is fine)"
+        )
     if weight.is_meta and is_offloaded(module):
         raise ValueError(
             f"apply_losia: {name!r} is offloaded (its weight is on 'meta' until it is used), but a "

@@ -76,9 +76,10 @@ def _find_places(
 ) -> dict[SubnetModule, Membership]:
     before = next((layer.membership for layer in placed.values() if layer.membership), None)
     config = config or (before.config if before else LoSiAConfig())
-    check_unchanged(model, placed.values())
     for name, layer in placed.items():
         layer.name = name or layer.name
+    check_unchanged(model, placed.values())
+    for layer in placed.values():
         _check_placed(layer)
     check_shared_weights(model, list(placed), [])
     output = output_name_of(model)

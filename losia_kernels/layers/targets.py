@@ -310,7 +310,11 @@ def warn_of_unmatched(model: nn.Module, plan: Plan, config: LoSiAConfig) -> None
         if not any(_has_rank(target.name, pattern) for target in plan.targets)
     ]
     for option, pattern, what in unmatched:
-        warnings.warn(f"LoSiA: {option} names {pattern!r}, which matches no {what}", stacklevel=3)
+        within = any(f".{pattern}." in f".{name}" for name in with_matrices)
+        hint = f" itself; r'.*{re.escape(pattern)}\\..*' is those within" if within else ""
+        warnings.warn(
+            f"LoSiA: {option} names {pattern!r}, which matches no {what}{hint}", stacklevel=3
+        )
 
 
 def warn_of_frozen(model: nn.Module, plan: Plan, config: LoSiAConfig) -> None:

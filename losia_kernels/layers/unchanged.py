@@ -27,7 +27,7 @@ def check_unchanged(model: nn.Module, layers: Iterable[SubnetModule]) -> None:
     """Raise ValueError, naming it, for a layer that cannot be trained as it was made: another
     module has taken its place, its weight is computed or offloaded now, or has another shape."""
     layers = list(layers)
-    for problem in (*_replaced(model), *_missing(model, layers), *_unlike(layers)):
+    for problem in (*_replaced(model), *_missing(model, layers), *_copied(layers), *_unlike(layers)):
         raise ValueError(problem)
 
 
@@ -53,6 +53,16 @@ def _missing(model: nn.Module, layers: list[SubnetModule]) -> Iterator[str]:
             yield (
                 f"{layer.name}: the optimizer was made for it, but it is not in the model any more: "
                 f"{AGAIN}, and make the optimizer last"
+            )
+
+
+def _copied(layers: list[SubnetModule]) -> Iterator[str]:
+    names = [layer.name for layer in layers]
+    for name in names:
+        if names.count(name) > 1:
+            yield (
+                f"{name}: {names.count(name)} layers of the model go by that name, as after copying "
+                f"a block or converting parts of the model apart: {AGAIN}"
             )
 
 
