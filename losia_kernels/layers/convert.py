@@ -219,5 +219,5 @@ def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
         for name, child in list(parent._modules.items()):
             if child is not None and child in new:
                 setattr(parent, name, new[child])
-                if isinstance(parent, torch._dynamo.OptimizedModule):  # holds its module's call too
-                    parent._initialize()
+                if name == "_orig_mod":  # torch.compile's module holds the call of its own, too
+                    parent._initialize()  # type: ignore[operator]

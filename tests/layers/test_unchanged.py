@@ -1,6 +1,9 @@
 """A model that other code changes after its conversion: refused by name when the optimizer is made
 or at the first step, or told at the end of the slot; never trained as if nothing were."""
 
+import ast
+import copy
+import re
 import warnings
 
 import pytest
@@ -11,6 +14,7 @@ from torch.nn.utils import spectral_norm as old_spectral_norm
 from torch.nn.utils import weight_norm as old_weight_norm
 
 from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach, remove_losia
+from losia_kernels.layers.module import losia_layers
 from tests.integrations.tiny_llama import make_model
 from tests.tiny import make_batches, take_step, tiny_lm
 
@@ -175,3 +179,95 @@ def test_an_offloaded_weight_is_refused_by_name(tmp_path, how):
     getattr(accelerate, how)(model, execution_device="cpu", **options)
     with pytest.raises(ValueError, match=r"'lm_head' is offloaded .*without offloading"):
         apply_losia(model, CONFIG)
+
+
+def test_weights_made_in_inference_mode_are_refused_by_name():
+    with torch.inference_mode():
+        model = tiny_lm()
+    with pytest.raises(ValueError, match=r"up_proj' was made in torch.inference_mode\(\)"):
+        apply_losia(model, LoSiAConfig(rank_factor=0.5))
+
+
+def test_a_block_that_is_copied_after_the_conversion_is_refused():
+    """As expanding a model by copies of its blocks does; before it, each trains by itself."""
+    model = apply_losia(tiny_lm(), CONFIG)
+    model.model.layers.append(copy.deepcopy(model.model.layers[1]))
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.up_proj: 2 layers of the model go by that name"
+    ):
+        adamw(model)
+    remove_losia(model)
+    optimizer = adamw(apply_losia(model, CONFIG))
+    assert optimizer.timeline.group_names[1:] == [f"model.layers.{n}" for n in range(3)]
+
+
+def test_a_container_in_exclude_modules_is_told_with_the_pattern_that_excludes_it():
+    with pytest.warns(
+        UserWarning, match=r"exclude_modules names 'mlp', .*r'(.*)' is those"
+    ) as said:
+        apply_losia(nested(), LoSiAConfig(rank_factor=0.5, exclude_modules=["mlp"]))
+    pattern = re.search(r"itself; r'(.*)' is", str(said[0].message)).group(1)
+    model = apply_losia(nested(), LoSiAConfig(rank_factor=0.5, exclude_modules=pattern))
+    assert [name for name, _ in losia_layers(model)] == ["layers.0.attention.q"]
+
+
+def nested() -> nn.Module:
+    block = nn.ModuleDict(
+        {
+            "attention": nn.ModuleDict({"q": nn.Linear(8, 8)}),
+            "mlp": nn.ModuleDict({"up": nn.Linear(8, 8), "down": nn.Linear(8, 8)}),
+        }
+    )
+    return nn.ModuleDict({"layers": nn.ModuleList([block]), "projector": nn.Linear(8, 8)})
+
+
+def test_a_linear_outside_of_the_blocks_is_told_with_the_entry_that_trains_it():
+    with pytest.warns(UserWarning, match=r"projector: outside of the blocks, so frozen") as said:
+        apply_losia(nested(), LoSiAConfig(rank_factor=0.5))
+    entry = re.search(r"target_modules=(\[.*?\])", str(said[0].message)).group(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = apply_losia(
+            nested(), LoSiAConfig(rank_factor=0.5, target_modules=ast.literal_eval(entry))
+        )
+        for said_so in ({"exclude_modules": ["projector"]}, {"modules_to_save": ["projector"]}):
+            apply_losia(nested(), LoSiAConfig(rank_factor=0.5, **said_so))
+    assert "projector" in dict(losia_layers(model))
+
+
+# what needs no word -------------------------------------------------------------------------------
+
+
+def test_a_tied_embedding_saved_with_its_head_trains_once(tmp_path):
+    config = LoSiAConfig(rank_factor=0.25, modules_to_save=["embed_tokens", "lm_head"])
+    model = apply_losia(make_model(), config)
+    before, optimizer = model.lm_head.weight.clone(), adamw(model)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not torch.equal(model.lm_head.weight, before)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    assert torch.equal(loaded(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
+
+
+def test_a_16_bit_model_is_saved_as_it_infers(tmp_path):
+    model = apply_losia(make_model().bfloat16(), LoSiAConfig(rank_factor=0.25, period=1))
+    optimizer = adamw(model)
+    for _ in range(3):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
+    remove_losia(model)
+    assert loaded.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
+
+
+def test_reentrant_checkpointing_without_gradients_at_the_inputs_trains_every_block():
+    model = apply_losia(make_model(), LoSiAConfig(rank_factor=0.25)).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(layer.subnet.grad is not None for _, layer in losia_layers(model))
