@@ -21,6 +21,8 @@ class Agreement:
 
     ``unsure``: values are to be compared, whatever the counts say (a weight's ``.data`` is not
     counted). ``stepped_by``: the optimizer that has stepped the subnet and not written it back.
+    ``before_access``: whether they agreed when somebody reached for the subnet's ``.data``, a bool
+    tensor that nobody has waited for.
     """
 
     def __init__(self, weight: Tensor, subnet: Tensor):
@@ -32,6 +34,12 @@ class Agreement:
         self._counts = _count(weight, subnet)
         self._subnet_written = self._weight_written = self.unsure = False
         self.stepped_by: str | None = None
+        self.before_access: Tensor | None = None
+
+    def subnet_holds(self, subnet: Tensor) -> bool:
+        """Whether the subnet has not been written."""
+        then, now = self._counts, _count(subnet, subnet)
+        return then is not None and now is not None and then[:3] == now[:3]
 
     def holds(self, weight: Tensor, subnet: Tensor) -> bool:
         """Whether neither has been written."""
@@ -82,6 +90,16 @@ class InAgreement(nn.Module):
         """An optimizer of that name has stepped the subnet, and nobody has written it back."""
         self._agreement.stepped_by = optimizer
 
+    @torch.no_grad()
+    def note_access_(self) -> None:
+        """Somebody is about to write the subnet past torch. If the weight has other values by now,
+        it was written too, before, as where a model changes places with an average of it."""
+        weight, subnet, agreement = self.weight, self.subnet, self._agreement
+        here = holds_values(weight, subnet) and weight.device == subnet.device
+        if here and agreement.subnet_holds(subnet):
+            block = self.current_subnet.gather(self.matrix)
+            agreement.before_access = (block == subnet.detach().to(block.dtype)).all()
+
     def _subnet_counts(self) -> bool | None:
         """What the next use is to see, where the two differ: whether the subnet, else the weight.
         What was written alone counts, and of both the weight. None: they agree.
@@ -97,7 +115,8 @@ class InAgreement(nn.Module):
         if self._agree(self.matrix, subnet, self.current_subnet):
             self.note_agreement_()
             return None
-        return written == (True, False)
+        agreed = agreement.before_access
+        return written == (True, False) and (agreed is None or bool(agreed))
 
     def sync_(self, finish: bool = False) -> None:
         """Make weight and subnet agree where others have written one of them.

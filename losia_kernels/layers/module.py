@@ -129,6 +129,7 @@ class SubnetModule(InAgreement):
         self._agreement = Agreement(self.weight, self.subnet)
         self._probe: Tensor | None = None
         self.observe_callback: Callable[..., None] | None = None
+        self._count_subnet_()
         watch(self)
 
     @property
@@ -264,11 +265,12 @@ class SubnetModule(InAgreement):
         watch(self)
 
     def _count_subnet_(self) -> None:
-        """Pickling and loading by assignment leave a plain parameter."""
+        """Pickling and loading by assignment leave a plain parameter, copying one without owner."""
         subnet = self.subnet
         if not isinstance(subnet, SubnetParameter):
             self.subnet = SubnetParameter(subnet.detach(), subnet.requires_grad)
             self.subnet.grad = subnet.grad
+        self.subnet.owner = weakref.ref(self)  # type: ignore[attr-defined]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if _SYNCS.get():

@@ -27,7 +27,12 @@ def check_unchanged(model: nn.Module, layers: Iterable[SubnetModule]) -> None:
     """Raise ValueError, naming it, for a layer that cannot be trained as it was made: another
     module has taken its place, its weight is computed or offloaded now, or has another shape."""
     layers = list(layers)
-    for problem in (*_replaced(model), *_missing(model, layers), *_copied(layers), *_unlike(layers)):
+    for problem in (
+        *_replaced(model),
+        *_missing(model, layers),
+        *_copied(layers),
+        *_unlike(layers),
+    ):
         raise ValueError(problem)
 
 

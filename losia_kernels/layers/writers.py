@@ -13,17 +13,30 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 class SubnetParameter(nn.Parameter):
     """A parameter that also counts what is written through ``.data``, as averages of weights, SAM
     and ``vector_to_parameters`` do: so no values have to be compared, nor a GPU waited for, to know
-    that it is what it was."""
+    that it is what it was. Its layer, the ``owner``, is told before."""
+
+    owner: "weakref.ref[Any] | None" = None
 
     @property
     def data(self) -> Tensor:
+        self._tell_owner()
         return self.detach()  # which, unlike torch's, shares the count
 
     @data.setter
     def data(self, value: Tensor) -> None:
+        self._tell_owner()
         torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
         if not self.is_inference():
             torch.autograd.graph.increment_version(self)
+
+    def _tell_owner(self) -> None:
+        layer = self.owner() if self.owner is not None else None
+        if layer is not None and not torch.compiler.is_compiling():
+            layer.note_access_()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        plain = nn.Parameter(self.detach(), self.requires_grad)
+        return plain.__reduce_ex__(protocol)
 
 
 class Written(Protocol):
@@ -32,6 +45,7 @@ class Written(Protocol):
     _parameters: Any
 
     def note_stepped_(self, optimizer: str) -> None: ...
+    def note_access_(self) -> None: ...
 
 
 _LOCK = threading.Lock()

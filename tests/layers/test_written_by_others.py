@@ -56,6 +56,13 @@ def as_a_vector(model, values):
     vector_to_parameters(parameters_to_vector(values), parameters(model))
 
 
+def of_all_parameters(model, values):
+    """As an average that keeps frozen parameters as they are, and swaps in all of them."""
+    values = iter(values)
+    for p in model.parameters():
+        p.data.copy_(next(values) if p.requires_grad else p.detach().clone())
+
+
 def added(model, values):
     """As SAM climbs, and by torch's multi-tensor functions."""
     with torch.no_grad():
@@ -63,7 +70,9 @@ def added(model, values):
         torch._foreach_add_([p.data for p in parameters(model)], differences)
 
 
-WAYS = pytest.mark.parametrize("write", [copied, assigned, counted, as_a_vector, added])
+WAYS = pytest.mark.parametrize(
+    "write", [copied, assigned, counted, as_a_vector, of_all_parameters, added]
+)
 
 
 def with_the_subnets(model, values) -> torch.nn.Module:
@@ -225,10 +234,13 @@ def test_exchanged_with_an_average_and_back_the_live_model_is_whole():
             one.data.copy_(other.data)
             other.data.copy_(held)
 
+    expected = logits(averaged)
     exchange()
     for _, layer in losia_layers(model):
         layer.current_subnet.check((layer.out_features, layer.in_features), layer.name)
+    assert torch.equal(logits(model), expected)
     exchange()
+    assert torch.equal(logits(averaged), expected)
     assert same_tensors(snapshot(model), before)
     take_step(model, optimizer, make_batches(1)[0])
 

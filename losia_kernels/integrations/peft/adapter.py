@@ -103,6 +103,7 @@ class LoSiAAdapter(LoSiALinear):
             self.subnet = SubnetParameter(
                 self.subnet.detach().to(self._subnet_dtype), self.subnet.requires_grad
             )
+            self._count_subnet_()
             self._agreement.carry(None, self.weight, self.subnet)
 
     @torch.no_grad()
