@@ -91,7 +91,9 @@ def run_step(phases: dict, number: int = 0) -> None:
 def memory_of_step(prepared: Prepared, inputs: Inputs, device: torch.device) -> dict[str, int]:
     """Bytes kept for the backward, and the peak of a step above what is there before it (inputs, weights, state)."""
     phases = step_phases(prepared, inputs)
-    known = [*prepared.module.parameters(), *prepared.module.buffers(), inputs[0][0]]
+    module = prepared.module
+    # a subnet's indices are in the state dict alone
+    known = [*module.buffers(), *module.state_dict(keep_vars=True).values(), inputs[0][0]]
     with SavedBytes(known) as saved:
         phases["forward"](0)
     phases["backward"](0)

@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 from ..layers.convert import export_state_dict
+from ..layers.module import losia_layers
 from ..parallel.placement import empty_placed_as, whole
 from ..training.importance import OBSERVERS
 from ..training.timeline import Timeline
@@ -153,22 +154,25 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict's tensors, which loading writes to. Raises ValueError for one that is made for
-    the state dict."""
-    tensors = {
-        name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)
-    }
+    """The model's own tensors by the keys of its state dict: loading writes to them. Raises
+    ValueError for one that is made for the state dict."""
     kept = {
         *dict(model.named_parameters(remove_duplicate=False)),
         *dict(model.named_buffers(remove_duplicate=False)),
     }
-    for name in tensors:
+    for name, _ in losia_layers(model):
+        kept |= {f"{name}.{key}".removeprefix(".") for key in ("out_idx", "in_idx")}
+    tensors = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor):
+            continue
         if name not in kept:
             raise ValueError(
                 f"{name} is no parameter or buffer, so nothing could be loaded into it; of a PEFT model "
                 f"save the adapter (save_pretrained) and optimizer.state_dict()"
             )
-    return {_plain(name): value for name, value in tensors.items()}
+        tensors[_plain(name)] = value.detach()
+    return tensors
 
 
 def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:

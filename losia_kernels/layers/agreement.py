@@ -1,16 +1,28 @@
 """A layer's weight and its subnet hold the same values in two tensors: who has written which of
-them since."""
+them since, and what the next use is to see."""
 
+import warnings
+from typing import Any
+
+import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
-Counts = tuple[int, int, int, int]  # which subnet, writes to it, which weight, writes to it
+from ..ops.adamw import write_subnet_
+from ..parallel.placement import holds_values
+from .subnet import Subnet
+
+# which subnet, where it lies, writes to it; the same of the weight
+Counts = tuple[int, int, int, int, int, int]
 
 
 class Agreement:
     """What torch's counts of writes say of ``weight`` and ``subnet`` since they last agreed.
 
-    ``unsure``: values are to be compared, whatever the counts say (``tensor.data`` is not counted).
-    ``loaded``: what was written came out of a file.
+    ``unsure``: values are to be compared, whatever the counts say (a weight's ``.data`` is not
+    counted). ``stepped_by``: the optimizer that has stepped the subnet and not written it back.
+    ``before_access``: whether they agreed when somebody reached for the subnet's ``.data``, a bool
+    tensor that nobody has waited for.
     """
 
     def __init__(self, weight: Tensor, subnet: Tensor):
@@ -20,7 +32,14 @@ class Agreement:
     def note(self, weight: Tensor, subnet: Tensor) -> None:
         """They agree now."""
         self._counts = _count(weight, subnet)
-        self._stepped = self._edited = self.unsure = self.loaded = False
+        self._subnet_written = self._weight_written = self.unsure = False
+        self.stepped_by: str | None = None
+        self.before_access: Tensor | None = None
+
+    def subnet_holds(self, subnet: Tensor) -> bool:
+        """Whether the subnet has not been written."""
+        then, now = self._counts, _count(subnet, subnet)
+        return then is not None and now is not None and then[:3] == now[:3]
 
     def holds(self, weight: Tensor, subnet: Tensor) -> bool:
         """Whether neither has been written."""
@@ -33,25 +52,152 @@ class Agreement:
         then, now = self._counts, _count(weight, subnet)
         if then is None or now is None or then[0] != now[0] or not isinstance(weight, nn.Parameter):
             return None
-        return self._stepped or then[1] != now[1], self._edited or then[2:] != now[2:]
+        return (
+            self._subnet_written or then[1:3] != now[1:3],
+            self._weight_written or then[3:] != now[3:],
+        )
 
-    def carry(
-        self,
-        written: tuple[bool, bool] | None,
-        weight: Tensor,
-        subnet: Tensor,
-        loaded: bool = False,
-    ) -> None:
+    def carry(self, written: tuple[bool, bool] | None, weight: Tensor, subnet: Tensor) -> None:
         """The tensors are others than before, or were loaded: ``written`` is what had been or now
         was."""
-        loaded = loaded or self.loaded
+        stepped_by = self.stepped_by
         self.note(weight, subnet)
-        self._stepped, self._edited = written or (False, False)
-        self.unsure, self.loaded = True, loaded
+        self._subnet_written, self._weight_written = written or (False, False)
+        self.unsure, self.stepped_by = True, stepped_by
+
+
+class InAgreement(nn.Module):
+    """The half of a SubnetModule that keeps ``weight`` and ``subnet`` in agreement."""
+
+    weight: Any
+    matrix: Any
+    out_idx: Tensor
+    in_idx: Tensor
+    subnet: nn.Parameter
+    name: str
+    used_in: int
+    _agreement: Agreement
+
+    @property
+    def current_subnet(self) -> Subnet:
+        """The neurons being trained (shares the indices)."""
+        return Subnet(self.out_idx, self.in_idx)
+
+    def note_agreement_(self) -> None:
+        """Weight and subnet hold the same values now: whoever has written both says so."""
+        self._agreement.note(self.weight, self.subnet)
+
+    def note_stepped_(self, optimizer: str) -> None:
+        """An optimizer of that name has stepped the subnet, and nobody has written it back."""
+        self._agreement.stepped_by = optimizer
+
+    @torch.no_grad()
+    def note_access_(self) -> None:
+        """Somebody is about to write the subnet past torch. If the weight has other values by now,
+        it was written too, before, as where a model changes places with an average of it."""
+        weight, subnet, agreement = self.weight, self.subnet, self._agreement
+        here = holds_values(weight, subnet) and weight.device == subnet.device
+        if here and agreement.subnet_holds(subnet):
+            block = self.current_subnet.gather(self.matrix)
+            agreement.before_access = (block == subnet.detach().to(block.dtype)).all()
+
+    def _subnet_counts(self) -> bool | None:
+        """What the next use is to see, where the two differ: whether the subnet, else the weight.
+        What was written alone counts, and of both the weight. None: they agree.
+
+        Values are compared, and the GPU waited for, only after writes by others.
+        """
+        weight, subnet, agreement = self.weight, self.subnet, self._agreement
+        if agreement.holds(weight, subnet):
+            return None
+        written = agreement.written(weight, subnet)
+        if written is None or not holds_values(weight, subnet):
+            return None
+        if self._agree(self.matrix, subnet, self.current_subnet):
+            self.note_agreement_()
+            return None
+        agreed = agreement.before_access
+        return written == (True, False) and (agreed is None or bool(agreed))
+
+    def sync_(self, finish: bool = False) -> None:
+        """Make weight and subnet agree where others have written one of them.
+
+        Args:
+            finish: also write back what an optimizer has stepped that does not do so itself.
+
+        Raises:
+            RuntimeError: there is such a step, without ``finish``.
+        """
+        subnet_counts, optimizer = self._subnet_counts(), self._agreement.stepped_by
+        if subnet_counts is None:
+            return
+        if not subnet_counts:
+            self.read_subnet_()
+        elif finish or optimizer is None:
+            self.write_back_()
+        else:
+            raise RuntimeError(
+                f"{self.name}: an optimizer has stepped the subnet, but its values are not in the "
+                f"weight, with which the model computes: {optimizer} alone does not write them back; "
+                f"use LoSiAAdamW, attach(optimizer, model), or write_back_() after each step"
+            )
+
+    def sync_before_use_(self, training: bool) -> None:
+        """``sync_``, but an evaluation warns where training would raise, and compiled code asks
+        nothing."""
+        if torch.compiler.is_compiling():
+            return
+        self.used_in = torch._C._current_graph_task_id()
+        optimizer = self._agreement.stepped_by
+        if training or optimizer is None or not self._subnet_counts():
+            self.sync_()
+        else:
+            warnings.warn(
+                f"LoSiA: {optimizer} has stepped subnets, and nobody has written them back: this "
+                f"evaluation computes with the weights of before that step",
+                stacklevel=3,
+            )
+
+    @staticmethod
+    def _agree(matrix: Tensor, values: Tensor, subnet: Subnet) -> bool:
+        """Nothing differs where nothing can be read."""
+        readable = holds_values(matrix, values)
+        return not readable or torch.equal(subnet.gather(matrix), values.to(matrix.dtype))
+
+    @torch.no_grad()
+    def current_weight(self) -> Tensor:
+        """The weight as a use would find it: itself, or a copy with the subnet's values where those
+        count and are not in it yet. Changes nothing."""
+        if not self._subnet_counts():
+            return self.weight.detach()
+        copied = self.weight.detach().clone()
+        matrix = copied if self.matrix is self.weight else copied.T
+        matrix[self.out_idx[:, None], self.in_idx] = self.subnet.to(matrix.dtype)
+        return copied
+
+    @torch.no_grad()
+    def write_back_(self) -> None:
+        """Round ``subnet`` into ``weight``: after the step of an optimizer that knows nothing of
+        the weight."""
+        write_subnet_(self.matrix, self.out_idx, self.in_idx, self.subnet)
+        self.note_agreement_()
+
+    @torch.no_grad()
+    def read_subnet_(self) -> None:
+        """Fill ``subnet`` from ``weight``: after something else has written the weight."""
+        self.subnet.copy_(self.current_subnet.gather(self.matrix))
+        self.note_agreement_()
 
 
 def _count(weight: Tensor, subnet: Tensor) -> Counts | None:
     try:
-        return id(subnet), subnet._version, id(weight), weight._version
+        return (
+            *(id(subnet), _place(subnet), subnet._version),
+            *(id(weight), _place(weight), weight._version),
+        )
     except RuntimeError:  # inference tensors
         return None
+
+
+def _place(tensor: Tensor) -> int:
+    return 0 if isinstance(tensor, FakeTensor) else tensor.data_ptr()

@@ -10,17 +10,21 @@ from ..parallel.placement import fingerprint
 from ..parallel.ranks import several_processes
 from .foreign import check_no_adapters
 from .fused_loss import fuse_loss, unfuse_loss
+from .idle import (
+    warn_of_frozen,
+    warn_of_outside,
+    warn_of_unmatched,
+    warn_of_unused,
+)
 from .linear import LoSiALinear
-from .module import SubnetModule, losia_layers
+from .module import SubnetModule, as_they_are, losia_layers
 from .targets import (
     Target,
     find_targets,
     kind_of,
     plain_name,
-    warn_of_frozen,
-    warn_of_unmatched,
-    warn_of_unused,
 )
+from .unchanged import forget_converted_, note_converted_
 
 SUBNET_KEYS = ("subnet", "out_idx", "in_idx")
 SHARED_INPUTS = (
@@ -76,12 +80,14 @@ def apply_losia(
     for module in plan.saved:
         module.requires_grad_(True)
     _replace(model, layers)
+    note_converted_(model, [layer.name for layer in layers.values()])
     now = {plain_name(name): p.requires_grad for name, p in model.named_parameters()}
     setattr(model, _FOUND, {name: (found[name], now[name]) for name in found.keys() & now.keys()})
     warn_of_unmatched(model, plan, config)
     warn_of_unused(plan, config)
     if config.target_modules == "all-linear":
         warn_of_frozen(model, plan, config)
+        warn_of_outside(plan)
     if config.fused_loss and plan.output_layer is not None:
         fuse_loss(model, plan.output_layer)
     return model
@@ -134,6 +140,7 @@ def remove_losia(model: nn.Module) -> nn.Module:
         The model; the nn.Linear of a model that is one LoSiALinear.
     """
     unfuse_loss(model)
+    forget_converted_(model)
     layers = [layer for _, layer in losia_layers(model)]
     _finish_steps(layers)
     plain: dict[nn.Module, nn.Module] = {layer: layer.to_plain() for layer in layers}
@@ -151,16 +158,22 @@ def remove_losia(model: nn.Module) -> nn.Module:
 
 def export_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """``model.state_dict()`` with the original model's keys and nothing else (DDP and compile
-    prefixes dropped). Writes back what an optimizer has stepped."""
+    prefixes dropped). Changes nothing in the model: where a subnet was written whose values its
+    weight does not have yet, the weight is a copy that has them."""
     named = model.named_modules(remove_duplicate=False)
     layers = {name: module for name, module in named if isinstance(module, SubnetModule)}
-    _finish_steps(layers.values())
     extra = {f"{name}.{key}".removeprefix(".") for name in layers for key in SUBNET_KEYS}
     inner = getattr(model, "_orig_mod", model)  # torch.compile around DDP, or the other way round
     prefix = "module." if isinstance(inner, nn.parallel.DistributedDataParallel) else ""
+    with as_they_are():
+        state_dict = model.state_dict(keep_vars=True)
+    # by the weight's identity: it may be tied, and stand under other keys too
+    current = {id(layer.weight): layer.current_weight() for layer in set(layers.values())}
     return {
-        key.replace("_orig_mod.", "").removeprefix(prefix): value
-        for key, value in model.state_dict().items()
+        key.replace("_orig_mod.", "").removeprefix(prefix): current.get(id(value), value.detach())
+        if isinstance(value, Tensor)
+        else value
+        for key, value in state_dict.items()
         if key not in extra
     }
 
@@ -210,3 +223,5 @@ def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
         for name, child in list(parent._modules.items()):
             if child is not None and child in new:
                 setattr(parent, name, new[child])
+                if name == "_orig_mod":  # torch.compile's module holds the call of its own, too
+                    parent._initialize()  # type: ignore[operator]

@@ -45,13 +45,39 @@ def check_no_adapters(model: nn.Module) -> None:
 
 
 def check_forward(name: str, module: nn.Module) -> None:
-    """Raise ValueError for a module with a forward of its own, which would be lost (hooks are kept)."""
+    """Raise ValueError for a module whose weight is computed or offloaded, or that has a forward of
+    its own, which would be lost (hooks are kept)."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        raise ValueError(
+            f"apply_losia: {name!r} has a weight that is computed (by spectral_norm, weight_norm or "
+            f"pruning), so that no subnet of it can be trained: remove that first, or leave it out "
+            f"with exclude_modules"
+        )
+    if weight.is_inference():
+        raise ValueError(
+            f"apply_losia: {name!r} was made in torch.inference_mode(), so that autograd takes no "
+            f"part of it: make or load the model outside of it (torch.no_grad() is fine)"
+        )
+    if weight.is_meta and is_offloaded(module):
+        raise ValueError(
+            f"apply_losia: {name!r} is offloaded (its weight is on 'meta' until it is used), but a "
+            f"subnet is written into a weight that stays: load the model without offloading, or "
+            f"leave it out with exclude_modules"
+        )
     if "forward" in module.__dict__:
         raise ValueError(
             f"apply_losia: {name!r} has a forward of its own (as offloading and other libraries' "
             f"patches give it), which its subnet's layer would not run: convert before that is "
             f"applied, or leave it out with exclude_modules"
         )
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate takes the module's weights away after each use."""
+    hook = getattr(module, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", (hook,))  # of a SequentialHook
+    return any(getattr(each, "offload", False) for each in hooks)
 
 
 def quantized_as(module: nn.Module) -> str | None:

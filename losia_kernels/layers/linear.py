@@ -66,7 +66,8 @@ class LoSiALinear(SubnetModule, nn.Linear):
 
     Attributes:
         weight: ``[out, in]``, frozen, always current: write-back after each update keeps it so.
-        out_idx, in_idx: int64 buffers ``[k_out]``, ``[k_in]``, sorted and unique.
+        out_idx, in_idx: int64 buffers ``[k_out]``, ``[k_in]``, sorted and unique, which the model's
+            own ``buffers()`` leave out.
         subnet: Parameter ``[k_out, k_in]``, float32: the master copy of the block, and what an
             optimizer sees.
         keeps_input: keep all of x for the backward, which layers that share it keep together, in
@@ -139,11 +140,12 @@ class LoSiALinear(SubnetModule, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in]`` -> ``[..., out]``, as nn.Linear, autocast included.
 
-        In training, outside of torch.compile, a subnet is read anew where the weight alone was
-        written (an initialisation, an edit).
+        Outside of torch.compile, a subnet is read anew where the weight was written by others (an
+        initialisation, an edit), and the weight follows where the subnet alone was (averages
+        swapped in for evaluation, SAM).
 
         Raises:
-            RuntimeError: the subnet was stepped but not written back.
+            RuntimeError: an optimizer has stepped the subnet, and nobody has written it back.
         """
         matrix, bias, subnet = self.matrix, self.bias, self.subnet  # once: slow to look up
         training = torch.is_grad_enabled() and subnet.requires_grad

@@ -9,6 +9,7 @@ from ..config import LoSiAConfig
 from ..parallel.placement import holds_values
 from .module import Membership, SubnetModule, losia_layers
 from .targets import check_shared_weights, group_by_block, output_name_of, plain_name
+from .unchanged import check_unchanged
 
 
 def find_members(
@@ -58,6 +59,7 @@ def find_members(
             "config: apply_losia (or PEFT) has been given one already; leave it out, or call "
             "remove_losia and apply_losia(model, config)"
         )
+    check_unchanged(unwrapped(model), given)
     return given
 
 
@@ -76,6 +78,8 @@ def _find_places(
     config = config or (before.config if before else LoSiAConfig())
     for name, layer in placed.items():
         layer.name = name or layer.name
+    check_unchanged(model, placed.values())
+    for layer in placed.values():
         _check_placed(layer)
     check_shared_weights(model, list(placed), [])
     output = output_name_of(model)
@@ -99,13 +103,7 @@ def _find_places(
 
 
 def _check_placed(layer: Any) -> None:
-    """Raise ValueError for a layer that something has made without its indices, or whose weight is
-    computed from others."""
-    if "weight" not in layer._parameters:
-        raise ValueError(
-            f"{layer.name}: its weight is computed (by a parametrization or pruning), so that no "
-            f"subnet of it can be trained; remove that first"
-        )
+    """Raise ValueError for a layer that something has made without its indices."""
     if not holds_values(layer.out_idx, layer.in_idx):
         return
     try:

@@ -1,26 +1,26 @@
 """SubnetModule: what a trained matrix is, whatever its forward: a weight, its subnet, where that is,
 and how the two are kept in agreement."""
 
-import functools
-import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..config import LoSiAConfig
-from ..ops.adamw import write_subnet_
 from ..ops.rounding import accumulate_dtype
 from ..parallel.placement import holds_values
-from .agreement import Agreement
+from .agreement import Agreement, InAgreement
+from .indices import NAMES as INDICES
+from .indices import Indices
 from .subnet import Subnet, subnet_size
+from .writers import SubnetParameter, watch
 
-_INDICES = ("out_idx", "in_idx")
-_LOCK = threading.Lock()
+_SYNCS = ContextVar("syncs", default=True)  # whether a state dict first makes weights current
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -30,7 +30,6 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-_ALIVE: "weakref.WeakSet[SubnetModule]" = weakref.WeakSet()  # whose subnets may be stepped
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Membership:
     by_hand: bool = False
 
 
-class SubnetModule(nn.Module):
+class SubnetModule(InAgreement):
     """A module that trains ``matrix[out_idx][:, in_idx]`` and nothing else of its weight.
 
     A kind of layer mixes this in before its own class, calls ``add_subnet_`` once its weight is
@@ -61,7 +60,8 @@ class SubnetModule(nn.Module):
     Attributes:
         weight: frozen, always current: write-back after each update keeps it so.
         matrix: the weight as ``[out, in]``.
-        out_idx, in_idx: int64 buffers ``[k_out]``, ``[k_in]``, sorted and unique.
+        out_idx, in_idx: int64 buffers ``[k_out]``, ``[k_in]``, sorted and unique, which the model's
+            own ``buffers()`` leave out.
         subnet: Parameter ``[k_out, k_in]``, float32: the master copy of the block, and what an
             optimizer sees.
         membership: the place in the timeline, None of a layer that no timeline drives.
@@ -106,6 +106,7 @@ class SubnetModule(nn.Module):
             for factor, size in zip(factors, features, strict=True)
         )
         self.name, self.alignment, self.master, self.membership = name, alignment, master, None
+        self.made_for = features
         self.found_trained = {
             key: parameter.requires_grad
             for key in ("weight", "bias")
@@ -117,18 +118,20 @@ class SubnetModule(nn.Module):
             features, (k_out, k_in), generator or torch.default_generator, alignment
         )
         device = self.weight.device
+        self._buffers = Indices(self._buffers)
         self.register_buffer("out_idx", first.out_idx.to(device))
         self.register_buffer("in_idx", first.in_idx.to(device))
-        self._drawn = first if device.type == "meta" else None  # until the indices can hold it
+        self._place = first if device.type == "meta" else None  # while the indices cannot hold it
         block = self.current_subnet.gather(self.matrix.detach())
-        self.subnet = nn.Parameter(block.to(self._subnet_dtype))
+        self.subnet = SubnetParameter(block.to(self._subnet_dtype))
         self.moves = 0  # how often the subnet was put somewhere, by whomever
         self.fingerprint: int | None = None  # of the weight it was made with, if that can be read
         self._agreement = Agreement(self.weight, self.subnet)
         self._probe: Tensor | None = None
         self.used_in = -1  # torch's number of the backward in which the last forward ran, -1: none
         self.observe_callback: Callable[..., None] | None = None
-        _watch(self)
+        self._count_subnet_()
+        watch(self)
 
     @property
     def matrix(self) -> Tensor:
@@ -140,77 +143,9 @@ class SubnetModule(nn.Module):
     def _subnet_dtype(self) -> torch.dtype:
         return accumulate_dtype(self.weight.dtype) if self.master else self.weight.dtype
 
-    @property
-    def current_subnet(self) -> Subnet:
-        """The neurons being trained (shares the buffers)."""
-        return Subnet(self.out_idx, self.in_idx)
-
     def to_plain(self) -> nn.Module:
         """The module it was made of, around the same weight and bias."""
         raise NotImplementedError
-
-    # subnet and weight agree ----------------------------------------------------------------------
-
-    def note_agreement_(self) -> None:
-        """Weight and subnet hold the same values now: whoever has written both says so."""
-        self._agreement.note(self.weight, self.subnet)
-
-    def sync_(self, finish: bool = False) -> None:
-        """Make the two agree: what was written alone counts, and of both the weight.
-
-        Values are compared, and the GPU waited for, only after writes by others.
-
-        Args:
-            finish: write a stepped subnet back.
-
-        Raises:
-            RuntimeError: the subnet alone was stepped, and not loaded, without ``finish``.
-        """
-        weight, subnet, agreement = self.weight, self.subnet, self._agreement
-        if agreement.holds(weight, subnet):
-            return
-        written = agreement.written(weight, subnet)
-        if written is None or not holds_values(weight, subnet):
-            return
-        if self._agree(self.matrix, subnet, self.current_subnet):
-            self.note_agreement_()
-        elif written != (True, False):
-            self.read_subnet_()
-        elif finish or agreement.loaded:
-            self.write_back_()
-        else:
-            raise RuntimeError(
-                f"{self.name}: an optimizer has stepped the subnet, but its values are not in the "
-                f"weight, with which the model computes: use LoSiAAdamW, attach(optimizer, model), "
-                f"or write_back_() after each step"
-            )
-
-    def sync_before_use_(self, training: bool) -> None:
-        """``sync_``, but an evaluation asks only after a checkpoint was loaded, and compiled code
-        never."""
-        if not torch.compiler.is_compiling():
-            self.used_in = torch._C._current_graph_task_id()
-            if training or self._agreement.loaded:
-                self.sync_()
-
-    @staticmethod
-    def _agree(matrix: Tensor, values: Tensor, subnet: Subnet) -> bool:
-        """Nothing differs where nothing can be read."""
-        readable = holds_values(matrix, values)
-        return not readable or torch.equal(subnet.gather(matrix), values.to(matrix.dtype))
-
-    @torch.no_grad()
-    def write_back_(self) -> None:
-        """Round ``subnet`` into ``weight``: after the step of an optimizer that knows nothing of
-        the weight."""
-        write_subnet_(self.matrix, self.out_idx, self.in_idx, self.subnet)
-        self.note_agreement_()
-
-    @torch.no_grad()
-    def read_subnet_(self) -> None:
-        """Fill ``subnet`` from ``weight``: after something else has written the weight."""
-        self.subnet.copy_(self.current_subnet.gather(self.matrix))
-        self.note_agreement_()
 
     # the subnet moves -----------------------------------------------------------------------------
 
@@ -283,12 +218,9 @@ class SubnetModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SubnetModule":
         written = self._agreement.written(self.weight, self.subnet)
-        matrix, master, where = self.matrix.detach(), self.subnet.data, self.current_subnet
+        matrix, master, where = self.matrix.detach(), self.subnet.detach(), self.current_subnet
         super()._apply(fn, recurse)
-        if self._drawn is not None and not self.out_idx.is_meta:
-            self.out_idx.copy_(self._drawn.out_idx)
-            self.in_idx.copy_(self._drawn.in_idx)
-            self._drawn = None
+        self._move_indices_(fn(torch.empty_like(self.out_idx)).device)
         if self.subnet.dtype != master.dtype:  # model.bfloat16() must not round the master
             self.subnet.data = master.to(self.subnet.device)
         self.subnet.data = self.subnet.data.to(self._subnet_dtype)
@@ -300,48 +232,105 @@ class SubnetModule(nn.Module):
             self._probe = self._make_probe()  # of the new device and dtype
         return self
 
+    def _move_indices_(self, device: torch.device) -> None:
+        """A place is kept while the layer is on "meta", which has none."""
+        here = self._place if self._place and self.out_idx.is_meta else self.current_subnet
+        self._place = here if device.type == "meta" else None
+        self._buffers |= {"out_idx": here.out_idx.to(device), "in_idx": here.in_idx.to(device)}
+
+    def named_buffers(self, prefix: str = "", recurse: bool = True, *args: Any, **kwargs: Any):
+        """Of the layer alone also the indices, for those who ask module by module:
+        torch.distributed.checkpoint, fully_shard, accelerate."""
+        yield from super().named_buffers(prefix, recurse, *args, **kwargs)
+        if not recurse:
+            for name in INDICES:
+                yield f"{prefix}.{name}".removeprefix("."), getattr(self, name)
+
     def __getstate__(self) -> dict[str, Any]:
-        written = self._agreement.written(self.weight, self.subnet), self._agreement.loaded
+        written = self._agreement.written(self.weight, self.subnet)
         # observes for nobody
-        own = {"_probe": None, "observe_callback": None, "_agreement": written}
+        own = {
+            "_probe": None,
+            "observe_callback": None,
+            "_agreement": (written, self._agreement.stepped_by),
+        }
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        written, loaded = state["_agreement"]
+        written, stepped_by = state["_agreement"]
+        self._count_subnet_()
         self._agreement = Agreement(self.weight, self.subnet)
-        self._agreement.carry(written, self.weight, self.subnet, loaded)
-        _watch(self)
+        self._agreement.carry(written, self.weight, self.subnet)
+        self._agreement.stepped_by = stepped_by
+        watch(self)
+
+    def _count_subnet_(self) -> None:
+        """Pickling and loading by assignment leave a plain parameter, copying one without owner."""
+        subnet = self.subnet
+        if not isinstance(subnet, SubnetParameter):
+            self.subnet = SubnetParameter(subnet.detach(), subnet.requires_grad)
+            self.subnet.grad = subnet.grad
+        self.subnet.owner = weakref.ref(self)  # type: ignore[attr-defined]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if _SYNCS.get():
+            self.sync_(finish=True)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in INDICES:  # copies: also those who average state dicts shall not reach them
+            idx = getattr(self, name)
+            destination[prefix + name] = idx if keep_vars else idx.clone()
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list[str],
+        *args: Any,
     ) -> None:
         """Checks indices before they are used. Where the loaded values do not agree the weight
         counts: in a checkpoint of the plain model (no subnet), in averaged ones (whose subnets lay
         elsewhere). A subnet without its weight is written back. Files may hold parts, in any order:
         what is not known yet waits for the layer's use.
         """
-        keys = {key for key in ("weight", "subnet", *_INDICES) if prefix + key in state_dict}
-        if keys.issuperset(_INDICES):
-            name = prefix.removesuffix(".") or self.name
-            loaded = Subnet(state_dict[prefix + "out_idx"], state_dict[prefix + "in_idx"])
-            loaded.check((self.out_features, self.in_features), name, self.alignment)
-            if loaded.shape != tuple(self.subnet.shape):
-                raise ValueError(
-                    f"{name}: the checkpoint's subnet is {loaded.shape}, ours "
-                    f"{tuple(self.subnet.shape)}"
-                )
+        keys = {key for key in ("weight", "subnet", *INDICES) if prefix + key in state_dict}
+        indices = {name: state_dict.pop(prefix + name) for name in INDICES if name in keys}
+        if indices:
+            self._check_indices(prefix.removesuffix(".") or self.name, indices)
         stepped, edited = self._agreement.written(self.weight, self.subnet) or (False, False)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, *args
+        )
+        missing_keys += [prefix + name for name in INDICES if strict and name not in indices]
+        for name, value in indices.items():
+            idx = getattr(self, name)
+            if idx.is_meta:
+                self._buffers[name] = value.clone()
+            else:
+                idx.copy_(value)
+        if local_metadata.get("assign_to_params_buffers"):
+            self._count_subnet_()
         self.fingerprint = None
-        self.moves += keys.issuperset(_INDICES)
+        self.moves += keys.issuperset(INDICES)
         if keys == {"weight"} and not self._agree(self.matrix, self.subnet, self.current_subnet):
             self.read_subnet_()  # though its subnet may come yet
         if keys:
             written = stepped or "subnet" in keys, edited or "weight" in keys
-            self._agreement.carry(written, self.weight, self.subnet, loaded=True)
-        if keys >= {"subnet", *_INDICES}:
+            self._agreement.carry(written, self.weight, self.subnet)
+            self._agreement.stepped_by = None
+        if keys >= {"subnet", *INDICES}:
             self.sync_()
+
+    def _check_indices(self, name: str, indices: dict[str, Tensor]) -> None:
+        loaded = Subnet(*(indices.get(key, getattr(self, key)) for key in INDICES))
+        if holds_values(loaded.out_idx, loaded.in_idx):
+            loaded.check((self.out_features, self.in_features), name, self.alignment)
+        if loaded.shape != tuple(self.subnet.shape):
+            raise ValueError(
+                f"{name}: the checkpoint's subnet is {loaded.shape}, ours {tuple(self.subnet.shape)}"
+            )
 
     def extra_repr(self) -> str:
         share = self.subnet.numel() / self.weight.numel()
@@ -368,32 +357,11 @@ def losia_layers(model: nn.Module) -> Iterator[tuple[str, SubnetModule]]:
             yield name, module
 
 
-def _watch(layer: SubnetModule) -> None:
-    """By its count of writes a layer knows that its subnet was stepped: have those counted that
-    torch does not count, from the first layer of the process on."""
-    with _LOCK:
-        _ALIVE.add(layer)
-    _count_from_now_on()
-
-
-@functools.cache
-def _count_from_now_on() -> None:
-    register_optimizer_step_post_hook(_count_writes)
-
-
-def _count_writes(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-    """torch's fused optimizers are not counted, nor are kernels that write past torch, as
-    bitsandbytes'. Of other parameters nothing is touched."""
-    counted = type(optimizer).__module__.startswith("torch.optim")
-    groups = [group for group in optimizer.param_groups if group.get("fused") or not counted]
-    if not groups:
-        return
-    with _LOCK:  # other threads may make layers
-        layers = set(_ALIVE)
-    timeline: Any = getattr(optimizer, "timeline", None)
-    if getattr(timeline, "drives", False):
-        layers -= set(timeline.layers)  # whose steps end with the weights written
-    subnets = {id(layer._parameters.get("subnet")) for layer in layers}
-    held = (parameter for group in groups for parameter in group["params"])
-    stepped = [p for p in held if p.grad is not None and id(p) in subnets]
-    torch.autograd.graph.increment_version(stepped)
+@contextmanager
+def as_they_are() -> Iterator[None]:
+    """State dicts made inside change nothing in the model."""
+    token = _SYNCS.set(False)
+    try:
+        yield
+    finally:
+        _SYNCS.reset(token)

@@ -5,7 +5,7 @@ optimizer and the timeline know of it. The functions beside them take any tensor
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -75,9 +75,6 @@ class Whole:
     def check_complete(self, missing: bool, what: str) -> None:
         """Raise ValueError, ``what``, if state that was loaded is ``missing`` a part that others
         may have; of whole state what is missing was not there."""
-
-    def complete_(self, make_state: Callable[[], None]) -> None:
-        """Before the optimizer's state is asked for: make what a checkpoint has to hold."""
 
     def rows(self, layer: Layer) -> RowShard:
         """The outputs of the layer that are here."""
@@ -165,11 +162,6 @@ class Sharded:
     def check_complete(self, missing: bool, what: str) -> None:
         if missing:
             raise ValueError(what)
-
-    def complete_(self, make_state: Callable[[], None]) -> None:
-        """torch.distributed.checkpoint wants the state of every parameter, also of one just
-        relocalized."""
-        make_state()
 
     def rows(self, layer: Layer) -> RowShard:
         return RowShard(self.ranks, layer.out_features)

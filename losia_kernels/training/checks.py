@@ -57,6 +57,17 @@ def check_flags(layers: Sequence[SubnetModule]) -> None:
         )
 
 
+def warn_of_frozen_since(trained: Iterable[SubnetModule]) -> None:
+    """Warn of layers that were to train when the optimizer was made, and are frozen now."""
+    frozen = [layer.name for layer in trained if not layer.subnet.requires_grad]
+    if frozen:
+        warnings.warn(
+            f"LoSiA: {_some(frozen)}: frozen since the optimizer was made, for their subnets require "
+            f"no gradient any more: set subnet.requires_grad_(True)",
+            stacklevel=4,
+        )
+
+
 def check_held(optimizer: torch.optim.Optimizer, layers: Iterable[SubnetModule]) -> None:
     """Raise RuntimeError if the optimizer would step subnets that the model no longer has."""
     held = {id(parameter) for parameter in parameters_of(optimizer)}

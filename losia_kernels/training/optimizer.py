@@ -235,7 +235,7 @@ class LoSiAAdamW(torch.optim.Optimizer):
             self.state.pop(subnet, None)
             return
         for key, value in self.state.get(subnet, {}).items():
-            if key != "step":
+            if key != "step" and value is not None:  # None: a name alone
                 value.zero_()
 
     # what has no subnet ---------------------------------------------------------------------------
@@ -322,5 +322,7 @@ class LoSiAAdamW(torch.optim.Optimizer):
 
 
 def _complete_state(optimizer: torch.optim.Optimizer) -> None:
+    """torch.distributed.checkpoint wants the state of every parameter, also of one just moved."""
     assert isinstance(optimizer, LoSiAAdamW)
-    optimizer.timeline.placement.complete_(optimizer._make_state)
+    if optimizer.state:
+        optimizer._make_state()

@@ -1,6 +1,7 @@
 """The timeline in an optimizer's state_dict: the clock, the config and the importance of the layers
 that observe."""
 
+import json
 from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
@@ -8,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..layers.idle import IDLE_BY_HAND
 from ..layers.module import SubnetModule
-from ..layers.targets import IDLE_BY_HAND
 from ..parallel.placement import local, placed_as
 from .checks import SELECTING, parameters_of
 from .importance import Observer
@@ -42,7 +43,12 @@ class TimelineState:
             optimizer.register_load_state_dict_pre_hook(self._check_loaded),
             optimizer.register_load_state_dict_post_hook(self._load),
         ]
-        timeline.handles += [optimizer.register_state_dict_post_hook(self._save), *self._load_hooks]
+        timeline.handles += [
+            optimizer.register_state_dict_pre_hook(_take_names),
+            optimizer.register_state_dict_post_hook(self._save),
+            *self._load_hooks,
+            SimpleNamespace(remove=lambda: _take_names(optimizer)),
+        ]
 
     def load_around(self, optimizer: torch.optim.Optimizer) -> None:
         """For an optimizer whose own ``load_state_dict`` runs no hooks (bitsandbytes'): do there
@@ -61,6 +67,8 @@ class TimelineState:
         self._timeline.handles.append(undo)
 
     def _save(self, optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
+        """What is saved stays in the optimizer by name: torch.distributed.checkpoint's flattened
+        form loads nothing but what the optimizer in hand has names for."""
         timeline = self._timeline
         position = {parameter: i for i, parameter in enumerate(parameters_of(optimizer))}
         state = dict(state_dict["state"])
@@ -68,10 +76,13 @@ class TimelineState:
             i = position[layer.subnet]
             tensors = _tensors_of(layer, observer)
             state[i] = {**state.get(i, {}), **{f"losia_{k}": v for k, v in tensors.items()}}
-        groups = [
-            {**group, "losia_step": timeline.step, "losia_config": asdict(timeline.config)}
-            for group in state_dict["param_groups"]
-        ]
+            if layer.subnet in optimizer.state:
+                optimizer.state[layer.subnet] |= {f"losia_{name}": None for name in tensors}
+        config = json.dumps(asdict(timeline.config))  # one value, whichever fields there are
+        clock = {"losia_step": timeline.step, "losia_config": config}
+        groups = [{**group, **clock} for group in state_dict["param_groups"]]
+        for group in optimizer.param_groups:
+            group |= dict.fromkeys(clock)
         return {**state_dict, "state": state, "param_groups": groups}
 
     def _check_loaded(self, optimizer: torch.optim.Optimizer, state_dict: dict) -> dict:
@@ -81,11 +92,12 @@ class TimelineState:
             raise ValueError(
                 "the optimizer state was not saved by a LoSiA run: it has no losia_step"
             )
+        config = json.loads(saved["losia_config"])
         free: tuple[str, ...] = _FREE_FIELDS
         if any(layer.membership and layer.membership.by_hand for layer in timeline.layers):
             free += IDLE_BY_HAND
         for name, now in asdict(timeline.config).items():
-            then = saved["losia_config"].get(name, now)
+            then = config.get(name, now)
             if name == "period" and (timeline.clock.auto or then == "auto"):
                 continue  # with "auto" it becomes the checkpoint's
             if then != now and name not in free:
@@ -101,7 +113,9 @@ class TimelineState:
             entries = state_dict["state"].get(i, {})
             layer = subnets.get(parameter)
             ours = {
-                k.removeprefix("losia_"): v for k, v in entries.items() if k.startswith("losia_")
+                k.removeprefix("losia_"): v
+                for k, v in entries.items()
+                if k.startswith("losia_") and isinstance(v, Tensor)  # else: a name alone
             }
             rest = {k: v for k, v in entries.items() if not k.startswith("losia_")}
             if layer is not None:
@@ -111,7 +125,7 @@ class TimelineState:
             if rest:
                 state[i] = rest
         clock, step = timeline.clock, saved["losia_step"]
-        period = saved["losia_config"]["period"] if clock.auto else clock.config.period
+        period = config["period"] if clock.auto else clock.config.period
         due = () if period == "auto" else clock.schedule_of(period).observing(step)
         timeline.placement.check_complete(
             any(layer not in observed for group in due for layer in timeline.groups[group]),
@@ -120,7 +134,7 @@ class TimelineState:
         )
         self._loaded = {
             "step": step,
-            "period": saved["losia_config"]["period"],
+            "period": config["period"],
             "observed": observed,
         }
         groups = [
@@ -140,6 +154,12 @@ class TimelineState:
             held = any(bool(tensor.any()) for tensor in observer.tensors.values())
             observer.seen = timeline.ranks.any_rank(held)
         timeline.check_position(timeline.layers)
+
+
+def _take_names(optimizer: torch.optim.Optimizer) -> None:
+    for named in [*optimizer.param_groups, *optimizer.state.values()]:
+        for key in [key for key in named if str(key).startswith("losia_")]:
+            del named[key]
 
 
 def _tensors_of(layer: SubnetModule, observer: Observer) -> dict[str, Tensor]:

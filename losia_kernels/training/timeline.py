@@ -5,7 +5,6 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
 from functools import partial
 from itertools import product
 from numbers import Integral
@@ -17,23 +16,26 @@ from torch import Tensor, nn
 
 from ..config import LoSiAConfig
 from ..layers.cross_entropy import WeightGradient
+from ..layers.idle import warn_of_idle_fields
 from ..layers.members import find_members, join_
-from ..layers.module import SubnetModule, losia_layers
+from ..layers.module import SubnetModule
 from ..layers.subnet import Subnet
-from ..layers.targets import warn_of_idle_fields
+from ..layers.unchanged import check_unchanged
 from ..parallel.engines import add_join_check, check_engines
-from ..parallel.placement import Placement, find_placement, fingerprint
-from ..parallel.ranks import Ranks, RanksDifferError
+from ..parallel.placement import Placement, find_placement
+from ..parallel.ranks import Ranks
 from .checks import (
     check_alike,
     check_dtypes,
     check_flags,
     check_gradients,
     check_held,
+    warn_of_frozen_since,
     warn_of_not_finite,
 )
 from .importance import OBSERVERS, Observer, make_observer, new_subnet
 from .pending import Pending
+from .ranks_alike import check_same_position, check_same_start
 from .schedule import Clock, Schedule, check_steps
 from .selection import NonFiniteScoreError, random_subnet
 
@@ -92,6 +94,7 @@ class Timeline:
             warn_of_idle_fields(config, members)
         check_alike(members)
         check_flags(list(members))
+        self._trained = [layer for layer in members if layer.subnet.requires_grad]
         if total_steps is not None:
             check_steps(total_steps)
         names = {m.group: m.group_name for m in members.values() if m.group is not None}
@@ -117,7 +120,8 @@ class Timeline:
         self.dtypes: dict[SubnetModule, torch.dtype] = {}  # of the subnets at the last step
         check_engines(model)
         self.ranks = Ranks.of(model, process_group)
-        self._check_start()
+        check_same_start(self.ranks, self.config, model)
+        self.check_position(self.layers)
         add_join_check(model)
         join_(members)
         for layer in self.layers:
@@ -291,6 +295,12 @@ class Timeline:
         would ever move."""
         for group in self.clock.moving if self.config.moves == "importance" else ():
             layers = self.groups[group]
+            unseen = [layer for layer in layers if not self.observers[layer].seen]
+            try:
+                check_unchanged(self._model, unseen)
+            except ValueError as error:
+                warnings.warn(f"LoSiA: {error}", stacklevel=4)
+            warn_of_frozen_since([layer for layer in unseen if layer in self._trained])
             updated = any(layer.subnet.grad is not None for layer in layers)
             if updated and not any(self.observers[layer].seen for layer in layers):
                 warnings.warn(
@@ -367,41 +377,20 @@ class Timeline:
             self.placement.check(layer)
 
     def check_first_step(self, updated: "set[SubnetModule] | tuple[()]" = ()) -> None:
-        """In the first step alone: ``check_gradients``.
+        """In the first step alone: ``check_unchanged`` and ``check_gradients``.
 
         Args:
             updated: layers whose gradient was used and freed inside the backward.
         """
         if self._before_first_step:
             self._before_first_step = False
+            check_unchanged(self._model, self.layers)
+            warn_of_frozen_since([layer for layer in self._trained if layer not in updated])
             check_gradients(self.layers, updated)
-
-    def _check_start(self) -> None:
-        if self.ranks.size == 1:
-            return
-        config = {f"LoSiAConfig.{name}": value for name, value in asdict(self.config).items()}
-        named = dict(losia_layers(self._model))
-        converted = {f"{name}.weight": layer.fingerprint for name, layer in named.items()}
-        weights = {name: fingerprint(p) for name, p in self._model.named_parameters()}
-        unread = {name for name, value in weights.items() if value is None} & converted.keys()
-        self.ranks.check_same(config, weights | {name: converted[name] for name in unread})
-        try:
-            self.ranks.check_same({}, converted)
-        except RanksDifferError as error:
-            warnings.warn(
-                f"LoSiA: as apply_losia found them, {error}; now they are the same", stacklevel=4
-            )
-        self.check_position(self.layers)
 
     def check_position(self, layers: list[SubnetModule]) -> None:
         """Raise RanksDifferError unless every rank is at the same step with the same subnets."""
-        if self.ranks.size > 1:
-            subnets = {
-                f"{layer.name}: {key}": fingerprint(getattr(layer, key))
-                for layer in layers
-                for key in ("out_idx", "in_idx")
-            }
-            self.ranks.check_same({"the step": self.step}, subnets)
+        check_same_position(self.ranks, self.step, layers)
 
 
 def _same(then: Tensor, now: Tensor) -> bool:

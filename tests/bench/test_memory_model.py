@@ -59,7 +59,7 @@ def test_saved_activations_of_a_block_are_exact(tiny, method):
         block, Options(rank=4)
     )
     x = torch.randn(2, 64, 64, dtype=BF16, requires_grad=True)
-    with SavedBytes([*block.parameters(), *block.buffers(), x]) as saved:
+    with SavedBytes([*block.state_dict(keep_vars=True).values(), x]) as saved:
         prepared.module(x)
     setting = sized(method, batch=2, context=64)
     counted = setting.saved_by_block(shape, observing=False)

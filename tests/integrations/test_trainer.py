@@ -149,7 +149,7 @@ class Snapshot(TrainerCallback):
 
 
 def places(model):
-    return {name: idx.clone() for name, idx in model.named_buffers() if name.endswith("_idx")}
+    return {name: idx.clone() for name, idx in model.state_dict().items() if name.endswith("_idx")}
 
 
 @pytest.mark.parametrize("init_subnet", ["calibrated", "random"])

@@ -327,3 +327,18 @@ def test_only_subnets_are_left_out_of_the_export():
     model.register_parameter("subnet", nn.Parameter(torch.ones(1)))
     keys = list(model.state_dict())
     assert list(export_state_dict(apply(model))) == keys
+
+
+def test_a_layer_that_was_compiled_by_itself_lives_on():
+    model, (batch,) = tiny_lm(), make_batches(1)
+    block = model.model.layers[0]
+    block.up_proj = torch.compile(block.up_proj, backend="eager")
+    model(**batch)
+    apply_losia(model, paper(rank_factor=0.5))
+    model(**batch).loss.backward()
+    assert all(layer.subnet.grad is not None for _, layer in losia_layers(model))
+    remove_losia(model)
+    plain = block.up_proj._orig_mod
+    assert type(plain) is nn.Linear
+    plain.weight = nn.Parameter(torch.zeros_like(plain.weight))
+    assert not block.up_proj(torch.ones(1, 8)).any()

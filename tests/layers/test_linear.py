@@ -246,8 +246,8 @@ def test_autocast_leaves_float64_alone():
 
 
 def saved_activation_bytes(layer: nn.Linear, x: torch.Tensor) -> int:
-    """Bytes that the graph keeps beyond the layer's own parameters and buffers."""
-    own = {tensor.data_ptr() for tensor in [*layer.parameters(), *layer.buffers()]}
+    """Bytes that the graph keeps beyond the layer's own tensors."""
+    own = {tensor.data_ptr() for tensor in layer.state_dict(keep_vars=True).values()}
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:

@@ -43,7 +43,8 @@ def kept_values(block: nn.Module, x: Tensor, names: set[str]) -> int:
     alive = []
 
     def pack(tensor: Tensor) -> Tensor:
-        frozen = {p.untyped_storage().data_ptr() for p in (*block.parameters(), *block.buffers())}
+        own = block.state_dict(keep_vars=True).values()
+        frozen = {tensor.untyped_storage().data_ptr() for tensor in own}
         pointer = tensor.untyped_storage().data_ptr()
         if pointer not in frozen:
             alive.append(tensor)

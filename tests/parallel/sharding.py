@@ -126,7 +126,7 @@ def memory(device: torch.device, blocks: int, narrow: int, wide: int) -> tuple[i
         if step >= blocks:  # the first cycle makes the optimizer's state and FSDP's buffers
             peaks.append(peak_of(profiler))
     held = [value for state in optimizer.state.values() for value in state.values()]
-    held += [*model.parameters(), *model.buffers()]
+    held += model.state_dict(keep_vars=True).values()
     return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in held), [
         min(peaks[place::blocks]) for place in range(blocks)
     ]

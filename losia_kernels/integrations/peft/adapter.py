@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ...layers.indices import NAMES as INDICES
 from ...layers.linear import LoSiALinear
 from ...layers.module import Membership
 from ...layers.subnet import Subnet
+from ...layers.writers import SubnetParameter
 from ...parallel.placement import check_whole
 from ...training.timeline import driver_of
 
@@ -93,8 +95,8 @@ class LoSiAAdapter(LoSiALinear):
     def _warn_of_foreign_steps(self) -> None:
         """The words are the same for all layers, so that Python says them once."""
         driver = driver_of(self)
-        stepped = self._agreement.written(self.weight, self.subnet) == (True, False)
-        if stepped and not self._agreement.loaded and (driver is None or not driver.drives):
+        stepped = self._agreement.stepped_by is not None
+        if stepped and (driver is None or not driver.drives):
             warnings.warn(
                 "LoSiA: the subnets of a PEFT adapter are stepped by an optimizer that does not know them, and will "
                 "stay where they were drawn: use LoSiAAdamW, attach(optimizer, model), or in a Trainer "
@@ -102,9 +104,8 @@ class LoSiAAdapter(LoSiALinear):
                 stacklevel=2,
             )
 
-    def sync_(self, finish: bool = False) -> None:
-        if self.in_weight:  # else: when it enters
-            super().sync_(finish)
+    def _subnet_counts(self) -> bool | None:
+        return super()._subnet_counts() if self.in_weight else None  # else: when it enters
 
     def write_back_(self) -> None:
         if self.in_weight and not self.subnet.is_meta:
@@ -114,9 +115,10 @@ class LoSiAAdapter(LoSiALinear):
         """Keep the subnet in float32 (True) or in the weight's dtype."""
         self.master = master
         if self.subnet.dtype != self._subnet_dtype:
-            self.subnet = nn.Parameter(
+            self.subnet = SubnetParameter(
                 self.subnet.detach().to(self._subnet_dtype), self.subnet.requires_grad
             )
+            self._count_subnet_()
             self._agreement.carry(None, self.weight, self.subnet)
 
     @torch.no_grad()
@@ -191,10 +193,6 @@ class LoSiAAdapter(LoSiALinear):
         matrix = self.matrix
         return torch.stack([block.gather(matrix) for _, block in self.blocks()])
 
-    def is_finite(self) -> bool:
-        """First of the subnet: what was written past torch's count is not in the weight."""
-        return bool(self.subnet.isfinite().all()) and bool(self.trained_values().isfinite().all())
-
     # state ----------------------------------------------------------------------------------------
 
     def _apply(self, fn, recurse: bool = True):
@@ -202,6 +200,15 @@ class LoSiAAdapter(LoSiALinear):
         for name in BLOCKS:
             setattr(self, name, fn(getattr(self, name)))
         return self
+
+    def __setattr__(self, name, value) -> None:
+        if name in INDICES or (name in BLOCKS and isinstance(value, nn.Parameter)):
+            raise ValueError(
+                f"{self.name}: transformers loads this LoSiA adapter tensor by tensor, past the weight "
+                f"it belongs in: load it by peft.PeftModel.from_pretrained(base_model, folder), not by "
+                f"load_adapter or from_pretrained(folder) of a transformers model"
+            )
+        super().__setattr__(name, value)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -216,17 +223,26 @@ class LoSiAAdapter(LoSiALinear):
         """The tuner layer has taken the adapter out of the weight. The number of blocks is the
         checkpoint's."""
         loaded = [state_dict.pop(prefix + name, None) for name in BLOCKS]
-        if all(tensor is not None for tensor in loaded):
+        if loaded[0] is not None:
             self._check_blocks(*loaded)
             for name, tensor in zip(BLOCKS, loaded, strict=True):
                 setattr(self, name, tensor.detach().to(self.out_idx.device, copy=True))
         else:
-            missing_keys += [
-                prefix + name for name, tensor in zip(BLOCKS, loaded, strict=True) if tensor is None
-            ]
+            missing_keys += [prefix + name for name in BLOCKS]
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def check_loadable(self, state_dict: dict, prefix: str) -> None:
+        """Raise ValueError for a state dict that has some of the adapter's tensors and not all: what
+        came of them would be neither the trained weights nor the base."""
+        keys = [prefix + name for name in (*BLOCKS, "out_idx", "in_idx", "subnet")]
+        missing = [key for key in keys if key not in state_dict]
+        if 0 < len(missing) < len(keys):
+            raise ValueError(
+                f"{self.name}: the adapter is incomplete, it lacks {', '.join(missing)}; nothing was "
+                f"loaded"
+            )
 
     def _check_blocks(self, out_idx: Tensor, in_idx: Tensor, values: Tensor) -> None:
         if values.shape != (len(out_idx), *out_idx.shape[1:], *in_idx.shape[1:]) or len(

@@ -125,17 +125,26 @@ class LoSiATunerLinear(nn.Module, BaseTunerLayer):
         Raises ValueError for two adapters, and with ``safe_merge`` for values that are not finite;
         nothing has changed.
         """
+        name = self.check_mergeable(adapter_names, safe_merge)
+        if name is not None:
+            self.losia_adapter[name].finish_step_()
+            self.merged_adapters.append(name)
+            self._sync()
+
+    def check_mergeable(self, adapter_names: list[str] | None, safe: bool) -> str | None:
+        """Which adapter ``merge`` would merge, None if that is done or this layer has none.
+
+        Raises ValueError for two, and if ``safe`` for values that are not finite.
+        """
         names = check_adapters_to_merge(self, adapter_names)
         name = self.only_one([*self.merged_adapters, *names])
         if name is None or name in self.merged_adapters:
-            return
-        if safe_merge and not self.losia_adapter[name].is_finite():
+            return None
+        if safe and not bool(torch.isfinite(self.losia_adapter[name].trained_values()).all()):
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
             )
-        self.losia_adapter[name].finish_step_()
-        self.merged_adapters.append(name)
-        self._sync()
+        return name
 
     def unmerge(self) -> None:
         self.merged_adapters.clear()

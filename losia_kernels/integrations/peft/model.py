@@ -179,6 +179,39 @@ class LoSiAModel(BaseTuner):
                 layer.only_one(names)  # before any layer changes
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
+    def _tuner_layers(self) -> Iterator[tuple[str, LoSiATunerLinear]]:
+        for name, layer in self.named_modules():
+            if isinstance(layer, LoSiATunerLinear):
+                yield name, layer
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """As PEFT's; what cannot be merged is refused before any layer has changed."""
+        self._check_mergeable(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_mergeable(adapter_names, safe_merge)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_mergeable(self, adapter_names: list[str] | None, safe: bool) -> None:
+        for _, layer in self._tuner_layers():
+            layer.check_mergeable(adapter_names, safe)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        for path, layer in self._tuner_layers():
+            for name, adapter in layer.losia_adapter.items():
+                adapter.check_loadable(state_dict, f"{prefix}{path}.losia_adapter.{name}.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
