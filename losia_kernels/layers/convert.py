@@ -194,7 +194,7 @@ def _share_inputs(layers: dict[str, LoSiALinear]) -> None:
             ]
             if len(sharers) > 1 and len({layer.in_features for layer in sharers}) == 1:
                 keeps = sum(layer.subnet.shape[1] for layer in sharers) >= sharers[0].in_features
-                shared = None if keeps else SharedInput(sharers)
+                shared = SharedInput(sharers)
                 for layer in sharers:
                     layer.keeps_input, layer.shared_input = keeps, shared
 

@@ -4,6 +4,7 @@ and nothing where it would be thrown away."""
 import functools
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,32 +46,40 @@ def pays(x: Tensor) -> bool:
 
 
 class SharedInput:
-    """Layers that read one input, of which the first gathers for all: their indices, one after the
-    other, are one index, and what each keeps is a view.
+    """Layers that read one input: the first one gathers for all, and their backwards form one sum.
 
-    Who shares is known from names. A layer that does not come for its part costs its gather, until
-    the others no longer wait for it.
+    Who shares is known from names, and held to the tensor itself in every forward. A layer that
+    does not come for its part costs its gather, until the others no longer wait for it.
     """
 
     def __init__(self, layers: Sequence[Any]):
         self._layers = [weakref.ref(layer) for layer in layers]
-        self._use: _Use | None = None
+        self._use: weakref.ref[Use] | None = None
+        self._parts: tuple[Use, dict[Any, Tensor]] | None = None  # gathered, and not taken yet
         self._index: tuple[list[tuple[Tensor, int]], Tensor] | None = None
         self._wasted = 0
 
-    def gather(self, layer: Any, x: Tensor) -> Tensor:
+    def use(self, x: Tensor) -> "Use":
+        """The one that the layers before made of ``x`` as it is, or a new one."""
+        use = None if self._use is None else self._use()
+        if use is None or not use.is_of(x):
+            use = Use(x)
+            self._use = weakref.ref(use)
+        return use
+
+    def gather(self, layer: Any, x: Tensor, use: "Use") -> Tensor:
         """``ops.gather_features(x, layer.in_idx)``, the part of ``layer``."""
-        use = self._use
-        part = use.take(layer, x) if use is not None else None
-        if part is not None and use is not None:
-            if not use.parts:
-                self._use, self._wasted = None, 0
+        left = self._parts
+        if left is not None and left[0] is use and layer in left[1]:
+            part = left[1].pop(layer)
+            if not left[1]:
+                self._parts, self._wasted = None, 0
             return part
-        if use is not None and use.parts:
+        if left is not None:
+            self._parts = None
             self._wasted += 1
         layers = [each for ref in self._layers if (each := ref()) is not None and each.gathers]
         if self._wasted >= _WASTED or len(layers) < 2 or layer not in layers:
-            self._use = None
             return ops.gather_features(x, layer.in_idx, layer.alignment)
         gathered = ops.gather_features(x, self._indices(layers), layer.alignment)
         sizes = [padded(len(each.in_idx)) for each in layers]
@@ -79,7 +88,7 @@ class SharedInput:
             for each, part in zip(layers, gathered.split(sizes, dim=-1), strict=True)
         }
         own = parts.pop(layer)
-        self._use = _Use(x, parts)
+        self._parts = use, parts
         return own
 
     def _indices(self, layers: Sequence[Any]) -> Tensor:
@@ -99,13 +108,61 @@ def _unchanged(seen: Sequence[tuple[Tensor, int]], indices: Sequence[Tensor]) ->
     )
 
 
-class _Use:
-    """One input, as it was when it was gathered from, and the parts not taken yet."""
+class Use:
+    """One tensor as several layers read it: their shares of its gradient are summed in the products
+    that form them, where autograd would add tensors.
 
-    def __init__(self, x: Tensor, parts: dict[Any, Tensor]):
-        self._x, self._version, self.parts = weakref.ref(x), x._version, parts
+    In each backward the layers that it will run are known before the first of them returns; the
+    last one to run returns the sum, the others nothing. Who does not run is not waited for, and a
+    backward that ends before a sum does raises: no share can be lost.
+    """
 
-    def take(self, layer: Any, x: Tensor) -> Tensor | None:
-        if self._x() is not x or self._version != x._version:
+    def __init__(self, x: Tensor):
+        self._x, self._version = weakref.ref(x), x._version
+        self._nodes: list[weakref.ref[Any]] = []
+        self._sums: dict[int, _Sum] = {}  # by the number of the backward
+
+    def is_of(self, x: Tensor) -> bool:
+        return self._x() is x and self._version == x._version
+
+    def join(self, node: Any) -> None:
+        """``node`` is a layer's step in the backward."""
+        self._nodes.append(weakref.ref(node))
+
+    def add(self, dy: Tensor, weight: Tensor) -> Tensor | None:
+        """``dy @ weight`` and what the others have added in this backward; None while some are yet
+        to come."""
+        task = torch._C._current_graph_task_id()
+        traced = torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
+        if task == -1 or traced or len(self._nodes) < 2:
+            return dy @ weight
+        known = self._sums.get(task)
+        if known is None:
+            nodes = [node for ref in self._nodes if (node := ref()) is not None]
+            known = _Sum(sum(map(torch._C._will_engine_execute_node, nodes)), dy @ weight)
+            if known.left > 1:
+                self._sums[task] = known
+                queue = torch.autograd.Variable._execution_engine.queue_callback
+                queue(functools.partial(self._check_whole, task))
+        else:
+            known.total.view(-1, weight.shape[1]).addmm_(dy.reshape(-1, dy.shape[-1]), weight)
+        known.left -= 1
+        if known.left > 0:
             return None
-        return self.parts.pop(layer, None)
+        self._sums.pop(task, None)
+        return known.total
+
+    def _check_whole(self, task: int) -> None:
+        known = self._sums.pop(task, None)
+        if known is not None:
+            raise RuntimeError(
+                f"{known.left} of the layers that read one input did not take part in a backward "
+                f"that was to run them: its gradient would be wrong. Set shared_input of these "
+                f"layers to None, and please report how the backward was run"
+            )
+
+
+@dataclass
+class _Sum:
+    left: int  # layers that have not added to it
+    total: Tensor  # [..., in]

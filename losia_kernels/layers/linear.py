@@ -19,22 +19,30 @@ class _SubnetLinear(torch.autograd.Function):
     Of x the backward keeps the subnet's input neurons: ``d_subnet = dy[:, out_idx]^T x[:, in_idx]``
     (Eq. 9). With ``keeps_input``, and while the layer observes, it keeps all of x: a ``probe`` gets
     the dense ``dy^T x`` as gradient. ``out_idx`` or ``in_idx`` of None is all neurons;
-    ``alignment`` is that of the indices; ``gather(x)`` gives what is kept otherwise than by a
-    gather of this layer's own.
+    ``alignment`` is that of the indices. Outside of compiled code ``layer`` says what is kept, and
+    which layers read the same x.
     """
 
     @staticmethod
     def forward(
-        ctx, x, weight, bias, subnet, out_idx, in_idx, probe, alignment, keeps_input, gather
+        ctx, x, weight, bias, subnet, out_idx, in_idx, probe, alignment, keeps_input, layer
     ):
         # x [..., in], weight [out, in], subnet [k_out, k_in]; subnet only carries the gradient,
         # weight is current
         ctx.whole = probe is not None or in_idx is None or keeps_input
         ctx.observing, ctx.alignment = probe is not None, alignment
+        shared = None if layer is None else layer.shared_input
+        ctx.use = shared.use(x) if shared is not None and pays(x) else None
+        if ctx.use is not None and ctx.needs_input_grad[0]:
+            ctx.use.join(ctx)
         if ctx.whole:
             kept = x
+        elif layer is not None and is_recomputed():
+            kept = stand_in(x, len(in_idx))
+        elif shared is not None and ctx.use is not None:
+            kept = shared.gather(layer, x, ctx.use)
         else:
-            kept = gather(x) if gather else ops.gather_features(x, in_idx, alignment)
+            kept = ops.gather_features(x, in_idx, alignment)
         ctx.save_for_backward(kept, weight, out_idx, in_idx)
         return F.linear(x, weight, bias)
 
@@ -44,7 +52,8 @@ class _SubnetLinear(torch.autograd.Function):
         x, weight, out_idx, in_idx = ctx.saved_tensors
         dx = d_bias = d_subnet = d_weight = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ weight.to(dy.dtype)  # [..., in]
+            use, matrix = ctx.use, weight.to(dy.dtype)
+            dx = dy @ matrix if use is None else use.add(dy, matrix)  # [..., in]
         if ctx.needs_input_grad[2]:
             d_bias = dy.reshape(-1, dy.shape[-1]).sum(0)
         if ctx.needs_input_grad[3]:
@@ -78,7 +87,7 @@ class LoSiALinear(SubnetModule, nn.Linear):
             optimizer sees.
         keeps_input: keep all of x for the backward, which layers that share it keep together, in
             place of own parts.
-        shared_input: gathers for it and the layers that read the same input; None: alone.
+        shared_input: what it does together with the layers that read the same input, if any do.
 
     Raises:
         ValueError: a factor is outside (0, 1] or selects no neuron.
@@ -177,16 +186,8 @@ class LoSiALinear(SubnetModule, nn.Linear):
             self._probe,
             self.alignment,
             self.keeps_input and x is given,  # a cast of x is this layer's own
-            None if torch.compiler.is_compiling() else self._part_of,
+            None if torch.compiler.is_compiling() else self,
         )
-
-    def _part_of(self, x: Tensor) -> Tensor:
-        """``x[..., in_idx]`` for the backward."""
-        if is_recomputed():
-            return stand_in(x, len(self.in_idx))
-        if self.shared_input is not None and pays(x):
-            return self.shared_input.gather(self, x)
-        return ops.gather_features(x, self.in_idx, self.alignment)
 
     @property
     def gathers(self) -> bool:

@@ -221,3 +221,11 @@ CASES["cross_entropy_grad-all_options"] = lambda: cross_entropy_grad(
 CASES["cross_entropy_block_grad-softcap"] = lambda: cross_entropy_block_grad(
     torch.bfloat16, softcap=30.0
 )
+
+# What stands for the rest where every kernel, not every dtype and option, is asked about.
+ESSENTIAL = (
+    *(name for name in CASES if name.endswith(("-bf16", "-smollm2", "-tenth"))),
+    "subnets_adamw-float32-torch.uint8",
+    "subnets_adamw-unaligned-float32-torch.float32",
+    "subnet_grad-fp32",
+)

@@ -2,8 +2,8 @@
 came out as JSON.
 
 Run by ``test_machine_code.py`` in a process of its own, where triton is not interpreted: ``python
-compile_kernels.py sm_80 [sm_90 ...]`` prints ``{triton, kernels: [{case, target, kernel, registers,
-...}]}``.
+compile_kernels.py [--essential] sm_80 [sm_90 ...]`` prints ``{triton, kernels: [{case, target,
+kernel, registers, ...}]}``.
 """
 
 import json
@@ -15,7 +15,9 @@ from bench.harness.machine_code import accesses, facts, launches
 from tests.kernels import compile_cases
 
 
-def main(archs: list[str]) -> None:
+def main(words: list[str]) -> None:
+    archs = [word for word in words if not word.startswith("--")]
+    names = compile_cases.ESSENTIAL if "--essential" in words else compile_cases.CASES
     results = [
         {
             "case": name,
@@ -26,8 +28,8 @@ def main(archs: list[str]) -> None:
             **accesses(kernel),
         }
         for arch in archs
-        for name, case in compile_cases.CASES.items()
-        for kernel in launches(arch, case)
+        for name in names
+        for kernel in launches(arch, compile_cases.CASES[name])
     ]
     json.dump({"triton": triton.__version__, "kernels": results}, sys.stdout)
 

@@ -20,7 +20,11 @@ from losia_kernels.layers.module import losia_layers
 from losia_kernels.ops import gather
 from tests.layers.test_shared_inputs import TOKENS, WIDTH, Block
 
+SUMMED = 1e-12
 ALONE, TOGETHER = 7, 4  # gathers a block: of each linear; of q k v, o, gate up, down
+
+
+randn = functools.partial(torch.randn, dtype=torch.float64)
 
 
 @pytest.fixture
@@ -45,7 +49,8 @@ def together(monkeypatch) -> None:
 def make(blocks: int = 1, p: float = 1 / 4, **config) -> nn.ModuleList:
     torch.manual_seed(0)
     return apply_losia(
-        nn.ModuleList([Block() for _ in range(blocks)]), LoSiAConfig(rank_factor=p, **config)
+        nn.ModuleList([Block() for _ in range(blocks)]).double(),
+        LoSiAConfig(rank_factor=p, **config),
     )
 
 
@@ -56,17 +61,18 @@ def in_turn(blocks: nn.ModuleList, x: Tensor) -> Tensor:
 
 
 def gradients(blocks: nn.ModuleList, run) -> dict[str, Tensor]:
-    x = torch.randn(2, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    x = randn(2, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1)).requires_grad_()
     for _, layer in losia_layers(blocks):
         layer.subnet.grad = None
     run(blocks, x).square().sum().backward()
     return {"x": x.grad} | {name: layer.subnet.grad for name, layer in losia_layers(blocks)}
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], atol: float = 0.0) -> None:
+    """``atol`` where shares of a gradient are added in the products that form them."""
     assert found.keys() == expected.keys()
     for name, grad in expected.items():
-        assert torch.equal(found[name], grad), name
+        torch.testing.assert_close(found[name], grad, rtol=0, atol=atol, msg=name)
 
 
 def checkpointed(use_reentrant: bool, **options):
@@ -107,7 +113,7 @@ def test_a_checkpoint_inside_a_checkpoint(gathers):
 
 
 def test_the_first_forward_keeps_nothing_and_a_use_of_it_would_show():
-    x = torch.randn(3, 5, WIDTH)
+    x = randn(3, 5, WIDTH)
     part = inputs.stand_in(x, 8)
     assert part.shape == (3, 5, 8) and part.dtype == x.dtype and part.isnan().all()
     assert part.untyped_storage().nbytes() == x.element_size()
@@ -137,7 +143,7 @@ def test_what_others_do_with_what_is_saved_gets_the_real_thing(gathers):
 
 def test_a_second_backward_through_a_checkpoint(gathers):
     blocks = make(1)
-    x = torch.randn(TOKENS, WIDTH, requires_grad=True)
+    x = randn(TOKENS, WIDTH, requires_grad=True)
     y = checkpointed(False)(blocks, x).square().sum()
     first = torch.autograd.grad(y, [x, blocks[0].q_proj.subnet], retain_graph=True)
     assert all(map(torch.equal, first, torch.autograd.grad(y, [x, blocks[0].q_proj.subnet])))
@@ -154,7 +160,7 @@ def test_siblings_gather_together(gathers, together, monkeypatch, run, p):
     assert len(gathers) == 2 * TOGETHER
     monkeypatch.setattr(linear, "pays", lambda x: False)
     gathers.clear()
-    assert_same(found, gradients(blocks, in_turn))
+    assert_same(found, gradients(blocks, in_turn), SUMMED)
     assert len(gathers) == 2 * ALONE
 
 
@@ -167,13 +173,13 @@ def test_after_a_move_the_new_neurons(gathers, together):
     assert len(gathers) == 2 * TOGETHER
     for _, layer in losia_layers(blocks):
         layer.shared_input = None
-    assert_same(found, gradients(blocks, in_turn))
+    assert_same(found, gradients(blocks, in_turn), SUMMED)
 
 
 @pytest.mark.parametrize("change", [False, True])
 def test_another_input_or_a_changed_one_is_gathered_by_itself(together, change):
     block = make()[0]
-    x, other = (torch.randn(TOKENS, WIDTH) for _ in range(2))
+    x, other = (randn(TOKENS, WIDTH) for _ in range(2))
     names = ("q_proj", "k_proj", "v_proj")
 
     def run() -> list[Tensor]:
@@ -197,11 +203,11 @@ def test_a_layer_that_does_not_come_is_soon_no_longer_gathered_for(gathers, toge
     widths = []
     for _ in range(5):
         gathers.clear()
-        x = torch.randn(TOKENS, WIDTH)
+        x = randn(TOKENS, WIDTH)
         (block.gate_proj(x).sum() + block.o_proj(x).sum()).backward()
         widths.append([len(idx) for idx in gathers])
     assert widths == [[32, 8]] * 2 + [[8, 8]] * 3
-    assert block.gate_proj.shared_input._use is None
+    assert block.gate_proj.shared_input._parts is None
 
 
 @pytest.mark.parametrize("how", ["observes", "frozen"])
@@ -224,7 +230,7 @@ def test_copies_gather_for_themselves(gathers, together):
     file.seek(0)
     for each in (copy.deepcopy(blocks), torch.load(file, weights_only=False)):
         gathers.clear()
-        assert_same(gradients(each, in_turn), expected)
+        assert_same(gradients(each, in_turn), expected, SUMMED)
         assert len(gathers) == ALONE
     alone = copy.deepcopy(blocks[0].q_proj)
     assert alone.shared_input is None and blocks[0].q_proj.shared_input is not None
@@ -232,8 +238,137 @@ def test_copies_gather_for_themselves(gathers, together):
 
 def test_nothing_is_held_once_all_have_their_part(together):
     block = make()[0]
-    block(torch.randn(TOKENS, WIDTH)).sum().backward()
+    block(randn(TOKENS, WIDTH)).sum().backward()
     assert all(
-        layer.shared_input is None or layer.shared_input._use is None
+        layer.shared_input is None or layer.shared_input._parts is None
         for _, layer in losia_layers(block)
     )
+
+
+# one sum of what they give back -------------------------------------------------------------------
+
+QKV = ("q_proj", "k_proj", "v_proj")
+
+
+@pytest.fixture
+def shares(monkeypatch, together) -> list[bool]:
+    """Of every share of a shared input's gradient: whether it came back with the sum."""
+    found: list[bool] = []
+    add = inputs.Use.add
+
+    def noted(self, dy: Tensor, weight: Tensor) -> Tensor | None:
+        total = add(self, dy, weight)
+        found.append(total is not None)
+        return total
+
+    monkeypatch.setattr(inputs.Use, "add", noted)
+    return found
+
+
+def heads(block: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    return tuple(getattr(block, name)(x).square() for name in QKV)
+
+
+def dx_of(block: nn.Module, x: Tensor, run) -> Tensor:
+    """What autograd makes of it with the plain weights."""
+    x = x.detach().requires_grad_()
+    plain = nn.ModuleDict({n: copy.deepcopy(getattr(block, n)).to_plain() for n in QKV})
+    run([layer(x).square() for layer in plain.values()], x).backward()
+    return x.grad
+
+
+@pytest.mark.parametrize("used", [(0, 1, 2), (0, 2), (1,), (2, 0)])
+def test_only_those_that_run_are_waited_for(shares, used):
+    block, x = make()[0], randn(TOKENS, WIDTH, requires_grad=True)
+
+    def run(outputs, x: Tensor) -> Tensor:
+        return sum(outputs[i].sum() for i in used) + x.sin().sum()  # and a reader of no kin
+
+    run(heads(block, x), x).backward()
+    assert sorted(shares) == [False] * (len(used) - 1) + [True]
+    torch.testing.assert_close(x.grad, dx_of(block, x, run), rtol=0, atol=SUMMED)
+
+
+def test_an_output_that_is_gone_is_not_waited_for(shares):
+    block, x = make()[0], randn(TOKENS, WIDTH, requires_grad=True)
+    outputs = list(heads(block, x))
+    del outputs[1]
+    sum(each.sum() for each in outputs).backward()
+    expected = dx_of(block, x, lambda outputs, x: outputs[0].sum() + outputs[2].sum())
+    torch.testing.assert_close(x.grad, expected, rtol=0, atol=SUMMED)
+
+
+def test_backwards_of_parts_and_several_of_one_graph(shares):
+    """The input of the shared tensor, not a leaf; each backward is whole by itself."""
+    block, leaf = make()[0], randn(TOKENS, WIDTH, requires_grad=True)
+    x = leaf * 2
+    q, k, v = heads(block, x)
+    (some,) = torch.autograd.grad(q.sum() + k.sum(), x, retain_graph=True)
+    (again,) = torch.autograd.grad(q.sum() + k.sum(), x, retain_graph=True)
+    (whole,) = torch.autograd.grad(q.sum() + k.sum() + v.sum(), leaf)
+    assert shares == [False, True] * 2 + [False, False, True]
+    expected = dx_of(block, x, lambda outputs, x: outputs[0].sum() + outputs[1].sum())
+    assert torch.equal(some, again)
+    torch.testing.assert_close(some, expected, rtol=0, atol=SUMMED)
+    expected = 2 * dx_of(block, x, lambda outputs, x: sum(each.sum() for each in outputs))
+    torch.testing.assert_close(whole, expected, rtol=0, atol=SUMMED)
+
+
+def test_a_backward_inside_of_a_backward(shares):
+    """Of the same layers, begun while the outer one has met some of them."""
+    block, x = make()[0], randn(TOKENS, WIDTH, requires_grad=True)
+    q, k, v = heads(block, x)
+    part, whole, inner = q.sum() + v.sum(), q.sum() + k.sum() + v.sum(), []
+
+    def begin(grad: Tensor) -> None:
+        inner.append(torch.autograd.grad(part, x, retain_graph=True)[0])
+
+    k.register_hook(begin)
+    whole.backward(retain_graph=True)
+    expected = dx_of(block, x, lambda outputs, x: sum(each.sum() for each in outputs))
+    torch.testing.assert_close(x.grad, expected, rtol=0, atol=SUMMED)
+    expected = dx_of(block, x, lambda outputs, x: outputs[0].sum() + outputs[2].sum())
+    torch.testing.assert_close(inner[0], expected, rtol=0, atol=SUMMED)
+
+
+def test_after_a_backward_that_failed_the_next_is_whole(shares):
+    block, x = make()[0], randn(TOKENS, WIDTH, requires_grad=True)
+    outputs = heads(block, x)
+    fails = [True]
+
+    def fail(grad: Tensor) -> None:
+        if fails.pop():
+            raise FloatingPointError
+
+    outputs[0].register_hook(lambda grad: fail(grad) if fails else None)
+    with pytest.raises(FloatingPointError):
+        sum(each.sum() for each in outputs).backward(retain_graph=True)
+    x.grad = None
+    sum(each.sum() for each in outputs).backward()
+    expected = dx_of(block, x, lambda outputs, x: sum(each.sum() for each in outputs))
+    torch.testing.assert_close(x.grad, expected, rtol=0, atol=SUMMED)
+
+
+def test_a_share_that_does_not_come_raises(shares, monkeypatch):
+    block, x = make()[0], randn(TOKENS, WIDTH, requires_grad=True)
+    q, k, v = heads(block, x)
+    monkeypatch.setattr(torch._C, "_will_engine_execute_node", lambda node: True)
+    with pytest.raises(RuntimeError, match="1 of the layers that read one input did not take part"):
+        (q.sum() + k.sum()).backward()
+    assert v.requires_grad
+
+
+def test_batched_gradients_take_their_own_way(shares):
+    block, x = make()[0], randn(TOKENS, WIDTH, requires_grad=True)
+    y = sum(heads(block, x)).sum(1)
+    (rows,) = torch.autograd.grad(y, x, torch.eye(TOKENS).double(), is_grads_batched=True)
+    expected = dx_of(block, x, lambda outputs, x: sum(outputs).sum())
+    torch.testing.assert_close(rows.sum(0), expected, rtol=0, atol=1e-11)
+
+
+def test_compiled_code_shares_nothing_and_is_right(together):
+    torch._dynamo.reset()
+    blocks = make()
+    expected = gradients(blocks, in_turn)
+    compiled = torch.compile(blocks[0], fullgraph=True, backend="aot_eager")
+    assert_same(gradients(blocks, lambda blocks, x: compiled(x)), expected, SUMMED)
