@@ -17,11 +17,9 @@ test: $(VENV)/.installed $(VENV)/.triton-3.6  ## all tests; those that need a GP
 kernels: $(VENV)/.installed  ## each kernel against its float64 oracle: error, what is allowed, verdict (interpreted without a GPU)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.kernels.table
 
-gpu:  ## on a GPU, in the environment of PYTHON: its tests, the sanitizer over every kernel's, benchmarks for MINUTES
-	$(PYTHON) -m pytest -q -m gpu
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 $(PYTHON) -m pytest -q -m gpu tests/kernels \
-		-k "not two_to_the_31 and not 128k_tokens"
-	$(PYTHON) -m bench all --minutes $(MINUTES); status=$$?; $(PYTHON) -m bench report && exit $$status
+gpu:  ## on a GPU, in the environment of PYTHON: kernels' tests, figures, other tests, the sanitizer; goes on whatever fails
+	status=0; for part in first rest sanitizer; do $(PYTHON) -m bench.gpu --part $$part || status=1; done; \
+		$(PYTHON) -m bench report && exit $$status
 
 quick: $(VENV)/.bench  ## a decoder layer's step by the methods people ask about, and a verdict, in two minutes
 	$(VENV)/bin/python -m bench quick

@@ -109,6 +109,8 @@ def choose_tile(problem: Problem) -> LaunchConfig:
         at_once, block_t, block_out, block_in, stages = 2, 16, 64, 64, 1
     elif variant == "fused_wide":
         at_once, block_t, block_out, block_in, stages = 1, 32, 64, cover(k_in, 128, 512), 3
+    elif wide_loads and arch in ("sm_90", "sm_100") and k_in > 128:
+        at_once, block_t, block_out, block_in, stages = 1, 64, 128, 256, 3
     elif wide_loads:
         at_once, block_t, block_out, block_in, stages = 2, 64, 128, 128, 3
     else:
