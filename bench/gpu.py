@@ -57,17 +57,17 @@ def first(python: Sequence[str], results: Path, commit: Sequence[str]) -> list[S
     def figures(suite: str, methods: str | None = None) -> Step:
         words = [*python, "-m", "bench", suite, "--minutes", str(MINUTES[suite]), *commit]
         words += ["--results", str(results), *(["--methods", methods] if methods else [])]
-        return Step(suite, tuple(words), 60 * MINUTES[suite] + 20)
+        return Step(suite, tuple(words), 60 * MINUTES[suite] + 10)
 
     traffic = ("ncu", "--clock-control", "none", "--metrics", TRAFFIC, "--csv")
     return [
-        Step("driver", ("nvidia-smi",), 20, tool="nvidia-smi"),
-        Step("versions", (*python, "-m", "bench.gpu", "--versions"), 40),
+        Step("driver", ("nvidia-smi",), 10, tool="nvidia-smi"),
+        Step("versions", (*python, "-m", "bench.gpu", "--versions"), 20),
         Step("kernels", tests("tests/kernels", "--maxfail", "30"), 140),
         figures("layer", TELLING),
         figures("variants"),
         figures("ops", OPS),
-        Step("traffic", (*traffic, *python, "-m", "bench.traffic"), 40, tool="ncu"),
+        Step("traffic", (*traffic, *python, "-m", "bench.traffic"), 35, tool="ncu"),
         figures("model", "frozen,losia-pro-fused"),
     ]
 

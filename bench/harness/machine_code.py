@@ -3,6 +3,7 @@
 Only in a process where triton is not interpreted and that launches nothing on a GPU: it replaces triton's driver. The
 launches go through triton's own specialization (alignment, strides of 1), so the code is what a GPU would run."""
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -67,7 +68,6 @@ def facts(kernel) -> dict[str, Any]:
         return common | found | {"matrix_units": bool(re.search("v_(mfma|wmma)_", code))}
     usage = _cuobjdump("--dump-resource-usage", kernel)
     said = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    # half a second: only where it is asked for
     code = _cuobjdump("--dump-sass", kernel) if product else ""
     spills = said["STACK"] + said["LOCAL"]  # bytes of a stack frame: nothing else needs one
     found = {"registers": said["REG"], "spills": spills}
@@ -143,8 +143,13 @@ def _nvidia_bytes(modifiers: list[str]) -> int:
 
 
 def _cuobjdump(option: str, kernel) -> str:
+    return _dump(option, kernel.asm["cubin"])
+
+
+@functools.lru_cache(maxsize=8)  # half a second each
+def _dump(option: str, cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(cubin)
         file.flush()
         words = [CUOBJDUMP, option, file.name]
         return subprocess.run(words, check=True, capture_output=True, text=True).stdout

@@ -275,17 +275,23 @@ def tile_map(
     matrix_of_tile = torch.arange(len(shapes), dtype=torch.int32).repeat_interleave(
         torch.tensor(tiles)
     )
-    return tuple(firsts), _to_device(matrix_of_tile, device)
+    _check_not_captured(device)
+    # waits, once: it is remembered, and the next to read it may do so on another stream
+    return tuple(firsts), matrix_of_tile.to(device)
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Without waiting: torch's allocator of pinned memory keeps it until the copy is done."""
     if device.type != "cuda":
         return tensor.to(device)
-    if torch.cuda.is_current_stream_capturing():
+    _check_not_captured(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _check_not_captured(device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "a captured update would repeat the learning rates and steps of this one, which the host "
             "writes into a table each time: capture forward and backward, and call step() after replay; "
             "it is one copy and one launch"
         )
-    return tensor.pin_memory().to(device, non_blocking=True)

@@ -95,10 +95,13 @@ class SharedInput:
         """Those of ``layers``, each filled up to a row's length; made anew when one of them was
         written."""
         indices = [each.in_idx for each in layers]
-        if self._index is None or not _unchanged(self._index[0], indices):
-            filled = [F.pad(idx, (0, padded(len(idx)) - len(idx))) for idx in indices]
-            self._index = [(idx, idx._version) for idx in indices], torch.cat(filled)
-        return self._index[1]
+        captured = pays(indices[0]) and torch.cuda.is_current_stream_capturing()
+        if not captured and self._index is not None and _unchanged(self._index[0], indices):
+            return self._index[1]
+        together = torch.cat([F.pad(idx, (0, padded(len(idx)) - len(idx))) for idx in indices])
+        if not captured:  # a graph reads the indices anew in each replay
+            self._index = [(idx, idx._version) for idx in indices], together
+        return together
 
 
 def _unchanged(seen: Sequence[tuple[Tensor, int]], indices: Sequence[Tensor]) -> bool:
