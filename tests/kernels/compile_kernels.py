@@ -14,7 +14,6 @@ import triton
 from bench.harness.machine_code import accesses, facts, launches
 from tests.kernels import compile_cases
 
-
 READ = ("gather_features", "subnet_grad")  # whose accesses are looked at
 
 
