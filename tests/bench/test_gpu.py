@@ -73,7 +73,7 @@ def test_the_first_call_from_end_to_end(tools, tmp_path, monkeypatch):
     assert "importance_update_" in found["traffic"]["output"]
     rows = [json.loads(line) for line in (results / "speed.jsonl").read_text().splitlines()]
     names = [(row["id"]["suite"], row["id"]["name"]) for row in rows]
-    firsts = [("layer", "frozen"), ("variants", "subnet_grad"), ("ops", "gather_features")]
+    firsts = [("layer", "frozen"), ("variants", "subnet_grad"), ("ops", "subnet_grad")]
     assert names == [*firsts, ("model", "frozen")]
     assert {row["status"] for row in rows} == {"ok"}
     assert {row["provenance"]["commit"] for row in rows} == {"0123456789ab"}
