@@ -7,6 +7,7 @@ the tables.
     python -m bench report              RESULTS.md, the READMEs' tables and the plots, from the rows
     python -m bench host                what Python and dispatch take a layer, on the CPU
     python -m bench counts              what each form of a kernel must move, by arithmetic
+    python -m bench predicted           what a layer should take on a GPU, from machine code and counts
     python -m bench quality             what the methods learn (options: python -m bench quality --help)
     python -m bench quality-report      bench/quality/README.md, from its rows
 
@@ -52,6 +53,7 @@ from .speed import (
     model,
     ops,
     output_layer,
+    predicted,
     quick,
     scaling,
     simulated,
@@ -61,6 +63,7 @@ from .speed.report import write_reports
 from .speed.results import FINAL, RESULTS, Results, load
 
 SUITES = ("layer", "model", "ops", "variants", "output_layer", "scaling", "memory")
+UNTIMED = {"host": host, "counts": counts, "predicted": predicted}
 LAST = 1000.0  # priority of what has failed before
 
 
@@ -82,8 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(words)
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        if arguments.suite in ("host", "counts"):
-            print({"host": host, "counts": counts}[arguments.suite].report())
+        if arguments.suite in UNTIMED:
+            print(UNTIMED[arguments.suite].report())
             return 0
         if arguments.suite == "report":
             print(write_reports(arguments.results))
@@ -201,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m bench", description=__doc__, formatter_class=raw)
     add, names = parser.add_argument, ", ".join(METHODS)
-    suites = (*SUITES, "all", "quick", "report", "host", "counts")
+    suites = (*SUITES, "all", "quick", "report", *UNTIMED)
     add("suite", choices=suites, metavar="SUITE", help="as above")
     add("--minutes", type=_minutes, help="begin nothing that would not end in time")
     add(

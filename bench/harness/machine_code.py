@@ -3,6 +3,7 @@
 Only in a process where triton is not interpreted and that launches nothing on a GPU: it replaces triton's driver. The
 launches go through triton's own specialization (alignment, strides of 1), so the code is what a GPU would run."""
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -18,15 +19,19 @@ from triton.runtime import driver
 from losia_kernels.kernels.launch import override_arch
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-AMD_BYTES = {"ubyte": 1, "byte": 1, "ushort": 2, "short": 2}
+AMD_BYTES = {"ubyte": 1, "byte": 1, "u8": 1, "b8": 1, "ushort": 2, "short": 2, "u16": 2, "b16": 2}
 AMD_BYTES |= {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
+AMD_BYTES |= {"b32": 4, "b64": 8, "b96": 12, "b128": 16}
+PRODUCT = r"\b(?:HMMA|HGMMA|UTCHMMA)\b"
 AMD_SPILLS = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
 
 
 class OfflineDriver:
     def __init__(self, arch: str):
-        nvidia = arch.startswith("sm_")
-        self.target = GPUTarget("cuda", int(arch[3:]), 32) if nvidia else GPUTarget("hip", arch, 64)
+        if arch.startswith("sm_"):
+            self.target = GPUTarget("cuda", int(arch[3:]), 32)
+        else:
+            self.target = GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
         self.get_current_device = lambda: arch
         self.get_current_stream = lambda device: 0
         self.get_current_target = lambda: self.target
@@ -60,29 +65,72 @@ def facts(kernel) -> dict[str, Any]:
         said = {k: int(v) for k, v in re.findall(r"\.(\w+):\s+(\d+)$", code, re.MULTILINE)}
         spills = sum(said[key] for key in AMD_SPILLS)
         found = {"registers": said["vgpr_count"], "spills": spills}
-        return common | found | {"matrix_units": "v_mfma_" in code}
+        return common | found | {"matrix_units": bool(re.search("v_(mfma|wmma)_", code))}
     usage = _cuobjdump("--dump-resource-usage", kernel)
     said = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    # half a second: only where it is asked for
     code = _cuobjdump("--dump-sass", kernel) if product else ""
     spills = said["STACK"] + said["LOCAL"]  # bytes of a stack frame: nothing else needs one
-    units = bool(re.search(r"\b(HMMA|HGMMA|UTCHMMA)\b", code))
-    return common | {"registers": said["REG"], "spills": spills, "matrix_units": units}
+    found = {"registers": said["REG"], "spills": spills}
+    found |= {"matrix_units": bool(re.search(PRODUCT, code))}
+    return common | found | (loop_facts(code) if product else {})
+
+
+def loop_facts(code: str) -> dict[str, Any]:
+    """Of the innermost loop around the products, in NVIDIA's code: "serialized", whether a product waits for the one
+    before (ptxas C7515); "copies_ahead", how many groups of asynchronous copies may be on their way while it computes
+    (None: it has none); "loads" and "copies", bytes a thread in each."""
+    body = _product_loop(code)
+    order = "".join(
+        "p" if re.search(PRODUCT, each) else "w"
+        for each in body
+        if re.search(rf"{PRODUCT}|\bWARPGROUP\.DEPBAR\b", each)
+    )
+    waits = [
+        int(found[1], 16)
+        for each in body
+        if (found := re.search(r"\bDEPBAR\.LE SB0, (0x\w+)", each))
+    ]
+    moved = accesses_of_nvidia("\n".join(body))
+    return {
+        "serialized": "pwp" in order,
+        "copies_ahead": min(waits) if waits and moved["copy"] else None,
+        "loads": sorted(moved["load"]),
+        "copies": sorted(moved["copy"]),
+    }
+
+
+def _product_loop(code: str) -> list[str]:
+    """The instructions of the shortest loop that has products; of none, no instructions."""
+    listing = re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);", code, re.MULTILINE)
+    found: list[list[str]] = []
+    for address, instruction in listing:
+        target = re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)", instruction)
+        if target and int(target[1], 16) < int(address, 16):
+            span = range(int(target[1], 16), int(address, 16) + 1)
+            body = [each for where, each in listing if int(where, 16) in span]
+            if any(re.search(PRODUCT, each) for each in body):
+                found.append(body)
+    return min(found, key=len, default=[])
 
 
 def accesses(kernel) -> dict[str, dict[int, int]]:
     """Instructions that touch global memory, by bytes a thread: "load" (to registers), "copy" (asynchronous, to shared
     memory) and "store"."""
-    found: dict[str, Counter] = {"load": Counter(), "copy": Counter(), "store": Counter()}
     if "cubin" in kernel.asm:
-        kinds = {"LDG": "load", "LDGSTS": "copy", "STG": "store"}
-        code = _cuobjdump("--dump-sass", kernel)
-        for kind, modifiers in re.findall(r"\b(LDG|LDGSTS|STG)\b([.\w]*)", code):
-            found[kinds[kind]][_nvidia_bytes(modifiers.split("."))] += 1
-    else:
-        pattern = r"\b(?:global|buffer|flat)_(load|store)_(?:u|s)?(byte|short|dword(?:x\d)?)\w*"
-        for kind, width in re.findall(pattern, kernel.asm["amdgcn"]):
-            found[kind][AMD_BYTES[width]] += 1
+        return accesses_of_nvidia(_cuobjdump("--dump-sass", kernel))
+    found: dict[str, Counter] = {"load": Counter(), "copy": Counter(), "store": Counter()}
+    widths = "u?byte|u?short|dword(?:x\\d)?|[ub]\\d+"
+    pattern = rf"\b(?:global|buffer|flat)_(load|store)_s?(?:d16_(?:hi_)?)?({widths})\b"
+    for kind, width in re.findall(pattern, kernel.asm["amdgcn"]):
+        found[kind][AMD_BYTES[width]] += 1
+    return {kind: dict(sorted(widths.items())) for kind, widths in found.items()}
+
+
+def accesses_of_nvidia(code: str) -> dict[str, dict[int, int]]:
+    found: dict[str, Counter] = {"load": Counter(), "copy": Counter(), "store": Counter()}
+    kinds = {"LDG": "load", "LDGSTS": "copy", "STG": "store"}
+    for kind, modifiers in re.findall(r"\b(LDG|LDGSTS|STG)\b([.\w]*)", code):
+        found[kinds[kind]][_nvidia_bytes(modifiers.split("."))] += 1
     return {kind: dict(sorted(widths.items())) for kind, widths in found.items()}
 
 
@@ -95,8 +143,13 @@ def _nvidia_bytes(modifiers: list[str]) -> int:
 
 
 def _cuobjdump(option: str, kernel) -> str:
+    return _dump(option, kernel.asm["cubin"])
+
+
+@functools.lru_cache(maxsize=8)  # half a second each
+def _dump(option: str, cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(cubin)
         file.flush()
         words = [CUOBJDUMP, option, file.name]
         return subprocess.run(words, check=True, capture_output=True, text=True).stdout

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PEERS = "transformers peft galore-torch bitsandbytes liger-kernel cut-cross-entropy".split()
 CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
 # Code that measures nothing: a table may be mended without making the rows stale.
-REPORTING = "report tables plots slopes paper counts quick markdown pictures cluster study".split()
+REPORTING = "report tables plots slopes paper counts predicted gpu quick markdown pictures cluster study".split()
 
 
 def provenance(device: torch.device, commit: str | None = None) -> dict[str, Any]:

@@ -110,12 +110,10 @@ def table_observing(model: str = "llama-2-7b", tokens: int = 8192) -> str:
 
 
 def table_fusions(model: str = "llama-2-7b", tokens: int = 8192, p: float = 1 / 8) -> str:
-    """What two fusions that the package does without could save at most, over the floor of a step."""
+    """What a fusion that the package does without could save at most, over the floor of a step."""
     shape = shape_of(model)
-    read = copy_us(BF16 * tokens * shape.hidden * touched(p, 1))  # what q, k, v share, once
     values = sum(int(p * out) * int(p * inner) for out, inner in shape.linears.values())
-    fusions = {  # two more reads for q, k, v, one for gate and up; the gradient, written and read
-        "gathers of a shared input in one launch": (3 * read, 3),
+    fusions = {  # the gradient, written and read
         "partial sums straight into AdamW": (copy_us(2 * FLOAT32 * values), 7),
     }
     lines = [

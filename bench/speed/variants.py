@@ -54,6 +54,10 @@ def subnet_grad(shape, p, tokens, dtype, alignment: int) -> OpCase:
     forms |= {f"ours: {each}": in_form(variant=each) for each in VARIANTS}
     for each in ("fused", "fused_wide") if alignment == 1 else ():
         forms[f"ours: {each}, nothing ahead"] = in_form(variant=each, prefetch=False)
+    wide = "fused_wide" if alignment == 1 else "fused"
+    forms[f"ours: {wide}, 2 stages"] = in_form(variant=wide, num_stages=2)
+    for each in ("gathered",) if alignment == 1 else ("gathered", "fused"):
+        forms[f"ours: {each}, 128 x 128"] = in_form(variant=each, block_out=128, block_in=128)
     moved = dtype.itemsize * tokens * (shape[0] + k_in) + 4 * k_out * k_in
     flops = 2 * tokens * k_out * k_in
     return OpCase(inputs, forms, lambda dy, x, o: dy[:, o].double().T @ x.double(), moved, flops)
@@ -64,7 +68,8 @@ def run_variant(shape: tuple, p: float, alignment: int, device, dtype) -> dict[s
 
 
 def jobs(device: torch.device, dtype: torch.dtype) -> Iterator[Job]:
-    sizes = itertools.product(LINEARS, (1, 16), (1 / 8, 1 / 4))
+    sizes = [*itertools.product(LINEARS, (1, 16), (1 / 8, 1 / 4))]
+    sizes += [("up_proj", alignment, 1 / 8) for alignment in (32, 64)]
     for linear, alignment, p in sizes if device.type == "cuda" else ():
         shape = shape_of("llama-2-7b").linears[linear]
         size = {"model": "llama-2-7b", "linear": linear, "p": p, "tokens": 8192}

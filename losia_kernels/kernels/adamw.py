@@ -15,7 +15,7 @@ from torch import Tensor
 from .codes import CODE_BLOCK, FIRST_MOMENT, SECOND_MOMENT, dynamic_map
 from .device import stochastic_round, store_as
 from .formats import join_float, load_moment, split_float, store_moment
-from .launch import LaunchConfig, launch_config
+from .launch import LaunchConfig, cdiv, launch_config
 from .tiles import tile_offsets, tile_ptrs
 
 DTYPES = {
@@ -270,25 +270,28 @@ def tile_map(
 ) -> tuple[tuple[int, ...], Tensor]:
     """The number of each matrix's first tile, and the matrix of each tile ``[tiles]`` on the
     device."""
-    tiles = [
-        triton.cdiv(k_out, config.block_out) * triton.cdiv(k_in, config.block_in)
-        for k_out, k_in in shapes
-    ]
+    tiles = [cdiv(k_out, config.block_out) * cdiv(k_in, config.block_in) for k_out, k_in in shapes]
     firsts = [sum(tiles[:number]) for number in range(len(tiles))]
     matrix_of_tile = torch.arange(len(shapes), dtype=torch.int32).repeat_interleave(
         torch.tensor(tiles)
     )
-    return tuple(firsts), _to_device(matrix_of_tile, device)
+    _check_not_captured(device)
+    # waits, once: it is remembered, and the next to read it may do so on another stream
+    return tuple(firsts), matrix_of_tile.to(device)
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Without waiting: torch's allocator of pinned memory keeps it until the copy is done."""
     if device.type != "cuda":
         return tensor.to(device)
-    if torch.cuda.is_current_stream_capturing():
+    _check_not_captured(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _check_not_captured(device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "a captured update would repeat the learning rates and steps of this one, which the host "
             "writes into a table each time: capture forward and backward, and call step() after replay; "
             "it is one copy and one launch"
         )
-    return tensor.pin_memory().to(device, non_blocking=True)

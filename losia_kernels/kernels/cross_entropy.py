@@ -8,7 +8,7 @@ from torch import Tensor
 from triton.language.extra import libdevice
 
 from .device import INTERPRETED, store_as
-from .launch import LaunchConfig, Problem, cover, launch_config, tile_of
+from .launch import LaunchConfig, Problem, cdiv, cover, launch_config, tile_of
 
 
 @triton.jit
@@ -236,7 +236,7 @@ def launch_cross_entropy_block_grad_(
         return
     config = launch_config("cross_entropy_grad_", logits, tokens=tokens, n_out=block)
     with torch.cuda.device_of(logits):
-        cross_entropy_block_grad_kernel[(tokens, triton.cdiv(block, config.block_out))](
+        cross_entropy_block_grad_kernel[(tokens, cdiv(block, config.block_out))](
             logits,
             labels,
             lse,

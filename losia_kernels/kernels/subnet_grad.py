@@ -13,8 +13,11 @@ from .launch import (
     MULTIPROCESSORS,
     LaunchConfig,
     Problem,
+    cdiv,
     cover,
+    device_arch,
     launch_config,
+    padded,
     tile_of,
 )
 
@@ -30,11 +33,13 @@ def subnet_grad_kernel(
     x_ptr,  # [t, in], any strides
     out_idx_ptr,  # [k_out] int64, or None for all outputs
     in_idx_ptr,  # [k_in] int64, or None for all inputs
-    partials_ptr,  # [splits, k_out, k_in] float32, contiguous
+    partials_ptr,  # [splits, rows, width] float32, contiguous
     tokens,
     tokens_per_split,
     k_out,
     k_in,
+    rows,  # k_out and k_in, padded: past an index the first neuron stands in
+    width,
     stride_dy_t,
     stride_dy_out,
     stride_x_t,
@@ -46,12 +51,12 @@ def subnet_grad_kernel(
     PREFETCH: tl.constexpr,
 ):
     # Neighbouring programs differ in the inputs first: they read the same dy, from the cache.
-    tiles_in = tl.cdiv(k_in, BLOCK_IN)
+    tiles_in = tl.cdiv(width, BLOCK_IN)
     offs_out = tl.program_id(0) // tiles_in * BLOCK_OUT + tl.arange(0, BLOCK_OUT)  # [BLOCK_OUT]
     offs_in = tl.program_id(0) % tiles_in * BLOCK_IN + tl.arange(0, BLOCK_IN)  # [BLOCK_IN]
     split = tl.program_id(1).to(tl.int64)
-    mask_out = (offs_out < k_out)[None, :]
-    mask_in = (offs_in < k_in)[None, :]
+    mask_out = (offs_out < rows)[None, :]
+    mask_in = (offs_in < width)[None, :]
 
     out_idx = offs_out.to(tl.int64)
     if out_idx_ptr is not None:
@@ -68,8 +73,9 @@ def subnet_grad_kernel(
     if PREFETCH:  # entries of 2 bytes cannot be copied asynchronously: a tile of dy is on its way while one is used
         offs_t = start + tl.arange(0, BLOCK_T).to(tl.int64)[:, None]  # [BLOCK_T, 1]
         dy_next = tl.load(dy_ptrs + offs_t * stride_dy_t, mask=(offs_t < end) & mask_out, other=0.0)
-    for first in range(start, end, BLOCK_T):
-        offs_t = first + tl.arange(0, BLOCK_T).to(tl.int64)[:, None]  # [BLOCK_T, 1]
+    # counted: over bounds in 64 bits Triton 3.6 waits for each product before it starts the next
+    for step in range(0, tl.cdiv(end - start, BLOCK_T).to(tl.int32)):
+        offs_t = start + step * BLOCK_T + tl.arange(0, BLOCK_T).to(tl.int64)[:, None]
         if PREFETCH:
             dy_sub = dy_next
             offs_next = offs_t + BLOCK_T
@@ -83,8 +89,8 @@ def subnet_grad_kernel(
         x_sub = tl.load(x_ptrs + offs_t * stride_x_t, mask=(offs_t < end) & mask_in, other=0.0)
         acc = dot(tl.trans(dy_sub), x_sub, acc)  # [BLOCK_OUT, BLOCK_IN]
 
-    partials_ptrs = partials_ptr + (split * k_out + offs_out)[:, None] * k_in + offs_in[None, :]
-    store_as(partials_ptrs, acc, (offs_out < k_out)[:, None] & mask_in)
+    partials_ptrs = partials_ptr + (split * rows + offs_out)[:, None] * width + offs_in[None, :]
+    store_as(partials_ptrs, acc, (offs_out < rows)[:, None] & mask_in)
 
 
 @tile_of("subnet_grad")
@@ -102,16 +108,20 @@ def choose_tile(problem: Problem) -> LaunchConfig:
     elif dtype.itemsize > 2:
         at_once, block_t, block_out, block_in, stages = 2, 16, 64, 64, 1
     elif variant == "fused_wide":
-        at_once, block_t, block_out, block_in, stages = 1, 32, 64, cover(k_in, 128, 512), 2
+        at_once, block_t, block_out, block_in, stages = 1, 32, 64, cover(k_in, 128, 512), 3
+    elif wide_loads and arch in ("sm_90", "sm_100") and k_in > 128:
+        at_once, block_t, block_out, block_in, stages = 1, 64, 128, 256, 3
     elif wide_loads:
         at_once, block_t, block_out, block_in, stages = 2, 64, 128, 128, 3
-        if arch.startswith("gfx"):  # three fill two programs' shared memory on NVIDIA alone
-            stages = 2
     else:
         # block_out differs from block_in: tiles of one shape share one layout, which spreads the
         # gather over lines
-        at_once, block_t, block_out, block_in, stages = 3, 32, 64, 128, 2
-    splits, tiles = 1, -(-k_out // block_out) * -(-k_in // block_in)
+        at_once, block_t, block_out, block_in, stages = 3, 32, 64, 128, 3
+    if arch.startswith("gfx"):  # three would not fit its shared memory
+        stages = min(stages, 2)
+    if arch.startswith("gfx11") and dtype.itemsize == 2:  # wider tiles would not fit its registers
+        block_t, block_out, block_in = 32, 64, min(block_in, 128)
+    splits, tiles = 1, cdiv(k_out, block_out) * cdiv(k_in, block_in)
     if tiles and variant != "gathered_library":
         programs = at_once * MULTIPROCESSORS.get(arch, 128)
         splits = max(1, min(programs // tiles, tokens // MIN_TOKENS_PER_SPLIT, MAX_SPLITS))
@@ -140,8 +150,10 @@ def choose_variant(arch: str, dtype: torch.dtype, k_in: int, alignment: int) -> 
     By counts, not by time (``python -m bench variants`` has them, and times them on a GPU): runs of
     neighbours are loaded 16 bytes at a time inside the product, and gathering first only adds
     bytes. Single entries of 2 bytes are bound by their number: "fused_wide" loads each once up to
-    512 inputs, past that "gathered" does.
+    512 inputs, past that "gathered" does. Before sm_80 only the library multiplies well.
     """
+    if arch.startswith("sm_") and int(arch[3:]) < 80:  # the compiler uses no matrix units there
+        return "gathered_library"
     if alignment * dtype.itemsize >= MAX_VECTOR or dtype.itemsize > 2 or arch == "cpu":
         return "fused"
     return "fused_wide" if k_in <= 512 else "gathered"
@@ -152,7 +164,7 @@ def launch_subnet_grad(
 ) -> Tensor:
     """``ops.subnet_grad`` on the device: the sums of the ranges of tokens, added in fixed order."""
     partials = launch_partials(dy, x, out_idx, in_idx, alignment)
-    return partials[0] if partials.shape[0] == 1 else partials.sum(0)
+    return partials[0].contiguous() if partials.shape[0] == 1 else partials.sum(0)
 
 
 def launch_partials(
@@ -180,13 +192,34 @@ def launch_partials(
         dy, out_idx = launch_gather_features(dy, out_idx, alignment), None
     if config.variant == "gathered_library":
         return _library_product(dy, x).unsqueeze(0)
-    return _launch_product(dy, x, out_idx, in_idx, k_out, k_in, alignment, config)
+    return _launch_product(dy, x, out_idx, in_idx, alignment, config)[:, :k_out, :k_in]
+
+
+def _multiplies_bfloat16(dy: Tensor) -> bool:
+    old = ("sm_5", "sm_6", "sm_7")
+    return dy.dtype == torch.bfloat16 and not device_arch(dy.device).startswith(old)
 
 
 def _library_product(dy: Tensor, x: Tensor) -> Tensor:
-    if dy.is_cuda and dy.dtype.itemsize == 2:  # elsewhere torch has no product into a wider dtype
+    # elsewhere torch has no product into a wider dtype, and before sm_80 none of bfloat16
+    if dy.is_cuda and (dy.dtype == torch.float16 or _multiplies_bfloat16(dy)):
         return torch.mm(dy.T, x, out_dtype=torch.float32)
     return dy.float().T @ x.float()
+
+
+def _sizes(tokens: Tensor, idx: Tensor | None) -> tuple[int, int]:
+    """How many neurons of ``tokens [t, n]`` there are, and padded (``launch.padded``). What is
+    computed of the padding is cut off; it only has to be there to be read."""
+    size = tokens.shape[1] if idx is None else idx.shape[0]
+    width = padded(size)
+    if idx is not None or width == size:
+        return size, width if size else 0
+    stride_t, stride = tokens.stride()
+    if stride != 1 or stride_t < width or not tokens.shape[0]:
+        return size, size
+    end = tokens.storage_offset() + (tokens.shape[0] - 1) * stride_t + width
+    there = end * tokens.element_size() <= tokens.untyped_storage().nbytes()
+    return size, width if there else size
 
 
 def _launch_product(
@@ -194,24 +227,19 @@ def _launch_product(
     x: Tensor,
     out_idx: Tensor | None,
     in_idx: Tensor | None,
-    k_out: int,
-    k_in: int,
     alignment: int,
     config: LaunchConfig,
 ) -> Tensor:
-    partials = dy.new_empty(config.splits, k_out, k_in, dtype=torch.float32)
+    k_out, rows = _sizes(dy, out_idx)
+    k_in, width = _sizes(x, in_idx)
+    partials = dy.new_empty(config.splits, rows, width, dtype=torch.float32)
     if partials.numel() == 0:
         return partials
     out_idx = None if out_idx is None else out_idx.contiguous()
     in_idx = None if in_idx is None else in_idx.contiguous()
     tokens = dy.shape[0]
-    tokens_per_split = (
-        triton.cdiv(triton.cdiv(tokens, config.splits), config.block_t) * config.block_t
-    )
-    grid = (
-        triton.cdiv(k_out, config.block_out) * triton.cdiv(k_in, config.block_in),
-        config.splits,
-    )
+    tokens_per_split = cdiv(tokens, config.splits * config.block_t) * config.block_t
+    grid = (cdiv(rows, config.block_out) * cdiv(width, config.block_in), config.splits)
     with torch.cuda.device_of(dy):
         subnet_grad_kernel[grid](
             dy,
@@ -223,6 +251,8 @@ def _launch_product(
             tokens_per_split,
             k_out,
             k_in,
+            rows,
+            width,
             *dy.stride(),
             *x.stride(),
             BLOCK_T=config.block_t,

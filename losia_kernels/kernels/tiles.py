@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import LaunchConfig, Problem, cover, tile_of
+from .launch import LaunchConfig, Problem, cdiv, cover, tile_of
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def choose_sums(problem: Problem) -> LaunchConfig:
 
 def tile_grid(config: LaunchConfig, size_out: int, size_in: int) -> tuple[int]:
     """One program per tile; those of one row of tiles lie next to each other."""
-    return (triton.cdiv(size_out, config.block_out) * triton.cdiv(size_in, config.block_in),)
+    return (cdiv(size_out, config.block_out) * cdiv(size_in, config.block_in),)
 
 
 def empty_partials(matrix: Tensor, config: LaunchConfig) -> tuple[Tensor, Tensor]:
@@ -78,8 +78,8 @@ def empty_partials(matrix: Tensor, config: LaunchConfig) -> tuple[Tensor, Tensor
     ``([out], [in])``."""
     size_out, size_in = matrix.shape
     tiles_out, tiles_in = (
-        triton.cdiv(size_out, config.block_out),
-        triton.cdiv(size_in, config.block_in),
+        cdiv(size_out, config.block_out),
+        cdiv(size_in, config.block_in),
     )
     out_partials = torch.empty(tiles_in, size_out, device=matrix.device, dtype=torch.float32)
     in_partials = torch.empty(tiles_out, size_in, device=matrix.device, dtype=torch.float32)

@@ -16,6 +16,7 @@ from .idle import (
     warn_of_unmatched,
     warn_of_unused,
 )
+from .inputs import SharedInput
 from .linear import LoSiALinear
 from .module import SubnetModule, as_they_are, losia_layers
 from .targets import (
@@ -193,8 +194,8 @@ def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _share_inputs(layers: dict[str, LoSiALinear]) -> None:
-    """Let layers that read one input keep it whole, once, where the parts that they would gather
-    are no smaller.
+    """Let layers that read one input gather from it together, or keep it whole, once, where the
+    parts that they would gather are no smaller.
 
     Which do is known from their names: a guess that is wrong keeps what plain linears would have
     kept, and no more.
@@ -208,8 +209,9 @@ def _share_inputs(layers: dict[str, LoSiALinear]) -> None:
             ]
             if len(sharers) > 1 and len({layer.in_features for layer in sharers}) == 1:
                 keeps = sum(layer.subnet.shape[1] for layer in sharers) >= sharers[0].in_features
+                shared = SharedInput(sharers)
                 for layer in sharers:
-                    layer.keeps_input = keeps
+                    layer.keeps_input, layer.shared_input = keeps, shared
 
 
 def _give_back_flags(layer: SubnetModule) -> None:

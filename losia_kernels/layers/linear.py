@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import ops
 from ..parallel.placement import check_whole
+from .inputs import SharedInput, is_recomputed, pays, stand_in
 from .module import SubnetModule, carry_hooks_
 
 
@@ -18,16 +19,30 @@ class _SubnetLinear(torch.autograd.Function):
     Of x the backward keeps the subnet's input neurons: ``d_subnet = dy[:, out_idx]^T x[:, in_idx]``
     (Eq. 9). With ``keeps_input``, and while the layer observes, it keeps all of x: a ``probe`` gets
     the dense ``dy^T x`` as gradient. ``out_idx`` or ``in_idx`` of None is all neurons;
-    ``alignment`` is that of the indices.
+    ``alignment`` is that of the indices. Outside of compiled code ``layer`` says what is kept, and
+    which layers read the same x.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, subnet, out_idx, in_idx, probe, alignment, keeps_input):
+    def forward(
+        ctx, x, weight, bias, subnet, out_idx, in_idx, probe, alignment, keeps_input, layer
+    ):
         # x [..., in], weight [out, in], subnet [k_out, k_in]; subnet only carries the gradient,
         # weight is current
         ctx.whole = probe is not None or in_idx is None or keeps_input
         ctx.observing, ctx.alignment = probe is not None, alignment
-        kept = x if ctx.whole else ops.gather_features(x, in_idx, alignment)
+        shared = None if layer is None else layer.shared_input
+        ctx.use = shared.use(x) if shared is not None and pays(x) else None
+        if ctx.use is not None and ctx.needs_input_grad[0]:
+            ctx.use.join(ctx)
+        if ctx.whole:
+            kept = x
+        elif layer is not None and is_recomputed():
+            kept = stand_in(x, len(in_idx))
+        elif shared is not None and ctx.use is not None:
+            kept = shared.gather(layer, x, ctx.use)
+        else:
+            kept = ops.gather_features(x, in_idx, alignment)
         ctx.save_for_backward(kept, weight, out_idx, in_idx)
         return F.linear(x, weight, bias)
 
@@ -37,7 +52,8 @@ class _SubnetLinear(torch.autograd.Function):
         x, weight, out_idx, in_idx = ctx.saved_tensors
         dx = d_bias = d_subnet = d_weight = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ weight.to(dy.dtype)  # [..., in]
+            use, matrix = ctx.use, weight.to(dy.dtype)
+            dx = dy @ matrix if use is None else use.add(dy, matrix)  # [..., in]
         if ctx.needs_input_grad[2]:
             d_bias = dy.reshape(-1, dy.shape[-1]).sum(0)
         if ctx.needs_input_grad[3]:
@@ -48,7 +64,7 @@ class _SubnetLinear(torch.autograd.Function):
             if d_weight.dtype == torch.float16 and d_subnet is not None:
                 # a GradScaler, which sees only ours, shall back off where full fine-tuning's would
                 d_subnet = torch.where(torch.isfinite(d_weight).all(), d_subnet, torch.inf)
-        return dx, None, d_bias, d_subnet, None, None, d_weight, None, None
+        return dx, None, d_bias, d_subnet, None, None, d_weight, None, None, None
 
 
 class LoSiALinear(SubnetModule, nn.Linear):
@@ -72,10 +88,13 @@ class LoSiALinear(SubnetModule, nn.Linear):
             optimizer sees.
         keeps_input: keep all of x for the backward, which layers that share it keep together, in
             place of own parts.
+        shared_input: what it does together with the layers that read the same input, if any do.
 
     Raises:
         ValueError: a factor is outside (0, 1] or selects no neuron.
     """
+
+    shared_input: SharedInput | None = None
 
     def __init__(
         self,
@@ -169,7 +188,17 @@ class LoSiALinear(SubnetModule, nn.Linear):
             self._probe,
             self.alignment,
             self.keeps_input and x is given,  # a cast of x is this layer's own
+            None if torch.compiler.is_compiling() else self,
         )
+
+    @property
+    def gathers(self) -> bool:
+        """Whether a part of its input is kept: it trains, not all of it, and does not observe."""
+        partial = self.subnet.shape[1] < self.in_features and not self.keeps_input
+        return partial and self._probe is None and self.subnet.requires_grad
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "shared_input": None}  # those are no part of a copy
 
     @staticmethod
     def features_of(linear: Any) -> tuple[int, int]:

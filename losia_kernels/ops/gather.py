@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from ..kernels.launch import padded
 from .registry import check, check_index, register
 
 
@@ -16,7 +17,8 @@ def gather_features(x: Tensor, idx: Tensor, alignment: int = 1) -> Tensor:
             loaded together.
 
     Returns:
-        ``[..., k]`` of x's dtype, contiguous.
+        ``[..., k]`` of x's dtype, contiguous; on a GPU its rows lie a multiple of 16 entries apart,
+            for wide loads.
 
     Raises:
         ValueError: an ``x`` without dimensions; an index that is not 1-D int64 on x's device.
@@ -32,7 +34,8 @@ def gather_features(x: Tensor, idx: Tensor, alignment: int = 1) -> Tensor:
 
 @gather_features.register_fake
 def _(x, idx, alignment=1):
-    return x.new_empty(*x.shape[:-1], idx.shape[0])
+    k = idx.shape[0]
+    return x.new_empty(*x.shape[:-1], padded(k) if x.is_cuda else k)[..., :k]
 
 
 def gather_features_plain(x: Tensor, idx: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The launches that are compiled for every target: meta tensors of production shapes through the
 real launchers.
 
-A kernel file adds its launches here; ``test_compile.py`` fails for a kernel that no launch reaches.
+A kernel file adds its launches here; ``test_machine_code.py`` fails for a kernel that no launch reaches.
 Shapes are those of LLaMA-2 7B at p = 1/8 with 8,192 tokens.
 """
 
@@ -23,10 +23,10 @@ def index(k: int) -> torch.Tensor:
     return meta(k, dtype=torch.int64)
 
 
-def gather_features(dtype: torch.dtype, alignment: int = 1) -> None:
+def gather_features(dtype: torch.dtype, alignment: int = 1, k: int = K_HIDDEN) -> None:
     from losia_kernels.kernels.gather import launch_gather_features
 
-    launch_gather_features(meta(4, TOKENS // 4, HIDDEN, dtype=dtype), index(K_HIDDEN), alignment)
+    launch_gather_features(meta(4, TOKENS // 4, HIDDEN, dtype=dtype), index(k), alignment)
 
 
 def subnet_grad(
@@ -36,17 +36,21 @@ def subnet_grad(
     alignment: int = 1,
     variant: str | None = None,
     shape: tuple[int, int] = (INTERMEDIATE, HIDDEN),
+    p: float = 1 / 8,
+    **fields: int,
 ) -> None:
-    from losia_kernels.kernels.launch import override_config
+    """``fields`` of the ``LaunchConfig``, beside ``variant``."""
+    from losia_kernels.kernels.launch import override_config, padded
     from losia_kernels.kernels.subnet_grad import launch_subnet_grad
 
-    out, inner = shape
-    with override_config("subnet_grad", **({"variant": variant} if variant else {})):
+    (out, inner), (k_out, k_in) = shape, (int(p * size) for size in shape)
+    gathered = meta(TOKENS, padded(k_in), dtype=dtype)[:, :k_in]
+    with override_config("subnet_grad", **fields, **({"variant": variant} if variant else {})):
         launch_subnet_grad(
             meta(TOKENS, out, dtype=dtype),
-            meta(TOKENS, inner if gather_in else inner // 8, dtype=dtype),
-            index(out // 8) if gather_out else None,
-            index(inner // 8) if gather_in else None,
+            meta(TOKENS, inner, dtype=dtype) if gather_in else gathered,
+            index(k_out) if gather_out else None,
+            index(k_in) if gather_in else None,
             alignment,
         )
 
@@ -167,6 +171,23 @@ for model, shape in {"13b": (13824, 5120), "70b": (28672, 8192), "70b-down": (81
     CASES[f"subnet_grad-aligned-{model}"] = lambda shape=shape: subnet_grad(
         torch.bfloat16, alignment=16, shape=shape
     )
+# sizes that 16 does not divide: SmolLM2 at its default, LLaMA-2 7B at p = 0.1 and 1/6
+ODD = {"smollm2": ((1536, 576), 1 / 8), "tenth": ((INTERMEDIATE, HIDDEN), 0.1)}
+ODD |= {"sixth": ((INTERMEDIATE, HIDDEN), 1 / 6), "tenth-down": ((HIDDEN, INTERMEDIATE), 0.1)}
+for name, (shape, p) in ODD.items():
+    CASES[f"gather_features-{name}"] = lambda shape=shape, p=p: gather_features(
+        torch.bfloat16, k=int(p * shape[1])
+    )
+    CASES[f"subnet_grad-{name}"] = lambda shape=shape, p=p: subnet_grad(
+        torch.bfloat16, shape=shape, p=p
+    )
+for alignment in (32, 64):
+    CASES[f"gather_features-aligned-{alignment}"] = lambda alignment=alignment: gather_features(
+        torch.bfloat16, alignment
+    )
+    CASES[f"subnet_grad-aligned-{alignment}"] = lambda alignment=alignment: subnet_grad(
+        torch.bfloat16, alignment=alignment
+    )
 for moments in (torch.float32, torch.bfloat16, torch.uint8):
     for master in ("float32", "remainder", "none"):
         CASES[f"subnets_adamw-{master}-{moments}"] = lambda moments=moments, master=master: (
@@ -199,4 +220,12 @@ CASES["cross_entropy_grad-all_options"] = lambda: cross_entropy_grad(
 )
 CASES["cross_entropy_block_grad-softcap"] = lambda: cross_entropy_block_grad(
     torch.bfloat16, softcap=30.0
+)
+
+# What stands for the rest where every kernel, not every dtype and option, is asked about.
+ESSENTIAL = (
+    *(name for name in CASES if name.endswith(("-bf16", "-smollm2", "-tenth"))),
+    "subnets_adamw-float32-torch.uint8",
+    "subnets_adamw-unaligned-float32-torch.float32",
+    "subnet_grad-fp32",
 )

@@ -1,19 +1,25 @@
 """Compile, without a GPU, every kernel that the launches in ``compile_cases`` make, and print what
 came out as JSON.
 
-Run by ``test_compile.py`` in a process of its own, where triton is not interpreted: ``python
-compile_kernels.py sm_80 [sm_90 ...]`` prints a list of ``{case, target, kernel, registers, spills,
-...}``.
+Run by ``test_machine_code.py`` in a process of its own, where triton is not interpreted: ``python
+compile_kernels.py [--essential] sm_80 [sm_90 ...]`` prints ``{triton, kernels: [{case, target,
+kernel, registers, ...}]}``.
 """
 
 import json
 import sys
 
-from bench.harness.machine_code import facts, launches
+import triton
+
+from bench.harness.machine_code import accesses, facts, launches
 from tests.kernels import compile_cases
 
+READ = ("gather_features", "subnet_grad")  # whose accesses are looked at
 
-def main(archs: list[str]) -> None:
+
+def main(words: list[str]) -> None:
+    archs = [word for word in words if not word.startswith("--")]
+    names = compile_cases.ESSENTIAL if "--essential" in words else compile_cases.CASES
     results = [
         {
             "case": name,
@@ -21,12 +27,13 @@ def main(archs: list[str]) -> None:
             "kernel": kernel.name,
             "shared": kernel.metadata.shared,
             **facts(kernel),
+            **(accesses(kernel) if name.startswith(READ) else {}),
         }
         for arch in archs
-        for name, case in compile_cases.CASES.items()
-        for kernel in launches(arch, case)
+        for name in names
+        for kernel in launches(arch, compile_cases.CASES[name])
     ]
-    json.dump(results, sys.stdout)
+    json.dump({"triton": triton.__version__, "kernels": results}, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -255,7 +255,7 @@ run = lambda: [subnets_adamw(torch.bfloat16, master="none", scalars=scalars) for
 kernels = launches("sm_90", run)
 print(len(kernels), len({kernel.hash for kernel in kernels}))
 """
-    assert run_offline(script) == "6 1"
+    assert run_offline("-c", script) == "6 1"
 
 
 # Many in one launch -------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from csrc_ref.adamw import subnet_adamw_ref
+from losia_kernels.kernels.adamw import tile_map
 from losia_kernels.kernels.codes import FIRST_MOMENT, SECOND_MOMENT
 from losia_kernels.ops import rounding
 from losia_kernels.ops.adamw import subnets_adamw_plain_
@@ -139,3 +140,33 @@ def test_the_same_call_gives_the_same_bits(device):
     for run in runs:
         launch(run)
     assert_same(*runs, (*WRITTEN, "exp_avg_scale", "exp_avg_sq_scale"))
+
+
+@pytest.mark.gpu
+def test_another_stream_may_read_what_the_first_has_remembered():
+    """The map of tiles is made once, on the stream of the first launch, which may be busy."""
+    sizes = [((512, 512), (64, 64))] * 40
+    expected = make(sizes, BF16, torch.float32, "cuda")
+    found = copy(expected)
+    launch(expected)
+    torch.cuda.synchronize()
+    tile_map.cache_clear()
+    first, second = torch.cuda.Stream(), torch.cuda.Stream()
+    with torch.cuda.stream(first):
+        torch.cuda._sleep(10**8)
+        launch(copy(found))
+    with torch.cuda.stream(second):
+        launch(found)
+    torch.cuda.synchronize()
+    assert_same(found, expected)
+
+
+@pytest.mark.gpu
+def test_the_same_bits_in_a_hundred_runs():
+    start = make(ODD, BF16, torch.float32, "cuda")
+    first = copy(start)
+    launch(first)
+    for _ in range(100):
+        again = copy(start)
+        launch(again)
+        assert_same(again, first)

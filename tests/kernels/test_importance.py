@@ -176,7 +176,7 @@ from bench.harness.machine_code import launches
 (kernel,) = launches("sm_90", lambda: importance_update(torch.bfloat16, torch.{state}))
 print(*sorted(set(re.findall(r"(?:ld|st)\\.global[.a-z]*\\.(v\\d\\.\\w+|\\w+)", kernel.asm["ptx"]))))
 """
-    accesses = set(run_offline(script).split())
+    accesses = set(run_offline("-c", script).split())
     assert accesses and accesses <= {"v2.b32", "v4.b32", "v2.b64"}, accesses
 
 

@@ -89,7 +89,7 @@ def test_the_form_of_the_subnets_gradient():
     with override_arch("sm_90"):
         assert launch_config("subnet_grad", like, **sizes).block_in == 512
         with override_config("subnet_grad", variant="gathered"):
-            assert launch_config("subnet_grad", like, **sizes).block_in == 128
+            assert launch_config("subnet_grad", like, **sizes).block_in == 256
         with (
             override_config("subnet_grad", variant="fast"),
             pytest.raises(ValueError, match="not 'fast'"),

@@ -205,3 +205,42 @@ def test_float32_keeps_all_its_bits(device):
         launch_subnet_grad(dy, x, None, None),
         torch.full((16, 16), 4 + 2**-10, device=device),
     )
+
+
+@pytest.mark.parametrize("k_out, k_in", [(7, 19), (72, 72), (17, 257)])
+def test_rows_that_are_filled_up_give_the_bits_of_rows_that_are_not(device, k_out, k_in):
+    """What fills them is read, and is NaN here: nothing of it may reach a value that counts."""
+    dy = torch.randn(67, 300, device=device).bfloat16()
+    width = -(-k_in // 16) * 16
+    rows = torch.full((67, width), torch.nan, device=device).bfloat16()
+    x = rows[:, :k_in]
+    x.copy_(torch.randn(67, k_in, device=device))
+    out_idx = random_index(300, k_out, device)
+    filled = launch_subnet_grad(dy, x, out_idx, None)
+    assert filled.is_contiguous() and filled.shape == (k_out, k_in)
+    check(dy, x, out_idx, None)
+    assert torch.equal(filled, launch_subnet_grad(dy, x.contiguous(), out_idx, None))
+    in_rows = torch.full((67, 304), torch.nan, device=device).bfloat16()
+    in_rows[:, :k_out].copy_(dy[:, out_idx])
+    check(in_rows[:, :k_out], x, None, None)
+    # the last row ends with the memory: there is nothing behind it to read
+    end = torch.randn(67 * width - (width - k_in), device=device).bfloat16()
+    check(dy, end.as_strided((67, k_in), (width, 1)), out_idx, None)
+
+
+@pytest.mark.gpu
+def test_the_same_bits_in_a_hundred_runs(variant):
+    dy, x = (torch.randn(8192, n, device="cuda").bfloat16() for n in (1024, 512))
+    out_idx = random_index(1024, 409, "cuda")
+    first = launch_subnet_grad(dy, x, out_idx, None)
+    assert all(torch.equal(launch_subnet_grad(dy, x, out_idx, None), first) for _ in range(100))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("k_out, k_in", [(512, 512), (64, 64), (1376, 512)])
+def test_long_sums_beside_a_library_that_splits_them_further(dtype, k_out, k_in):
+    """The allowance is twice the error of that library's product. Of float32 it may split the tokens
+    into more ranges than we do, and err less: red here is then that, and no mistake of the kernel."""
+    dy, x = (torch.randn(8192, n, device="cuda").to(dtype) for n in (2 * k_out, k_in))
+    check(dy, x, random_index(2 * k_out, k_out, "cuda"), None)
