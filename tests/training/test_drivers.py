@@ -90,9 +90,7 @@ def test_layers_of_two_configs_are_refused():
     model = nn.ModuleDict({name: nn.ModuleList([nn.Linear(8, 8)]) for name in ("vision", "text")})
     apply_losia(model["vision"], paper(rank_factor=0.5))
     apply_losia(model["text"], paper(rank_factor=0.25))
-    with pytest.raises(
-        ValueError, match="converted apart, with configs or groups that do not go together"
-    ):
+    with pytest.raises(ValueError, match="0: 2 layers .* converting parts of the model apart"):
         LoSiAAdamW(model)
 
 

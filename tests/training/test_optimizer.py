@@ -106,9 +106,8 @@ def test_a_layer_without_a_gradient_stays_and_its_clock_too():
     optimizer = LoSiAAdamW(model, lr=0.01)
     unused = model.model.layers[0]
     before = snapshot(unused)
-    used = model.model.layers[1:]
+    unused.forward = lambda x: x
     for batch in make_batches(9):
-        model.model.layers = nn.ModuleList([nn.Identity(), *used])
         take_step(model, optimizer, batch)
     assert same_tensors(unused.state_dict(), before)
     assert optimizer.state[unused.up_proj.subnet] == {} and optimizer.timeline.step == 9
