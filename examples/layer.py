@@ -82,7 +82,7 @@ del optimizer.state[layer.subnet]  # its moments were of the old place
 
 # The whole method ---------------------------------------------------------------------------------
 
-config = LoSiAConfig(period=5)  # when they move, and by what; sizes are the layers' own
+config = LoSiAConfig.paper(period=5)  # when they move, and by what; sizes are the layers' own
 
 
 def train(model, optimizer, steps):

@@ -10,7 +10,7 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, calibrate, remove_losia
+from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, remove_losia
 
 model_name, output, steps = sys.argv[1], sys.argv[2], int(sys.argv[3]) if sys.argv[3:] else 60
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -18,7 +18,7 @@ tokenizer = AutoTokenizer.from_pretrained(model_name)
 model = AutoModelForCausalLM.from_pretrained(model_name).to(device).train()
 
 # LoRA: model = get_peft_model(model, LoraConfig(r=64, target_modules="all-linear"))
-model = apply_losia(model, LoSiAConfig(rank_factor=1 / 8, period="auto"))
+model = apply_losia(model, LoSiAConfig(period="auto"))
 
 
 def batch(step: int) -> dict[str, torch.Tensor]:
@@ -39,9 +39,10 @@ def batch(step: int) -> dict[str, torch.Tensor]:
     }
 
 
-calibrate(model, map(batch, range(4)))  # the first subnets where the data says, not at random
 # LoRA: optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
-optimizer = LoSiAAdamW(model, lr=5e-4, total_steps=steps)
+optimizer = LoSiAAdamW(model, lr=5e-5, total_steps=steps)  # full fine-tuning's rate
+moved: set[str] = set()
+optimizer.timeline.listeners.append(lambda layer, place: moved.add(layer.membership.group_name))
 scheduler = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
 for step in range(steps):
     loss = model(**batch(step)).loss
@@ -50,10 +51,8 @@ for step in range(steps):
     optimizer.zero_grad()
     scheduler.step()
     if step % 5 == 0:
-        observing = ", ".join(
-            optimizer.timeline.group_names[group] for group in optimizer.timeline.observing
-        )
-        print(f"step {step}  loss {loss.item():.3f}  observing {observing}", flush=True)
+        print(f"step {step}  loss {loss.item():.3f}  moved {', '.join(sorted(moved))}", flush=True)
+        moved.clear()
 
 # LoRA: model = model.merge_and_unload()
 model = remove_losia(model)

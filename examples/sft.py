@@ -20,7 +20,7 @@ tokenizer = AutoTokenizer.from_pretrained(model_name)
 model = AutoModelForCausalLM.from_pretrained(model_name)
 
 # LoRA: nothing here, and peft_config=LoraConfig(r=64, target_modules="all-linear") below
-model = apply_losia(model, LoSiAConfig(rank_factor=1 / 8, period="auto"))
+model = apply_losia(model, LoSiAConfig(period="auto"))
 
 chats = Dataset.from_list(
     [
@@ -35,7 +35,7 @@ arguments = SFTConfig(
     output,
     max_steps=steps,
     per_device_train_batch_size=8,
-    learning_rate=5e-4,
+    learning_rate=5e-5,  # full fine-tuning's
     lr_scheduler_type="cosine",
     warmup_steps=steps // 10,
     logging_steps=5,

@@ -24,7 +24,7 @@ tokenizer = AutoTokenizer.from_pretrained(model_name)
 model = AutoModelForCausalLM.from_pretrained(model_name)
 
 # LoRA: model = get_peft_model(model, LoraConfig(r=64, target_modules="all-linear"))
-model = apply_losia(model, LoSiAConfig(rank_factor=1 / 8, period="auto"))
+model = apply_losia(model, LoSiAConfig(period="auto"))
 
 
 def encode(text):
@@ -37,7 +37,7 @@ arguments = TrainingArguments(
     output,
     max_steps=steps,
     per_device_train_batch_size=8,
-    learning_rate=5e-4,
+    learning_rate=5e-5,  # full fine-tuning's
     lr_scheduler_type="cosine",
     warmup_steps=steps // 10,
     logging_steps=5,

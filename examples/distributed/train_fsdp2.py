@@ -41,7 +41,7 @@ def main(folder: Path) -> None:
 
     torch.manual_seed(0)  # every rank makes the same model
     model = Model().to(device)
-    apply_losia(model, LoSiAConfig(rank_factor=1 / 8, period=5))  # while the weights are whole
+    apply_losia(model, LoSiAConfig(period=5))  # while the weights are whole
     for block in model.layers:
         fully_shard(block)
     fully_shard(model)

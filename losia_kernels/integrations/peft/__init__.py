@@ -2,7 +2,7 @@
 
 # also before PeftModel.from_pretrained
 from losia_kernels.integrations.peft import LoSiAPeftConfig
-model = get_peft_model(model, LoSiAPeftConfig(rank_factor=1 / 8, period=100))
+model = get_peft_model(model, LoSiAPeftConfig(period=100))
 optimizer = LoSiAAdamW(model, lr=1e-4)
 """
 
