@@ -43,7 +43,8 @@ def find_factors(
 
     A square subnet takes p of both sides. A wide one trains as many values: half of the side that
     is the residual stream and ``2 p**2`` of the other, as long as p is below a half. A layer of
-    which neither side is the stream, as between the two halves of a low-rank projection, is square.
+    which neither side is the stream, as between the two halves of a low-rank projection, is square,
+    and so is one whose other side is too short.
     """
     p = find_rank(name, config)
     if isinstance(p, (tuple, list)):
@@ -55,6 +56,8 @@ def find_factors(
     if writes and reads:
         writes = name.rpartition(".")[2] in WRITERS
     elif not (writes or reads):
+        return p, p
+    if int(narrow * features[writes]) < config.alignment:  # of the other side
         return p, p
     return (WIDE, narrow) if writes else (narrow, WIDE)
 

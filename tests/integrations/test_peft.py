@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from tests.integrations.paper_adapter import paper_adapter
 from tests.integrations.tiny_llama import make_model
-from tests.tiny import paper
 
 pytest.importorskip("peft")
 
@@ -58,7 +58,7 @@ def train(model, steps=7, lr=1e-2):
 
 def trained(make=llama, seed=0, adapter="default", **changes):
     return train(
-        get_peft_model(make(), LoSiAPeftConfig(**{**CHOICES, "seed": seed, **changes}), adapter)
+        get_peft_model(make(), paper_adapter(**{**CHOICES, "seed": seed, **changes}), adapter)
     )
 
 
@@ -89,7 +89,7 @@ def assert_equal(one, two):
 
 def test_the_method_is_registered_beside_pefts_own():
     assert "LOSIA" not in list(PeftType)
-    assert LoSiAPeftConfig().peft_type == "LOSIA"
+    assert paper_adapter().peft_type == "LOSIA"
 
 
 # in and out of the weights ------------------------------------------------------------------------
@@ -110,7 +110,7 @@ def test_disabled_it_is_the_base_and_enabled_what_was_trained(make, dtype):
 
 
 def test_training_goes_on_after_a_look_at_the_base():
-    model, other = (get_peft_model(llama(), LoSiAPeftConfig(**CHOICES)) for _ in range(2))
+    model, other = (get_peft_model(llama(), paper_adapter(**CHOICES)) for _ in range(2))
     for each in (model, other):
         train(each, 3)
     with model.disable_adapter():
@@ -121,7 +121,7 @@ def test_training_goes_on_after_a_look_at_the_base():
 def test_a_reference_forward_may_come_between_forward_and_backward():
     """As in preference training. A backward with the other weights than its forward's is an error,
     never wrong."""
-    model = get_peft_model(llama(), LoSiAPeftConfig(**CHOICES, init_weights=False))
+    model = get_peft_model(llama(), paper_adapter(**CHOICES, init_weights=False))
     subnet = layer_of(model).losia_adapter["default"].subnet
 
     def gradient(between):
@@ -179,7 +179,7 @@ def test_safe_merge_finds_values_that_are_not_finite():
 
 
 def test_no_more_is_kept_than_the_weight():
-    model = get_peft_model(llama(), LoSiAPeftConfig(rank_factor=0.5, period=1))
+    model = get_peft_model(llama(), paper_adapter(rank_factor=0.5, period=1))
     train(model, 12)  # up to six moves of a quarter each
     for layer in (layer_of(model), model.base_model.model.model.layers[1].self_attn.q_proj):
         adapter = layer.losia_adapter["default"]
@@ -191,7 +191,7 @@ def test_no_more_is_kept_than_the_weight():
 
 
 def test_places_that_were_never_trained_are_not_kept():
-    adapter = layer_of(get_peft_model(llama(), LoSiAPeftConfig(**CHOICES))).losia_adapter["default"]
+    adapter = layer_of(get_peft_model(llama(), paper_adapter(**CHOICES))).losia_adapter["default"]
     k_out, k_in = adapter.subnet.shape
     for start in range(3):  # as calibration does, before the first step
         adapter.set_subnet_(torch.arange(start, start + k_out), torch.arange(start, start + k_in))
@@ -248,7 +248,7 @@ def test_it_is_saved_alike_whether_it_is_in_the_weights_or_not(tmp_path):
 
 
 def test_the_config_comes_back(tmp_path):
-    config = LoSiAPeftConfig(
+    config = paper_adapter(
         **CHOICES,
         target_modules=["q_proj", "up_proj"],
         rank_pattern={"q_proj": 0.5},
@@ -268,7 +268,7 @@ def test_the_config_comes_back(tmp_path):
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_whole_state_dict_restores_the_adapter_and_leaves_the_base(assign):
     model = trained(untied)
-    fresh = get_peft_model(untied(), LoSiAPeftConfig(**CHOICES, init_weights=False))
+    fresh = get_peft_model(untied(), paper_adapter(**CHOICES, init_weights=False))
     fresh.load_state_dict(model.state_dict(), assign=assign)
     assert_equal(weights(fresh), weights(model))
     with fresh.disable_adapter():
@@ -297,7 +297,8 @@ def _values(layer: nn.Module) -> torch.Tensor:
 def test_the_config_has_losias_fields_and_defaults():
     """PEFT saves what its own dataclass lists, so the fields stand twice; these two are PEFT's to
     decide."""
-    assert LoSiAPeftConfig().losia_config() == dataclasses.replace(paper(), fused_loss=False)
+    usual = dataclasses.replace(LoSiAConfig(), fused_loss=False)
+    assert LoSiAPeftConfig().losia_config() == usual
     listed = {field.name for field in dataclasses.fields(LoSiAPeftConfig)}
     assert {field.name for field in dataclasses.fields(LoSiAConfig)} - listed == {
         "master",

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.integrations.paper_adapter import paper_adapter
 from tests.integrations.test_peft import (
     CHOICES,
     IDS,
@@ -26,7 +27,6 @@ pytest.importorskip("peft")
 from peft import PeftModel, get_peft_model  # noqa: E402
 
 from losia_kernels import LoSiAAdamW, LoSiALinear
-from losia_kernels.integrations.peft import LoSiAPeftConfig
 from losia_kernels.layers.module import losia_layers
 
 
@@ -56,7 +56,7 @@ def adapted(model):
 )
 @pytest.mark.parametrize("output_dim_factor", [0.0, 0.125])
 def test_targets(targets, expected, output_dim_factor):
-    config = LoSiAPeftConfig(target_modules=targets, output_dim_factor=output_dim_factor)
+    config = paper_adapter(target_modules=targets, output_dim_factor=output_dim_factor)
     found = adapted(get_peft_model(untied(), config))
     head = {"lm_head": (int(261 * 0.125), 32)} if output_dim_factor else {}
     assert {name: found.pop(name) for name in head} == head
@@ -65,7 +65,7 @@ def test_targets(targets, expected, output_dim_factor):
 
 
 def test_excluded_modules_and_rank_pattern():
-    config = LoSiAPeftConfig(
+    config = paper_adapter(
         exclude_modules=["o_proj"], rank_factor=0.25, rank_pattern={r"layers\.1\..*up_proj": 0.5}
     )
     found = adapted(get_peft_model(llama(), config))
@@ -75,7 +75,7 @@ def test_excluded_modules_and_rank_pattern():
 
 
 def test_a_dense_output_layer():
-    model = get_peft_model(untied(), LoSiAPeftConfig(output_dim_factor=1.0, rank_factor=0.25))
+    model = get_peft_model(untied(), paper_adapter(output_dim_factor=1.0, rank_factor=0.25))
     optimizer = LoSiAAdamW(model, lr=1e-2)
     assert [layer.name for layer in optimizer.timeline.dense] == ["lm_head"]
     train(model)
@@ -97,7 +97,7 @@ def test_modules_to_save_are_trained_saved_and_loaded(tmp_path):
 
 
 def test_it_counts_the_subnets_as_trainable(capsys):
-    model = get_peft_model(llama(), LoSiAPeftConfig(rank_factor=0.25))
+    model = get_peft_model(llama(), paper_adapter(rank_factor=0.25))
     subnets = sum(k_out * k_in for k_out, k_in in adapted(model).values())
     base = sum(parameter.numel() for parameter in llama().parameters())
     assert model.get_nb_trainable_parameters() == (subnets, base + subnets)
@@ -173,10 +173,10 @@ def test_two_adapters_of_one_layer_cannot_act_at_once(two):
 
 def test_a_refused_choice_of_adapters_changes_nothing():
     model = get_peft_model(
-        llama(), LoSiAPeftConfig(target_modules=["up_proj"], init_weights=False), "first"
+        llama(), paper_adapter(target_modules=["up_proj"], init_weights=False), "first"
     )
     model.add_adapter(
-        "second", LoSiAPeftConfig(target_modules=["q_proj", "up_proj"], init_weights=False)
+        "second", paper_adapter(target_modules=["q_proj", "up_proj"], init_weights=False)
     )
     before = weights(model)
     with pytest.raises(ValueError, match="up_proj: .* first and second cannot be active"):
@@ -186,9 +186,9 @@ def test_a_refused_choice_of_adapters_changes_nothing():
 
 def test_adapters_of_different_layers_act_together():
     model = get_peft_model(
-        llama(), LoSiAPeftConfig(target_modules=["up_proj"], init_weights=False), "first"
+        llama(), paper_adapter(target_modules=["up_proj"], init_weights=False), "first"
     )
-    model.add_adapter("second", LoSiAPeftConfig(target_modules=["q_proj"], init_weights=False))
+    model.add_adapter("second", paper_adapter(target_modules=["q_proj"], init_weights=False))
     model.base_model.set_adapter(["first", "second"])
     values, base = weights(model), weights(llama())
     changed = {name.split(".")[-2] for name in values if not torch.equal(values[name], base[name])}
@@ -243,7 +243,7 @@ def test_a_target_that_cannot_be_trained_is_refused_and_nothing_has_changed(make
     model = make()
     kinds = [type(module) for module in model.modules()]
     with pytest.raises(ValueError, match=message):
-        get_peft_model(model, LoSiAPeftConfig(**choices))
+        get_peft_model(model, paper_adapter(**choices))
     assert [type(module) for module in model.modules()] == kinds
     assert all(parameter.requires_grad for parameter in model.parameters())
 
@@ -251,11 +251,11 @@ def test_a_target_that_cannot_be_trained_is_refused_and_nothing_has_changed(make
 @pytest.mark.parametrize("choices", [{"rank_factor": 2}, {"period": 0}, {"update_type": "both"}])
 def test_a_config_out_of_range_is_refused(choices):
     with pytest.raises(ValueError, match=f"LoSiAConfig.{next(iter(choices))} must be"):
-        LoSiAPeftConfig(**choices)
+        paper_adapter(**choices)
 
 
 def test_a_disabled_adapter_cannot_move():
-    model = get_peft_model(llama(), LoSiAPeftConfig(**CHOICES))
+    model = get_peft_model(llama(), paper_adapter(**CHOICES))
     adapter = layer_of(model).losia_adapter["default"]
     with (
         model.disable_adapter(),
@@ -284,7 +284,7 @@ def test_blocks_that_do_not_fit_are_refused():
 
 
 def test_an_edit_of_the_weight_is_trained_on_and_evaluation_writes_nothing():
-    model = get_peft_model(llama(), LoSiAPeftConfig(rank_factor=0.25, period=100))
+    model = get_peft_model(llama(), paper_adapter(rank_factor=0.25, period=100))
     optimizer = LoSiAAdamW(model, lr=1e-6)
     weight = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj").base_layer.weight
     for _ in range(2):
@@ -302,8 +302,8 @@ def test_an_edit_of_the_weight_is_trained_on_and_evaluation_writes_nothing():
 
 @pytest.mark.parametrize("switch", ["disable", "other"])
 def test_a_step_while_the_adapter_is_out_is_refused_and_the_base_stays(switch):
-    model = get_peft_model(llama(), LoSiAPeftConfig(rank_factor=0.25))
-    model.add_adapter("other", LoSiAPeftConfig(rank_factor=0.25))
+    model = get_peft_model(llama(), paper_adapter(rank_factor=0.25))
+    model.add_adapter("other", paper_adapter(rank_factor=0.25))
     optimizer, base = LoSiAAdamW(model, lr=0.1), weights(llama())
     model(input_ids=IDS, labels=IDS).loss.backward()
     with contextlib.ExitStack() as stack:
@@ -320,7 +320,7 @@ def test_a_step_while_the_adapter_is_out_is_refused_and_the_base_stays(switch):
 
 def test_a_reference_forward_makes_no_comparisons(monkeypatch):
     """Each waits for the GPU."""
-    model = get_peft_model(llama(), LoSiAPeftConfig(rank_factor=0.25, period=100))
+    model = get_peft_model(llama(), paper_adapter(rank_factor=0.25, period=100))
     optimizer = LoSiAAdamW(model, lr=1e-3)
     for step in range(3):
         if step == 1:
@@ -335,6 +335,6 @@ def test_a_reference_forward_makes_no_comparisons(monkeypatch):
 
 
 def test_an_adapter_that_trl_would_copy_is_warned_of():
-    model = get_peft_model(llama(), LoSiAPeftConfig(rank_factor=0.25))
+    model = get_peft_model(llama(), paper_adapter(rank_factor=0.25))
     with pytest.warns(UserWarning, match="an adapter named 'ref' beside another: TRL's trainers"):
-        model.add_adapter("ref", LoSiAPeftConfig(rank_factor=0.25))
+        model.add_adapter("ref", paper_adapter(rank_factor=0.25))

@@ -8,19 +8,19 @@ from pathlib import Path
 
 import pytest
 
+from tests.integrations.paper_adapter import paper_adapter
+
 pytest.importorskip("peft")
 from huggingface_hub import ModelCard  # noqa: E402
 from peft import get_peft_model  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
-
-from losia_kernels.integrations.peft import LoSiAPeftConfig  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
 
 def make_adapter(model_folder, name="default"):
     model = AutoModelForCausalLM.from_pretrained(model_folder)
-    config = LoSiAPeftConfig(rank_factor=1 / 4, task_type="CAUSAL_LM", init_weights=False)
+    config = paper_adapter(rank_factor=1 / 4, task_type="CAUSAL_LM", init_weights=False)
     return get_peft_model(model, config, adapter_name=name)
 
 

@@ -4,6 +4,7 @@ Trainer, TRL."""
 import pytest
 import torch
 
+from tests.integrations.paper_adapter import paper_adapter
 from tests.integrations.tiny_llama import make_model, make_tokenizer
 from tests.tiny import paper
 
@@ -14,7 +15,6 @@ from transformers import Trainer, TrainingArguments
 
 from losia_kernels import LoSiAAdamW, apply_losia, attach, calibrate
 from losia_kernels.checkpoint.resumable import load_checkpoint, save_checkpoint
-from losia_kernels.integrations.peft import LoSiAPeftConfig
 from losia_kernels.integrations.transformers import LoSiACallback
 
 CHOICES = dict(rank_factor=1 / 4, period=2, rank_pattern={"v_proj": 0.5}, seed=3)
@@ -57,7 +57,7 @@ def assert_same(model, other):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_steps_are_those_of_apply_losia(dtype):
     base = make_model().to(dtype)
-    ours = get_peft_model(make_model().to(dtype), LoSiAPeftConfig(**CHOICES))
+    ours = get_peft_model(make_model().to(dtype), paper_adapter(**CHOICES))
     theirs = apply_losia(base, paper(**CHOICES, fused_loss=False))
     one, two = LoSiAAdamW(ours, lr=LR), LoSiAAdamW(theirs, lr=LR)
     assert (
@@ -81,7 +81,7 @@ def test_the_steps_are_those_of_apply_losia(dtype):
 
 def test_a_16_bit_subnet_is_rounded_stochastically():
     model = get_peft_model(
-        make_model().bfloat16(), LoSiAPeftConfig(**CHOICES), autocast_adapter_dtype=False
+        make_model().bfloat16(), paper_adapter(**CHOICES), autocast_adapter_dtype=False
     )
     optimizer = LoSiAAdamW(model, lr=LR)
     assert optimizer.timeline.config.master == "none"
@@ -90,7 +90,7 @@ def test_a_16_bit_subnet_is_rounded_stochastically():
 
 
 def test_the_output_layer_and_modules_to_save_train():
-    config = LoSiAPeftConfig(**CHOICES, output_dim_factor=0.1, modules_to_save=["norm"])
+    config = paper_adapter(**CHOICES, output_dim_factor=0.1, modules_to_save=["norm"])
     untied = dict(tie_word_embeddings=False)
     model = get_peft_model(make_model(**untied), config)
     optimizer = LoSiAAdamW(model, lr=LR)
@@ -108,9 +108,9 @@ def test_the_output_layer_and_modules_to_save_train():
 @pytest.mark.parametrize("several", [False, True])
 def test_any_torch_optimizer_through_attach(several):
     """Also where other adapters are loaded, whose subnets no optimizer holds."""
-    ours = get_peft_model(make_model(), LoSiAPeftConfig(**CHOICES))
+    ours = get_peft_model(make_model(), paper_adapter(**CHOICES))
     if several:
-        ours.add_adapter("other", LoSiAPeftConfig(**CHOICES))
+        ours.add_adapter("other", paper_adapter(**CHOICES))
     theirs = apply_losia(make_model(), paper(**CHOICES, fused_loss=False))
     losses = []
     for model in (ours, theirs):
@@ -121,7 +121,7 @@ def test_any_torch_optimizer_through_attach(several):
 
 
 def test_an_optimizer_that_knows_nothing_of_losia_trains_the_first_subnets():
-    model = get_peft_model(make_model(), LoSiAPeftConfig(**CHOICES))
+    model = get_peft_model(make_model(), paper_adapter(**CHOICES))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     losses = train(model, optimizer, batches(1) * 5)
     assert losses[-1] < losses[0]
@@ -140,22 +140,22 @@ def _written(model):
 
 
 def test_only_the_active_adapter_trains():
-    model = get_peft_model(make_model(), LoSiAPeftConfig(**CHOICES))
-    model.add_adapter("other", LoSiAPeftConfig(**{**CHOICES, "seed": 4}))
+    model = get_peft_model(make_model(), paper_adapter(**CHOICES))
+    model.add_adapter("other", paper_adapter(**{**CHOICES, "seed": 4}))
     model.set_adapter("other")
     model.set_requires_grad("default")  # trainable, but not in the weights
     optimizer = LoSiAAdamW(model, lr=LR)
     assert sum(len(layers) for layers in optimizer.timeline.groups) == 14
     train(model, optimizer, batches(5))
-    alone = get_peft_model(make_model(), LoSiAPeftConfig(**{**CHOICES, "seed": 4}))
+    alone = get_peft_model(make_model(), paper_adapter(**{**CHOICES, "seed": 4}))
     train(alone, LoSiAAdamW(alone, lr=LR), batches(5))
     assert_same(alone, model)
     model.set_adapter("default")
-    assert_same(get_peft_model(make_model(), LoSiAPeftConfig(**CHOICES)), model)
+    assert_same(get_peft_model(make_model(), paper_adapter(**CHOICES)), model)
 
 
 def test_a_frozen_adapter_is_refused_by_the_optimizer(tmp_path):
-    get_peft_model(make_model(), LoSiAPeftConfig(**CHOICES)).save_pretrained(tmp_path)
+    get_peft_model(make_model(), paper_adapter(**CHOICES)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no layers to train"):
         LoSiAAdamW(PeftModel.from_pretrained(make_model(), tmp_path))
     LoSiAAdamW(PeftModel.from_pretrained(make_model(), tmp_path, is_trainable=True))
@@ -182,7 +182,7 @@ def arguments(folder, cls=TrainingArguments, **changes):
 
 def make_trainer(folder, **changes):
     data = [{key: value[0] for key, value in batch.items()} for batch in batches(20)]
-    model = get_peft_model(make_model(), LoSiAPeftConfig(**CHOICES))
+    model = get_peft_model(make_model(), paper_adapter(**CHOICES))
     trainer = Trainer(model, arguments(folder, **changes), train_dataset=data)
     trainer.add_callback(LoSiACallback(trainer))
     return trainer
@@ -214,11 +214,11 @@ def test_a_resumed_run_is_the_same_bit_for_bit(tmp_path):
 
 def test_a_trainer_trains_beside_an_idle_adapter(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=2)
-    trainer.model.add_adapter("idle", LoSiAPeftConfig(**CHOICES))
+    trainer.model.add_adapter("idle", paper_adapter(**CHOICES))
     trainer.train()
     assert trainer.optimizer.optimizer.timeline.step == 2
     trainer.model.set_adapter("idle")
-    assert_same(get_peft_model(make_model(), LoSiAPeftConfig(**CHOICES)), trainer.model)
+    assert_same(get_peft_model(make_model(), paper_adapter(**CHOICES)), trainer.model)
 
 
 def test_sft_trainer_takes_it_as_peft_config(tmp_path):
@@ -231,7 +231,7 @@ def test_sft_trainer_takes_it_as_peft_config(tmp_path):
             {"text": ["abc def ghi", "jkl mno", "pqr stu vw", "xyz"] * 3}
         ),
         processing_class=make_tokenizer(),
-        peft_config=LoSiAPeftConfig(**CHOICES),
+        peft_config=paper_adapter(**CHOICES),
     )
     trainer.add_callback(LoSiACallback(trainer))
     trainer.train()
@@ -249,7 +249,7 @@ SAID = "stepped by an optimizer that does not know them"
 def test_an_optimizer_that_moves_no_subnet_is_said(kind):
     """It reaches the weights, and the subnets stay where they were drawn."""
     library = torch.optim if kind != "AdamW8bit" else pytest.importorskip("bitsandbytes").optim
-    model = get_peft_model(make_model(), LoSiAPeftConfig(**CHOICES))
+    model = get_peft_model(make_model(), paper_adapter(**CHOICES))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with pytest.warns(UserWarning, match=f"{SAID}.*LoSiAAdamW, attach"):
         train(model, getattr(library, kind)(trained, lr=LR), batches(2))
@@ -257,7 +257,7 @@ def test_an_optimizer_that_moves_no_subnet_is_said(kind):
 
 def test_an_optimizer_that_drives_the_subnets_is_not_warned_about(recwarn):
     for driven in ("LoSiAAdamW", "attached"):
-        model = get_peft_model(make_model(), LoSiAPeftConfig(**CHOICES))
+        model = get_peft_model(make_model(), paper_adapter(**CHOICES))
         if driven == "attached":
             optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
             attach(optimizer, model)
@@ -272,7 +272,7 @@ def test_an_optimizer_that_drives_the_subnets_is_not_warned_about(recwarn):
 
 def test_a_trainer_without_the_callback_says_so_too(tmp_path):
     data = [{key: value[0] for key, value in batch.items()} for batch in batches(20)]
-    model = get_peft_model(make_model(), LoSiAPeftConfig(**CHOICES))
+    model = get_peft_model(make_model(), paper_adapter(**CHOICES))
     with pytest.warns(UserWarning, match=f"{SAID}.*add_callback.LoSiACallback.trainer"):
         Trainer(model, arguments(tmp_path), train_dataset=data).train()
 
@@ -281,7 +281,7 @@ def test_an_8_bit_optimizer_reaches_the_weights_without_attach():
     """Its kernels write past torch's count of writes, by which an adapter knows that it was
     stepped."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    model = get_peft_model(make_model(), LoSiAPeftConfig(**CHOICES))
+    model = get_peft_model(make_model(), paper_adapter(**CHOICES))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     losses = train(
         model, bitsandbytes.optim.AdamW8bit(trained, lr=LR, min_8bit_size=1), batches(1) * 5
@@ -292,7 +292,7 @@ def test_an_8_bit_optimizer_reaches_the_weights_without_attach():
 def test_a_checkpoint_in_parts_is_refused_before_it_is_written(tmp_path):
     """It could not be read: an adapter makes its blocks anew for each state dict, and has one more
     after each move."""
-    model = get_peft_model(make_model(), LoSiAPeftConfig(**CHOICES))
+    model = get_peft_model(make_model(), paper_adapter(**CHOICES))
     optimizer = LoSiAAdamW(model, lr=LR)
     with pytest.raises(ValueError, match="block_out_idx is no parameter or buffer"):
         save_checkpoint(tmp_path / "a", model, optimizer)

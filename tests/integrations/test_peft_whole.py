@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.integrations.paper_adapter import paper_adapter
 from tests.integrations.test_peft import assert_equal, llama, train, weights
 
 pytest.importorskip("peft")
@@ -12,13 +13,11 @@ pytest.importorskip("peft")
 from peft import PeftModel, get_peft_model  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from losia_kernels.integrations.peft import LoSiAPeftConfig
-
 FILE = "adapter_model.safetensors"
 
 
 def adapted(period: int = 2, steps: int = 5, targets="all-linear"):
-    config = LoSiAPeftConfig(rank_factor=0.25, period=period, target_modules=targets)
+    config = paper_adapter(rank_factor=0.25, period=period, target_modules=targets)
     model = get_peft_model(llama(), config)
     train(model, steps)
     return model
@@ -28,7 +27,7 @@ def adapted(period: int = 2, steps: int = 5, targets="all-linear"):
 def overlapping():
     """Two adapters, of which q_proj has one, v_proj the other, and up_proj both."""
     model = adapted(targets=["q_proj", "up_proj"])
-    config = LoSiAPeftConfig(rank_factor=0.25, target_modules=["up_proj", "v_proj"], seed=3)
+    config = paper_adapter(rank_factor=0.25, target_modules=["up_proj", "v_proj"], seed=3)
     model.add_adapter("second", config)
     model.set_adapter("second")
     train(model, 2)

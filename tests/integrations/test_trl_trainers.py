@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from losia_kernels import LoSiAAdamW, apply_losia
 from losia_kernels.integrations.transformers import LoSiACallback
 from losia_kernels.layers.module import losia_layers
+from tests.integrations.paper_adapter import paper_adapter
 from tests.integrations.tiny_llama import make_model, make_tokenizer
 from tests.tiny import paper
 
@@ -131,9 +132,8 @@ def make_trainer(name, folder, model_folder, peft_config=None, **changes):
 @pytest.mark.parametrize("name", ["DPO", "KTO", "GRPO", "SFT"])
 def test_as_a_peft_config(name, tmp_path, model_folder):
     pytest.importorskip("peft")
-    from losia_kernels.integrations.peft import LoSiAPeftConfig
 
-    config = LoSiAPeftConfig(rank_factor=1 / 4, period=1, task_type="CAUSAL_LM")
+    config = paper_adapter(rank_factor=1 / 4, period=1, task_type="CAUSAL_LM")
     trainer = make_trainer(name, tmp_path, model_folder, peft_config=config)
     trainer.add_callback(LoSiACallback(trainer))
     trainer.train()

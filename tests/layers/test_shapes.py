@@ -157,3 +157,10 @@ def test_a_wide_subnet_trains_what_it_says(tmp_path):
         inside[layer.out_idx[:, None], layer.in_idx] = True
         changed = layer.weight != before[name]
         assert changed[inside].float().mean() > 0.9 and not changed[~inside].any(), name
+
+
+def test_a_layer_whose_other_side_is_too_short_is_square():
+    """Of k_proj's 32 outputs 2 p**2 = 0.0288 are none, 0.12 are 3."""
+    model = apply_losia(llama(), LoSiAConfig(rank_factor=0.12, shape="wide"))
+    found = shapes(model)
+    assert found["k_proj"] == (3, 7) and found["q_proj"] == (1, 32)

@@ -10,6 +10,7 @@ import deepspeed
 import torch
 
 from losia_kernels import LoSiAAdamW, apply_losia
+from tests.integrations.paper_adapter import paper_adapter
 from tests.integrations.tiny_llama import make_model
 from tests.tiny import paper
 
@@ -58,9 +59,7 @@ def partitioned(stage: int, peft: bool) -> str:
         return "converted"
     from peft import get_peft_model
 
-    from losia_kernels.integrations.peft import LoSiAPeftConfig
-
-    get_peft_model(model, LoSiAPeftConfig(rank_factor=0.25))
+    get_peft_model(model, paper_adapter(rank_factor=0.25))
     return "converted"
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from losia_kernels import LoSiAAdamW, LoSiALinear, apply_losia
+from tests.integrations.paper_adapter import paper_adapter
 from tests.tiny import TinyLM, paper
 
 REFUSED = "LoSiA does not train under DeepSpeed.*FSDP2.*or DDP"
@@ -41,11 +42,10 @@ def test_a_partitioned_model_is_refused_before_anything_changes():
 
 def test_a_partitioned_base_is_refused_through_peft():
     peft = pytest.importorskip("peft")
-    from losia_kernels.integrations.peft import LoSiAPeftConfig
 
     model = nn.Sequential(partition(nn.Linear(8, 8)), nn.Linear(8, 8))
     with pytest.raises(ValueError, match=f"0: {REFUSED}"):
-        peft.get_peft_model(model, LoSiAPeftConfig(rank_factor=0.25, target_modules=["0"]))
+        peft.get_peft_model(model, paper_adapter(rank_factor=0.25, target_modules=["0"]))
 
 
 @pytest.mark.parametrize("mark", ["ds_id", "_hp_mapping"])
