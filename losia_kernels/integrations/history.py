@@ -8,35 +8,40 @@ of the layer's neurons, in base64.
 import base64
 import json
 import math
-import os
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
+from ..checkpoint.writing import write_text
 from ..layers.module import SubnetModule
 from ..layers.subnet import Subnet
 from ..training.timeline import Timeline
 
 
 def read_log(path: Path) -> list[dict]:
-    """The entries of a log file; a last line cut off by a crash is left out."""
+    """The entries of a log file. A last line cut off by a crash is left out, others that cannot be
+    read with a warning."""
+    lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
     entries = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for number, line in enumerate(lines, start=1):
         try:
-            entries.append(json.loads(line))
-        except ValueError:
-            break
+            entry = json.loads(line)
+            if not isinstance(entry, dict) or type(entry.get("step")) is not int:
+                raise ValueError("it has no step")
+            entries.append(entry)
+        except (ValueError, RecursionError):
+            if line and number < len(lines):
+                warnings.warn(f"{path}:{number}: not readable, left out", stacklevel=2)
     return entries
 
 
 def rewind_log(path: Path, step: int) -> None:
     """Drop the entries after ``step``: a run resumed from there writes them anew."""
     kept = [entry for entry in read_log(path) if entry["step"] <= step]
-    beside = path.with_suffix(".tmp")
-    beside.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-    os.replace(beside, path)
+    write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
 
 def append_log(path: Path, entries: list[dict]) -> None:
@@ -101,13 +106,16 @@ class Place:
 
     @classmethod
     def from_json(cls, entry: dict) -> "Place":
-        """What ``to_json`` wrote."""
+        """What ``to_json`` wrote. Raises ValueError for anything else."""
+        out_features, in_features = entry["features"]
+        if set(entry) != {field.name for field in fields(cls)} or entry["step"] < 0:
+            raise ValueError("no place of a subnet")
         return cls(
             **{
                 **entry,
-                "features": tuple(entry["features"]),
-                "out_idx": _indices(entry["out_idx"]),
-                "in_idx": _indices(entry["in_idx"]),
+                "features": (out_features, in_features),
+                "out_idx": _indices(entry["out_idx"], out_features),
+                "in_idx": _indices(entry["in_idx"], in_features),
             }
         )
 
@@ -132,11 +140,17 @@ class SubnetHistory:
 
     @classmethod
     def read(cls, path: Path) -> "SubnetHistory":
-        """Raises FileNotFoundError if there is no history."""
+        """Raises FileNotFoundError if there is no history, ValueError if it is none."""
         if not path.exists():
             raise FileNotFoundError(f"no {path}: it was not recorded where the run's subnets were")
-        head, *entries = read_log(path)
-        return cls(head["groups"], head["config"], [Place.from_json(entry) for entry in entries])
+        try:
+            head, *entries = read_log(path)
+            places = [Place.from_json(entry) for entry in entries]
+            return cls(head["groups"], head["config"], places)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{path} is damaged, or no record of subnets: {error!r:.120}"
+            ) from None
 
     def of_layers(self) -> dict[str, list[Place]]:
         """Each layer's places, in order of time; layers in model order."""
@@ -161,5 +175,9 @@ def _bits(idx: np.ndarray, features: int) -> str:
     return base64.b64encode(np.packbits(chosen).tobytes()).decode()
 
 
-def _indices(bits: str) -> np.ndarray:
-    return np.flatnonzero(np.unpackbits(np.frombuffer(base64.b64decode(bits), dtype=np.uint8)))
+def _indices(bits: str, features: int) -> np.ndarray:
+    """Held to the number of features, by which others make their arrays."""
+    packed = np.frombuffer(base64.b64decode(bits), dtype=np.uint8)
+    if len(packed) != -(-features // 8) or np.unpackbits(packed)[features:].any():
+        raise ValueError(f"{len(packed)} bytes of bits are not {features} neurons")
+    return np.flatnonzero(np.unpackbits(packed))

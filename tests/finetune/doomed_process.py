@@ -16,10 +16,8 @@ from unittest import mock
 
 import torch
 import transformers.modeling_utils
-import transformers.trainer_utils
 
-from losia_kernels.finetune import folder as run_folder
-from losia_kernels.finetune import progress
+from losia_kernels.finetune import checkpoints, progress
 from losia_kernels.finetune.run import finetune
 from tests.finetune.tiny_run import options
 
@@ -82,10 +80,12 @@ DOOMS = {
     "weights": lambda: dies_writing(transformers.modeling_utils, "safe_save_file", "checkpoint-6"),
     "optimizer": lambda: dies_writing(torch, "save", "checkpoint-6/optimizer"),
     "old one's removal": lambda: mock.patch.object(
-        transformers.trainer_utils.shutil, "rmtree", dies_removing
+        checkpoints.shutil, "rmtree", dies_removing
     ).start(),
-    "marker": lambda: dies_before(run_folder, "write_json", "checkpoint-6/losia"),
-    "export": lambda: dies_writing(transformers.modeling_utils, "safe_save_file", "model.tmp"),
+    "marker": lambda: dies_before(checkpoints, "write_sealed", "checkpoint-6/losia"),
+    "export": lambda: dies_writing(
+        transformers.modeling_utils, "safe_save_file", "model.losia-unfinished"
+    ),
 }
 
 if __name__ == "__main__":
