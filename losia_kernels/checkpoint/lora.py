@@ -77,7 +77,7 @@ def export_lora(
     with new_folder(output) as beside:
         old, new = ModelFolder(base), ModelFolder(trained)
         names, _ = check_pair(old, new)
-        layouts = _linear_layouts(old.path)
+        layouts = _linear_layouts(old.path, len(old.specs))
         tensors, errors = _factor_all(old, new, track(names, "comparing"), layouts, rank)
         specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         write_tensors(beside / WEIGHTS, specs, tensors.__getitem__, {"format": "pt"})
@@ -190,18 +190,25 @@ def describe_lora(folder: str | Path) -> str:
     return "\n".join(lines)
 
 
-def _linear_layouts(folder: Path) -> dict[str, str]:
+def _linear_layouts(folder: Path, tensors: int) -> dict[str, str]:
     """Names of the model's linears, each with the order of its weight's dimensions: "out_in", or
     "in_out" (Conv1D).
 
-    From a model without memory. One that shares its weight with an embedding is none: LoRA would
+    From a model without memory, which has as many ``tensors``. One that shares its weight with an embedding is none: LoRA would
     change only one.
     """
     import transformers
     from transformers.pytorch_utils import Conv1D
 
     read_json(folder / "config.json", {"architectures": [str]})
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder}: {str(error).strip().splitlines()[0]}") from None
+    if getattr(config, "num_hidden_layers", 0) > tensors:
+        raise ValueError(
+            f"{folder}: {config.num_hidden_layers} layers in config.json, and {tensors} tensors"
+        )
     model_class = getattr(transformers, (config.architectures or ["none"])[0], None)
     known = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
     if model_class is None or not known:

@@ -78,16 +78,17 @@ def read_metadata(folder: Path) -> metadata.Metadata:
     as the files are.
     """
     path = folder / METADATA
+    check_no_link(path, folder)
     try:
-        check_no_link(path, folder)
         found = _Unpickler(io.BytesIO(path.read_bytes())).load()
-        _check(found, folder)
-    except FileNotFoundError as error:
-        raise ValueError(f"{error.filename} is missing") from None
-    except ValueError:
-        raise
-    except Exception as error:  # whatever a damaged pickle or its contents make of Python's objects
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except Exception as error:  # whatever a damaged pickle makes of Python's objects
         raise ValueError(f"{path} is damaged, or no checkpoint's: {error!r:.200}") from None
+    try:
+        _check(found, folder)
+    except (KeyError, TypeError, AttributeError, OSError, OverflowError) as error:
+        raise ValueError(f"{path} does not fit the files beside it: {error!r:.200}") from None
     return found
 
 
