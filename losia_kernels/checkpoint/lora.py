@@ -194,8 +194,8 @@ def _linear_layouts(folder: Path, tensors: int) -> dict[str, str]:
     """Names of the model's linears, each with the order of its weight's dimensions: "out_in", or
     "in_out" (Conv1D).
 
-    From a model without memory, which has as many ``tensors``. One that shares its weight with an embedding is none: LoRA would
-    change only one.
+    From a model without memory, which has so many ``tensors``. One that shares its weight with an
+    embedding is none: LoRA would change only one.
     """
     import transformers
     from transformers.pytorch_utils import Conv1D

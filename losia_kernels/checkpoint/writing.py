@@ -19,6 +19,14 @@ UNFINISHED = ".losia-unfinished"  # what the name of a folder ends with that is 
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.EBADF, errno.ENOSYS)
 
 
+class PlaceError(ValueError):
+    """A place that cannot be written to: ``path``, and ``reason`` why."""
+
+    def __init__(self, path: Path, reason: str | None):
+        super().__init__(f"cannot write {path}: {reason}")
+        self.path, self.reason = path, reason
+
+
 def write_json(path: Path, values: dict) -> None:
     """``values`` as JSON at ``path``: the old file or the new one, never a part."""
     write_text(path, json.dumps(values, indent=2) + "\n")
@@ -67,7 +75,7 @@ def check_absent(folder: str | Path) -> None:
 @contextmanager
 def made(folder: Path) -> Iterator[None]:
     """``folder`` exists inside. If something fails, what had to be made for that is gone, as far as
-    it is empty. Raises ValueError if it cannot be made or written to."""
+    it is empty. Raises PlaceError if it cannot be made or written to."""
     absent = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +83,7 @@ def made(folder: Path) -> Iterator[None]:
             raise PermissionError(errno.EACCES, "no permission to write there")
     except OSError as error:
         _remove_empty(absent)
-        raise ValueError(f"cannot write {folder}: {error.strerror}") from None
+        raise PlaceError(folder, error.strerror) from None
     try:
         yield
     except BaseException:

@@ -34,7 +34,7 @@ from ..checkpoint.checksums import (
     read_sealed,
     write_sealed,
 )
-from ..checkpoint.writing import new_folder
+from ..checkpoint.writing import PlaceError, new_folder
 from ..integrations.history import read_log
 from .checkpoints import Checkpoints, find_checkpoints
 from .options import FinetuneOptions, InputError
@@ -208,6 +208,8 @@ def _check_model(folder: Path) -> None:
 
 def write_failure(error: BaseException) -> str | None:
     """What kept a file from being written, if that is what ``error`` says; None of another error."""
+    if isinstance(error, PlaceError):
+        return error.reason
     if isinstance(error, OSError):
         return error.strerror if error.errno in WRITE_ERRORS else None
     text = str(error)

@@ -77,7 +77,7 @@ def plot_run(
 def _history(run: Path) -> SubnetHistory:
     try:
         return SubnetHistory.read(run / "subnets.jsonl")
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         raise InputError(str(error)) from None
 
 

@@ -8,6 +8,7 @@ of the layer's neurons, in base64.
 import base64
 import json
 import math
+import shutil
 import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,23 +25,36 @@ from ..training.timeline import Timeline
 def read_log(path: Path) -> list[dict]:
     """The entries of a log file. A last line cut off by a crash is left out, others that cannot be
     read with a warning."""
+    entries, damaged = _read_lines(path)
+    if damaged:
+        warnings.warn(f"{path}: line {damaged[0]} cannot be read, left out", stacklevel=2)
+    return entries
+
+
+def _read_lines(path: Path) -> tuple[list[dict], list[int]]:
+    """The entries of a log file, and the numbers of lines that are none."""
     lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
-    entries = []
+    entries, damaged = [], []
     for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
             if not isinstance(entry, dict) or type(entry.get("step")) is not int:
-                raise ValueError("it has no step")
+                raise ValueError("no entry")
             entries.append(entry)
         except (ValueError, RecursionError):
-            if line and number < len(lines):
-                warnings.warn(f"{path}:{number}: not readable, left out", stacklevel=2)
-    return entries
+            cut_off = number == len(lines) and line[:1] in (b"", b"{")
+            if not cut_off:
+                damaged.append(number)
+    return entries, damaged
 
 
 def rewind_log(path: Path, step: int) -> None:
-    """Drop the entries after ``step``: a run resumed from there writes them anew."""
-    kept = [entry for entry in read_log(path) if entry["step"] <= step]
+    """Drop the entries after ``step``: a run resumed from there writes them anew. A file with lines
+    that cannot be read is kept under another name."""
+    entries, damaged = _read_lines(path)
+    if damaged:
+        shutil.copyfile(path, path.with_name(f"damaged-{path.name}"))
+    kept = [entry for entry in entries if entry["step"] <= step]
     write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
 
@@ -144,7 +158,7 @@ class SubnetHistory:
         if not path.exists():
             raise FileNotFoundError(f"no {path}: it was not recorded where the run's subnets were")
         try:
-            head, *entries = read_log(path)
+            head, *entries = read_log(path) or [{}]
             places = [Place.from_json(entry) for entry in entries]
             return cls(head["groups"], head["config"], places)
         except (ValueError, TypeError, KeyError) as error:

@@ -298,9 +298,7 @@ def test_bytes_among_the_tensors(saved, tmp_path):
     torch.save(Payload(tmp_path / "ran"), content)
     (folder / "evil.distcp").write_bytes(content.getvalue())
     found.state_dict_metadata[key] = metadata.BytesStorageMetadata()
-    found.storage_data[index] = filesystem._StorageInfo(
-        "evil.distcp", 0, len(content.getvalue())
-    )
+    found.storage_data[index] = filesystem._StorageInfo("evil.distcp", 0, len(content.getvalue()))
     write_metadata(folder, found)
     remark(folder)
     with pytest.raises(ValueError, match="is no tensor"):

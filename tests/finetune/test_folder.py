@@ -1,10 +1,7 @@
 """The folder of a run: processes that are killed in the middle of writing leave what was there
 before whole, a run goes on from it, and nothing else."""
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,35 +17,9 @@ from losia_kernels.finetune.options import InputError
 from losia_kernels.finetune.run import finetune
 from tests.checkpoint.trained_pairs import assert_same_model
 from tests.finetune.doomed_process import DOOMS
+from tests.finetune.killed_runs import KILLED, Killed, Runs
 from tests.finetune.tiny_run import options
 from tests.integrations.tiny_llama import make_model, make_tokenizer
-
-HERE = Path(__file__).parent
-KILLED = -9
-
-
-class Runs:
-    """The runs of ``doomed_process.py``: each in a process of its own, whose exit status ``run``
-    returns."""
-
-    def __init__(self):
-        self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "doomed_process.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"},
-        )
-
-    def run(self, *arguments) -> int:
-        arguments = [str(each) if isinstance(each, Path) else each for each in arguments]
-        self._process.stdin.write(json.dumps(arguments) + "\n")
-        self._process.stdin.flush()
-        return int(self._process.stdout.readline())
-
-    def close(self) -> None:
-        self._process.kill()  # at rest, it has nothing to lose
-        self._process.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -155,3 +126,10 @@ def test_a_model_is_written_whole_or_not_at_all(tmp_path):
     assert not (tmp_path / "model").exists()
     save_model(make_model(), make_tokenizer(), tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_runs_killed_at_random_end_in_the_same_bits(runs, tmp_path, model_folder):
+    """A handful; ``python -m tests.finetune.killed_runs 200`` has more."""
+    killed = Killed(runs, tmp_path, model_folder)
+    for number in range(4):
+        killed.check(number, seed=1)
