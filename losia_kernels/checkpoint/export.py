@@ -65,7 +65,11 @@ def describe_checkpoint(checkpoint: str | Path) -> str:
     """
     checkpoint = Path(checkpoint)
     specs = ModelFolder(checkpoint).specs
-    shapes = _subnet_shapes(checkpoint, specs)
+    damage = _damage(checkpoint)
+    try:
+        shapes = _subnet_shapes(checkpoint, specs)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint}: {damage or error}") from None
     if not shapes:
         dtypes = ", ".join(
             sorted({str(dtype).removeprefix("torch.") for dtype, _ in specs.values()})
@@ -74,7 +78,7 @@ def describe_checkpoint(checkpoint: str | Path) -> str:
     lines: list[str] = []
     if (checkpoint / MARKER).exists():
         run = read_sealed(checkpoint / MARKER, SHAPE)
-        config, damage = run["config"], _damage(checkpoint)
+        config = run["config"]
         lines += [f"damaged         {damage}"] if damage else []
         lines += [
             f"step            {run['step']}",
@@ -123,5 +127,7 @@ def _subnet_shapes(
             shapes[layer] = specs[f"{layer}.weight"][1], subnet
         else:  # tied to the embedding, under whose name it is saved; the subnet takes all inputs
             vocabulary = read_json(checkpoint / "config.json", {"vocab_size": int})["vocab_size"]
-            shapes[layer] = (vocabulary, subnet[1]), subnet
+            shapes[layer] = (vocabulary, *subnet[1:]), subnet
+        if {len(shape) for shape in shapes[layer]} != {2}:
+            raise ValueError(f"{layer} and its subnet are no matrices")
     return shapes

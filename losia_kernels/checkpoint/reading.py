@@ -102,10 +102,16 @@ def read_json(path: Path, shape: Any) -> Any:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from None
+    check_shape(values, shape, path)
+    return values
+
+
+def check_shape(values: Any, shape: Any, where: str | Path) -> None:
+    """Raises ValueError unless ``values``, of the file ``where``, are of that shape, as in
+    ``read_json``."""
     misfit = _misfit(values, shape, "")
     if misfit:
-        raise ValueError(f"{path} is JSON of another shape: {misfit}")
-    return values
+        raise ValueError(f"{where} is JSON of another shape: {misfit}")
 
 
 def _misfit(value: Any, shape: Any, at: str) -> str | None:

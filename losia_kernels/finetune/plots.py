@@ -36,6 +36,7 @@ from .spectra import gradient_sums, singular_vector_similarity
 BINS = 192  # of neighbouring neurons, across a panel
 # What must be there for a picture; for the others subnets.jsonl.
 SOURCES = {"loss": "log.jsonl", "gradients": "run.json", "singular_vectors": "run.json"}
+COLUMNS = 4000  # of steps, across a panel, however many a file says there were
 SLICES = 8  # of the run's time, within a layer's band
 GRADIENT_BATCHES = 4
 
@@ -124,10 +125,11 @@ def draw_timeline(history: SubnetHistory, last: int, picture: Path) -> None:
         config["warmup_steps"],
         config["rewarm"],
     )
-    observing, factor = np.zeros((2, len(groups), last))
-    for step in range(last):
-        observing[list(schedule.observing(step)), step] = 1
-        factor[:, step] = [schedule.lr_factor(group, step) for group in range(len(groups))]
+    shown_steps = np.linspace(0, last, min(last, COLUMNS), endpoint=False).astype(int)
+    observing, factor = np.zeros((2, len(groups), len(shown_steps)))
+    for column, step in enumerate(shown_steps.tolist()):
+        observing[list(schedule.observing(step)), column] = 1
+        factor[:, column] = [schedule.lr_factor(group, step) for group in range(len(groups))]
     shown = {"overlap": "share of the subnet kept"}
     if _by_move(history, "captured"):  # sums of rows and columns do not tell
         shown["captured"] = "share of the score captured"

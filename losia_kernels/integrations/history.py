@@ -10,16 +10,31 @@ import json
 import math
 import shutil
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
+from ..checkpoint.reading import check_shape
 from ..checkpoint.writing import write_text
 from ..layers.module import SubnetModule
 from ..layers.subnet import Subnet
 from ..training.timeline import Timeline
+
+_SHARE = (float, int, type(None))
+PLACE = {"step": int, "layer": str, "group": str, "features": [int], "out_idx": str, "in_idx": str}
+PLACE |= {"overlap": _SHARE, "captured": _SHARE}
+HEAD = {
+    "groups": [str],
+    "config": {
+        "period": int,
+        "update_type": str,
+        "warmup_steps": int,
+        "rewarm": bool,
+        "rank_factor": (float, int),
+    },
+}
 
 
 def read_log(path: Path) -> list[dict]:
@@ -121,9 +136,10 @@ class Place:
     @classmethod
     def from_json(cls, entry: dict) -> "Place":
         """What ``to_json`` wrote. Raises ValueError for anything else."""
+        check_shape(entry, PLACE, "a place")
+        if entry.keys() != PLACE.keys() or entry["step"] < 0 or len(entry["features"]) != 2:
+            raise ValueError(f"a place is of another shape: {entry!r:.80}")
         out_features, in_features = entry["features"]
-        if set(entry) != {field.name for field in fields(cls)} or entry["step"] < 0:
-            raise ValueError("no place of a subnet")
         return cls(
             **{
                 **entry,
@@ -157,14 +173,18 @@ class SubnetHistory:
         """Raises FileNotFoundError if there is no history, ValueError if it is none."""
         if not path.exists():
             raise FileNotFoundError(f"no {path}: it was not recorded where the run's subnets were")
+        head, *entries = read_log(path) or [{}]
         try:
-            head, *entries = read_log(path) or [{}]
+            check_shape(head, HEAD, "its head")
             places = [Place.from_json(entry) for entry in entries]
-            return cls(head["groups"], head["config"], places)
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"{path} is damaged, or no record of subnets: {error!r:.120}"
-            ) from None
+            begun: set[str] = set()
+            for place in places:
+                if place.group not in head["groups"] or (place.step and place.layer not in begun):
+                    raise ValueError(f"{place.layer} has no first place, or an unknown group")
+                begun.add(place.layer)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged, or no record of subnets: {error}") from None
+        return cls(head["groups"], head["config"], places)
 
     def of_layers(self) -> dict[str, list[Place]]:
         """Each layer's places, in order of time; layers in model order."""

@@ -1,5 +1,7 @@
 """The pictures made from what a run records of its subnets."""
 
+import json
+import resource
 import shutil
 from dataclasses import replace
 
@@ -102,3 +104,36 @@ def test_the_share_of_the_run_in_which_a_neuron_is_trained(run):
                 trained.sum() == pytest.approx(len(plots._idx(places[0], side)))
                 and trained.max() <= 1 + 1e-9
             )
+
+
+LIES = {
+    "features": {"features": [10**10, 10**10]},
+    "negative features": {"features": [-8, 32]},
+    "one feature": {"features": [32]},
+    "no bits": {"out_idx": ""},
+    "group": {"group": "x"},
+    "types": {"step": "1"},
+    "late": {"step": 3, "layer": "new"},
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_records_that_lie_about_their_size_are_refused(run, tmp_path, capsys, lie):
+    """What a picture is made in is as large as the file says: 74 GiB, once."""
+    lines = (run / "subnets.jsonl").read_text().splitlines()
+    lines[1] = json.dumps({**json.loads(lines[1]), **LIES[lie]})
+    (tmp_path / "subnets.jsonl").write_text("\n".join(lines) + "\n")
+    for picture in ("timeline", "subnets", "frequency"):
+        assert cli.main(["plot", str(tmp_path), "--only", picture]) == 2
+        assert "subnets.jsonl is damaged" in capsys.readouterr().err
+
+
+def test_a_run_of_very_many_steps_is_drawn_in_as_many_columns_as_can_be_seen(run, tmp_path):
+    shutil.copy(run / "subnets.jsonl", tmp_path)
+    (tmp_path / "log.jsonl").write_text('{"step": 10000000000, "loss": 1.0}\n')
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (24 * 2**30, before[1]))
+    try:
+        assert cli.main(["plot", str(tmp_path), "--only", "timeline", "subnets", "frequency"]) == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
