@@ -20,7 +20,6 @@ from ..layers.subnet import subnet_size
 from ..training.adam_state import MOMENTS
 from ..training.importance import OBSERVERS
 
-# What a config must have as whole numbers.
 SIZES = "hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size".split()
 MODEL_TYPES = ("llama", "mistral", "qwen2", "gemma")
 GIB = 2**30

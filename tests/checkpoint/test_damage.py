@@ -335,3 +335,13 @@ def test_everything_is_on_the_disk_before_a_name_is_given(tmp_path, monkeypatch)
         writing.write_json(folder / "x.json", {})
     parent = os.stat(tmp_path).st_ino
     assert parent in synced
+
+
+def test_ctrl_c_leaves_nothing(pair, tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(delta, "write_sealed", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        delta.make_delta(pair.base, pair.trained, tmp_path / "deep" / "out")
+    assert not list(tmp_path.iterdir())

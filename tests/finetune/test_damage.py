@@ -50,6 +50,13 @@ def run(whole, tmp_path):
     return tmp_path / "run"
 
 
+def remark(checkpoint: Path) -> None:
+    """A marker whose checksums fit what is there now."""
+    files = [name for name in all_files(checkpoint) if name != MARKER]
+    record = {**read_sealed(checkpoint / MARKER, {}), "files": checksums(checkpoint, files)}
+    write_sealed(checkpoint / MARKER, record)
+
+
 def files_of(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in all_files(folder)}
 
@@ -105,9 +112,7 @@ def test_what_fits_its_checksums_and_does_not_load_stops_the_run(run, tmp_path, 
     weights = load_file(checkpoint / "model.safetensors")
     weights["model.norm.weight"] = torch.ones(7)
     save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
-    record = read_sealed(checkpoint / MARKER, {})
-    record["files"] = checksums(checkpoint, record["files"])
-    write_sealed(checkpoint / MARKER, record)
+    remark(checkpoint)
     (run / "checkpoints" / "checkpoint-2").mkdir()  # a removal that was interrupted
     before = files_of(run / "checkpoints")
     with pytest.raises(
@@ -338,3 +343,31 @@ def test_links_in_a_run_are_not_written_through(run, tmp_path, model_folder):
             finetune(run_options(tmp_path, model_folder, resume=True))
         (run / name).unlink()
     assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_shards_that_would_run_code_are_no_checkpoint(run, tmp_path, model_folder):
+    """With checksums that fit; torch's reader would unpickle them."""
+    checkpoint = run / "checkpoints" / "checkpoint-6"
+    (checkpoint / "optimizer_0").mkdir()
+    payload = b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR."
+    (checkpoint / "optimizer_0" / ".metadata").write_bytes(payload)
+    remark(checkpoint)
+    found = find_checkpoints(run / "checkpoints")
+    assert found.last.name == "checkpoint-4"
+    assert ".metadata is damaged, or no checkpoint's" in found.damaged[checkpoint]
+    finetune(run_options(tmp_path, model_folder, resume=True))
+    assert not (tmp_path / "ran").exists()
+
+
+# Ctrl-C --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moment", ["load_model", "load_data", "convert_model"])
+def test_ctrl_c_before_the_first_step_leaves_nothing(tmp_path, model_folder, monkeypatch, moment):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune_run, moment, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(run_options(tmp_path, model_folder, output=str(tmp_path / "deep" / "run")))
+    assert not (tmp_path / "deep").exists()
