@@ -41,16 +41,16 @@ def export_checkpoint(checkpoint: str | Path, output: str | Path, track: Track =
     Raises:
         ValueError: if ``checkpoint`` is no model folder or holds no subnets, or ``output`` exists.
     """
-    folder = ModelFolder(checkpoint)
-    damage = _damage(folder.path)
-    if damage:
-        raise ValueError(f"{checkpoint}: {damage}")
-    layers = _subnet_layers(folder.specs)
-    if not layers:
-        raise ValueError(f"{checkpoint} holds no LoSiA subnets: it is a plain model")
-    extra = {f"{layer}.{key}" for layer in layers for key in SUBNET_KEYS}
-    specs = {name: spec for name, spec in folder.specs.items() if name not in extra}
     with new_folder(output) as beside:
+        folder = ModelFolder(checkpoint)
+        damage = _damage(folder.path)
+        if damage:
+            raise ValueError(f"{checkpoint}: {damage}")
+        layers = _subnet_layers(folder.specs)
+        if not layers:
+            raise ValueError(f"{checkpoint} holds no LoSiA subnets: it is a plain model")
+        extra = {f"{layer}.{key}" for layer in layers for key in SUBNET_KEYS}
+        specs = {name: spec for name, spec in folder.specs.items() if name not in extra}
         write_model(beside, folder, specs, folder.get, track)
         for file in folder.side_files():
             if file not in OF_THE_RUN:

@@ -77,17 +77,23 @@ def made(folder: Path) -> Iterator[None]:
     """``folder`` exists inside. If something fails, what had to be made for that is gone, as far as
     it is empty. Raises PlaceError if it cannot be made or written to."""
     absent = [each for each in (folder, *folder.parents) if not each.exists()]
+    ours: list[Path] = []  # another process may make one of them at the same time
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        for each in reversed(absent):
+            with suppress(FileExistsError):
+                each.mkdir()
+                ours.insert(0, each)
+        if not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "it is no folder")
         if not os.access(folder, os.W_OK | os.X_OK) or os.statvfs(folder).f_flag & os.ST_RDONLY:
             raise PermissionError(errno.EACCES, "no permission to write there")
     except OSError as error:
-        _remove_empty(absent)
+        _remove_empty(ours)
         raise PlaceError(folder, error.strerror) from None
     try:
         yield
     except BaseException:
-        _remove_empty(absent)
+        _remove_empty(ours)
         raise
 
 

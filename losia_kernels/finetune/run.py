@@ -163,7 +163,7 @@ def _open(
         try:
             if folder.is_dir() or not (options.resume or os.path.lexists(folder)):
                 held.enter_context(made(folder))
-                held.enter_context(locked(folder))
+                held.enter_context(locked(folder.resolve()))
             outcome[0] = open_run(options, processes.num_processes)
         except ValueError as error:
             outcome[0] = InputError(str(error))

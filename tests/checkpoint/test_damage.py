@@ -282,6 +282,22 @@ def test_two_processes_on_one_output(pair, tmp_path):
     assert not writing.beside_of(tmp_path / "out").exists()
 
 
+def test_who_is_refused_takes_nothing_away(tmp_path, monkeypatch):
+    """Two processes that see the folder absent: the one that comes second leaves it to the first."""
+    beside = writing.beside_of(tmp_path / "out")
+    exists = Path.exists
+    with writing.new_folder(tmp_path / "out") as folder:
+        monkeypatch.setattr(Path, "exists", lambda path: path != beside and exists(path))
+        with (
+            pytest.raises(ValueError, match="another process"),
+            writing.new_folder(folder.parent / "out"),
+        ):
+            pass
+        monkeypatch.undo()
+        (folder / "new").write_text("")
+    assert (tmp_path / "out" / "new").exists()
+
+
 def test_what_an_unfinished_folder_holds_is_gone(tmp_path):
     beside = writing.beside_of(tmp_path / "out")
     (beside / "deep").mkdir(parents=True)

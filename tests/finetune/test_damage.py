@@ -192,6 +192,13 @@ def test_a_new_output_is_held_before_anything_is_in_it(tmp_path, model_folder):
     assert not any((tmp_path / "run").iterdir())
 
 
+def test_an_output_that_is_a_link_to_a_folder(tmp_path, model_folder):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    finetune(run_options(tmp_path, model_folder, steps=2))
+    assert (tmp_path / "disk" / "model").exists()
+
+
 # what decides the bits -----------------------------------------------------------------------------
 
 
