@@ -1,8 +1,8 @@
 """New files and folders: there whole, or not there, whenever the process or the machine dies.
 
-A folder is prepared beside its place under a name that says so, ``NAME.losia-unfinished``, held by
-a lock, and takes its name in one rename, after all of it has reached the disk. Such a name alone
-makes a folder ours: there is no moment in which it is not.
+A folder is prepared beside its place under a name that says so, ``.NAME.losia-unfinished``, held
+by a lock, and takes its name in one rename, after all of it has reached the disk. Such a name alone
+makes a folder ours: there is no moment in which it is not. Who looks for ``NAME*`` does not find it.
 """
 
 import errno
@@ -159,7 +159,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
 
 def beside_of(folder: Path) -> Path:
     """Where ``folder`` is prepared."""
-    return folder.with_name(folder.name + UNFINISHED)
+    return folder.with_name(f".{folder.name}{UNFINISHED}")
 
 
 def _empty(folder: Path) -> None:

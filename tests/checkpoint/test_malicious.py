@@ -15,7 +15,7 @@ from losia_kernels.checkpoint import delta
 from losia_kernels.checkpoint.checksums import all_files, checksums, read_sealed, write_sealed
 from losia_kernels.checkpoint.folder import INDEX, WEIGHTS
 from losia_kernels.checkpoint.reading import check_file_name
-from losia_kernels.checkpoint.writing import UNFINISHED
+from losia_kernels.checkpoint.writing import beside_of
 from tests.checkpoint.trained_pairs import assert_same_model, make_pair
 from tests.integrations.tiny_llama import make_model
 
@@ -144,7 +144,7 @@ def test_the_hubs_own_links_are_followed(pair, outside, tmp_path, refused):
     refused("delta", "make", snapshot, pair.trained, tmp_path / "out", problem="NOTES is a link")
 
 
-@pytest.mark.parametrize("at", ["out" + UNFINISHED, "out"])
+@pytest.mark.parametrize("at", [beside_of(Path("out")).name, "out"])
 def test_a_link_where_the_output_goes_is_not_written_through(pair, tmp_path, refused, at):
     victim = tmp_path / "victim"
     victim.mkdir()
