@@ -31,7 +31,7 @@ class Payload:
 
 def pickles(ran: Path) -> dict[str, bytes]:
     """Ways to say "run this" that a pickle has."""
-    path = str(ran).encode()
+    path, module = str(ran).encode(), metadata.__name__.encode()
     return {
         "reduce": pickle.dumps(Payload(ran)),
         "inside": pickle.dumps(metadata.Metadata({}, Payload(ran), {})),
@@ -43,8 +43,9 @@ def pickles(ran: Path) -> dict[str, bytes]:
         "torch.load": b"\x80\x04\x8c\x05torch\x8c\x04load\x93\x8c\x01x\x85R.",
         "getattr": b"\x80\x04\x8c\x05torch\x8c\x0fos.system\x93.",
         # the class of all later ones would be another
-        "class": b"\x80\x04\x8c'torch.distributed.checkpoint.metadata\x8c\x08Metadata\x93"
-        b"N}\x8c\x08__init__K\x01s\x86b.",
+        "class": b"\x80\x04"
+        + b"".join(b"\x8c" + bytes([len(name)]) + name for name in (module, b"Metadata"))
+        + b"\x93N}\x8c\x08__init__K\x01s\x86b.",
         "persistent": b"\x80\x04\x8c\x01xQ.",
         "long": b"\x80\x04\x96\xff\xff\xff\xff\xff\x00\x00\x00.",  # 1 TiB of bytearray
         "not one": b"\0" * 100,
