@@ -63,6 +63,7 @@ class CheckpointCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         # the Trainer would remove an old checkpoint before the new one is whole, in any order
         self.limit, args.save_total_limit = args.save_total_limit or self.limit, None
+        self.folder, self.best = Path(args.output_dir), state.best_model_checkpoint
 
     def on_step_begin(self, args, state, control, **kwargs):
         if not self.loaded:
@@ -73,6 +74,7 @@ class CheckpointCallback(TrainerCallback):
         self.loaded = True
         if first:
             self.found.settle()
+            self._remove_old()  # a kill may have come before the last removal
 
     def on_save(self, args, state, control, model=None, optimizer=None, **kwargs):
         PartialState().wait_for_everyone()  # every process has written its part
@@ -95,12 +97,13 @@ class CheckpointCallback(TrainerCallback):
             "files": checksums(folder, all_files(folder)),
         }
         write_sealed(folder / MARKER, values)
-        self._remove_old(Path(args.output_dir), state.best_model_checkpoint)
+        self.best = state.best_model_checkpoint
+        self._remove_old()
 
-    def _remove_old(self, folder: Path, best: str | None) -> None:
-        by_age = sorted(list_checkpoints(folder), key=_step)
+    def _remove_old(self) -> None:
+        by_age = sorted(list_checkpoints(self.folder), key=_step)
         for path in by_age[: -self.limit] if self.limit else []:
-            if best is None or path != Path(best):
+            if self.best is None or path != Path(self.best):
                 remove_checkpoint(path)
 
 

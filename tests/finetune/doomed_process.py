@@ -145,6 +145,9 @@ DOOMS = {
     "old one's removal": lambda: mock.patch.object(
         checkpoints.shutil, "rmtree", dies_removing
     ).start(),
+    "before the old one's removal": lambda: dies_before(
+        checkpoints, "remove_checkpoint", "checkpoint-2"
+    ),
     "marker": lambda: dies_before(checkpoints, "write_sealed", "checkpoint-6/losia"),
     "export": lambda: dies_writing(
         transformers.modeling_utils, "safe_save_file", "model.losia-unfinished"

@@ -47,7 +47,7 @@ def test_a_killed_run_keeps_its_last_checkpoint_and_goes_on_from_it(
 ):
     assert runs.run(tmp_path, model_folder, moment) == KILLED
     run = tmp_path / "run"
-    last = "checkpoint-6" if moment in ("export", "old one's removal") else "checkpoint-4"
+    last = "checkpoint-6" if moment == "export" or "removal" in moment else "checkpoint-4"
     # the Trainer would take the torn one
     assert get_last_checkpoint(run / "checkpoints").endswith("checkpoint-6")
     assert not (run / "model").exists()
