@@ -239,10 +239,13 @@ class FinetuneOptions:
             raise InputError(f"lr must be positive, got {self.lr}")
         if not 0 <= self.warmup_ratio < 1:
             raise InputError(f"warmup_ratio must be in [0, 1), got {self.warmup_ratio}")
-        if self.steps is None and not self.epochs > 0:
+        if self.steps is None and not 0 < self.epochs < math.inf:
             raise InputError(f"epochs must be positive, got {self.epochs}")
-        if not self.weight_decay >= 0:
-            raise InputError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        for name in ("weight_decay", "max_grad_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed must be in [0, 2**32), got {self.seed}")
         if self.in_backward and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise InputError(
                 "in_backward would update before the gradients of several processes are averaged"

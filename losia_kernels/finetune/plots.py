@@ -81,10 +81,8 @@ def plot_run(
 def _history(run: Path) -> SubnetHistory:
     try:
         history = SubnetHistory.read(run / "subnets.jsonl")
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         raise InputError(str(error)) from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{run / 'subnets.jsonl'} is damaged: {error}") from None
     if not history.places:
         raise InputError(
             f"{run / 'subnets.jsonl'} holds no subnet: was the run interrupted at once?"

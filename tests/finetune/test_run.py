@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from losia_kernels.finetune.folder import last_checkpoint
+from losia_kernels.finetune.checkpoints import last_checkpoint
 from losia_kernels.finetune.run import finetune
 from losia_kernels.integrations.history import read_log
 from tests.finetune.tiny_run import STEPS, loss_on, options
