@@ -82,7 +82,7 @@ def test_bad_arguments(run, arguments, problem):
     ("options", "problem"),
     [
         (["--rank-factor", "2"], "rank_factor must be a number in (0, 1], got 2.0"),
-        (["--rank-factor", "0.01"], "0.01"),
+        (["--rank-factor", "0.01"], "rank_factor 0.01 is too small"),
         (["--output-dim-factor", "1.5"], "output_dim_factor must be a number in [0, 1]"),
         (["--period", "0"], "period must be a whole number of steps, at least 1, or 'auto', got 0"),
         (["--steps", "0"], "steps must be at least 1"),
@@ -250,7 +250,7 @@ def test_help_says_defaults_and_units_and_needs_no_transformers():
     assert result.returncode == 0, result.stderr
     for text in (
         "--rank-factor P",
-        "(default: 0.125)",
+        "(default: 0.15)",
         "--period STEPS",
         "--max-length TOKENS",
         "(default: 2048)",

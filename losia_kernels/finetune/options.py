@@ -7,6 +7,7 @@ Free of heavy imports, so that the command line can ask for help at once.
 import argparse
 import math
 import os
+import warnings
 from dataclasses import MISSING, dataclass, field
 from fractions import Fraction
 from typing import Any, Literal
@@ -101,10 +102,17 @@ class FinetuneOptions:
 
     rank_factor: float = option(
         "LoSiA",
-        "share of a layer's outputs and of its inputs that is trained, such as 1/8",
-        1 / 8,
+        "p: p^2 of a layer's weights are trained, such as 1/8",
+        LoSiAConfig.rank_factor,
         type=parse_fraction,
         metavar="P",
+    )
+    shape: str = option(
+        "LoSiA",
+        "which p^2: half of the side that is the residual stream and as much of the other, or p of both sides as in "
+        "the paper",
+        LoSiAConfig.shape,
+        choices=("wide", "square"),
     )
     output_dim_factor: float = option(
         "LoSiA",
@@ -121,18 +129,24 @@ class FinetuneOptions:
         type=parse_period,
         metavar="STEPS",
     )
+    moves: str = option(
+        "LoSiA",
+        "where subnets move: to new places at random, to where the importance is largest as in the paper, nowhere",
+        LoSiAConfig.moves,
+        choices=("random", "importance", "none"),
+    )
     importance: str = option(
         "LoSiA",
-        "what subnets are chosen by; sensitivity_bfloat16 keeps it in half the memory, marginal needs none of the "
+        "what subnets move by with --moves importance; sensitivity_bfloat16 keeps it in half the memory, marginal needs none of the "
         "weights' size",
         "sensitivity",
         choices=IMPORTANCES,
     )
     init_subnet: str = option(
         "LoSiA",
-        "place the first subnets by the first 4 batches, or at random as in the paper",
-        "calibrated",
-        choices=("calibrated", "random"),
+        "place the first subnets at random as in the paper, or by the first 4 batches",
+        LoSiAConfig.init_subnet,
+        choices=("random", "calibrated"),
     )
     alignment: int = option(
         "LoSiA",
@@ -161,9 +175,9 @@ class FinetuneOptions:
 
     lr: float = option(
         "training",
-        "peak learning rate (the paper: 5e-5 to 2e-4 for bfloat16 models of 2B to 13B; for a float32 model of 135M "
-        "3e-4 to 5e-4 was best: search)",
-        2e-4,
+        "peak learning rate, of full fine-tuning: each subnet's is that divided by the share it trains (for --moves "
+        "importance or --init-subnet calibrated: the subnets' own)",
+        5e-5,
     )
     lr_scheduler: str = option(
         "training",
@@ -254,6 +268,11 @@ class FinetuneOptions:
             raise InputError(
                 "in_backward keeps no gradients: it needs gradient_accumulation 1 and max_grad_norm 0"
             )
+        if self.importance != LoSiAConfig.importance and self.moves != "importance":
+            warnings.warn(
+                f"importance {self.importance} cannot act: subnets move by it with moves importance alone",
+                stacklevel=2,
+            )
         if self.packing and self.group_by_length:
             raise InputError(
                 "packing and group_by_length exclude each other: packed rows have one length"
@@ -282,9 +301,11 @@ class FinetuneOptions:
         try:
             return LoSiAConfig(
                 rank_factor=self.rank_factor,
+                shape=self.shape,
                 output_dim_factor=self.output_dim_factor,
                 period=self.period,
                 warmup_steps=self.warmup_steps(total_steps),
+                moves=self.moves,
                 importance=self.importance,
                 init_subnet=self.init_subnet,
                 alignment=self.alignment,

@@ -103,8 +103,8 @@ class ProgressCallback(TrainerCallback):
         left = entry["seconds"] / done * (state.max_steps - state.global_step)
         return (
             f"step {entry['step']}/{state.max_steps}  loss {entry['loss']:.4f}  lr {entry['learning_rate']:.2e}  "
-            f"{entry['tokens_per_second']:,.0f} tokens/s  {entry['memory_gib']:.2f} GiB  left {_clock(left)}  "
-            f"observing {', '.join(entry['observing']) or 'none'}"
+            f"{entry['tokens_per_second']:,.0f} tokens/s  {entry['memory_gib']:.2f} GiB  left {_clock(left)}"
+            + (f"  observing {', '.join(entry['observing'])}" if entry["observing"] else "")
         )
 
     def _write(self, entry: dict) -> None:
@@ -125,7 +125,13 @@ def describe_run(
     total = model.num_parameters() - values
     tokens = sum(len(sample["input_ids"]) for sample in train_data)
     learned = sum(int((sample["labels"] != IGNORE).sum()) for sample in train_data)
-    period = f"period {config.period} steps" + (" (auto)" if options.period == "auto" else "")
+    auto = " (auto)" if options.period == "auto" else ""
+    cycles = f"period {config.period} steps{auto}, {steps / (groups * config.period):.1f} cycles"
+    scales = [timeline.scale_of(layer) for group in timeline.groups for layer in group]
+    rates = [f"{options.lr * scale:.2g}" for scale in (min(scales), max(scales))]
+    of_subnets = (
+        f" ({' to '.join(dict.fromkeys(rates))} of the subnets)" if config.scales_lr else ""
+    )
     many = arguments.world_size > 1
     each = f" on each of {arguments.world_size} processes" if many else ""
     return "\n".join(
@@ -134,9 +140,9 @@ def describe_run(
             f"data   {options.data}: {len(train_data):,} {'packed rows' if options.packing else 'samples'}, "
             f"{tokens:,} tokens, {learned:,} learned",
             f"LoSiA  {len(layers)} layers in {groups} groups, {values:,} trained values "
-            f"({100 * values / total:.2f} %); {period}, {steps / (groups * config.period):.1f} cycles",
+            f"({100 * values / total:.2f} %); {'no moves' if config.moves == 'none' else cycles}",
             f"run    {steps} steps of {options.batch_size} x {options.gradient_accumulation} samples{each}, "
-            f"lr {options.lr:g} {options.lr_scheduler}, {config.warmup_steps} steps of warm-up",
+            f"lr {options.lr:g}{of_subnets} {options.lr_scheduler}, {config.warmup_steps} steps of warm-up",
         ]
     )
 

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from losia_kernels.finetune.data import Collator, load_samples
 from losia_kernels.finetune.options import FinetuneOptions
 from tests.integrations.tiny_llama import make_tokenizer
+from tests.tiny import PAPER
 
 STEPS = 14  # one epoch is 5
 
@@ -23,13 +24,14 @@ def write_data(path: Path, count: int, first: int = 0) -> Path:
 
 
 def options(folder: Path, model: Path, **changes) -> FinetuneOptions:
-    """A run that uses every moving part: accumulation, length groups, output layer, warm-up,
-    evaluation."""
+    """A run that uses every moving part: the paper's method, accumulation, length groups, output
+    layer, warm-up, evaluation."""
     values = dict(
         model=str(model),
         data=str(write_data(folder / "train.jsonl", 38)),
         output=str(folder / "run"),
         eval_data=str(write_data(folder / "eval.jsonl", 6, first=40)),
+        **PAPER,
         rank_factor=1 / 4,
         output_dim_factor=1 / 8,
         period=3,

@@ -19,8 +19,10 @@ ROOT = HERE.parent.parent
 OPTIONS = [
     "--lr",
     "1e-3",
-    "--init-subnet",
-    "random",
+    "--shape",
+    "square",
+    "--moves",
+    "importance",
     "--period",
     "2",
     "--rank-factor",
