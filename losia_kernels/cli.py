@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import NonFiniteScoreError, __version__
-from .finetune.options import PICTURES, FinetuneOptions, InputError
+from .finetune.options import PICTURES, FinetuneOptions, InputError, with_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(
             f"losia-kernels: {command} needs {error.name or error}; in a checkout of losia_kernels: "
-            f"pip install '.[hf]'",
+            f"pip install '.[finetune]'",
             file=sys.stderr,
         )
         return 2
@@ -43,8 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _finetune(**values: Any) -> None:
-    options = FinetuneOptions(**values)
+def _finetune(**given: Any) -> None:
+    given = with_config(given)
+    missing = [name for name in ("model", "data", "output") if name not in given]
+    if missing:
+        flags = ", ".join(f"--{name}" for name in missing)
+        raise InputError(f"finetune needs {flags} (see losia-kernels finetune --help)")
+    options = FinetuneOptions(**given)
     options.check()  # before the imports, which take seconds
     from .finetune.run import finetune
 
@@ -185,7 +190,7 @@ def command_parser() -> argparse.ArgumentParser:
 def _add_finetune(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "finetune",
-        help="fine-tune a causal language model on a JSONL file",
+        help="fine-tune a causal language model",
         formatter_class=_Help,
         description="Fine-tune a causal language model. OUTPUT gets model/ (an ordinary transformers folder), "
         "checkpoints/, log.jsonl, subnets.jsonl and loss_curve.png.",
@@ -199,7 +204,16 @@ def _add_finetune(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_option(container: argparse._ActionsContainer, field: Field) -> None:
-    container.add_argument(f"--{field.name.replace('_', '-')}", **field.metadata["argument"])
+    """What is not given is left out, so that a config file may say it; its default stands in the
+    dataclass and, for the reader, in the help."""
+    argument = dict(field.metadata["argument"])
+    default = argument.pop("default", None)
+    argument["required"] = False
+    if default not in (None, False):
+        argument["help"] += f" (default: {default})"
+    container.add_argument(
+        f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, **argument
+    )
 
 
 def _add_plot(commands: argparse._SubParsersAction) -> None:

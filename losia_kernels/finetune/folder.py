@@ -25,7 +25,7 @@ from ..integrations.transformers import losia_timeline
 from .options import FinetuneOptions, InputError
 
 # Options that do not change the result.
-FREE_ON_RESUME = ("output", "resume", "save_steps", "print_every", "report_to")
+FREE_ON_RESUME = ("output", "resume", "save_steps", "print_every", "report_to", "samples")
 
 
 def open_run(options: FinetuneOptions, processes: int = 1) -> tuple[dict, Path | None]:
@@ -44,7 +44,7 @@ def open_run(options: FinetuneOptions, processes: int = 1) -> tuple[dict, Path |
     record = {name: value for name, value in asdict(options).items() if name not in FREE_ON_RESUME}
     record["batch_size"] *= processes
     for name in ("data", "eval_data"):
-        if record[name] is not None:
+        if record[name] is not None and Path(record[name]).is_file():
             record[f"{name}_sha256"] = _sha256(record[name])
     if not options.resume:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -167,13 +167,18 @@ def is_whole(checkpoint: Path) -> bool:
     return all(file.exists() and file.stat().st_size == sizes[name] for name, file in files.items())
 
 
-def save_model(model, tokenizer, folder: Path, weights: dict | None = None) -> None:
+def save_model(
+    model, tokenizer, folder: Path, weights: dict | None = None, card: str | None = None
+) -> None:
     """An ordinary ``save_pretrained`` folder, written beside and renamed. ``folder`` must not
     exist.
 
     ``weights`` instead of the model's own: those of a model of which this process holds a part.
+    ``card``: what its README.md says.
     """
     with new_folder(folder) as beside:
         model.save_pretrained(beside, state_dict=weights)
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
+        if card is not None:
+            (beside / "README.md").write_text(card, encoding="utf-8")
