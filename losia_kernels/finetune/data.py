@@ -29,7 +29,7 @@ FEATURES = Features(input_ids=List(Value("int32")), labels=List(Value("int32")))
 class Encoder:
     """Makes token ids and labels of rows, whatever their form.
 
-    ``ends``: the tokens that samples end with, and the assistant's turns in them, so far.
+    ``ends``: the tokens that samples end with so far.
     ``columns``: those that nothing has read.
     """
 
@@ -62,19 +62,17 @@ class Encoder:
                 f"{type(self.tokenizer).__name__} does not say which characters a token stands for, which chats need; "
                 f"a fast tokenizer does (tokenizer.json)"
             )
-        text, spans, ended = self.writer.write(chat, row.where)
+        text, parts = self.writer.write(chat, row.where)
         self.writer.note_unread(chat)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = list(encoded["input_ids"]), np.array(encoded["offset_mapping"])
         learned = np.zeros(len(ids), bool)
-        for (start, stop), has_end in zip(spans, ended, strict=True):
-            inside = (offsets[:, 0] < stop) & (offsets[:, 1] > start)
-            learned |= inside
-            if has_end:
-                self.ends.add(ids[int(np.flatnonzero(inside)[-1])])
-        if not ended[-1]:
+        for part in parts:
+            learned |= (offsets[:, 0] < part.stop) & (offsets[:, 1] > part.start)
+        if not part.ended:
             ids, learned = [*ids, self.tokenizer.eos_token_id], np.append(learned, True)
-            self.ends.add(self.tokenizer.eos_token_id)
+        if part.last:  # turns in the middle may end otherwise, with a token that does not stop
+            self.ends.add(ids[-1])
         if self.config.assistant_only_loss is False:
             learned[:] = True
         return ids, learned

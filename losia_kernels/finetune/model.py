@@ -96,7 +96,8 @@ def end_where_samples_end(model, ends: set[int]) -> None:
     known = model.generation_config.eos_token_id
     known = [] if known is None else known if isinstance(known, list) else [known]
     every = [*sorted(ends - set(known)), *known]
-    model.generation_config.eos_token_id = every if len(every) > 1 else every[0]
+    if every:
+        model.generation_config.eos_token_id = every if len(every) > 1 else every[0]
 
 
 def _check_model_folder(name: str) -> None:

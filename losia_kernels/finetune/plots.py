@@ -10,7 +10,6 @@ singular_vectors.png  how far training has turned the weights' singular vectors 
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,16 +21,18 @@ import numpy as np
 from matplotlib import pyplot
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .. import LoSiAConfig
 from ..integrations.history import Place, SubnetHistory, read_log
 from ..training.schedule import Schedule
-from .data import Collator, load_data, pad_token_id
+from .data import load_data
 from .folder import read_options
-from .model import load_model
+from .model import load_model, load_tokenizer
 from .options import PICTURES, InputError
 from .progress import draw_loss_curve
 from .spectra import gradient_sums, singular_vector_similarity
+from .trainer import sft_config
 
 BINS = 192  # of neighbouring neurons, across a panel
 # What must be there for a picture; for the others subnets.jsonl.
@@ -90,10 +91,12 @@ def _last_step(run: Path, history: SubnetHistory) -> int:
 
 def _gradients(run: Path, base: str | None) -> dict[str, tuple]:
     options = read_options(run, base)
-    model, tokenizer = load_model(options)
-    samples, _ = load_data(replace(options, eval_data=None), tokenizer)
-    collator = Collator(pad_token_id(tokenizer))
-    loader: DataLoader = DataLoader(samples, options.batch_size, collate_fn=collator)  # type: ignore[arg-type]
+    given = sft_config(options)
+    tokenizer, model = load_tokenizer(options, given), load_model(options, given)
+    samples = load_data(options, given, tokenizer).train
+    filler = tokenizer.eos_token_id  # masks go by position
+    collator = DataCollatorForLanguageModeling(filler, padding_free=options.packing)
+    loader: DataLoader = DataLoader(samples, options.batch_size, collate_fn=collator)
     config = LoSiAConfig(
         rank_factor=options.rank_factor, output_dim_factor=options.output_dim_factor
     )

@@ -34,7 +34,11 @@ def gradient_sums(
             layer.observe_(partial(add, name))
         seen = 0
         for batch in tqdm(batches, desc="gradients", unit="batch"):
-            model(**{key: value.to(model.device) for key, value in batch.items()}).loss.backward()
+            batch = {
+                key: value.to(model.device) if torch.is_tensor(value) else value
+                for key, value in batch.items()
+            }
+            model(**batch).loss.backward()
             model.zero_grad()
             seen += 1
         return {

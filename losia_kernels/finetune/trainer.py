@@ -216,6 +216,11 @@ def sft_config(options: FinetuneOptions, steps: int | None = None) -> SFTConfig:
         "assistant_only_loss": True,
         "dataset_kwargs": {"skip_prepare_dataset": True},
     }
+    # its name since transformers 5.20
+    if "activation_checkpointing" in known:
+        values["activation_checkpointing"] = values.pop("gradient_checkpointing")
+    if "gradient_checkpointing_kwargs" not in given:
+        values["activation_checkpointing_kwargs"] = {"use_reentrant": False}
     if given:
         parser = _Parser([SFTConfig], prog="config")
         parser.set_defaults_with_config(**given)
