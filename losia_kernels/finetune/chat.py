@@ -78,7 +78,9 @@ class ChatWriter:
                 its turns be told apart.
         """
         if self.template is None:
-            raise InputError(f"{where}: a chat needs a chat template, and the tokenizer has none")
+            raise InputError(
+                f"{where}: 'messages' need a chat template, and the tokenizer has none"
+            )
         text, spans = self._render_whole(chat, where)
         turns = [turn for turn, each in enumerate(chat.messages) if each["role"] == "assistant"]
         learned = [chat.learned[turn] for turn in turns]
@@ -146,6 +148,7 @@ class ChatWriter:
         text, marks = self._apply(chat, where, return_assistant_tokens_mask=True)
         spans: list[tuple[int, int]] = []
         turns = sum(message["role"] == "assistant" for message in chat.messages)
+        marks = [(start, stop) for start, stop in marks if start < stop]
         for start, stop in marks:  # some mark the end of a turn apart
             if len(marks) > turns and spans and spans[-1][1] == start:
                 spans[-1] = (spans[-1][0], stop)
@@ -161,10 +164,14 @@ class ChatWriter:
                 continue
             through = self._apply(chat, where, turn + 1)[0]
             if turn:
-                before, found = self._apply(chat, where, turn, add_generation_prompt=True)[0], "yes"
-            else:  # what the template itself begins with, maybe a system prompt, is not learned
-                before, found, _ = through.rpartition(_words(message) or "\0")
-            if not (found and text.startswith(through) and through.startswith(before)):
+                before = self._apply(chat, where, turn, add_generation_prompt=True)[0]
+            elif words := _words(message):
+                before = through.rpartition(words)[0]  # maybe a system prompt of the template's own
+            else:
+                raise InputError(
+                    f"{where}: message 1, the assistant's, is empty: it cannot be told apart"
+                )
+            if not (text.startswith(through) and through.startswith(before)):
                 raise InputError(
                     f"{where}: the chat template writes message {turn + 1} another way when others follow, and TRL has "
                     f"no training template for it, so what the assistant said cannot be told apart; give "

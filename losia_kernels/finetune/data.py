@@ -84,20 +84,22 @@ class Encoder:
             end
         ):  # as chats that were written out end, and a line break
             completion = completion.rstrip()
-        ids = self._bounded(self.tokenizer(prompt + completion)["input_ids"], row)
+        ids = self._bounded(self.tokenizer(prompt + completion)["input_ids"])
+        if len(ids) == 1:  # its end
+            raise InputError(
+                f"{row.where}: the tokenizer makes no token of {prompt + completion!r:.80}"
+            )
         before = 0
         if prompt and self.config.completion_only_loss is not False:
             before = common_prefix_length(
-                self._bounded(self.tokenizer(prompt)["input_ids"], row)[:-1], ids
+                self._bounded(self.tokenizer(prompt)["input_ids"])[:-1], ids
             )
         self.ends.add(ids[-1])
         return ids, np.arange(len(ids)) >= before
 
-    def _bounded(self, ids: list[int], row: Row) -> list[int]:
+    def _bounded(self, ids: list[int]) -> list[int]:
         """With one beginning of the sequence, if any, and one end, whoever wrote them."""
         bos, eos, ids = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, list(ids)
-        if not ids:
-            raise InputError(f"{row.where}: the tokenizer makes no token of it")
         while bos is not None and ids[:2] == [bos, bos]:
             del ids[0]
         while ids[-1:] == [eos]:

@@ -80,6 +80,7 @@ class FinetuneTrainer(SFTTrainer):
             args.output_dir, processing_class.pad_token = output, pad
         for each, name, value in before:
             setattr(each, name, value)
+        self.processing_class = None  # or the Trainer fits the model's special tokens to it
         self.remove_callback(PrinterCallback)
         self._sums: list[torch.Tensor] = []
 
