@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 
 import datasets
 import fsspec
+import pandas
 from trl.trainer.utils import remove_none_values
 
 from .options import FinetuneOptions, InputError
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 TABLES = {  # suffix: the reader of ``datasets`` and what it is told
-    ".csv": ("csv", {"dtype": str, "keep_default_na": False}),
-    ".tsv": ("csv", {"dtype": str, "keep_default_na": False, "sep": "\t"}),
+    ".csv": ("csv", {"sep": ","}),
+    ".tsv": ("csv", {"sep": "\t"}),
     ".parquet": ("parquet", {}),
     ".arrow": ("arrow", {}),
 }
@@ -77,12 +78,22 @@ def _read_file(path: Path) -> Iterator[Row]:
         if not path.is_file():
             raise InputError(f"cannot read {path}: No such file or directory")
         reader, how = TABLES[suffix]
+        if reader == "csv":  # all of it is text, also 007 and NA
+            how = {**how, "features": _text_columns(path, **how), "keep_default_na": False}
         yield from _read_table(reader, str(path), data_files=str(path), split="train", **how)
     else:
         known = ", ".join((*JSON_SUFFIXES, *TABLES))
         raise InputError(
             f"{path}: the name does not say what it holds; known are {known}, and compressed ones"
         )
+
+
+def _text_columns(path: Path, sep: str) -> datasets.Features:
+    try:
+        names = pandas.read_csv(path, sep=sep, nrows=0).columns
+    except (ValueError, OSError, EOFError) as error:
+        raise InputError(f"cannot read {path}: {_first_line(error)}") from None
+    return datasets.Features({name: datasets.Value("string") for name in names})
 
 
 def _read_folder(path: Path, options: FinetuneOptions) -> Iterator[Row]:

@@ -189,6 +189,11 @@ def sft_config(options: FinetuneOptions, steps: int | None = None) -> SFTConfig:
             raise InputError(
                 f"config: there is no option {name}, nor has TRL's SFTConfig one{hint}"
             )
+    if given.get("loss_type", "nll") == "dft" and options.output_dim_factor:
+        raise InputError(
+            "config: loss_type dft takes the output layer's weight past the layer, whose subnet then learns nothing: "
+            "it needs output_dim_factor 0"
+        )
     values: dict[str, Any] = {
         trl: getattr(options, name) for trl, name in set_by.items() if trl in known
     }
@@ -226,6 +231,9 @@ def sft_config(options: FinetuneOptions, steps: int | None = None) -> SFTConfig:
         parser = _Parser([SFTConfig], prog="config")
         parser.set_defaults_with_config(**given)
         read = vars(parser.parse_args([]))
+        for action in parser._actions:  # argparse holds no default to its choices
+            if action.dest in given and action.choices and read[action.dest] not in action.choices:
+                parser.error(f"{action.dest} must be one of {', '.join(action.choices)}")
         values |= {name: read[name] for name in given}
     try:
         return SFTConfig(**values)
