@@ -321,6 +321,8 @@ class FinetuneOptions:
         Raises:
             InputError: for a value out of range.
         """
+        # where every subnet is its layer, there is no place to choose
+        whole = self.rank_factor == 1 and self.output_dim_factor in (0, 1)
         try:
             return LoSiAConfig(
                 rank_factor=self.rank_factor,
@@ -328,7 +330,7 @@ class FinetuneOptions:
                 period=self.period,
                 warmup_steps=self.warmup_steps(total_steps),
                 importance=self.importance,
-                init_subnet=self.init_subnet,
+                init_subnet="random" if whole else self.init_subnet,
                 alignment=self.alignment,
                 master=self.master,
                 seed=self.seed,
