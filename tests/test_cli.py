@@ -255,6 +255,7 @@ def test_beyond_the_package_it_imports_the_standard_library_alone():
     assert added == {
         "losia_kernels.cli",
         "losia_kernels.finetune",
+        "losia_kernels.finetune.declare",
         "losia_kernels.finetune.options",
     }
     others = {name.partition(".")[0] for name in result.stdout.split()} - {"losia_kernels"}
@@ -271,5 +272,5 @@ def test_without_transformers_it_says_what_to_install():
     assert (
         result.stderr
         == "losia-kernels: finetune needs transformers; in a checkout of losia_kernels: "
-        "pip install '.[hf]'\n"
+        "pip install '.[finetune]'\n"
     )

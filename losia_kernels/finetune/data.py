@@ -157,6 +157,14 @@ class Encoder:
         return Dataset.from_dict(columns, features=FEATURES)
 
 
+def check_rows(options: FinetuneOptions, config: SFTConfig) -> None:
+    """Raises InputError for the first row of the data that is malformed, before a model is loaded."""
+    for data in filter(None, (options.data, options.eval_data)):
+        for row in read_rows(data, options):
+            if not isinstance(row.values, dict) or "input_ids" not in row.values:
+                read_chat(row, set()) or read_text(row, config, set())
+
+
 class Data(NamedTuple):
     """What a run trains on and is evaluated on, and the tokens that samples end with."""
 

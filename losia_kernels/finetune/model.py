@@ -27,7 +27,7 @@ def load_tokenizer(options: FinetuneOptions, config: SFTConfig) -> Any:
     if local:
         _check_model_folder(name)
     with _as_input_error(f"cannot load the model {name}{'' if local else FROM_HUB}"):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name, **_trust(config))
     path = config.chat_template_path
     if path is not None and os.path.isfile(path):
         tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
@@ -60,7 +60,7 @@ def load_model(options: FinetuneOptions, config: SFTConfig) -> Any:
         model, found = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=resolve_dtype(options.dtype),
-            trust_remote_code=config.trust_remote_code,
+            **_trust(config),
             output_loading_info=True,
         )
     if found["missing_keys"]:
@@ -69,6 +69,10 @@ def load_model(options: FinetuneOptions, config: SFTConfig) -> Any:
             f"the model {name} lacks {len(missing)} of its weights, first {missing[0]}: they would begin at random"
         )
     return model
+
+
+def _trust(config: SFTConfig) -> dict[str, bool]:
+    return {"trust_remote_code": True} if config.trust_remote_code else {}
 
 
 def _find_model(name: str) -> tuple[str, bool]:

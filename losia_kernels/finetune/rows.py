@@ -19,7 +19,9 @@ from trl.trainer.utils import remove_none_values
 from .options import FinetuneOptions, InputError
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
-TABLES = {  # suffix: the reader of ``datasets`` and what it is told
+TABLES: dict[
+    str, tuple[str, dict[str, Any]]
+] = {  # suffix: the reader of ``datasets`` and what it is told
     ".csv": ("csv", {"sep": ","}),
     ".tsv": ("csv", {"sep": "\t"}),
     ".parquet": ("parquet", {}),

@@ -19,7 +19,7 @@ from ..checkpoint.folder import write_json
 from ..checkpoint.resumable import full_state_dict
 from ..integrations.transformers import LoSiACallback, LoSiAOptimizerFactory
 from .card import check_push, model_card, push_to_hub
-from .data import Data, fingerprint, load_data
+from .data import Data, check_rows, fingerprint, load_data
 from .folder import CheckpointCallback, open_run, save_model
 from .model import (
     check_data,
@@ -118,8 +118,9 @@ def prepare(options: FinetuneOptions) -> Run | None:
             print(f"{folder} is finished: the model is in {folder / 'model'}")
         return None
 
+    check_rows(options, config)
     tokenizer = load_tokenizer(options, config)
-    data = load_data(options, config, tokenizer)  # its mistakes are told before the model is loaded
+    data = load_data(options, config, tokenizer)
     model = load_model(options, config)
     check_data(model, data, tokenizer)
     if options.packing and config.packing_strategy != "wrapped":

@@ -4,6 +4,7 @@ far training has turned their singular vectors (the paper's Figures 2, 8 and 9).
 
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +35,9 @@ def gradient_sums(
             layer.observe_(partial(add, name))
         seen = 0
         for batch in tqdm(batches, desc="gradients", unit="batch"):
+            device: Any = model.device
             batch = {
-                key: value.to(model.device) if torch.is_tensor(value) else value
+                key: value.to(device) if torch.is_tensor(value) else value
                 for key, value in batch.items()
             }
             model(**batch).loss.backward()
