@@ -22,6 +22,7 @@ def model_card(options: FinetuneOptions, record: dict, tokens_sha256: str, train
     """
     on_hub = not Path(options.model).expanduser().exists()
     data_on_hub = not is_local(options.data)
+    base = options.model if on_hub else f"{Path(options.model).name}, a local folder"
     name = Path(options.output).name
     head = ModelCardData(
         base_model=options.model if on_hub else None,
@@ -35,7 +36,7 @@ def model_card(options: FinetuneOptions, record: dict, tokens_sha256: str, train
     losses = [entry["loss"] for entry in history if "loss" in entry]
     evaluated = [entry for entry in history if "eval_loss" in entry]
     rows = [
-        ("base model", options.model),
+        ("base model", base),
         ("method", "LoSiA (arXiv 2507.04487): a moving dense block of every linear layer"),
         ("rank factor p", f"{options.rank_factor:g}"),
         ("of the vocabulary", f"{options.output_dim_factor:g}"),

@@ -101,6 +101,7 @@ def end_where_samples_end(model, ends: set[int]) -> None:
     known = [] if known is None else known if isinstance(known, list) else [known]
     every = [*sorted(ends - set(known)), *known]
     if every:
+        model.generation_config._from_model_config = False  # which does not know the new ones
         model.generation_config.eos_token_id = every if len(every) > 1 else every[0]
 
 
