@@ -4,16 +4,14 @@ Labels are -100 wherever nothing is learned: in prompts, in the turns of others.
 the end of the sequence, once; an assistant's turn with what its chat template ends it with.
 """
 
-import copy
 import hashlib
 import warnings
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, List, Value
-from tokenizers import Tokenizer
 from trl import SFTConfig, pack_dataset
 from trl.data_utils import common_prefix_length
 
@@ -38,7 +36,7 @@ class Encoder:
             raise InputError(
                 "the tokenizer has no end-of-sequence token: set eos_token in its tokenizer_config.json, or in --config"
             )
-        self.tokenizer, self.config = _with_whole_offsets(tokenizer), config
+        self.tokenizer, self.config = tokenizer, config
         self.writer = ChatWriter(tokenizer)
         self.ends: set[int] = set()
         self.columns: set[str] = set()
@@ -67,7 +65,7 @@ class Encoder:
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = list(encoded["input_ids"]), np.array(encoded["offset_mapping"])
         learned = np.zeros(len(ids), bool)
-        for part in parts:
+        for part in parts:  # offsets without their space end where the token does: still inside
             learned |= (offsets[:, 0] < part.stop) & (offsets[:, 1] > part.start)
         if not part.ended:
             ids, learned = [*ids, self.tokenizer.eos_token_id], np.append(learned, True)
@@ -230,16 +228,3 @@ def fingerprint(*parts: Dataset | None) -> str:
                     + np.ascontiguousarray(values, np.int64).tobytes()
                 )
     return digest.hexdigest()
-
-
-def _with_whole_offsets(tokenizer) -> Any:
-    """The tokenizer, telling of leading space, too, which token it belongs to."""
-    if not tokenizer.is_fast:
-        return tokenizer
-    state = tokenizer.backend_tokenizer.to_str()
-    whole = state.replace('"trim_offsets":true', '"trim_offsets":false')
-    if whole == state:
-        return tokenizer
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer._tokenizer = Tokenizer.from_str(whole)
-    return tokenizer
