@@ -13,6 +13,8 @@ from .rows import Row
 
 FORMS = "{'prompt', 'completion'}, {'messages'} or {'text'}"
 SPEAKERS = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
+CHAT_COLUMNS = {"messages", "conversations", "prompt", "completion", "tools", "system"}
+CHAT_COLUMNS |= {"chat_template_kwargs"}
 # Columns of other formats, and what to write instead.
 OTHER_FORMATS = {
     (
@@ -60,9 +62,7 @@ def read_chat(row: Row, unread: set[str]) -> Chat | None:
         before, messages = prompt, completion
     else:
         return None
-    unread |= values.keys() - {
-        "messages", "prompt", "completion", "conversations", "tools", "system", "chat_template_kwargs"
-    }  # fmt: skip
+    unread |= values.keys() - CHAT_COLUMNS
     if not isinstance(messages, list) or not messages:
         raise InputError(
             f"{where}: 'messages' must be a list of {{'role', 'content'}}, got {messages!r:.80}"
@@ -196,16 +196,16 @@ def _read_tools(tools: Any, where: str) -> list | None:
             raise InputError(f"{where}: 'tools' is not valid JSON: {error}") from None
     if not tools:
         return None
-    named = isinstance(tools, list) and all(
-        isinstance(tool, dict) and isinstance(tool.get("function", tool), dict)
-        and isinstance(tool.get("function", tool).get("name"), str)
-        for tool in tools
-    )  # fmt: skip
-    if not named:
+    if not isinstance(tools, list) or not all(map(_is_tool, tools)):
         raise InputError(
             f"{where}: 'tools' must be a list of functions with names, got {tools!r:.80}"
         )
     return tools
+
+
+def _is_tool(tool: Any) -> bool:
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str)
 
 
 def _are_messages(messages: Any) -> bool:
