@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import NonFiniteScoreError, __version__
-from .finetune.options import PICTURES, FinetuneOptions, InputError
+from .finetune.options import PICTURES, FinetuneOptions, InputError, with_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") != "0":
             return 130  # the first process says it for all
-        code, problem = 130, f"interrupted{_how_to_go_on(command, arguments.get('output'))}"
+        code, problem = 130, f"interrupted{_how_to_go_on(command, arguments)}"
     except BrokenPipeError:  # whoever reads the output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -60,7 +60,7 @@ def _what_is_missing(error: BaseException) -> str:
     module = getattr(error, "name", None) or next(reversed(foreign), "a library")
     library, install = (
         module.partition(".")[0],
-        "in a checkout of losia_kernels: pip install -e '.[hf]'",
+        "in a checkout of losia_kernels: pip install -e '.[finetune]'",
     )
     if isinstance(error, ModuleNotFoundError):
         return f"needs {library}, which is not installed; {install}"
@@ -68,9 +68,10 @@ def _what_is_missing(error: BaseException) -> str:
     return f"cannot import {library}, broken or of another version ({problem}); {install}"
 
 
-def _how_to_go_on(command: str, output: str | None) -> str:
+def _how_to_go_on(command: str, arguments: dict[str, Any]) -> str:
     """What an interrupted ``finetune`` has left, and the command that goes on from there."""
-    if command != "finetune" or output is None:
+    output = with_config(arguments).get("output") if command == "finetune" else None
+    if output is None:
         return ""
     folder = Path(output)
     if (folder / "model").exists():
@@ -86,6 +87,7 @@ def _how_to_go_on(command: str, output: str | None) -> str:
 
 
 def _finetune(**given: Any) -> None:
+    given = with_config(given)
     if given.get("resume") and "output" in given:
         from .finetune.folder import resumed_options
 
@@ -235,7 +237,7 @@ def command_parser() -> argparse.ArgumentParser:
 def _add_finetune(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "finetune",
-        help="fine-tune a causal language model on a JSONL file",
+        help="fine-tune a causal language model",
         formatter_class=_Help,
         description="Fine-tune a causal language model. OUTPUT gets model/ (an ordinary transformers folder), "
         "checkpoints/, log.jsonl, subnets.jsonl, loss_curve.png and run.json. Needed are --model, --data and "
@@ -250,8 +252,8 @@ def _add_finetune(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_option(container: argparse._ActionsContainer, field: Field) -> None:
-    """What is not given is left out, so that a resumed run has the first one's; its default stands
-    in the dataclass and, for the reader, in the help."""
+    """What is not given is left out, so that a config file or the run that is resumed may say it;
+    its default stands in the dataclass and, for the reader, in the help."""
     argument = dict(field.metadata["argument"])
     default = argument.pop("default", None)
     argument["required"] = False

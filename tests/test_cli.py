@@ -271,13 +271,14 @@ def test_beyond_the_package_it_imports_the_standard_library_alone():
     assert added == {
         "losia_kernels.cli",
         "losia_kernels.finetune",
+        "losia_kernels.finetune.declare",
         "losia_kernels.finetune.options",
     }
     others = {name.partition(".")[0] for name in result.stdout.split()} - {"losia_kernels"}
     assert others <= sys.stdlib_module_names, result.stderr
 
 
-INSTALL = "in a checkout of losia_kernels: pip install -e '.[hf]'"
+INSTALL = "in a checkout of losia_kernels: pip install -e '.[finetune]'"
 
 
 def finetune_after(code, *path):
@@ -324,8 +325,14 @@ def test_the_first_cause_of_an_import_that_failed_is_named(run, monkeypatch):
 def test_the_extra_brings_all_that_the_command_imports():
     tomllib = pytest.importorskip("tomllib", reason="of Python 3.11")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    brought = project["dependencies"] + project["optional-dependencies"]["hf"]
-    known = {re.match(r"[\w-]+", line)[0] for line in brought} | set(sys.stdlib_module_names)
+    extras = project["optional-dependencies"]
+    brought = [*project["dependencies"], "losia-kernels[finetune]"]
+    for line in brought:  # an extra brings those that it names
+        named = re.fullmatch(r"losia-kernels\[([\w,]+)\]", line)
+        brought += [each for name in named[1].split(",") for each in extras[name]] if named else []
+    modules = {"pyyaml": "yaml"}  # whose names are not their packages'
+    packages = {re.match(r"[\w-]+", line)[0] for line in brought}
+    known = {modules.get(name, name) for name in packages} | set(sys.stdlib_module_names)
     package = ROOT / "losia_kernels"
     files = [package / "cli.py", *(package / "integrations").glob("*.py")]
     files += [path for name in ("finetune", "checkpoint") for path in (package / name).glob("*.py")]

@@ -11,16 +11,14 @@ the model.
 """
 
 import errno
-import hashlib
 import os
 import platform
 import warnings
-from collections.abc import Iterable
 from dataclasses import asdict, fields, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 
@@ -40,7 +38,7 @@ from .checkpoints import Checkpoints, find_checkpoints
 from .options import FinetuneOptions, InputError
 
 # Options that do not change the result; data is known by its checksum, what it became by another.
-FREE_ON_RESUME = ("data", "eval_data", "save_steps", "print_every", "report_to")
+FREE_ON_RESUME = ("data", "eval_data", "save_steps", "print_every", "report_to", "samples")
 # What a write fails with that the user can do something about.
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
@@ -167,27 +165,13 @@ def _check_holds_run(folder: Path) -> None:
         raise InputError(f"nothing to resume: {folder} holds no run (no run.json)")
 
 
-def fingerprint(dataset: Iterable[dict[str, Any]]) -> str:
-    """SHA-256 of encoded samples, in order: each column's name and its numbers, whatever holds
-    them."""
-    digest = hashlib.sha256()
-    for row in dataset:
-        for name in sorted(row):
-            try:
-                content = np.asarray(row[name], dtype=np.int64).tobytes()
-            except (TypeError, ValueError, OverflowError):  # no numbers
-                content = repr(row[name]).encode("utf-8", "backslashreplace")
-            digest.update(f"{name} {len(content)}\n".encode() + content)
-        digest.update(b"\n")
-    return digest.hexdigest()
-
-
 def versions() -> dict[str, str]:
     """Of what takes part in every bit."""
     return {
         "losia_kernels": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "trl": version("trl"),
         "python": platform.python_version(),
     }
 
@@ -244,17 +228,24 @@ def write_failure(error: BaseException) -> str | None:
 
 
 def save_model(
-    model, tokenizer, folder: Path, weights: dict | None = None, record: Path | None = None
+    model,
+    tokenizer,
+    folder: Path,
+    weights: dict | None = None,
+    card: str | None = None,
+    record: Path | None = None,
 ) -> None:
     """An ordinary ``save_pretrained`` folder, written beside and renamed. ``folder`` must not
     exist.
 
     ``weights`` instead of the model's own: those of a model of which this process holds a part.
-    ``record``: where the checksums of its files go.
+    ``card``: what its README.md says. ``record``: where the checksums of its files go.
     """
     with new_folder(folder) as beside:
         model.save_pretrained(beside, state_dict=weights)
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
+        if card is not None:
+            (beside / "README.md").write_text(card, encoding="utf-8")
         if record is not None:
             write_sealed(record, {"files": checksums(beside, all_files(beside))})

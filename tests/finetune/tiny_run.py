@@ -5,9 +5,11 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from losia_kernels.finetune.data import Collator, load_samples
+from losia_kernels.finetune.data import load_data
 from losia_kernels.finetune.options import FinetuneOptions
+from losia_kernels.finetune.trainer import sft_config
 from tests.integrations.tiny_llama import make_tokenizer
 from tests.tiny import PAPER
 
@@ -51,6 +53,7 @@ def options(folder: Path, model: Path, **changes) -> FinetuneOptions:
 @torch.no_grad()
 def loss_on(data: Path, model_folder: Path) -> float:
     """The mean loss of a saved model over a file."""
-    samples, _ = load_samples(data, make_tokenizer(), 64)
+    given = FinetuneOptions(model="", data=str(data), output="", max_length=64)
+    samples = load_data(given, sft_config(given), make_tokenizer()).train
     model = AutoModelForCausalLM.from_pretrained(model_folder)
-    return float(model(**Collator(256)(samples)).loss)
+    return float(model(**DataCollatorForLanguageModeling(256)(list(samples))).loss)

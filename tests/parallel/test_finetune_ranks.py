@@ -155,6 +155,19 @@ def test_two_processes_and_a_resume_on_one(inputs, whole, tmp_path):
 
 
 @pytest.mark.slow
+def test_an_evaluation_of_two_processes_is_that_of_one(inputs, tmp_path):
+    """Of 13 samples, of which one process evaluates a last batch that the other fills up."""
+    options = ["--steps", "2", "--eval-fraction", "1/5", "--save-steps", "0"]
+    seen = []
+    for processes, size in ((1, "8"), (2, "4")):
+        run = tmp_path / str(processes)
+        finetune(inputs, run, processes, "--batch-size", size, *options)
+        entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        seen.append([(e["eval_loss"], e["eval_accuracy"]) for e in entries if "eval_loss" in e])
+    assert len(seen[0]) == 1 and seen[1][0] == pytest.approx(seen[0][0], rel=1e-5)
+
+
+@pytest.mark.slow
 def test_the_accelerate_config_of_ddp(inputs, whole, tmp_path):
     said = accelerate("ddp", inputs, tmp_path / "run", 2, "--batch-size", "4", *RUN)
     assert "on each of 2 processes" in said
