@@ -33,8 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except InputError as error:
         code, problem = 2, error
-    except ImportError as error:
-        code, problem = 2, f"{command} {_what_is_missing(error)}"
+    except (ImportError, RuntimeError) as error:
+        cause = _first_cause(error)
+        if not isinstance(error, ImportError) and not isinstance(cause, ImportError):
+            raise
+        code, problem = 2, f"{command} {_what_is_missing(cause)}"
     except (FloatingPointError, NonFiniteScoreError) as error:
         code, problem = 1, error
     except KeyboardInterrupt:
@@ -48,11 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _what_is_missing(error: BaseException) -> str:
-    """What to tell of an import that failed, by its first cause: libraries that import late hide
-    it."""
+def _first_cause(error: BaseException) -> BaseException:
+    """Of an import that failed: libraries that import late hide it behind errors of their own."""
     while reason := error.__cause__ or (not error.__suppress_context__ and error.__context__):
         error = reason
+    return error
+
+
+def _what_is_missing(error: BaseException) -> str:
+    """What to tell of the first cause of an import that failed."""
     modules = [
         frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)
     ]
