@@ -22,7 +22,7 @@ def model_card(options: FinetuneOptions, record: dict, trainer: Trainer) -> str:
     """
     on_hub = not Path(options.model).expanduser().exists()
     data_on_hub = not is_local(options.data)
-    base = options.model if on_hub else f"{Path(options.model).name}, a local folder"
+    base = options.model if on_hub else f"{Path(record['model']).name}, a local folder"
     name = Path(options.output).name
     head = ModelCardData(
         base_model=options.model if on_hub else None,
@@ -79,7 +79,7 @@ def model_card(options: FinetuneOptions, record: dict, trainer: Trainer) -> str:
 
 # {name}
 
-{Path(options.model).name}, fine-tuned with [losia_kernels](https://arxiv.org/abs/2507.04487). The architecture is the
+{Path(record["model"]).name}, fine-tuned with [losia_kernels](https://arxiv.org/abs/2507.04487). The architecture is the
 base model's; nothing has to be merged, and nothing but transformers is needed to load it.
 
 | | |

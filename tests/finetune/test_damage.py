@@ -210,6 +210,11 @@ def test_the_same_tokens_by_other_paths_go_on(run, whole, tmp_path, model_folder
     for data in ("./train.jsonl", "copy.jsonl"):
         given.data = data
         finetune(given)
+        card = (run / "model" / "README.md").read_text()
+        assert (
+            f"| data | {Path(data).name} |" in card and f"\n{model_folder.name}, fine-tuned" in card
+        )
+        shutil.copy(whole / "model" / "README.md", run / "model")
         assert_same_model(run / "model", whole / "model")
         shutil.rmtree(run / "model")
 
