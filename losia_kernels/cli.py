@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import NonFiniteScoreError, __version__
-from .finetune.options import PICTURES, FinetuneOptions, InputError
+from .finetune.options import PICTURES, FinetuneOptions, InputError, with_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,14 +33,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except InputError as error:
         code, problem = 2, error
-    except ImportError as error:
-        code, problem = 2, f"{command} {_what_is_missing(error)}"
+    except (ImportError, RuntimeError) as error:
+        cause = _first_cause(error)
+        if not isinstance(error, ImportError) and not isinstance(cause, ImportError):
+            raise
+        code, problem = 2, f"{command} {_what_is_missing(cause)}"
     except (FloatingPointError, NonFiniteScoreError) as error:
         code, problem = 1, error
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") != "0":
             return 130  # the first process says it for all
-        code, problem = 130, f"interrupted{_how_to_go_on(command, arguments.get('output'))}"
+        code, problem = 130, f"interrupted{_how_to_go_on(command, arguments)}"
     except BrokenPipeError:  # whoever reads the output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -48,11 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _what_is_missing(error: BaseException) -> str:
-    """What to tell of an import that failed, by its first cause: libraries that import late hide
-    it."""
+def _first_cause(error: BaseException) -> BaseException:
+    """Of an import that failed: libraries that import late hide it behind errors of their own."""
     while reason := error.__cause__ or (not error.__suppress_context__ and error.__context__):
         error = reason
+    return error
+
+
+def _what_is_missing(error: BaseException) -> str:
+    """What to tell of the first cause of an import that failed."""
     modules = [
         frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)
     ]
@@ -60,7 +67,7 @@ def _what_is_missing(error: BaseException) -> str:
     module = getattr(error, "name", None) or next(reversed(foreign), "a library")
     library, install = (
         module.partition(".")[0],
-        "in a checkout of losia_kernels: pip install -e '.[hf]'",
+        "in a checkout of losia_kernels: pip install -e '.[finetune]'",
     )
     if isinstance(error, ModuleNotFoundError):
         return f"needs {library}, which is not installed; {install}"
@@ -68,9 +75,10 @@ def _what_is_missing(error: BaseException) -> str:
     return f"cannot import {library}, broken or of another version ({problem}); {install}"
 
 
-def _how_to_go_on(command: str, output: str | None) -> str:
+def _how_to_go_on(command: str, arguments: dict[str, Any]) -> str:
     """What an interrupted ``finetune`` has left, and the command that goes on from there."""
-    if command != "finetune" or output is None:
+    output = with_config(arguments).get("output") if command == "finetune" else None
+    if output is None:
         return ""
     folder = Path(output)
     if (folder / "model").exists():
@@ -86,6 +94,7 @@ def _how_to_go_on(command: str, output: str | None) -> str:
 
 
 def _finetune(**given: Any) -> None:
+    given = with_config(given)
     if given.get("resume") and "output" in given:
         from .finetune.folder import resumed_options
 
@@ -235,7 +244,7 @@ def command_parser() -> argparse.ArgumentParser:
 def _add_finetune(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "finetune",
-        help="fine-tune a causal language model on a JSONL file",
+        help="fine-tune a causal language model",
         formatter_class=_Help,
         description="Fine-tune a causal language model. OUTPUT gets model/ (an ordinary transformers folder), "
         "checkpoints/, log.jsonl, subnets.jsonl, loss_curve.png and run.json. Needed are --model, --data and "
@@ -250,8 +259,8 @@ def _add_finetune(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_option(container: argparse._ActionsContainer, field: Field) -> None:
-    """What is not given is left out, so that a resumed run has the first one's; its default stands
-    in the dataclass and, for the reader, in the help."""
+    """What is not given is left out, so that a config file or the run that is resumed may say it;
+    its default stands in the dataclass and, for the reader, in the help."""
     argument = dict(field.metadata["argument"])
     default = argument.pop("default", None)
     argument["required"] = False

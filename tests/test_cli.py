@@ -82,7 +82,7 @@ def test_bad_arguments(run, arguments, problem):
     ("options", "problem"),
     [
         (["--rank-factor", "2"], "rank_factor must be a number in (0, 1], got 2.0"),
-        (["--rank-factor", "0.01"], "0.01"),
+        (["--rank-factor", "0.01"], "rank_factor 0.01 is too small"),
         (["--output-dim-factor", "1.5"], "output_dim_factor must be a number in [0, 1]"),
         (["--period", "0"], "period must be a whole number of steps, at least 1, or 'auto', got 0"),
         (["--steps", "0"], "steps must be at least 1"),
@@ -91,6 +91,15 @@ def test_bad_arguments(run, arguments, problem):
         (["--weight-decay", "-0.1"], "weight_decay must be at least 0, got -0.1"),
         (["--warmup-ratio", "1"], "warmup_ratio must be in [0, 1)"),
         (["--epochs", "0"], "epochs must be positive"),
+        (["--epochs", "inf"], "epochs must be positive, got inf"),
+        (["--epochs", "nan"], "epochs must be positive, got nan"),
+        (["--lr", "inf"], "lr must be positive, got inf"),
+        (["--weight-decay", "inf"], "weight_decay must be at least 0, got inf"),
+        (["--max-grad-norm", "-1"], "max_grad_norm must be at least 0, got -1.0"),
+        (["--max-grad-norm", "nan"], "max_grad_norm must be at least 0, got nan"),
+        (["--warmup-ratio", "nan"], "warmup_ratio must be in [0, 1), got nan"),
+        (["--seed", "-1"], "seed must be in [0, 2**32), got -1"),
+        (["--seed", "4294967296"], "seed must be in [0, 2**32), got 4294967296"),
         (["--alignment", "0"], "alignment must be at least 1"),
         (
             ["--in-backward"],
@@ -241,7 +250,7 @@ def test_help_says_defaults_and_units_and_needs_no_transformers():
     assert result.returncode == 0, result.stderr
     for text in (
         "--rank-factor P",
-        "(default: 0.125)",
+        "(default: 0.15)",
         "--period STEPS",
         "--max-length TOKENS",
         "(default: 2048)",
@@ -262,13 +271,14 @@ def test_beyond_the_package_it_imports_the_standard_library_alone():
     assert added == {
         "losia_kernels.cli",
         "losia_kernels.finetune",
+        "losia_kernels.finetune.declare",
         "losia_kernels.finetune.options",
     }
     others = {name.partition(".")[0] for name in result.stdout.split()} - {"losia_kernels"}
     assert others <= sys.stdlib_module_names, result.stderr
 
 
-INSTALL = "in a checkout of losia_kernels: pip install -e '.[hf]'"
+INSTALL = "in a checkout of losia_kernels: pip install -e '.[finetune]'"
 
 
 def finetune_after(code, *path):
@@ -315,8 +325,14 @@ def test_the_first_cause_of_an_import_that_failed_is_named(run, monkeypatch):
 def test_the_extra_brings_all_that_the_command_imports():
     tomllib = pytest.importorskip("tomllib", reason="of Python 3.11")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    brought = project["dependencies"] + project["optional-dependencies"]["hf"]
-    known = {re.match(r"[\w-]+", line)[0] for line in brought} | set(sys.stdlib_module_names)
+    extras = project["optional-dependencies"]
+    brought = [*project["dependencies"], "losia-kernels[finetune]"]
+    for line in brought:  # an extra brings those that it names
+        named = re.fullmatch(r"losia-kernels\[([\w,]+)\]", line)
+        brought += [each for name in named[1].split(",") for each in extras[name]] if named else []
+    modules = {"pyyaml": "yaml"}  # whose names are not their packages'
+    packages = {re.match(r"[\w-]+", line)[0] for line in brought}
+    known = {modules.get(name, name) for name in packages} | set(sys.stdlib_module_names)
     package = ROOT / "losia_kernels"
     files = [package / "cli.py", *(package / "integrations").glob("*.py")]
     files += [path for name in ("finetune", "checkpoint") for path in (package / name).glob("*.py")]

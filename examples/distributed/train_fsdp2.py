@@ -47,7 +47,7 @@ def main(folder: Path) -> None:
     fully_shard(model)
     optimizer = LoSiAAdamW(model, lr=1e-3, total_steps=STEPS)
 
-    checkpoints = sorted(path for path in folder.glob("step-*") if path.suffix != ".tmp")
+    checkpoints = sorted(folder.glob("step-*"))
     if checkpoints:
         load_checkpoint(checkpoints[-1], model, optimizer)
     generator = torch.Generator().manual_seed(1)

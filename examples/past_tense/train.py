@@ -19,11 +19,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.utils import logging
 
-from losia_kernels.finetune.data import Collator, load_data, pad_token_id
-from losia_kernels.finetune.model import load_model
+from losia_kernels.finetune.data import load_data
+from losia_kernels.finetune.model import load_model, load_tokenizer
 from losia_kernels.finetune.options import FinetuneOptions
 from losia_kernels.finetune.run import finetune
-from losia_kernels.finetune.trainer import FinetuneTrainer, training_arguments
+from losia_kernels.finetune.trainer import FinetuneTrainer, sft_config
 
 STEPS, BATCH = 30, 16
 # LoSiA: the best of 3e-4 to 2e-3 on this task (3e-4 and 5e-4 tied). LoRA: the best found for its
@@ -70,16 +70,17 @@ class Meter(TrainerCallback):
 def train_lora(options: FinetuneOptions, rank: int, meter: Meter):
     """PEFT's LoRA on all linears, with the Trainer, data, batches, seed and schedule of LoSiA's
     run."""
-    model, tokenizer = load_model(options)
-    samples, _ = load_data(options, tokenizer)
+    config = sft_config(options, options.steps)
+    tokenizer, model = load_tokenizer(options, config), load_model(options, config)
+    samples = load_data(options, config, tokenizer).train
     torch.manual_seed(options.seed)
     model = peft.get_peft_model(
         model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     )
     trainer = FinetuneTrainer(
         model,
-        training_arguments(options, options.steps),
-        data_collator=Collator(pad_token_id(tokenizer)),
+        config,
+        processing_class=tokenizer,
         train_dataset=samples,
         callbacks=[meter],
     )
@@ -99,6 +100,10 @@ def main(model_folder: str, method: str, work: Path) -> None:
         steps=STEPS,
         batch_size=BATCH,
         max_length=64,
+        rank_factor=1 / 8,
+        shape="square",
+        init_subnet="calibrated",
+        moves="importance",
         lr=LEARNING_RATE[method],
         lr_scheduler="constant",
         warmup_ratio=0.0,

@@ -1,27 +1,18 @@
 """Deltas: what a training changed of its base, exactly, in a folder of the size of what it touched.
 
-    delta.json            SHA-256 of every tensor of base and trained model, and what is stored of it
+    delta.json            SHA-256 of every tensor of base and trained model, and what is stored of it;
+                          of every other file of the delta
     blocks.safetensors    where they differ: per tensor, blocks of outputs x inputs
     trained/              values.safetensors: the final values of these blocks; files beside the weights that differ
     base/                 the same of the base; only ``subtract_delta`` needs it, so it may be deleted
 
-Blocks are found by comparing bits, so nothing has to be recorded while training. The union of all
-subnets that a layer ever had is cut into blocks that share no output: outputs that changed in the
-same inputs form one. So every entry is stored once, and for every tensor
-    out_idx [outputs]    the outputs that changed, block after block
-    out_counts [blocks]  outputs of each block
-    in_idx [inputs]      the inputs that changed in any block
-    in_mask [blocks, inputs / 8]  the inputs of each block, a bit for each of in_idx
-    (numpy.packbits)
-    values               each block row by row, one after another
-Any tensor is taken as a matrix [all but the last dimension, last dimension].
+Blocks are found by comparing bits, so nothing has to be recorded while training; ``blocks`` says
+what they are.
 """
 
 import hashlib
-import json
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,27 +20,39 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .blocks import bits, find_blocks, put_, take
+from .checksums import FILES, all_files, checksums, find_damage, read_sealed, write_sealed
 from .folder import (
+    DTYPES,
     ModelFolder,
     Spec,
     Tensors,
     Track,
-    check_absent,
     check_pair,
+    copy_side_file,
     describe_spec,
-    new_folder,
+    raw_bytes,
     sha256,
     size_of,
     untracked,
-    write_json,
     write_model,
     write_tensors,
 )
+from .reading import check_no_link, check_side_name, read_json
+from .writing import new_folder
 
 RECORD, BLOCKS, VALUES = "delta.json", "blocks.safetensors", "values.safetensors"
 VERSION = 1
-# By bytes: values are compared as bits.
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+SIDES = "base", "trained"
+NAMED = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+_OF_SIDES = dict.fromkeys(SIDES, str)
+SHAPE = {  # of delta.json
+    "sha256": _OF_SIDES,
+    "files": dict.fromkeys(SIDES, [str]),
+    "aliases": dict.fromkeys(SIDES, {str: str}),
+    "tensors": {str: {"shape": [int], "dtype": _OF_SIDES, "sha256": _OF_SIDES}},
+    "checksums": FILES,
+}
 
 
 def make_delta(
@@ -67,24 +70,27 @@ def make_delta(
     Raises:
         ValueError: if they are not base and result of one training, or ``output`` exists.
     """
-    check_absent(output)
     folders = {"base": ModelFolder(base), "trained": ModelFolder(trained)}
-    check_pair(*folders.values())
+    names, aliases = check_pair(*folders.values())
     record: dict[str, Any] = {"format": "losia_kernels delta", "version": VERSION}
-    record |= {"sha256": {}, "files": {}, "tensors": {}}
+    record |= {
+        "sha256": {},
+        "files": {},
+        "tensors": {},
+        "aliases": dict(zip(SIDES, aliases, strict=True)),
+    }
     blocks: dict[str, Tensor] = {}
     values: dict[str, dict[str, Tensor]] = {side: {} for side in folders}
-    for name in track(list(folders["base"].specs), "comparing"):
-        record["tensors"][name], where, changed = _compare(name, folders)
-        blocks |= {f"{name}.{part}": indices for part, indices in where.items()}
-        for side, flat in changed.items():
-            values[side][name] = flat
-    for side, folder in folders.items():
-        record["sha256"][side] = _combined(record, side)
-        record["files"][side] = folder.side_files()
     with new_folder(output) as beside:
+        for name in track(names, "comparing"):
+            record["tensors"][name], where, changed = _compare(name, folders)
+            blocks |= {f"{name}.{part}": indices for part, indices in where.items()}
+            for side, flat in changed.items():
+                values[side][name] = flat
         _write_all(beside / BLOCKS, blocks)
         for side, folder in folders.items():
+            record["sha256"][side] = _combined(record, side)
+            record["files"][side] = folder.side_files()
             (beside / side).mkdir()
             _write_all(beside / side / VALUES, values[side])
             other = folders["base" if side == "trained" else "trained"].path
@@ -93,8 +99,9 @@ def make_delta(
                     not (other / file).is_file()
                     or (other / file).read_bytes() != (folder.path / file).read_bytes()
                 ):
-                    shutil.copyfile(folder.path / file, beside / side / file)
-        write_json(beside / RECORD, record)
+                    copy_side_file(file, folder.path, beside / side)
+        record["checksums"] = checksums(beside, all_files(beside))
+        write_sealed(beside / RECORD, record)
 
 
 def verify_delta(base: str | Path, delta: str | Path, track: Track = untracked) -> str:
@@ -199,11 +206,11 @@ def _compare(
         },
         "sha256": {side: sha256(name, tensor) for side, tensor in tensors.items()},
     }
-    changed = _bits(tensors["base"].to(tensors["trained"].dtype)) != _bits(tensors["trained"])
+    changed = bits(tensors["base"].to(tensors["trained"].dtype)) != bits(tensors["trained"])
     if not changed.any():
         return entry, {}, {}
-    where = _find_blocks(changed)
-    values = {side: _take(tensor, where) for side, tensor in tensors.items()}
+    where = find_blocks(changed)
+    values = {side: take(tensor, where) for side, tensor in tensors.items()}
     return (
         entry | {"blocks": len(where["out_counts"]), "values": len(values["base"])},
         where,
@@ -214,30 +221,30 @@ def _compare(
 def _convert(
     source: str | Path, delta: str | Path, output: str | Path, here: str, there: str, track: Track
 ) -> None:
-    check_absent(output)
-    opened, folder = _Delta(delta), ModelFolder(source)
-    if not (opened.path / there / VALUES).exists():
-        raise ValueError(
-            f"{delta} has no {there}/{VALUES}, from which the {there} model's values would come"
-        )
-    if there == "base":
-        opened.check_reversible()
-    opened.check(folder, here, track)
-    values = Tensors(opened.path / there / VALUES)
     with new_folder(output) as beside:
+        opened, folder = _Delta(delta), ModelFolder(source)
+        if not (opened.path / there / VALUES).exists():
+            raise ValueError(
+                f"{delta} has no {there}/{VALUES}, from which the {there} model's values would come"
+            )
+        if there == "base":
+            opened.check_reversible()
+        opened.check(folder, here, track)
+        values = Tensors(opened.path / there / VALUES)
         write_model(
             beside,
             folder,
             opened.specs(there),
             lambda name: opened.result(name, folder, values, there),
             track,
+            opened.record["aliases"][there],
         )
         for file in opened.record["files"][there]:
-            kept = opened.path / there / file
-            origin = kept if kept.exists() else folder.path / file
-            if not origin.exists():
-                raise ValueError(f"{file} is neither in {kept.parent} nor in {folder.path}")
-            shutil.copyfile(origin, beside / file)
+            kept = opened.path / there
+            origin = next((each for each in (kept, folder.path) if (each / file).is_file()), None)
+            if origin is None:
+                raise ValueError(f"{file} is neither in {kept} nor in {folder.path}")
+            copy_side_file(file, origin, beside)
 
 
 class _Delta:
@@ -245,22 +252,47 @@ class _Delta:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        try:
-            self.record = json.loads((self.path / RECORD).read_text())
-        except (OSError, ValueError):
-            raise ValueError(f"{path} is no delta: it has no readable {RECORD}") from None
-        if self.record.get("version") != VERSION:
-            raise ValueError(
-                f"{path} is a delta of version {self.record.get('version')}, this is for {VERSION}"
-            )
+        if not (self.path / RECORD).is_file():
+            raise ValueError(f"{path} is no delta: it has no {RECORD}")
+        version = read_json(self.path / RECORD, {"version": (int, str)})["version"]
+        if version != VERSION:
+            raise ValueError(f"{path} is a delta of version {version}, this is for {VERSION}")
+        self.record = read_sealed(self.path / RECORD, SHAPE)
+        self._check_record()
         self.blocks = Tensors(self.path / BLOCKS)
 
-    def specs(self, side: str) -> dict[str, Spec]:
-        entries = self.record["tensors"].items()
-        return {
-            name: (getattr(torch, entry["dtype"][side]), tuple(entry["shape"]))
-            for name, entry in entries
+    def _check_record(self) -> None:
+        """Raises ValueError for names that lead elsewhere, dtypes that are none, links, damaged
+        files."""
+        where = self.path / RECORD
+        for side in SIDES:
+            for name in self.record["files"][side]:
+                check_side_name(name, where)
+            check_no_link(self.path / side, self.path)
+            for alias, name in self.record["aliases"][side].items():
+                if alias in self.record["tensors"] or name not in self.record["tensors"]:
+                    raise ValueError(f"{where} says that {alias!r:.80} is {name!r:.80}")
+        for name, entry in self.record["tensors"].items():
+            if (
+                not set(entry["dtype"].values()) <= NAMED.keys()
+                or min(entry["shape"], default=0) < 0
+            ):
+                raise ValueError(f"{where} has no such tensor: {name!r:.80} {entry!r:.80}")
+        kept = {  # the base's may have been deleted
+            name: expected
+            for name, expected in self.record["checksums"].items()
+            if not name.startswith("base/") or (self.path / "base").exists()
         }
+        damage = find_damage(self.path, kept, where)
+        if damage:
+            raise ValueError(f"{self.path} is damaged: {damage}")
+
+    def specs(self, side: str) -> dict[str, Spec]:
+        specs = {
+            name: (NAMED[entry["dtype"][side]], tuple(entry["shape"]))
+            for name, entry in self.record["tensors"].items()
+        }
+        return specs | {alias: specs[name] for alias, name in self.record["aliases"][side].items()}
 
     def check(self, folder: ModelFolder, side: str, track: Track) -> None:
         expected, found = self.specs(side), folder.specs
@@ -274,13 +306,16 @@ class _Delta:
                 raise ValueError(
                     f"{problem} {name} is {describe_spec(*found[name])}, not {describe_spec(*expected[name])}"
                 )
-        for name in track(list(expected), "verifying"):
+        for name in track(list(self.record["tensors"]), "verifying"):
             if sha256(name, folder.get(name)) != self.record["tensors"][name]["sha256"][side]:
                 raise ValueError(f"{problem} the values of {name} differ")
+        for alias, name in self.record["aliases"][side].items():
+            if raw_bytes(folder.get(alias)) != raw_bytes(folder.get(name)):
+                raise ValueError(f"{problem} the values of {alias} are not those of {name}")
 
     def check_reversible(self) -> None:
         for name, entry in self.record["tensors"].items():
-            base, trained = (getattr(torch, entry["dtype"][side]) for side in ("base", "trained"))
+            base, trained = (NAMED[entry["dtype"][side]] for side in SIDES)
             if torch.promote_types(base, trained) != trained:
                 raise ValueError(
                     f"the base cannot be given back: {name} was {entry['dtype']['base']} and was rounded to "
@@ -290,13 +325,14 @@ class _Delta:
     def result(self, name: str, folder: ModelFolder, values: Tensors, there: str) -> Tensor:
         """The tensor on the side ``there``, made from the one in ``folder`` and held to its
         hash."""
+        name = self.record["aliases"][there].get(name, name)
         entry = self.record["tensors"][name]
-        tensor = folder.get(name).to(getattr(torch, entry["dtype"][there]))
+        tensor = folder.get(name).to(NAMED[entry["dtype"][there]])
         damaged = f"{self.path} is damaged: {name} does not come out as recorded"
         if "blocks" in entry:
             try:
                 parts = ("out_idx", "out_counts", "in_idx", "in_mask")
-                _put_(
+                put_(
                     tensor,
                     {part: self.blocks.get(f"{name}.{part}") for part in parts},
                     values.get(name),
@@ -309,47 +345,6 @@ class _Delta:
         ):
             raise ValueError(damaged)
         return tensor
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """A view of the tensor as a matrix [all but the last dimension, last dimension] of integers:
-    NaN equals itself."""
-    matrix = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor.reshape(1, 1)
-    return matrix.view(INTEGERS[tensor.element_size()])
-
-
-def _find_blocks(changed: Tensor) -> dict[str, Tensor]:
-    """Blocks that share no output and together are exactly where ``changed`` [out, in] is true."""
-    out_idx, in_idx = changed.any(1).nonzero().flatten(), changed.any(0).nonzero().flatten()
-    patterns = np.packbits(changed[out_idx][:, in_idx].numpy(), axis=1)
-    masks, block, counts = np.unique(patterns, axis=0, return_inverse=True, return_counts=True)
-    order = torch.from_numpy(np.argsort(block.reshape(-1), kind="stable"))
-    return {
-        "out_idx": out_idx[order].int(),
-        "out_counts": torch.from_numpy(counts).int(),
-        "in_idx": in_idx.int(),
-        "in_mask": torch.from_numpy(masks),
-    }
-
-
-def _mask(where: dict[str, Tensor]) -> Tensor:
-    """Which entries of ``out_idx`` x ``in_idx`` are in a block, [outputs, inputs]."""
-    masks = np.unpackbits(where["in_mask"].numpy(), axis=1, count=len(where["in_idx"]))
-    return torch.from_numpy(masks.repeat(where["out_counts"].numpy(), axis=0)).bool()
-
-
-def _take(tensor: Tensor, where: dict[str, Tensor]) -> Tensor:
-    """The values of the blocks, [values]."""
-    touched = _bits(tensor)[where["out_idx"].long()[:, None], where["in_idx"].long()]
-    return touched[_mask(where)].view(tensor.dtype)
-
-
-def _put_(tensor: Tensor, where: dict[str, Tensor], values: Tensor) -> None:
-    """Write the values of the blocks into the contiguous ``tensor``."""
-    matrix, place = _bits(tensor), (where["out_idx"].long()[:, None], where["in_idx"].long())
-    touched = matrix[place]
-    touched[_mask(where)] = values.view(matrix.dtype)
-    matrix[place] = touched
 
 
 def _write_all(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -1,15 +1,32 @@
 """What a checkpoint of a run of LoSiA holds: its plain model in a folder of its own, or a text."""
 
-import json
 import re
-import shutil
 from collections import Counter
 from pathlib import Path
 
 from ..layers.convert import SUBNET_KEYS
-from .folder import MARKER, ModelFolder, Spec, Track, new_folder, size_of, untracked, write_model
+from .checksums import FILES, find_damage, read_sealed
+from .folder import (
+    MARKER,
+    ModelFolder,
+    Spec,
+    Track,
+    copy_side_file,
+    size_of,
+    untracked,
+    write_model,
+)
+from .reading import read_json
+from .writing import new_folder
 
 OF_THE_RUN = (MARKER, "trainer_state.json")  # files of a checkpoint that its model has no use for
+SHAPE = {  # of losia.json
+    "step": int,
+    "observing": [str],
+    "groups": [str],
+    "config": {"period": (int, str), "update_type": str, "importance": str},
+    "files": FILES,
+}
 
 
 def export_checkpoint(checkpoint: str | Path, output: str | Path, track: Track = untracked) -> None:
@@ -24,17 +41,20 @@ def export_checkpoint(checkpoint: str | Path, output: str | Path, track: Track =
     Raises:
         ValueError: if ``checkpoint`` is no model folder or holds no subnets, or ``output`` exists.
     """
-    folder = ModelFolder(checkpoint)
-    layers = _subnet_layers(folder.specs)
-    if not layers:
-        raise ValueError(f"{checkpoint} holds no LoSiA subnets: it is a plain model")
-    extra = {f"{layer}.{key}" for layer in layers for key in SUBNET_KEYS}
-    specs = {name: spec for name, spec in folder.specs.items() if name not in extra}
     with new_folder(output) as beside:
+        folder = ModelFolder(checkpoint)
+        damage = _damage(folder.path)
+        if damage:
+            raise ValueError(f"{checkpoint}: {damage}")
+        layers = _subnet_layers(folder.specs)
+        if not layers:
+            raise ValueError(f"{checkpoint} holds no LoSiA subnets: it is a plain model")
+        extra = {f"{layer}.{key}" for layer in layers for key in SUBNET_KEYS}
+        specs = {name: spec for name, spec in folder.specs.items() if name not in extra}
         write_model(beside, folder, specs, folder.get, track)
         for file in folder.side_files():
             if file not in OF_THE_RUN:
-                shutil.copyfile(folder.path / file, beside / file)
+                copy_side_file(file, folder.path, beside)
 
 
 def describe_checkpoint(checkpoint: str | Path) -> str:
@@ -45,16 +65,21 @@ def describe_checkpoint(checkpoint: str | Path) -> str:
     """
     checkpoint = Path(checkpoint)
     specs = ModelFolder(checkpoint).specs
-    shapes = _subnet_shapes(checkpoint, specs)
+    damage = _damage(checkpoint)
+    try:
+        shapes = _subnet_shapes(checkpoint, specs)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint}: {damage or error}") from None
     if not shapes:
         dtypes = ", ".join(
             sorted({str(dtype).removeprefix("torch.") for dtype, _ in specs.values()})
         )
         return f"plain model     no subnets; {len(specs)} tensors, {dtypes}, {size_of(specs.values()) / 1e6:,.2f} MB"
-    lines = []
+    lines: list[str] = []
     if (checkpoint / MARKER).exists():
-        run = json.loads((checkpoint / MARKER).read_text())
+        run = read_sealed(checkpoint / MARKER, SHAPE)
         config = run["config"]
+        lines += [f"damaged         {damage}"] if damage else []
         lines += [
             f"step            {run['step']}",
             f"observing       {', '.join(run['observing']) or 'none'}",
@@ -62,7 +87,7 @@ def describe_checkpoint(checkpoint: str | Path) -> str:
             f"importance      {config['importance']}",
         ]
     elif (checkpoint / "trainer_state.json").exists():
-        step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+        step = read_json(checkpoint / "trainer_state.json", {"global_step": int})["global_step"]
         lines.append(f"step            {step}; no {MARKER}: interrupted, or not of finetune")
     trained = sum(out * in_ for _, (out, in_) in shapes.values())
     total = sum(out * in_ for (out, in_), _ in shapes.values())
@@ -79,6 +104,14 @@ def describe_checkpoint(checkpoint: str | Path) -> str:
     return "\n".join(lines)
 
 
+def _damage(checkpoint: Path) -> str | None:
+    """Which of a checkpoint's files is not as it was saved, and how, if its marker can tell."""
+    if not (checkpoint / MARKER).exists():
+        return None
+    files = read_sealed(checkpoint / MARKER, {"files": FILES})["files"]
+    return find_damage(checkpoint, files, checkpoint / MARKER)
+
+
 def _subnet_layers(specs: dict[str, Spec]) -> list[str]:
     return [name.removesuffix(".subnet") for name in specs if name.endswith(".subnet")]
 
@@ -93,6 +126,8 @@ def _subnet_shapes(
         if f"{layer}.weight" in specs:
             shapes[layer] = specs[f"{layer}.weight"][1], subnet
         else:  # tied to the embedding, under whose name it is saved; the subnet takes all inputs
-            vocabulary = json.loads((checkpoint / "config.json").read_text())["vocab_size"]
-            shapes[layer] = (vocabulary, subnet[1]), subnet
+            vocabulary = read_json(checkpoint / "config.json", {"vocab_size": int})["vocab_size"]
+            shapes[layer] = (vocabulary, *subnet[1:]), subnet
+        if {len(shape) for shape in shapes[layer]} != {2}:
+            raise ValueError(f"{layer} and its subnet are no matrices")
     return shapes

@@ -6,31 +6,26 @@ Needs safetensors (the extra ``hf``), and nothing of transformers.
 
 import hashlib
 import json
-import os
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .reading import (
+    check_file_name,
+    check_no_link,
+    check_side_name,
+    read_json,
+    side_files,
+)
+from .writing import write_json
+
 WEIGHTS = "model.safetensors"
-UNFINISHED = ".unfinished"  # in a folder that is being written
 MARKER = "losia.json"  # of a run's checkpoint, written last: one without it was interrupted
 INDEX = "model.safetensors.index.json"
-NOT_SIDE_FILES = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".index.json",
-)
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -68,27 +63,31 @@ class ModelFolder:
         if (self.path / WEIGHTS).exists():
             files = [WEIGHTS]
         elif (self.path / INDEX).exists():
-            try:
-                files = sorted(
-                    set(json.loads((self.path / INDEX).read_text())["weight_map"].values())
-                )
-            except (ValueError, KeyError):
-                raise ValueError(
-                    f"{self.path / INDEX} cannot be read as an index of shards"
-                ) from None
+            index = read_json(self.path / INDEX, {"weight_map": {str: str}})
+            files = sorted(set(index["weight_map"].values()))
+            for file in files:
+                check_file_name(file, self.path / INDEX)
+                if not file.endswith(".safetensors"):
+                    raise ValueError(f"{self.path / INDEX} names {file}, which is no .safetensors")
         else:
-            shards = any(self.path.glob("*/.metadata"))  # of torch.distributed.checkpoint
-            hint = (
-                "; it holds several processes' shards: finetune --resume makes a model of the run"
-                if shards
-                else ""
-            )
             raise ValueError(
-                f"{path} is no model folder: it has neither {WEIGHTS} nor {INDEX}{hint}"
+                f"{path} is no model folder: it has neither {WEIGHTS} nor {INDEX}{self._hint()}"
             )
         self.files = {file: Tensors(self.path / file) for file in files}
         self.in_parts = WEIGHTS not in files
         self._holder = {name: tensors for tensors in self.files.values() for name in tensors.specs}
+
+    def _hint(self) -> str:
+        """What else the folder is, and where the model would be."""
+        if (self.path / "run.json").exists():
+            if (self.path / "model").is_dir():
+                return f"; it is a run, whose model is {self.path / 'model'}"
+            return "; it is a run that is not finished: finetune --resume goes on with it"
+        if any(self.path.glob("*/.metadata")):  # of torch.distributed.checkpoint
+            return (
+                "; it holds several processes' shards: finetune --resume makes a model of the run"
+            )
+        return ""
 
     @property
     def specs(self) -> dict[str, Spec]:
@@ -100,14 +99,17 @@ class ModelFolder:
         return self._holder[name].get(name)
 
     def side_files(self) -> list[str]:
-        """What is no weight: config, tokenizer, generation config, licence."""
-        return sorted(
-            path.name
-            for path in self.path.iterdir()
-            if path.is_file()
-            and not path.name.startswith(".")
-            and not path.name.endswith(NOT_SIDE_FILES)
-        )
+        """What is no weight: config, tokenizer, chat templates, generation config, licence."""
+        return side_files(self.path)
+
+
+def copy_side_file(name: str, folder: Path, into: Path) -> None:
+    """Copy a file that is no weight, under the same name. Raises ValueError for a link."""
+    check_side_name(name, folder)
+    check_no_link(folder / name, folder)
+    check_no_link((folder / name).parent, folder)
+    (into / name).parent.mkdir(exist_ok=True)
+    shutil.copyfile(folder / name, into / name)
 
 
 class Tensors:
@@ -118,11 +120,13 @@ class Tensors:
         from safetensors import SafetensorError, safe_open
 
         try:
+            if not path.is_file():  # of a pipe or a device nothing would come, or no end
+                raise OSError("no such file" if not path.exists() else "not a regular file")
             self._file = safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"{path} cannot be read as safetensors: {str(error).strip()}"
-            ) from None
+            pointer = path.is_file() and path.open("rb").read(20).startswith(b"version https://git")
+            problem = "it is a pointer of Git LFS (git lfs pull)" if pointer else str(error).strip()
+            raise ValueError(f"{path} cannot be read as safetensors: {problem}") from None
         slices = {name: self._file.get_slice(name) for name in self._file.keys()}
         unknown = next(
             (name for name, part in slices.items() if part.get_dtype() not in DTYPES), None
@@ -196,12 +200,14 @@ def write_model(
     specs: dict[str, Spec],
     get: Callable[[str], Tensor],
     track: Track = untracked,
+    aliases: dict[str, str] | None = None,
 ) -> None:
     """The tensors of ``specs`` into the existing ``folder``, each in the file in which ``like`` has
-    its name."""
+    its name, or has that of which it is one of the ``aliases``."""
     weight_map: dict[str, str] = {}
     for file, tensors in like.files.items():
-        part = {name: specs[name] for name in tensors.specs if name in specs}
+        also = [name for name, other in (aliases or {}).items() if other in tensors.specs]
+        part = {name: specs[name] for name in [*tensors.specs, *also] if name in specs}
         weight_map |= dict.fromkeys(part, file)
         write_tensors(folder / file, part, get, {"format": "pt", **tensors.metadata}, track)
     if like.in_parts:
@@ -212,29 +218,30 @@ def write_model(
         write_json(folder / INDEX, index)
 
 
-def write_json(path: Path, values: dict) -> None:
-    """``values`` as JSON at ``path``: the old file or the new one, never a part."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(beside, path)
+def check_pair(base: ModelFolder, trained: ModelFolder) -> tuple[list[str], list[dict[str, str]]]:
+    """Names that both have, and for each of the two, of what it has besides, which of these it is.
 
-
-def check_pair(base: ModelFolder, trained: ModelFolder) -> None:
-    """Raises ValueError unless both hold tensors of the same names and shapes; floating-point
-    dtypes may differ."""
+    Raises ValueError unless both hold tensors of the same names and shapes, but for other names of
+    the same weights (a tied output layer, saved twice); floating-point dtypes may differ.
+    """
     subnets = next((name for name in trained.specs if name.endswith(".subnet")), None)
     if subnets is not None:
         raise ValueError(
             f"{trained.path} holds subnets, it is a checkpoint: write its plain model first (export)"
         )
-    for one, other in ((base, trained), (trained, base)):
-        absent = sorted(one.specs.keys() - other.specs.keys())
+    common = [name for name in base.specs if name in trained.specs]
+    aliases = [_aliases(base, common), _aliases(trained, common)]
+    for (one, known), other in zip(
+        zip((base, trained), aliases, strict=True), (trained, base), strict=True
+    ):
+        absent = sorted(one.specs.keys() - other.specs.keys() - known.keys())
         if absent:
             raise ValueError(
                 f"{other.path} lacks {absent[0]} and {len(absent) - 1} more that {one.path} has; if these are other "
                 f"names of the same weights, load and save the base once with transformers"
             )
-    for name, (dtype, shape) in base.specs.items():
+    for name in common:
+        dtype, shape = base.specs[name]
         trained_dtype, trained_shape = trained.specs[name]
         floats = dtype.is_floating_point and trained_dtype.is_floating_point
         if shape != trained_shape or (dtype != trained_dtype and not floats):
@@ -243,52 +250,23 @@ def check_pair(base: ModelFolder, trained: ModelFolder) -> None:
                 f"{describe_spec(trained_dtype, trained_shape)} in {trained.path}: these are not base and result of "
                 f"one training"
             )
+    return common, aliases
+
+
+def _aliases(folder: ModelFolder, common: list[str]) -> dict[str, str]:
+    """Tensors that ``folder`` has besides ``common``, each with the one of these that it is, bit for
+    bit."""
+    found: dict[str, str] = {}
+    for name in folder.specs.keys() - set(common):
+        alike = [each for each in common if folder.specs[each] == folder.specs[name]]
+        if alike:
+            tensor = folder.get(name)
+            same = [each for each in alike if raw_bytes(folder.get(each)) == raw_bytes(tensor)]
+            if same:
+                found[name] = same[0]
+    return found
 
 
 def describe_spec(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
     """Dtype and shape for an error's text."""
     return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
-
-
-def check_absent(folder: str | Path) -> None:
-    """Raises ValueError if ``folder`` exists."""
-    if Path(folder).exists():
-        raise ValueError(f"{folder} exists: name a new folder")
-
-
-@contextmanager
-def new_folder(folder: str | Path) -> Iterator[Path]:
-    """A folder to write into that becomes ``folder`` when all is written, and is gone if something
-    fails.
-
-    What a killed process of ours left beside is removed. Raises ValueError if ``folder`` exists, or
-    beside it one of that name which is not ours.
-    """
-    check_absent(folder)
-    folder = Path(folder)
-    beside = begin_beside(folder)
-    try:
-        yield beside
-        finish_beside(beside, folder)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-
-
-def begin_beside(folder: Path) -> Path:
-    """The new folder ``folder.tmp``, marked as ours; one that a killed process left is removed, any
-    other is an error."""
-    beside = folder.with_name(folder.name + ".tmp")
-    if (beside / UNFINISHED).exists():
-        shutil.rmtree(beside)
-    elif beside.exists():
-        raise ValueError(f"{beside} exists, where {folder} would be prepared: move it away")
-    beside.mkdir(parents=True)
-    (beside / UNFINISHED).touch()
-    return beside
-
-
-def finish_beside(beside: Path, folder: Path) -> None:
-    """All is written: it becomes ``folder``."""
-    (beside / UNFINISHED).unlink()
-    os.replace(beside, folder)

@@ -9,27 +9,27 @@ Factors are float32 and alpha = r in every layer: the adapter adds B @ A. Needs 
 transformers.
 """
 
-import json
 import math
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .folder import (
-    ModelFolder,
-    Track,
-    check_absent,
-    check_pair,
-    new_folder,
-    untracked,
-    write_json,
-    write_tensors,
-)
+from .checksums import FILES, all_files, checksums, find_damage, read_sealed, write_sealed
+from .folder import ModelFolder, Track, check_pair, untracked, write_tensors
+from .reading import read_json
+from .writing import new_folder, write_json
 
 CONFIG, WEIGHTS, ERRORS = "adapter_config.json", "adapter_model.safetensors", "lora_error.json"
+SHAPE = {  # of lora_error.json
+    "relative_error": float,
+    "merged_error": float,
+    "layers": {str: {"rank": int, "relative_error": float, "merged_error": float, "norm": float}},
+    "files": FILES,
+}
 
 
 @dataclass
@@ -73,15 +73,37 @@ def export_lora(
             embeddings, tied output layers, fused experts), if the folders are not base and result
             of one training, if nothing has changed, or if ``output`` exists.
     """
-    check_absent(output)
     if rank is not None and rank < 1:
         raise ValueError(f"the rank must be at least 1, got {rank}")
-    old, new = ModelFolder(base), ModelFolder(trained)
-    check_pair(old, new)
-    layouts = _linear_layouts(old.path)
+    with new_folder(output) as beside:
+        old, new = ModelFolder(base), ModelFolder(trained)
+        names, _ = check_pair(old, new)
+        layouts = _linear_layouts(old.path, len(old.specs))
+        tensors, errors = _factor_all(old, new, track(names, "comparing"), layouts, rank)
+        specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        write_tensors(beside / WEIGHTS, specs, tensors.__getitem__, {"format": "pt"})
+        write_json(beside / CONFIG, _adapter_config(old.path, errors, "in_out" in layouts.values()))
+        record = {
+            "relative_error": overall(errors, "relative_error"),
+            "merged_error": overall(errors, "merged_error"),
+            "layers": {layer: asdict(error) for layer, error in errors.items()},
+            "files": checksums(beside, all_files(beside)),
+        }
+        write_sealed(beside / ERRORS, record)
+    return errors
+
+
+def _factor_all(
+    old: ModelFolder,
+    new: ModelFolder,
+    names: Iterable[str],
+    layouts: dict[str, str],
+    rank: int | None,
+) -> tuple[dict[str, Tensor], dict[str, LayerError]]:
+    """The adapter's tensors, and the errors by layer."""
     tensors: dict[str, Tensor] = {}
     errors: dict[str, LayerError] = {}
-    for name in track(list(old.specs), "comparing"):
+    for name in names:
         after = new.get(name)
         before = old.get(name).to(after.dtype)  # as it was when training began
         if torch.equal(before, after):
@@ -110,19 +132,7 @@ def export_lora(
         )
     if not errors:
         raise ValueError(f"{new.path} is {old.path}: nothing has changed")
-    with new_folder(output) as beside:
-        specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-        write_tensors(beside / WEIGHTS, specs, tensors.__getitem__, {"format": "pt"})
-        write_json(beside / CONFIG, _adapter_config(old.path, errors, "in_out" in layouts.values()))
-        write_json(
-            beside / ERRORS,
-            {
-                "relative_error": overall(errors, "relative_error"),
-                "merged_error": overall(errors, "merged_error"),
-                "layers": {layer: asdict(error) for layer, error in errors.items()},
-            },
-        )
-    return errors
+    return tensors, errors
 
 
 def factor(difference: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor]:
@@ -157,11 +167,15 @@ def overall(errors: dict[str, LayerError], kind: str) -> float:
 def describe_lora(folder: str | Path) -> str:
     """What a folder of ``export_lora`` holds, as text: ranks and errors, overall and of every kind
     of layer."""
-    errors = json.loads((Path(folder) / ERRORS).read_text())
-    config = json.loads((Path(folder) / CONFIG).read_text())
+    folder = Path(folder)
+    errors = read_sealed(folder / ERRORS, SHAPE)
+    damage = find_damage(folder, errors["files"], folder / ERRORS)
+    if damage:
+        raise ValueError(f"{folder} is damaged: {damage}")
+    config = read_json(folder / CONFIG, {"base_model_name_or_path": str})
     layers = errors["layers"]
     ranks = sorted({layer["rank"] for layer in layers.values()})
-    size = (Path(folder) / WEIGHTS).stat().st_size
+    size = (folder / WEIGHTS).stat().st_size
     lines = [
         f"LoRA     of {config['base_model_name_or_path']}: {len(layers)} layers, "
         f"rank {ranks[0]}{f' to {ranks[-1]}' if len(ranks) > 1 else ''}, {size / 1e6:,.2f} MB",
@@ -170,7 +184,8 @@ def describe_lora(folder: str | Path) -> str:
     ]
     kinds: dict[str, list[LayerError]] = {}
     for name, layer in layers.items():
-        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(LayerError(**layer))
+        error = LayerError(**{field.name: layer[field.name] for field in fields(LayerError)})
+        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(error)
     for name, each in kinds.items():
         ranks = sorted({error.rank for error in each})
         rank = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else ranks[0]
@@ -184,20 +199,29 @@ def describe_lora(folder: str | Path) -> str:
     return "\n".join(lines)
 
 
-def _linear_layouts(folder: Path) -> dict[str, str]:
+def _linear_layouts(folder: Path, tensors: int) -> dict[str, str]:
     """Names of the model's linears, each with the order of its weight's dimensions: "out_in", or
     "in_out" (Conv1D).
 
-    From a model without memory. One that shares its weight with an embedding is none: LoRA would
-    change only one.
+    From a model without memory, which has so many ``tensors``. One that shares its weight with an
+    embedding is none: LoRA would change only one.
     """
     import transformers
     from transformers.pytorch_utils import Conv1D
 
-    config = transformers.AutoConfig.from_pretrained(folder)
+    read_json(folder / "config.json", {"architectures": [str]})
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder}: {str(error).strip().splitlines()[0]}") from None
+    if getattr(config, "num_hidden_layers", 0) > tensors:
+        raise ValueError(
+            f"{folder}: {config.num_hidden_layers} layers in config.json, and {tensors} tensors"
+        )
     model_class = getattr(transformers, (config.architectures or ["none"])[0], None)
-    if model_class is None:
-        raise ValueError(f"{folder}: transformers has no {config.architectures}")
+    known = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
+    if model_class is None or not known:
+        raise ValueError(f"{folder}: transformers has no model {config.architectures}")
     with torch.device("meta"):
         model = model_class(config)
     layouts = {}
@@ -215,7 +239,7 @@ def _adapter_config(base: Path, errors: dict[str, LayerError], fan_in_fan_out: b
     """PEFT's LoraConfig. A server that knows no rank_pattern finds alpha / r = 1 as well."""
     most = max(error.rank for error in errors.values())
     pattern = {layer: error.rank for layer, error in errors.items() if error.rank != most}
-    architecture = json.loads((base / "config.json").read_text())["architectures"][0]
+    architecture = read_json(base / "config.json", {"architectures": [str]})["architectures"][0]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if architecture.endswith("ForCausalLM") else None,

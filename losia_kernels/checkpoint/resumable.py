@@ -4,6 +4,7 @@ A checkpoint is a folder that is whole or not there. One process, DDP and FSDP2 
 on any number of ranks, bit for bit.
 """
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,14 @@ from torch import Tensor, nn
 from ..layers.convert import export_state_dict
 from ..layers.module import losia_layers
 from ..parallel.placement import empty_placed_as, whole
+from ..parallel.ranks import Ranks
 from ..training.importance import OBSERVERS
 from ..training.timeline import Timeline
-from .folder import UNFINISHED, begin_beside, finish_beside
+from .checksums import FILES, all_files, checksums, find_damage, read_sealed, write_sealed
+from .folder import MARKER
+from .reading import check_archive
+from .shards import ShardReader
+from .writing import beside_of, new_folder
 
 # parameter groups, clock, and what else is no tensor of the model's or optimizer's
 RUN = "losia.pt"
@@ -41,18 +47,15 @@ def save_checkpoint(
         timeline: what ``attach`` returned; a LoSiAAdamW has its own.
 
     Raises:
-        FileExistsError: if ``folder`` exists, or what lies where it would be prepared is not ours.
-        ValueError: for a PEFT model.
+        FileExistsError: if ``folder`` exists.
+        ValueError: for a PEFT model, and if ``folder`` cannot be written.
     """
     folder = Path(folder)
-    beside = folder.with_name(folder.name + ".tmp")
+    beside = beside_of(folder)
     ranks = (timeline or optimizer.timeline).ranks  # type: ignore[attr-defined]
     first = ranks.rank == 0
-    theirs = beside.exists() and not (beside / UNFINISHED).exists()
-    if ranks.any_rank(first and (folder.exists() or theirs)):
-        raise FileExistsError(
-            f"{folder}, or {beside}, where it would be prepared, exists: name a new folder"
-        )
+    if ranks.any_rank(first and folder.exists()):
+        raise FileExistsError(f"{folder} exists: name a new folder")
     tensors = {f"model.{name}": tensor for name, tensor in _model_tensors(model).items()}
     names = _names(model, optimizer)
     state_dict = optimizer.state_dict()
@@ -62,16 +65,23 @@ def save_checkpoint(
             for kind, value in state.items()
             if isinstance(value, Tensor)
         }
-    if first:
-        begin_beside(folder)
-        torch.save(
-            {"param_groups": state_dict["param_groups"], "names": names, "extra": extra},
-            beside / RUN,
+    run = {"param_groups": state_dict["param_groups"], "names": names, "extra": extra}
+    with ExitStack() as stack:
+        failure: Exception | None = None
+        try:
+            if first:
+                stack.enter_context(new_folder(folder))
+                torch.save(run, beside / RUN)
+        except (OSError, ValueError, RuntimeError) as error:
+            failure = error
+        if ranks.any_rank(failure is not None):
+            raise failure or OSError(f"the first process cannot write {folder}")
+        dcp.save(
+            tensors, checkpoint_id=beside, process_group=ranks.group, no_dist=ranks.group is None
         )
-    ranks.barrier()
-    dcp.save(tensors, checkpoint_id=beside, process_group=ranks.group, no_dist=ranks.group is None)
-    if first:
-        finish_beside(beside, folder)
+        ranks.barrier()
+        if first:
+            write_sealed(beside / MARKER, {"files": checksums(beside, all_files(beside))})
     ranks.barrier()
 
 
@@ -94,13 +104,18 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
-        ValueError: if it is of another model, config or parameter groups.
+        ValueError: if it is damaged, or of another model, config or parameter groups.
     """
     folder = Path(folder)
     timeline = timeline or optimizer.timeline  # type: ignore[attr-defined]
+    _check_files(folder, timeline.ranks)
+    check_archive(folder / RUN, (folder / RUN).stat().st_size, folder / RUN)
     run = torch.load(folder / RUN, weights_only=True)
+    if not isinstance(run, dict) or run.keys() != {"param_groups", "names", "extra"}:
+        raise ValueError(f"{folder / RUN} is of another kind")
     names = _names(model, optimizer)
-    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    reader = ShardReader(folder)
+    saved = reader.read_metadata().state_dict_metadata
     targets = {f"model.{name}": tensor for name, tensor in _model_tensors(model).items()}
     others = sorted(targets.keys() ^ {key for key in saved if key.startswith("model.")})
     if others or names != run["names"]:
@@ -111,10 +126,12 @@ def load_checkpoint(
     for key, entry in saved.items():
         if key.startswith("optimizer."):
             name, _, kind = key.removeprefix("optimizer.").rpartition(":")
+            if name not in parameters:
+                raise ValueError(f"{folder} has a state of {name}, which the optimizer has not")
             targets[key] = _empty(entry, kind, parameters[name])
     dcp.load(
         targets,
-        checkpoint_id=folder,
+        storage_reader=reader,
         process_group=timeline.ranks.group,
         no_dist=timeline.ranks.group is None,
     )
@@ -125,6 +142,18 @@ def load_checkpoint(
             state.setdefault(names.index(name), {})[kind] = value
     optimizer.load_state_dict({"state": state, "param_groups": run["param_groups"]})
     return run["extra"]
+
+
+def _check_files(folder: Path, ranks: Ranks) -> None:
+    """Raises ValueError, on every rank, if a file of the checkpoint is not as it was saved; each
+    rank reads its share."""
+    if not (folder / RUN).exists():
+        raise FileNotFoundError(f"no checkpoint {folder}: it has no {RUN}")
+    files = read_sealed(folder / MARKER, {"files": FILES})["files"]
+    share = {name: files[name] for name in sorted(files)[ranks.rank :: ranks.size]}
+    damage = find_damage(folder, share, folder / MARKER)
+    if ranks.any_rank(damage is not None):
+        raise ValueError(f"{folder}: {damage or 'damaged, as another process says'}")
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -1,297 +1,230 @@
-"""Training data: JSONL of prompts, chats or plain text -> token ids and labels -> batches.
+"""Training data: rows -> token ids and labels -> the data sets that TRL's SFTTrainer takes.
 
-Labels are -100 wherever nothing is learned: in prompts, in the turns of others, in padding. Padding
-is known by its position, never by its token, so that an end-of-sequence token that doubles as
-padding is still learned.
+Labels are -100 wherever nothing is learned: in prompts, in the turns of others. A text ends with
+the end of the sequence, once; an assistant's turn with what its chat template ends it with.
 """
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import hashlib
+import warnings
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
-import torch
-from transformers.trainer_pt_utils import LengthGroupedSampler
+import pyarrow as pa
+from datasets import Dataset, Features, List, Value
+from trl import SFTConfig, pack_dataset
+from trl.data_utils import common_prefix_length
 
+from .chat import Chat, ChatWriter
+from .forms import FORMS, read_chat, read_text
 from .options import FinetuneOptions, InputError
+from .rows import Row, read_rows
 
 IGNORE = -100  # label of a token that is not learned
-FORMS = "{'prompt', 'completion'}, {'messages'} or {'text'}"
+FEATURES = Features(input_ids=List(Value("int32")), labels=List(Value("int32")))
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One line of a data file: its values and where it stands, for errors."""
+class Encoder:
+    """Makes token ids and labels of rows, whatever their form.
 
-    values: dict[str, Any]
-    where: str
-
-
-def read_jsonl(path: str | Path) -> list[Sample]:
-    """The samples of a JSONL file, blank lines skipped. Raises InputError with file and line
-    number."""
-    path = Path(path)
-    samples = []
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            values = json.loads(line)
-        except ValueError as error:  # UnicodeDecodeError is one too
-            raise InputError(f"{where}: not valid JSON: {error}") from None
-        _check_sample(values, where)
-        samples.append(Sample(values, where))
-    if not samples:
-        raise InputError(f"{path}: no samples; expected one a line, {FORMS}")
-    return samples
-
-
-def _check_sample(values: Any, where: str) -> None:
-    if not isinstance(values, dict):
-        raise InputError(f"{where}: expected an object, {FORMS}; got {type(values).__name__}")
-    if sum(form in values for form in ("prompt", "messages", "text")) != 1:
-        raise InputError(f"{where}: expected exactly one of {FORMS}; got {sorted(values)}")
-    if "messages" in values:
-        _check_messages(values["messages"], where)
-        return
-    for key in ("prompt", "completion") if "prompt" in values else ("text",):
-        if not isinstance(values.get(key), str):
-            raise InputError(f"{where}: {key!r} must be a string, got {values.get(key)!r:.80}")
-        if not values[key] and key != "prompt":
-            raise InputError(f"{where}: {key!r} is empty: nothing to learn")
-        _check_characters(values[key], where, repr(key))
-
-
-def _check_characters(text: str, where: str, what: str) -> None:
-    """JSON can say half of a character beyond 0xffff, as in a text that was cut there; no tokenizer
-    takes it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = ascii(text[error.start])
-        raise InputError(
-            f"{where}: {what} has half of a character, {half}, at {error.start}"
-        ) from None
-
-
-def _check_messages(messages: Any, where: str) -> None:
-    if not isinstance(messages, list) or not messages:
-        raise InputError(
-            f"{where}: 'messages' must be a list of {{'role', 'content'}}, got {messages!r:.80}"
-        )
-    for message in messages:
-        good = isinstance(message, dict) and all(
-            isinstance(message.get(key), str) for key in ("role", "content")
-        )
-        if not good:
-            raise InputError(
-                f"{where}: a message must have 'role' and 'content' strings, got {message!r:.80}"
-            )
-        _check_characters(message["role"] + message["content"], where, "a message")
-    if all(message["role"] != "assistant" for message in messages):
-        raise InputError(f"{where}: no message has the role 'assistant': nothing to learn")
-
-
-def encode(sample: Sample, tokenizer, max_length: int) -> dict[str, np.ndarray] | None:
-    """``{"input_ids", "labels"}``, int32, at most ``max_length`` tokens; None when truncation
-    leaves nothing to learn.
-
-    Prompt and completion are tokenized as one text; a token is learned when any of its characters
-    belongs to the completion (to an assistant's turn, to the text). The end of the sequence is
-    appended and learned, unless a chat template ends its turns with a token of its own. Longer
-    samples lose their end.
+    ``ends``: the tokens that samples end with so far.
+    ``columns``: those that nothing has read.
     """
-    values = sample.values
-    if "messages" in values:
-        text, spans = _render_chat(sample, tokenizer)
-        ids, learned = _tokenize(tokenizer, text, spans, False, sample.where)
-        ended = ids[-1] in tokenizer.added_tokens_decoder
-    else:
-        prompt = values.get("prompt", "")
-        text = prompt + values["completion"] if "prompt" in values else values["text"]
-        ids, learned = _tokenize(tokenizer, text, [(len(prompt), len(text))], True, sample.where)
-        ended = ids[-1] == tokenizer.eos_token_id
-        learned[-1] |= ended
-    if not ended:
-        ids.append(tokenizer.eos_token_id)
-        learned.append(True)
-    input_ids, taught = np.array(ids[:max_length], dtype=np.int32), np.array(learned[:max_length])
-    taught[0] = False  # nothing precedes the first token, so nothing predicts it
-    if not taught.any():
-        return None
-    return {"input_ids": input_ids, "labels": np.where(taught, input_ids, np.int32(IGNORE))}
 
-
-def _tokenize(
-    tokenizer, text: str, spans: list[tuple[int, int]], special_tokens: bool, where: str
-) -> tuple[list[int], list[bool]]:
-    encoded = tokenizer(text, add_special_tokens=special_tokens, return_offsets_mapping=True)
-    if not encoded["input_ids"]:
-        raise InputError(f"{where}: the tokenizer makes no token of {text!r:.80}")
-    learned = [
-        any(first < end and last > start for start, end in spans)
-        for first, last in encoded["offset_mapping"]
-    ]
-    return list(encoded["input_ids"]), learned
-
-
-def _render_chat(sample: Sample, tokenizer) -> tuple[str, list[tuple[int, int]]]:
-    """The chat as its template writes it, and the character spans of the assistant's turns with
-    their end tokens.
-
-    It is cut after the last of them: the rest would only be read.
-    """
-    messages = sample.values["messages"]
-
-    def render(upto: int, **kwargs) -> str:
-        try:
-            return tokenizer.apply_chat_template(messages[:upto], tokenize=False, **kwargs)
-        except Exception as error:  # whatever a template raises, jinja2's errors and its own
+    def __init__(self, tokenizer, config: SFTConfig):
+        if tokenizer.eos_token_id is None:
             raise InputError(
-                f"{sample.where}: the chat template refuses this sample: {error}"
-            ) from None
-
-    text, spans = render(len(messages)), []
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        through = render(turn + 1)
-        if turn:
-            before, found = render(turn, add_generation_prompt=True), "yes"
-        else:  # what the template itself begins with, maybe a system prompt of its own, is not learned
-            before, found, _ = through.rpartition(message["content"].strip() or "\0")
-        if not (found and text.startswith(through) and through.startswith(before)):
-            raise InputError(
-                f"{sample.where}: the chat template rewrites earlier turns, so what the assistant said in turn "
-                f"{turn + 1} cannot be told apart; give this sample as 'prompt' and 'completion'"
+                "the tokenizer has no end-of-sequence token: set eos_token in its tokenizer_config.json, or in --config"
             )
-        spans.append((len(before), len(through.rstrip())))
-    return text[: spans[-1][1]], spans
+        self.tokenizer, self.config = tokenizer, config
+        self.writer = ChatWriter(tokenizer)
+        self.ends: set[int] = set()
+        self.columns: set[str] = set()
+
+    def encode(self, row: Row) -> tuple[list[int], np.ndarray]:
+        """The row's token ids, and which of them are learned.
+
+        Raises:
+            InputError: naming the row, if it is of no known form or cannot be learned as it is.
+        """
+        if isinstance(row.values, dict) and "input_ids" in row.values:
+            return self._encoded(row)
+        form = read_chat(row, self.columns) or read_text(row, self.config, self.columns)
+        ids, learned = self._chat(form, row) if isinstance(form, Chat) else self._text(*form, row)
+        learned[0] = False  # nothing precedes the first token, so nothing predicts it
+        return ids, learned
+
+    def _chat(self, chat: Chat, row: Row) -> tuple[list[int], np.ndarray]:
+        if not self.tokenizer.is_fast:
+            raise InputError(
+                f"{type(self.tokenizer).__name__} does not say which characters a token stands for, which chats need; "
+                f"a fast tokenizer does (tokenizer.json)"
+            )
+        text, parts = self.writer.write(chat, row.where)
+        self.writer.note_unread(chat)
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = list(encoded["input_ids"]), np.array(encoded["offset_mapping"])
+        learned = np.zeros(len(ids), bool)
+        for part in parts:  # offsets without their space end where the token does: still inside
+            learned |= (offsets[:, 0] < part.stop) & (offsets[:, 1] > part.start)
+        if not part.ended:
+            ids, learned = [*ids, self.tokenizer.eos_token_id], np.append(learned, True)
+        if part.last:  # turns in the middle may end otherwise, with a token that does not stop
+            self.ends.add(ids[-1])
+        if self.config.assistant_only_loss is False:
+            learned[:] = True
+        return ids, learned
+
+    def _text(self, prompt: str, completion: str, row: Row) -> tuple[list[int], np.ndarray]:
+        """Prompt and completion are tokenized as one text: a token across the border is learned."""
+        end = self.tokenizer.eos_token
+        if completion.rstrip().endswith(
+            end
+        ):  # as chats that were written out end, and a line break
+            completion = completion.rstrip()
+        ids = self._bounded(self.tokenizer(prompt + completion)["input_ids"])
+        if len(ids) == 1:  # its end
+            raise InputError(
+                f"{row.where}: the tokenizer makes no token of {prompt + completion!r:.80}"
+            )
+        before = 0
+        if prompt and self.config.completion_only_loss is not False:
+            before = common_prefix_length(
+                self._bounded(self.tokenizer(prompt)["input_ids"])[:-1], ids
+            )
+        self.ends.add(ids[-1])
+        return ids, np.arange(len(ids)) >= before
+
+    def _bounded(self, ids: list[int]) -> list[int]:
+        """With one beginning of the sequence, if any, and one end, whoever wrote them."""
+        bos, eos, ids = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, list(ids)
+        while bos is not None and ids[:2] == [bos, bos]:
+            del ids[0]
+        while ids[-1:] == [eos]:
+            del ids[-1]
+        return [*ids, eos]
+
+    def _encoded(self, row: Row) -> tuple[list[int], np.ndarray]:
+        """Tokens that the user has made, as TRL takes them."""
+        ids = row.values["input_ids"]
+        labels = row.values.get("labels", ids)
+        good = all(
+            isinstance(each, list) and each and all(type(value) is int for value in each)
+            for each in (ids, labels)
+        )
+        if (
+            not good
+            or len(labels) != len(ids)
+            or any(b not in (a, IGNORE) for a, b in zip(ids, labels, strict=True))
+        ):
+            raise InputError(
+                f"{row.where}: 'input_ids' and 'labels' must be as many whole numbers each, equal or -100 where "
+                f"nothing is learned"
+            )
+        learned = np.array(labels) != IGNORE
+        learned[0] = False
+        return ids, learned
+
+    def encode_all(self, rows: Iterable[Row], data: str) -> Dataset:
+        """All rows as a data set of ``input_ids`` and ``labels``, cut to ``max_length``; it says how
+        many had nothing left to learn."""
+        config, samples, dropped = self.config, [], 0
+        cut = config.max_length
+        if config.packing and config.packing_strategy != "bfd":  # which cut rows, not samples
+            cut = None
+        for row in rows:
+            ids, learned = self.encode(row)
+            if learned[:cut].any():
+                tokens = np.array(ids[:cut], np.int32)
+                samples.append((tokens, np.where(learned[:cut], tokens, np.int32(IGNORE))))
+            else:
+                dropped += 1
+        if dropped and samples:
+            print(f"{data}: {dropped} samples have nothing to learn within {cut} tokens, left out")
+        if not samples and not dropped:
+            raise InputError(f"{data}: no samples; expected one a line, {FORMS}")
+        if not samples:
+            raise InputError(
+                f"{data}: with at most {cut} tokens no sample has anything left to learn"
+            )
+        self.writer.warn_unread(data)
+        if self.columns:
+            names = ", ".join(map(repr, sorted(self.columns)))
+            warnings.warn(f"{data}: nothing reads the columns {names}", stacklevel=2)
+        columns = {name: [sample[i] for sample in samples] for i, name in enumerate(FEATURES)}
+        return Dataset.from_dict(columns, features=FEATURES)
 
 
-def load_samples(
-    path: str | Path, tokenizer, max_length: int
-) -> tuple[list[dict[str, np.ndarray]], int]:
-    """The encoded samples of a JSONL file, and how many were dropped because truncation left
-    nothing to learn."""
-    if tokenizer.eos_token_id is None:
-        raise InputError(
-            "the tokenizer has no end-of-sequence token: set eos_token in its tokenizer_config.json"
-        )
-    if not tokenizer.is_fast:
-        raise InputError(
-            f"{type(tokenizer).__name__} does not say which characters a token stands for; a fast "
-            f"tokenizer does (tokenizer.json)"
-        )
-    samples = read_jsonl(path)
-    if tokenizer.chat_template is None:
-        for sample in samples:
-            if "messages" in sample.values:
-                raise InputError(
-                    f"{sample.where}: 'messages' need a chat template, and the tokenizer has none"
+def check_rows(options: FinetuneOptions, config: SFTConfig) -> None:
+    """Raises InputError for the first row of the data that is malformed, before a model is loaded."""
+    for data in filter(None, (options.data, options.eval_data)):
+        for row in read_rows(data, options):
+            if not isinstance(row.values, dict) or "input_ids" not in row.values:
+                read_chat(row, set()) or read_text(row, config, set())
+
+
+class Data(NamedTuple):
+    """What a run trains on and is evaluated on, and the tokens that samples end with."""
+
+    train: Dataset
+    eval: Dataset | None
+    ends: set[int]
+
+
+def load_data(options: FinetuneOptions, config: SFTConfig, tokenizer) -> Data:
+    """The run's data, encoded and, if asked, packed; the same bits every time.
+
+    Raises:
+        InputError: naming the file and the line of what cannot be learned.
+    """
+    encoder = Encoder(tokenizer, config)
+    train, held_out = encoder.encode_all(read_rows(options.data, options), options.data), None
+    if options.eval_data is not None:
+        held_out = encoder.encode_all(read_rows(options.eval_data, options), options.eval_data)
+    elif options.eval_fraction:
+        if len(train) < 2:
+            raise InputError(
+                f"eval_fraction needs two samples or more, {options.data} has {len(train)}"
+            )
+        split = train.train_test_split(test_size=options.eval_fraction, seed=options.seed)
+        train, held_out = (split[name].flatten_indices() for name in ("train", "test"))
+    if config.shuffle_dataset:
+        train = train.shuffle(seed=config.seed).flatten_indices()
+    if config.packing:
+        train = pack_dataset(train, config.max_length, config.packing_strategy)
+    if held_out is not None and config.eval_packing:
+        held_out = pack_dataset(held_out, config.max_length, config.packing_strategy)
+    return Data(train, held_out, encoder.ends)
+
+
+def column(dataset: Dataset, name: str) -> pa.Array:
+    """A column of lists as one Arrow array."""
+    values = dataset.with_format("arrow")[:][name]
+    return values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+
+
+def lengths(dataset: Dataset) -> np.ndarray:
+    """How many tokens each row has."""
+    return column(dataset, "input_ids").value_lengths().to_numpy()
+
+
+def flat(dataset: Dataset, name: str) -> np.ndarray:
+    """A column of lists, one after the other."""
+    return column(dataset, name).flatten().to_numpy()
+
+
+def fingerprint(*parts: Dataset | None) -> str:
+    """sha256 of all that the model gets to see of data sets: their tokens, labels and rows."""
+    digest = hashlib.sha256()
+    for dataset in parts:
+        if dataset is None:
+            digest.update(b"none")
+            continue
+        for name in sorted(dataset.column_names):
+            sizes = column(dataset, name).value_lengths().to_numpy()
+            for values in (sizes, flat(dataset, name)):
+                digest.update(
+                    f"{name} {len(values)} ".encode()
+                    + np.ascontiguousarray(values, np.int64).tobytes()
                 )
-    encoded = [encode(sample, tokenizer, max_length) for sample in samples]
-    kept = [sample for sample in encoded if sample is not None]
-    if not kept:
-        raise InputError(
-            f"{path}: with at most {max_length} tokens no sample has anything left to learn"
-        )
-    return kept, len(encoded) - len(kept)
-
-
-def load_data(options: FinetuneOptions, tokenizer) -> tuple[list, list | None]:
-    """Encoded (and packed) training samples, evaluation samples or None."""
-
-    def load(path: str) -> list:
-        samples, dropped = load_samples(path, tokenizer, options.max_length)
-        if dropped:
-            print(
-                f"{path}: {dropped} samples have nothing to learn within {options.max_length} tokens, left out"
-            )
-        return pack(samples, options.max_length) if options.packing else samples
-
-    return load(options.data), None if options.eval_data is None else load(options.eval_data)
-
-
-def pack(samples: list[dict[str, np.ndarray]], max_length: int) -> list[dict[str, np.ndarray]]:
-    """Whole samples, in order, joined into rows of at most ``max_length`` tokens.
-
-    ``position_ids`` restart with every sample, which is how transformers' attention masks keep them
-    apart.
-    """
-    rows: list[list[dict[str, np.ndarray]]] = [[]]
-    length = 0
-    for sample in samples:
-        if length + len(sample["input_ids"]) > max_length:
-            rows.append([])
-            length = 0
-        rows[-1].append(sample)
-        length += len(sample["input_ids"])
-    return [
-        {
-            "input_ids": np.concatenate([sample["input_ids"] for sample in row]),
-            "labels": np.concatenate([sample["labels"] for sample in row]),
-            "position_ids": np.concatenate(
-                [np.arange(len(sample["input_ids"]), dtype=np.int32) for sample in row]
-            ),
-        }
-        for row in rows
-    ]
-
-
-def pad_token_id(tokenizer) -> int:
-    """The padding token, else the end of the sequence: masks go by position, so either is only a
-    filler."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
-@dataclass(frozen=True)
-class Collator:
-    """Pads samples on the right to the longest of the batch: int64 ``[batch, length]`` tensors.
-
-    Plain samples get an ``attention_mask``. Packed rows get ``position_ids`` instead; there each
-    token of the padding, all at position 0, is a document of its own.
-    """
-
-    pad_token_id: int
-
-    def __call__(self, samples: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
-        packed = "position_ids" in samples[0]
-        shape = len(samples), max(len(sample["input_ids"]) for sample in samples)
-        batch = {
-            "input_ids": torch.full(shape, self.pad_token_id),
-            "labels": torch.full(shape, IGNORE),
-        }
-        batch["position_ids" if packed else "attention_mask"] = torch.zeros(
-            shape, dtype=torch.int64
-        )
-        for row, sample in enumerate(samples):
-            size = len(sample["input_ids"])
-            for key, values in sample.items():
-                batch[key][row, :size] = torch.from_numpy(values)
-            if not packed:
-                batch["attention_mask"][row, :size] = 1
-        return batch
-
-
-class EpochLengthGroupedSampler(LengthGroupedSampler):
-    """transformers' length grouping, ordered by seed and epoch alone: a resumed epoch has the order
-    of the first."""
-
-    def __init__(self, batch_size: int, lengths: list[int], seed: int):
-        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
-        self.seed, self.epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        self.generator.manual_seed(self.seed + self.epoch)
-        return super().__iter__()
+    return digest.hexdigest()

@@ -14,6 +14,7 @@ from ..layers.subnet import subnet_size
 from ..training.adam_state import MOMENTS
 from ..training.importance import OBSERVERS
 
+SIZES = "hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size".split()
 MODEL_TYPES = ("llama", "mistral", "qwen2", "gemma")
 GIB = 2**30
 FLOAT32 = 4
@@ -41,6 +42,12 @@ class ModelShape:
     def from_config(cls, config: dict) -> "ModelShape":
         """From the contents of a Hugging Face ``config.json``. Raises ValueError for another kind
         of model."""
+        if not isinstance(config, dict):
+            raise ValueError(f"the config is {config!r:.40}, expected an object")
+        for name in SIZES:
+            size = config.get(name, 1)
+            if type(size) is not int or size < 1:
+                raise ValueError(f"the config's {name} is {size!r:.40}, expected a whole number")
         kind = config.get("model_type")
         if kind not in MODEL_TYPES:
             known = ", ".join(MODEL_TYPES)

@@ -2,45 +2,59 @@
 the model.
 
     model/         the result: an ordinary transformers folder, there only when the run is done
+    model.json     the checksums of its files
     checkpoints/   what ``resume`` goes on from
     log.jsonl      one line a step
     subnets.jsonl  where each layer's subnet has been
     loss_curve.png
-    run.json       every option, which ``resume`` goes on with
+    run.json       every option and what the data became, which ``resume`` goes on with
 """
 
-import hashlib
-import json
+import errno
 import os
-import re
-import shutil
+import platform
 import warnings
 from dataclasses import asdict, fields, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-from transformers import TrainerCallback
+import torch
+import transformers
 
-from ..checkpoint.folder import MARKER, new_folder, write_json
-from ..integrations.transformers import losia_timeline
+from .. import __version__
+from ..checkpoint.checksums import (
+    FILES,
+    all_files,
+    checksum,
+    checksums,
+    find_damage,
+    read_sealed,
+    write_sealed,
+)
+from ..checkpoint.writing import PlaceError, new_folder
+from ..integrations.history import read_log
+from .checkpoints import Checkpoints, find_checkpoints
 from .options import FinetuneOptions, InputError
 
-# Options that do not change the result; data is known by its checksum.
-FREE_ON_RESUME = ("data", "eval_data", "save_steps", "print_every", "report_to")
+# Options that do not change the result; data is known by its checksum, what it became by another.
+FREE_ON_RESUME = ("data", "eval_data", "save_steps", "print_every", "report_to", "samples")
+# What a write fails with that the user can do something about.
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
 
-def open_run(options: FinetuneOptions, processes: int = 1) -> tuple[dict, Path | None]:
-    """Look at the output folder, and remove the checkpoints in it that were interrupted.
+def open_run(options: FinetuneOptions, processes: int = 1) -> tuple[dict, Checkpoints]:
+    """Look at the output folder; nothing is changed.
 
     A resumed run must have the options and the data of the first; on another number of processes,
     batches such that all of them together are as large.
 
     Returns:
-        What ``run.json`` is to hold, and the checkpoint to go on from; None to begin.
+        What ``run.json`` is to hold, but for what the data becomes, and the checkpoints.
 
     Raises:
-        InputError: if the folder is not empty, has nothing to resume, or is of other options.
+        InputError: if the folder is not empty, has nothing to resume, is of other options, or holds
+            damaged checkpoints only.
     """
     folder = Path(options.output)
     record = asdict(options)
@@ -49,26 +63,72 @@ def open_run(options: FinetuneOptions, processes: int = 1) -> tuple[dict, Path |
     record["model"] = _whole_path(record["model"])
     for name in ("data", "eval_data"):
         if record[name] is not None:
-            record[f"{name}_sha256"] = _sha256(record[name])
             record[name] = _whole_path(record[name])
+            record[f"{name}_sha256"] = _sha256(Path(record[name]))
     if not options.resume:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        # a kill may have left no more than the first attempt at run.json
+        new = not folder.exists() or (
+            folder.is_dir() and not set(os.listdir(folder)) - {"run.json.tmp"}
+        )
+        if not new:
             raise InputError(
                 f"{folder} exists and is not empty: name another output, or go on with --resume"
             )
-        return record, None
-    if not (folder / "run.json").exists():
-        raise InputError(f"nothing to resume: {folder} holds no run (no run.json)")
-    first = json.loads((folder / "run.json").read_text())
-    held = (record.keys() | first.keys()) - set(FREE_ON_RESUME)
+        return record, Checkpoints()
+    _check_holds_run(folder)
+    check_no_links(folder)
+    check_resumes(folder, record)
+    if (folder / "model").exists():
+        _check_model(folder)
+        return record, Checkpoints()
+    log = [entry["step"] for entry in read_log(folder / "log.jsonl")]
+    found = find_checkpoints(folder / "checkpoints", max(log, default=0))
+    if found.damaged and found.last is None:
+        said = "; ".join(f"{path.name}: {why}" for path, why in found.damaged.items())
+        raise InputError(
+            f"cannot resume {folder}, no checkpoint is whole: {said}; nothing was changed, begin anew in another output"
+        )
+    return record, found
+
+
+def read_record(folder: Path) -> dict:
+    """What is in ``run.json``. Raises InputError if it is damaged or no run's."""
+    shape = {"model": str, "data": str, "batch_size": int, "seed": int}
+    try:
+        return read_sealed(folder / "run.json", shape)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def check_resumes(folder: Path, record: dict) -> None:
+    """Raises InputError if the run in ``folder`` was begun with other values of what is in
+    ``record``. The same file under another name is the same."""
+    first = read_record(folder)
+    # what the data becomes is not known before the model is loaded
+    known = {name for name in first if name in record or not name.endswith("tokens_sha256")}
+    held = (record.keys() | known) - {*FREE_ON_RESUME, "versions"}
     changed = sorted(name for name in held if record.get(name) != first.get(name))
+    tokens = [name for name in changed if name.endswith("tokens_sha256")]
+    if tokens:
+        raise InputError(
+            f"cannot resume {folder}: the data no longer becomes the tokens that it was begun with ({tokens[0]}): the "
+            f"tokenizer, its chat template, a date in it, or a library is another"
+        )
     if changed:
         was = ", ".join(
             f"{name} was {first.get(name)!r}, now {record.get(name)!r}" for name in changed
         )
         raise InputError(f"cannot resume {folder} with other options: {was}")
-    remove_interrupted(folder / "checkpoints")
-    return record, last_checkpoint(folder / "checkpoints")
+    other = [
+        f"{name} {first.get('versions', {}).get(name)}, now {version}"
+        for name, version in record.get("versions", {}).items()
+        if first.get("versions", {}).get(name) != version
+    ]
+    if other:
+        warnings.warn(
+            f"{folder} was begun with {'; '.join(other)}: what follows may differ in its last bits",
+            stacklevel=2,
+        )
 
 
 def read_options(folder: Path, **instead: Any) -> FinetuneOptions:
@@ -78,7 +138,7 @@ def read_options(folder: Path, **instead: Any) -> FinetuneOptions:
     """
     if not (folder / "run.json").exists():
         raise InputError(f"{folder} has no run.json, so its base model and its data are not known")
-    record = json.loads((folder / "run.json").read_text())
+    record = read_record(folder)
     known = {field.name for field in fields(FinetuneOptions)}
     values = {name: value for name, value in record.items() if name in known}
     return FinetuneOptions(**{**values, "output": str(folder), **instead})
@@ -88,8 +148,7 @@ def resumed_options(given: dict[str, Any]) -> FinetuneOptions:
     """What ``--resume --output FOLDER`` goes on with: the options of the run there, but for those
     ``given``."""
     folder = Path(given["output"])
-    if not (folder / "run.json").exists():
-        raise InputError(f"nothing to resume: {folder} holds no run (no run.json)")
+    _check_holds_run(folder)
     options, processes = read_options(folder, **given), int(os.environ.get("WORLD_SIZE", "1"))
     if "batch_size" in given:
         return options
@@ -101,111 +160,92 @@ def resumed_options(given: dict[str, Any]) -> FinetuneOptions:
     return replace(options, batch_size=options.batch_size // processes)
 
 
+def _check_holds_run(folder: Path) -> None:
+    if not (folder / "run.json").exists():
+        raise InputError(f"nothing to resume: {folder} holds no run (no run.json)")
+
+
+def versions() -> dict[str, str]:
+    """Of what takes part in every bit."""
+    return {
+        "losia_kernels": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "trl": version("trl"),
+        "python": platform.python_version(),
+    }
+
+
 def _whole_path(name: str) -> str:
-    """Of a file or folder, the path that is right from everywhere; of a name on the hub, the
-    name."""
+    """One spelling of what is on this machine, right from everywhere; a name on the hub as it is."""
     path = Path(name).expanduser()
     return str(path.resolve()) if path.exists() else name
 
 
-def _sha256(path: str) -> str:
+def _sha256(path: Path) -> str | None:
+    """Of a file; of a folder or a name on the hub None."""
+    if not path.is_file():
+        return None
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        return checksum(path)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
 
 
-class CheckpointCallback(TrainerCallback):
-    """Completes each of the Trainer's checkpoints with the tokenizer and, last, the marker that it
-    is whole."""
-
-    def __init__(self, tokenizer, use_cache: bool):
-        self.tokenizer, self.use_cache = tokenizer, use_cache
-
-    def on_save(self, args, state, control, model=None, optimizer=None, **kwargs):
-        PartialState().wait_for_everyone()  # every process has written its part
-        if not state.is_world_process_zero:
-            return
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        self.tokenizer.save_pretrained(folder)
-        if not (folder / "config.json").exists():  # of shards the Trainer saves the tensors alone
-            model.config.save_pretrained(folder)
-        config = json.loads((folder / "config.json").read_text())
-        config["use_cache"] = self.use_cache  # the Trainer turns it off
-        write_json(folder / "config.json", config)
-        timeline = losia_timeline(optimizer)
-        files = [path for path in folder.rglob("*") if path.is_file()]
-        values = {
-            "step": state.global_step,
-            "observing": [timeline.group_names[group] for group in timeline.observing],
-            "groups": list(timeline.group_names),
-            "config": timeline.config.to_dict(),
-            "files": {str(path.relative_to(folder)): path.stat().st_size for path in files},
-        }
-        write_json(folder / MARKER, values)
+def check_no_links(folder: Path) -> None:
+    """Raises InputError if something in the run's folder is a link: it would be written through."""
+    for path in (*folder.iterdir(), *(folder / "checkpoints").glob("*")):
+        if path.is_symlink():
+            raise InputError(f"{path} is a link: put the file or folder itself there")
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint in ``folder``, of those that ``CheckpointCallback`` completed;
-    None without one.
-
-    Warns of newer ones, which were interrupted or saved without it. Changes nothing.
-    """
-    torn: list[str] = []
-    for path in sorted(_checkpoints(folder), key=_step, reverse=True):
-        if is_whole(path):
-            if torn:
-                warnings.warn(
-                    f"{', '.join(torn)} in {folder}: not whole, or saved without a CheckpointCallback; the "
-                    f"last that counts is {path.name}",
-                    stacklevel=2,
-                )
-            return path
-        torn.append(path.name)
-    if torn:
-        warnings.warn(
-            f"{', '.join(torn)} in {folder}: not whole, or saved without a CheckpointCallback; none counts",
-            stacklevel=2,
-        )
-    return None
-
-
-def remove_interrupted(folder: Path) -> None:
-    """Remove the checkpoints of ``folder`` whose saving or removal was interrupted: all of them are
-    of a run that completes its checkpoints."""
-    for path in _checkpoints(folder):
-        if not is_whole(path):
-            shutil.rmtree(path)
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """The Trainer's, by their names; a copy under a name of the user's is none."""
-    return [
-        path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)
-    ]
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-def is_whole(checkpoint: Path) -> bool:
-    """Whether all is there that was when the marker was written, which is last."""
+def _check_model(folder: Path) -> None:
+    """Raises InputError if the finished model of a run is not as it was written."""
+    if not (folder / "model.json").exists():
+        return
     try:
-        sizes = json.loads((checkpoint / MARKER).read_text()).get("files", {})
-    except (OSError, ValueError):
-        return False
-    files = {name: checkpoint / name for name in sizes}
-    return all(file.exists() and file.stat().st_size == sizes[name] for name, file in files.items())
+        files = read_sealed(folder / "model.json", {"files": FILES})["files"]
+        damage = find_damage(folder / "model", files, folder / "model.json")
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if damage:
+        raise InputError(
+            f"{folder / 'model'}: {damage}; move model away, and --resume writes it again from the last checkpoint"
+        )
 
 
-def save_model(model, tokenizer, folder: Path, weights: dict | None = None) -> None:
+def write_failure(error: BaseException) -> str | None:
+    """What kept a file from being written, if that is what ``error`` says; None of another error."""
+    if isinstance(error, PlaceError):
+        return error.reason
+    if isinstance(error, OSError):
+        return error.strerror if error.errno in WRITE_ERRORS else None
+    text = str(error)
+    if "PytorchStreamWriter" in text or "inline_container" in text:  # of torch.save
+        return "no space left, or the disk failed"
+    failed = type(error).__name__ == "SafetensorError" and "os error" in text.lower()
+    return text if failed else None
+
+
+def save_model(
+    model,
+    tokenizer,
+    folder: Path,
+    weights: dict | None = None,
+    card: str | None = None,
+    record: Path | None = None,
+) -> None:
     """An ordinary ``save_pretrained`` folder, written beside and renamed. ``folder`` must not
     exist.
 
     ``weights`` instead of the model's own: those of a model of which this process holds a part.
+    ``card``: what its README.md says. ``record``: where the checksums of its files go.
     """
     with new_folder(folder) as beside:
         model.save_pretrained(beside, state_dict=weights)
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
+        if card is not None:
+            (beside / "README.md").write_text(card, encoding="utf-8")
+        if record is not None:
+            write_sealed(record, {"files": checksums(beside, all_files(beside))})

@@ -4,64 +4,20 @@ of it.
 Free of heavy imports, so that the command line can ask for help at once.
 """
 
-import argparse
 import math
 import os
-from dataclasses import MISSING, dataclass, field
-from fractions import Fraction
+import warnings
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from ..config import IMPORTANCES, LoSiAConfig
 from ..training.adam_state import MOMENTS
+from .declare import InputError, option, option_value, parse_fraction, parse_period, read_config
+
+__all__ = ["PICTURES", "FinetuneOptions", "InputError", "with_config"]
 
 # Of ``losia-kernels plot``.
 PICTURES = ("loss", "timeline", "subnets", "frequency", "gradients", "singular_vectors")
-
-
-class InputError(ValueError):
-    """A mistake in the user's input that one line can say: the command line prints it and exits
-    with code 2."""
-
-
-def parse_fraction(text: str) -> float:
-    """A number, or a fraction such as 1/8."""
-    try:
-        return float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(
-            f"expected a number or a fraction such as 1/8, got {text!r}"
-        ) from None
-
-
-def parse_period(text: str) -> int | str:
-    """A number of steps, or "auto"."""
-    try:
-        return text if text == "auto" else int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"expected a number of steps or 'auto', got {text!r}"
-        ) from None
-
-
-def option(
-    group: str, help: str, default: Any = MISSING, exclusive: bool = False, **argument: Any
-) -> Any:
-    """A field that is an option of the command line too.
-
-    ``group``: under which heading its help stands; of those that are ``exclusive`` there, one may
-    be given. ``argument``: what else argparse's ``add_argument`` takes; without a default the
-    option is required, and a number's type is its default's.
-    """
-    if default is MISSING:
-        argument["required"] = True
-    else:
-        argument["default"] = default
-    if default is False:
-        argument["action"] = "store_true"
-    elif isinstance(default, (int, float)):
-        argument.setdefault("type", type(default))
-    metadata = {"group": group, "exclusive": exclusive, "argument": {"help": help, **argument}}
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(kw_only=True)
@@ -69,25 +25,69 @@ class FinetuneOptions:
     """Everything ``finetune`` can be told; ``losia-kernels finetune --help`` says what each is and
     its unit."""
 
-    model: str = option("model and data", "a local folder or a name on the hub")
+    model: str = option(
+        "model and data", "a local folder or a name on the hub", trl="model_name_or_path"
+    )
     data: str = option(
         "model and data",
-        'JSONL, one {"prompt", "completion"}, {"messages": [{"role", "content"}, ...]} or {"text"} a line; '
-        "learned are completions, the assistant's turns, all of the text",
+        'JSONL, JSON, CSV or Parquet, also compressed, a folder of them, or a name on the hub; of {"prompt", '
+        '"completion"}, {"messages": [{"role", "content"}, ...]} or {"text"} a row; learned are completions, the '
+        "assistant's turns, all of the text",
+        trl="dataset_name",
         metavar="FILE",
     )
-    eval_data: str | None = option(
-        "model and data", "JSONL of the same forms, for the evaluation loss", None, metavar="FILE"
+    data_config: str | None = option(
+        "model and data",
+        "which configuration of a data set of the hub",
+        None,
+        trl="dataset_config",
+        metavar="NAME",
     )
-    output: str = option("model and data", "a new folder for the run", metavar="FOLDER")
+    data_split: str = option(
+        "model and data",
+        "which part of a folder or a data set of the hub",
+        "train",
+        trl="dataset_train_split",
+        metavar="NAME",
+    )
+    eval_data: str | None = option(
+        "model and data",
+        "of the same forms, for the evaluation loss",
+        None,
+        exclusive=True,
+        metavar="FILE",
+    )
+    eval_fraction: float = option(
+        "model and data",
+        "share of the data that is held out for the evaluation loss, drawn by --seed",
+        0.0,
+        exclusive=True,
+        type=parse_fraction,
+        metavar="SHARE",
+    )
+    output: str = option(
+        "model and data", "a new folder for the run", trl="output_dir", metavar="FOLDER"
+    )
+    config: dict[str, Any] | None = option(
+        "model and data",
+        "YAML: any of these options, and any field of TRL's SFTConfig; what the command line says goes first",
+        None,
+        type=read_config,
+        metavar="FILE",
+    )
     max_length: int = option(
-        "model and data", "longer samples lose their end", 2048, metavar="TOKENS"
+        "model and data",
+        "longer samples lose their end",
+        2048,
+        trl="max_length",
+        metavar="TOKENS",
     )
     packing: bool = option(
         "model and data",
         "join short samples into rows of up to --max-length",
         False,
         exclusive=True,
+        trl="packing",
     )
     group_by_length: bool = option(
         "model and data", "batch samples of similar length", False, exclusive=True
@@ -97,14 +97,22 @@ class FinetuneOptions:
         "of the weights; auto: bfloat16 on a GPU that has it, else float32",
         "auto",
         choices=("auto", "float32", "bfloat16"),
+        trl="dtype",
     )
 
     rank_factor: float = option(
         "LoSiA",
-        "share of a layer's outputs and of its inputs that is trained, such as 1/8",
-        1 / 8,
+        "p: p^2 of a layer's weights are trained, such as 1/8",
+        LoSiAConfig.rank_factor,
         type=parse_fraction,
         metavar="P",
+    )
+    shape: str = option(
+        "LoSiA",
+        "which p^2: half of the side that is the residual stream and as much of the other, or p of both sides as in "
+        "the paper",
+        LoSiAConfig.shape,
+        choices=("wide", "square"),
     )
     output_dim_factor: float = option(
         "LoSiA",
@@ -121,18 +129,24 @@ class FinetuneOptions:
         type=parse_period,
         metavar="STEPS",
     )
+    moves: str = option(
+        "LoSiA",
+        "where subnets move: to new places at random, to where the importance is largest as in the paper, nowhere",
+        LoSiAConfig.moves,
+        choices=("random", "importance", "none"),
+    )
     importance: str = option(
         "LoSiA",
-        "what subnets are chosen by; sensitivity_bfloat16 keeps it in half the memory, marginal needs none of the "
-        "weights' size",
+        "what subnets move by with --moves importance; sensitivity_bfloat16 keeps it in half the memory, marginal "
+        "needs none of the weights' size",
         "sensitivity",
         choices=IMPORTANCES,
     )
     init_subnet: str = option(
         "LoSiA",
-        "place the first subnets by the first 4 batches, or at random as in the paper",
-        "calibrated",
-        choices=("calibrated", "random"),
+        "place the first subnets at random as in the paper, or by the first 4 batches",
+        LoSiAConfig.init_subnet,
+        choices=("random", "calibrated"),
     )
     alignment: int = option(
         "LoSiA",
@@ -161,50 +175,91 @@ class FinetuneOptions:
 
     lr: float = option(
         "training",
-        "peak learning rate (the paper: 5e-5 to 2e-4 for bfloat16 models of 2B to 13B; for a float32 model of 135M "
-        "3e-4 to 5e-4 was best: search)",
-        2e-4,
+        "peak learning rate, of full fine-tuning: each subnet's is that divided by the share it trains (for --moves "
+        "importance or --init-subnet calibrated: the subnets' own)",
+        5e-5,
+        trl="learning_rate",
     )
     lr_scheduler: str = option(
         "training",
         "over the whole run",
         "cosine",
         choices=("cosine", "linear", "constant", "constant_with_warmup"),
+        trl="lr_scheduler_type",
     )
     warmup_ratio: float = option(
         "training", "share of the steps in which the rate rises", 0.1, metavar="SHARE"
     )
-    epochs: float = option("training", "passes over the data", 3.0)
-    steps: int | None = option("training", "optimizer steps, instead of --epochs", None, type=int)
+    epochs: float = option("training", "passes over the data", 3.0, trl="num_train_epochs")
+    steps: int | None = option(
+        "training", "optimizer steps, instead of --epochs", None, type=int, trl="max_steps"
+    )
     batch_size: int = option(
-        "training", "samples (packed: rows) of one forward", 4, metavar="SAMPLES"
+        "training",
+        "samples (packed: rows) of one forward",
+        4,
+        metavar="SAMPLES",
+        trl="per_device_train_batch_size",
     )
     gradient_accumulation: int = option(
-        "training", "batches of one optimizer step", 1, metavar="BATCHES"
+        "training",
+        "batches of one optimizer step",
+        1,
+        metavar="BATCHES",
+        trl="gradient_accumulation_steps",
     )
-    weight_decay: float = option("training", "decoupled, on the subnets", 0.0)
+    weight_decay: float = option("training", "decoupled, on the subnets", 0.0, trl="weight_decay")
     max_grad_norm: float = option(
-        "training", "clip gradients to this norm; 0: never", 1.0, metavar="NORM"
+        "training",
+        "clip gradients to this norm; 0: never",
+        1.0,
+        metavar="NORM",
+        trl="max_grad_norm",
     )
     gradient_checkpointing: bool = option(
-        "training", "recompute activations: less memory, more time", False
+        "training",
+        "recompute activations: less memory, more time",
+        False,
+        trl="gradient_checkpointing",
     )
-    seed: int = option("training", "of the order of the data, the first subnets, dropout", 0)
+    seed: int = option(
+        "training", "of the order of the data, the first subnets, dropout", 0, trl="seed"
+    )
 
     print_every: int = option(
-        "progress", "a line on the terminal; log.jsonl has every step", 10, metavar="STEPS"
+        "progress",
+        "a line on the terminal; log.jsonl has every step",
+        10,
+        metavar="STEPS",
+        trl="logging_steps",
     )
     report_to: str = option(
         "progress",
         "where the Trainer reports to as well: tensorboard, wandb, ...",
         "none",
         metavar="NAME",
+        trl="report_to",
     )
     eval_steps: int = option(
-        "progress", "between evaluations; the last step has one too", 500, metavar="STEPS"
+        "progress",
+        "between evaluations; the last step has one too",
+        500,
+        metavar="STEPS",
+        trl="eval_steps",
     )
     save_steps: int = option(
-        "progress", "between checkpoints, two are kept; 0: none", 500, metavar="STEPS"
+        "progress",
+        "between checkpoints, two are kept; 0: none",
+        500,
+        metavar="STEPS",
+        trl="save_steps",
+    )
+    samples: int = option(
+        "progress",
+        "prompts of the evaluation data, or else of the data, that the model is shown to answer, at each evaluation "
+        "and at the end",
+        0,
+        metavar="COUNT",
     )
     resume: bool = option(
         "progress",
@@ -239,10 +294,13 @@ class FinetuneOptions:
             raise InputError(f"lr must be positive, got {self.lr}")
         if not 0 <= self.warmup_ratio < 1:
             raise InputError(f"warmup_ratio must be in [0, 1), got {self.warmup_ratio}")
-        if self.steps is None and not self.epochs > 0:
+        if self.steps is None and not 0 < self.epochs < math.inf:
             raise InputError(f"epochs must be positive, got {self.epochs}")
-        if not self.weight_decay >= 0:
-            raise InputError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        for name in ("weight_decay", "max_grad_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed must be in [0, 2**32), got {self.seed}")
         if self.in_backward and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise InputError(
                 "in_backward would update before the gradients of several processes are averaged"
@@ -250,6 +308,17 @@ class FinetuneOptions:
         if self.in_backward and (self.gradient_accumulation > 1 or self.max_grad_norm > 0):
             raise InputError(
                 "in_backward keeps no gradients: it needs gradient_accumulation 1 and max_grad_norm 0"
+            )
+        if not 0 <= self.eval_fraction < 1:
+            raise InputError(f"eval_fraction must be in [0, 1), got {self.eval_fraction}")
+        if self.eval_fraction and self.eval_data:
+            raise InputError("eval_data and eval_fraction exclude each other: one evaluation set")
+        if self.samples < 0:
+            raise InputError(f"samples must be at least 0, got {self.samples}")
+        if self.importance != LoSiAConfig.importance and self.moves != "importance":
+            warnings.warn(
+                f"importance {self.importance} cannot act: subnets move by it with moves importance alone",
+                stacklevel=2,
             )
         if self.packing and self.group_by_length:
             raise InputError(
@@ -276,17 +345,48 @@ class FinetuneOptions:
         Raises:
             InputError: for a value out of range.
         """
+        # where every subnet is its layer, there is no place to choose
+        whole = self.rank_factor == 1 and self.output_dim_factor in (0, 1)
         try:
             return LoSiAConfig(
                 rank_factor=self.rank_factor,
+                shape=self.shape,
                 output_dim_factor=self.output_dim_factor,
                 period=self.period,
                 warmup_steps=self.warmup_steps(total_steps),
+                moves=self.moves,
                 importance=self.importance,
-                init_subnet=self.init_subnet,
+                init_subnet="random" if whole else self.init_subnet,
                 alignment=self.alignment,
                 master=self.master,
                 seed=self.seed,
             )
         except ValueError as error:
             raise InputError(str(error)) from None
+
+
+def with_config(given: dict[str, Any]) -> dict[str, Any]:
+    """The options that the command line was ``given``, with those of its config file for the rest;
+    what is left of the file is ``config``.
+
+    Raises:
+        InputError: for a value that its option does not take, or an option under two names.
+    """
+    settings = given.get("config")
+    if settings is None:
+        return given
+    named = {}
+    for declared in fields(FinetuneOptions):
+        for name in {declared.name, declared.metadata["trl"]} - {None, "config", "resume"}:
+            named[name] = declared
+    found: dict[str, Any] = {}
+    for name in [name for name in settings if name in named]:
+        declared = named[name]
+        if declared.name in found:
+            raise InputError(f"config: {declared.name} stands there twice, also as {name}")
+        value = settings[name]
+        if name == "max_steps" and value == -1:  # how TRL says that epochs count
+            value = None
+        found[declared.name] = option_value(declared, value, "config")
+    rest = {name: value for name, value in settings.items() if name not in named}
+    return {**found, **given, "config": rest or None}

@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .. import LoSiAConfig
 from ..integrations.history import SubnetHistory, read_log
-from .data import Collator, load_data, pad_token_id
+from .data import load_data
 from .draw import (
     draw_frequency,
     draw_gradients,
@@ -31,10 +32,11 @@ from .draw import (
     draw_timeline,
 )
 from .folder import read_options
-from .model import load_model
+from .model import load_model, load_tokenizer
 from .options import PICTURES, FinetuneOptions, InputError
 from .progress import draw_loss_curve
 from .spectra import gradient_sums, singular_vector_similarity
+from .trainer import sft_config
 
 # What must be there for a picture; for the others subnets.jsonl.
 SOURCES = {"loss": "log.jsonl", "gradients": "run.json", "singular_vectors": "run.json"}
@@ -81,10 +83,8 @@ def plot_run(
 def _history(run: Path) -> SubnetHistory:
     try:
         history = SubnetHistory.read(run / "subnets.jsonl")
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         raise InputError(str(error)) from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{run / 'subnets.jsonl'} is damaged: {error}") from None
     if not history.places:
         raise InputError(
             f"{run / 'subnets.jsonl'} holds no subnet: was the run interrupted at once?"
@@ -111,10 +111,12 @@ def _options(run: Path, base: str | None) -> FinetuneOptions:
 
 def _gradients(run: Path, base: str | None) -> dict[str, tuple[Tensor, Tensor]]:
     options = _options(run, base)
-    model, tokenizer = load_model(options)
-    samples, _ = load_data(replace(options, eval_data=None), tokenizer)
-    collator = Collator(pad_token_id(tokenizer))
-    loader: DataLoader = DataLoader(samples, options.batch_size, collate_fn=collator)  # type: ignore[arg-type]
+    given = sft_config(options)
+    tokenizer, model = load_tokenizer(options, given), load_model(options, given)
+    samples = load_data(options, given, tokenizer).train
+    filler = tokenizer.eos_token_id  # masks go by position
+    collator = DataCollatorForLanguageModeling(filler, padding_free=options.packing)
+    loader: DataLoader = DataLoader(samples, options.batch_size, collate_fn=collator)
     config = LoSiAConfig(
         rank_factor=options.rank_factor, output_dim_factor=options.output_dim_factor
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from datasets import Dataset
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from ..integrations.history import append_log, read_log, rewind_log
 from ..integrations.transformers import losia_timeline
 from ..training.timeline import Timeline
-from .data import IGNORE
+from .data import IGNORE, flat, lengths
 from .options import FinetuneOptions
 
 WINDOW = 0.1  # of the run so far: how much the loss curve's moving average looks back over
@@ -28,11 +29,11 @@ class ProgressCallback(TrainerCallback):
 
     The log has ``{"step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_gib",
     "seconds", "observing"}`` for each step, ``{"step", "relocalized"}`` after one that moved
-    subnets, ``{"step", "eval_loss"}``. Times are of this process; memory is the GPU's peak, without
-    a GPU the process's resident size.
+    subnets, ``{"step", "eval_loss", "eval_accuracy"}``, both of learned tokens. Times are of this
+    process; memory is the GPU's peak, without a GPU the process's resident size.
     """
 
-    def __init__(self, folder: Path, options: FinetuneOptions, train_data: list):
+    def __init__(self, folder: Path, options: FinetuneOptions, train_data: Dataset):
         self.log_path, self.picture_path = folder / "log.jsonl", folder / "loss_curve.png"
         self.options, self.train_data = options, train_data
 
@@ -55,9 +56,11 @@ class ProgressCallback(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "eval_loss" in logs:
-            self._write({"step": state.global_step, "eval_loss": logs["eval_loss"]})
+            loss, accuracy = logs["eval_loss"], logs["eval_mean_token_accuracy"]
+            self._write({"step": state.global_step, "eval_loss": loss, "eval_accuracy": accuracy})
             print(
-                f"step {state.global_step}/{state.max_steps}  eval loss {logs['eval_loss']:.4f}",
+                f"step {state.global_step}/{state.max_steps}  eval loss {loss:.4f}  "
+                f"{100 * accuracy:.1f} % of learned tokens right",
                 flush=True,
             )
         if "loss" not in logs:
@@ -103,8 +106,8 @@ class ProgressCallback(TrainerCallback):
         left = entry["seconds"] / done * (state.max_steps - state.global_step)
         return (
             f"step {entry['step']}/{state.max_steps}  loss {entry['loss']:.4f}  lr {entry['learning_rate']:.2e}  "
-            f"{entry['tokens_per_second']:,.0f} tokens/s  {entry['memory_gib']:.2f} GiB  left {_clock(left)}  "
-            f"observing {', '.join(entry['observing']) or 'none'}"
+            f"{entry['tokens_per_second']:,.0f} tokens/s  {entry['memory_gib']:.2f} GiB  left {_clock(left)}"
+            + (f"  observing {', '.join(entry['observing'])}" if entry["observing"] else "")
         )
 
     def _write(self, entry: dict) -> None:
@@ -113,7 +116,7 @@ class ProgressCallback(TrainerCallback):
 
 def describe_run(
     options: FinetuneOptions,
-    train_data: list,
+    train_data: Dataset,
     model: PreTrainedModel,
     timeline: Timeline,
     arguments: TrainingArguments,
@@ -123,9 +126,14 @@ def describe_run(
     config, groups, steps = timeline.config, len(timeline.groups), arguments.max_steps
     values = sum(layer.subnet.numel() for layer in layers)
     total = model.num_parameters() - values
-    tokens = sum(len(sample["input_ids"]) for sample in train_data)
-    learned = sum(int((sample["labels"] != IGNORE).sum()) for sample in train_data)
-    period = f"period {config.period} steps" + (" (auto)" if options.period == "auto" else "")
+    tokens, learned = lengths(train_data).sum(), (flat(train_data, "labels") != IGNORE).sum()
+    auto = " (auto)" if options.period == "auto" else ""
+    cycles = f"period {config.period} steps{auto}, {steps / (groups * config.period):.1f} cycles"
+    scales = [timeline.scale_of(layer) for group in timeline.groups for layer in group]
+    rates = [f"{options.lr * scale:.2g}" for scale in (min(scales), max(scales))]
+    of_subnets = (
+        f" ({' to '.join(dict.fromkeys(rates))} of the subnets)" if config.scales_lr else ""
+    )
     many = arguments.world_size > 1
     each = f" on each of {arguments.world_size} processes" if many else ""
     return "\n".join(
@@ -134,9 +142,9 @@ def describe_run(
             f"data   {options.data}: {len(train_data):,} {'packed rows' if options.packing else 'samples'}, "
             f"{tokens:,} tokens, {learned:,} learned",
             f"LoSiA  {len(layers)} layers in {groups} groups, {values:,} trained values "
-            f"({100 * values / total:.2f} %); {period}, {steps / (groups * config.period):.1f} cycles",
+            f"({100 * values / total:.2f} %); {'no moves' if config.moves == 'none' else cycles}",
             f"run    {steps} steps of {options.batch_size} x {options.gradient_accumulation} samples{each}, "
-            f"lr {options.lr:g} {options.lr_scheduler}, {config.warmup_steps} steps of warm-up",
+            f"lr {options.lr:g}{of_subnets} {options.lr_scheduler}, {config.warmup_steps} steps of warm-up",
         ]
     )
 

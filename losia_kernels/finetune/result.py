@@ -4,9 +4,11 @@ import shutil
 from pathlib import Path
 
 from ..checkpoint.export import describe_checkpoint, export_checkpoint
-from ..checkpoint.folder import Track, new_folder, untracked
+from ..checkpoint.folder import Track, untracked
+from ..checkpoint.writing import new_folder
 from ..integrations.history import read_log
-from .folder import last_checkpoint, read_options
+from .checkpoints import last_checkpoint
+from .folder import read_options
 from .options import InputError
 
 

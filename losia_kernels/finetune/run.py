@@ -1,47 +1,65 @@
-"""``finetune``: a causal language model and a JSONL file in, a fine-tuned ``save_pretrained``
-folder out; ``folder`` says what else is in the output folder."""
+"""``finetune``: a causal language model and data in, a fine-tuned ``save_pretrained`` folder out;
+``folder`` says what else is in the output folder."""
 
+import os
 import warnings
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
-from accelerate import PartialState
+from accelerate import DistributedType, PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging
+from trl import SFTConfig
 
 from .. import remove_losia
-from ..checkpoint.folder import write_json
+from ..checkpoint.checksums import write_sealed
 from ..checkpoint.resumable import full_state_dict
+from ..checkpoint.writing import locked, made
 from ..integrations.transformers import LoSiACallback, LoSiAOptimizerFactory
-from .data import Collator, load_data, pad_token_id, read_jsonl
-from .folder import CheckpointCallback, open_run, save_model
-from .model import check_lengths, check_packing, convert_model, load_model
+from .card import check_push, model_card, push_to_hub
+from .checkpoints import CheckpointCallback, Checkpoints, list_checkpoints, remove_checkpoint
+from .data import Data, check_rows, fingerprint, load_data
+from .folder import check_resumes, open_run, save_model, versions, write_failure
+from .model import (
+    check_data,
+    check_packing,
+    convert_model,
+    end_where_samples_end,
+    load_model,
+    load_tokenizer,
+)
 from .options import FinetuneOptions, InputError
-from .progress import ProgressCallback
-from .trainer import AllStepsTaken, FinetuneTrainer, NoStepTooMany, training_arguments
+from .progress import ProgressCallback, draw_loss_curve
+from .samples import SampleCallback
+from .trainer import AllStepsTaken, FinetuneTrainer, NoStepTooMany, sft_config
 
 
 @dataclass
 class Run:
     """A run that nothing stands against: its model is converted, and nothing is written yet.
 
-    ``record``: what ``run.json`` is to hold. ``checkpoint``: the one to go on from. ``use_cache``:
-    of the model's config, which the Trainer turns off.
+    ``record``: what ``run.json`` is to hold. ``found``: earlier checkpoints, the last of which it
+    goes on from. ``use_cache``: of the model's config, which the Trainer turns off. ``held``: until
+    it is closed the folder is this process's.
     """
 
     options: FinetuneOptions
+    config: SFTConfig
     processes: PartialState
     record: dict
-    checkpoint: Path | None
+    found: Checkpoints
     model: Any
     use_cache: bool
     tokenizer: Any
-    train_data: list
-    eval_data: list | None
-    steps: int
+    data: Data
+    trainer: FinetuneTrainer
+    held: ExitStack = field(default_factory=ExitStack)
 
     @property
     def folder(self) -> Path:
@@ -66,13 +84,23 @@ def finetune(options: FinetuneOptions, callbacks: tuple[TrainerCallback, ...] = 
         The folder of the finished model, an ordinary ``save_pretrained`` one.
 
     Raises:
-        InputError: for a mistake in the options or the data.
+        InputError: for a mistake in the options or the data, another process in the folder, damage
+            that leaves nothing to go on from, or a disk that takes no more.
         FloatingPointError: when the loss is no longer finite.
     """
     run = prepare(options)
     if run is not None:
-        train(run, callbacks)
-        save(run)
+        with run.held:
+            try:
+                train(run, callbacks)
+                save(run)
+            except Exception as error:
+                problem = write_failure(error)
+                if problem is None:
+                    raise
+                raise InputError(
+                    f"cannot write {run.folder}: {problem}; what was there before is whole, --resume goes on from it"
+                ) from None
     return Path(options.output) / "model"
 
 
@@ -82,84 +110,154 @@ def prepare(options: FinetuneOptions) -> Run | None:
     None if the run in the output folder is finished. Raises InputError, having written nothing.
     """
     options.check()
+    config = sft_config(options)
     _check_report_to(options.report_to)
-    logging.disable_progress_bar()
-    processes = PartialState(cpu=not torch.cuda.is_available())
+    check_push(config)
+    _be_quiet()
+    processes = PartialState(cpu=not torch.accelerator.is_available())
     first = processes.is_main_process
     if not first:
         warnings.simplefilter("ignore")  # the first process says it for all
-    folder = Path(options.output)
-    with processes.main_process_first():  # who resumes removes checkpoints that were interrupted
-        record, checkpoint = open_run(options, processes.num_processes)
-        finished = (folder / "model").exists()
-    if first and checkpoint:
-        print(f"resuming from {checkpoint}")
-    elif first and options.resume:
-        print("no checkpoint yet: starting from the beginning")
-    if finished:
-        if first:
-            print(f"{folder} is finished: the model is in {folder / 'model'}")
-        return None
+    if options.samples and processes.distributed_type == DistributedType.FSDP:
+        raise InputError(
+            "samples need the whole model on one process, of which FSDP leaves each a part"
+        )
+    with ExitStack() as held:
+        record, found = _open(options, processes, held)
+        folder = Path(options.output)
+        if (folder / "model").exists():
+            if first:
+                print(f"{folder} is finished: the model is in {folder / 'model'}")
+            return None
+        if first and options.resume:
+            _say_what_was_found(found)
 
-    for path in filter(None, (options.data, options.eval_data)):
-        read_jsonl(path)  # a malformed line is an error before the model is loaded
-    model, tokenizer = load_model(options)
-    train_data, eval_data = load_data(options, tokenizer)
-    check_lengths(model, [*train_data, *(eval_data or [])])
-    if options.packing:
-        check_packing(model)
-    steps = options.total_steps(len(train_data), processes.num_processes)
-    convert_model(model, options, steps)
-    return Run(
-        options=options,
-        processes=processes,
-        record=record,
-        checkpoint=checkpoint,
-        model=model,
-        use_cache=model.config.use_cache,
-        tokenizer=tokenizer,
-        train_data=train_data,
-        eval_data=eval_data,
-        steps=steps,
-    )
+        check_rows(options, config)
+        tokenizer = load_tokenizer(options, config)
+        data = load_data(options, config, tokenizer)
+        record["tokens_sha256"] = fingerprint(data.train)
+        record["eval_tokens_sha256"] = None if data.eval is None else fingerprint(data.eval)
+        record["versions"] = versions()
+        if options.resume:
+            check_resumes(folder, record)
+        model = load_model(options, config)
+        check_data(model, data, tokenizer)
+        if options.packing and config.packing_strategy != "wrapped":
+            check_packing(model)
+        end_where_samples_end(model, data.ends)
+        use_cache = model.config.use_cache
+        steps = options.total_steps(len(data.train), processes.num_processes)
+        convert_model(model, options, steps)
+        return Run(
+            options=options,
+            config=config,
+            processes=processes,
+            record=record,
+            found=found,
+            model=model,
+            use_cache=use_cache,
+            tokenizer=tokenizer,
+            data=data,
+            trainer=_make_trainer(model, options, tokenizer, data, steps),
+            held=held.pop_all(),
+        )
+
+
+def _open(
+    options: FinetuneOptions, processes: PartialState, held: ExitStack
+) -> tuple[dict, Checkpoints]:
+    """``open_run`` by the first process, which then holds the folder; all get what it found."""
+    outcome: list[Any] = [None]
+    if processes.is_main_process:
+        folder = Path(options.output)
+        try:
+            if folder.is_dir() or not (options.resume or os.path.lexists(folder)):
+                held.enter_context(made(folder))
+                held.enter_context(locked(folder.resolve()))
+            outcome[0] = open_run(options, processes.num_processes)
+        except ValueError as error:
+            outcome[0] = InputError(str(error))
+    if processes.num_processes > 1:
+        broadcast_object_list(outcome)
+    if isinstance(outcome[0], InputError):
+        raise outcome[0]
+    return outcome[0]
+
+
+def _say_what_was_found(found: Checkpoints) -> None:
+    for path, why in found.damaged.items():
+        print(f"{path.name} does not count and will be set aside: {why}")
+    for path in found.unfinished:
+        print(f"{path.name} was not finished and will be removed")
+    if found.last:
+        print(f"resuming from {found.last}", flush=True)
+    else:
+        print("no checkpoint yet: starting from the beginning", flush=True)
+
+
+def _make_trainer(
+    model, options: FinetuneOptions, tokenizer, data: Data, steps: int
+) -> FinetuneTrainer:
+    """The Trainer for a run of ``steps`` optimizer steps; it has written nothing yet."""
+    optimizer = {
+        "lr": options.lr,
+        "weight_decay": options.weight_decay,
+        "total_steps": steps,
+        "moments": options.moments,
+        "in_backward": options.in_backward,
+    }
+    config = sft_config(options, steps)
+    config.push_to_hub = False  # checkpoints are not for others: the finished model is pushed
+    try:
+        return FinetuneTrainer(
+            model,
+            config,
+            processing_class=tokenizer,
+            train_dataset=data.train,
+            eval_dataset=data.eval,
+            optimizer_cls_and_kwargs=(LoSiAOptimizerFactory, optimizer),
+        )
+    except (ValueError, ImportError) as error:  # fields of the config that exclude each other
+        raise InputError(str(error).strip().splitlines()[0]) from None
 
 
 def train(run: Run, callbacks: tuple[TrainerCallback, ...] = ()) -> None:
     """Take the run's steps, from its checkpoint on, and leave their records in its folder."""
-    options, folder = run.options, run.folder
-    arguments = training_arguments(options, run.steps)
+    options, folder, trainer = run.options, run.folder, run.trainer
     run.processes.wait_for_everyone()  # all have found the folder as it was
-    speaking = []
+    completing = CheckpointCallback(run.tokenizer, run.use_cache, run.found)
+    callbacks = (completing, *callbacks)
     if run.first:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "run.json", run.record)
-        speaking = [ProgressCallback(folder, options, run.train_data)]
-    trainer = FinetuneTrainer(
-        run.model,
-        arguments,
-        data_collator=Collator(pad_token_id(run.tokenizer)),
-        train_dataset=run.train_data,
-        eval_dataset=run.eval_data,
-        optimizer_cls_and_kwargs=(
-            LoSiAOptimizerFactory,
-            {
-                "lr": options.lr,
-                "weight_decay": options.weight_decay,
-                "total_steps": run.steps,
-                "moments": options.moments,
-                "in_backward": options.in_backward,
-            },
-        ),
-        callbacks=[*speaking, CheckpointCallback(run.tokenizer, run.use_cache), *callbacks],
-    )
-    trainer.add_callback(
-        LoSiACallback(trainer, history=folder / "subnets.jsonl", show_progress=True)
-    )
-    trainer.add_callback(NoStepTooMany())
+        write_sealed(folder / "run.json", run.record)
+        callbacks = (ProgressCallback(folder, options, run.data.train), *callbacks)
+    if run.first and options.samples:
+        shown = run.data.eval or run.data.train
+        callbacks += (SampleCallback(folder, shown, options.samples, run.tokenizer),)
+    for callback in (
+        *callbacks,
+        LoSiACallback(trainer, history=folder / "subnets.jsonl", show_progress=True),
+        NoStepTooMany(),
+    ):
+        trainer.add_callback(callback)
+    last = run.found.last
     try:
-        trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
     except AllStepsTaken:  # only the model was not written
-        pass
+        completing.settle(run.first)
+        if run.first:  # it may have been interrupted while it was drawn
+            draw_loss_curve(folder / "log.jsonl", folder / "loss_curve.png")
+    except Exception as error:
+        if last and not completing.loaded and write_failure(error) is None:
+            problem = str(error).strip().partition("\n")[0]
+            raise InputError(
+                f"cannot go on from {last}: {type(error).__name__}: {problem:.200}; nothing was changed"
+            ) from error
+        if run.first and write_failure(error):  # a part of a checkpoint is of no use
+            for path in list_checkpoints(folder / "checkpoints"):
+                if path.name == f"checkpoint-{trainer.state.global_step}":
+                    remove_checkpoint(path)
+        raise
 
 
 def save(run: Run) -> None:
@@ -168,11 +266,19 @@ def save(run: Run) -> None:
     output = run.folder / "model"
     weights = full_state_dict(run.model) if run.processes.num_processes > 1 else None
     if run.first:
-        save_model(
-            run.model if weights else remove_losia(run.model), run.tokenizer, output, weights
-        )
+        card = model_card(run.options, run.record, run.trainer)
+        model = run.model if weights else remove_losia(run.model)
+        save_model(model, run.tokenizer, output, weights, card, run.folder / "model.json")
         print(f"model in {output}, loss curve in {run.folder / 'loss_curve.png'}")
+        push_to_hub(output, run.config)
     run.processes.wait_for_everyone()
+
+
+def _be_quiet() -> None:
+    """Progress is said in lines of this command's own."""
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
 
 
 def _check_report_to(name: str) -> None:

@@ -4,6 +4,7 @@ far training has turned their singular vectors (the paper's Figures 2, 8 and 9).
 
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,12 @@ def gradient_sums(
             layer.observe_(partial(add, name))
         seen = 0
         for batch in tqdm(batches, desc="gradients", unit="batch"):
-            model(**{key: value.to(model.device) for key, value in batch.items()}).loss.backward()
+            device: Any = model.device
+            batch = {
+                key: value.to(device) if torch.is_tensor(value) else value
+                for key, value in batch.items()
+            }
+            model(**batch).loss.backward()
             model.zero_grad()
             seen += 1
         return {

@@ -8,35 +8,69 @@ of the layer's neurons, in base64.
 import base64
 import json
 import math
-import os
+import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
+from ..checkpoint.reading import check_shape
+from ..checkpoint.writing import write_text
 from ..layers.module import SubnetModule
 from ..layers.subnet import Subnet
 from ..training.timeline import Timeline
 
+_SHARE = (float, int, type(None))
+PLACE = {"step": int, "layer": str, "group": str, "features": [int], "out_idx": str, "in_idx": str}
+PLACE |= {"overlap": _SHARE, "captured": _SHARE}
+HEAD = {
+    "groups": [str],
+    "config": {
+        "period": int,
+        "update_type": str,
+        "warmup_steps": int,
+        "rewarm": bool,
+        "rank_factor": (float, int),
+    },
+}
+
 
 def read_log(path: Path) -> list[dict]:
-    """The entries of a log file; a last line cut off by a crash is left out."""
-    entries = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            break
+    """The entries of a log file. A last line cut off by a crash is left out, others that cannot be
+    read with a warning."""
+    entries, damaged = _read_lines(path)
+    if damaged:
+        warnings.warn(f"{path}: line {damaged[0]} cannot be read, left out", stacklevel=2)
     return entries
 
 
+def _read_lines(path: Path) -> tuple[list[dict], list[int]]:
+    """The entries of a log file, and the numbers of lines that are none."""
+    lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    entries, damaged = [], []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry, dict) or type(entry.get("step")) is not int:
+                raise ValueError("no entry")
+            entries.append(entry)
+        except (ValueError, RecursionError):
+            cut_off = number == len(lines) and line[:1] in (b"", b"{")
+            if not cut_off:
+                damaged.append(number)
+    return entries, damaged
+
+
 def rewind_log(path: Path, step: int) -> None:
-    """Drop the entries after ``step``: a run resumed from there writes them anew."""
-    kept = [entry for entry in read_log(path) if entry["step"] <= step]
-    beside = path.with_suffix(".tmp")
-    beside.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-    os.replace(beside, path)
+    """Drop the entries after ``step``: a run resumed from there writes them anew. A file with lines
+    that cannot be read is kept under another name."""
+    entries, damaged = _read_lines(path)
+    if damaged:
+        shutil.copyfile(path, path.with_name(f"damaged-{path.name}"))
+    kept = [entry for entry in entries if entry["step"] <= step]
+    write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
 
 def append_log(path: Path, entries: list[dict]) -> None:
@@ -101,13 +135,17 @@ class Place:
 
     @classmethod
     def from_json(cls, entry: dict) -> "Place":
-        """What ``to_json`` wrote."""
+        """What ``to_json`` wrote. Raises ValueError for anything else."""
+        check_shape(entry, PLACE, "a place")
+        if entry.keys() != PLACE.keys() or entry["step"] < 0 or len(entry["features"]) != 2:
+            raise ValueError(f"a place is of another shape: {entry!r:.80}")
+        out_features, in_features = entry["features"]
         return cls(
             **{
                 **entry,
-                "features": tuple(entry["features"]),
-                "out_idx": _indices(entry["out_idx"], entry["features"][0]),
-                "in_idx": _indices(entry["in_idx"], entry["features"][1]),
+                "features": (out_features, in_features),
+                "out_idx": _indices(entry["out_idx"], out_features),
+                "in_idx": _indices(entry["in_idx"], in_features),
             }
         )
 
@@ -132,11 +170,21 @@ class SubnetHistory:
 
     @classmethod
     def read(cls, path: Path) -> "SubnetHistory":
-        """Raises FileNotFoundError if there is no history."""
+        """Raises FileNotFoundError if there is no history, ValueError if it is none."""
         if not path.exists():
             raise FileNotFoundError(f"no {path}: it was not recorded where the run's subnets were")
-        head, *entries = read_log(path)
-        return cls(head["groups"], head["config"], [Place.from_json(entry) for entry in entries])
+        head, *entries = read_log(path) or [{}]
+        try:
+            check_shape(head, HEAD, "its head")
+            places = [Place.from_json(entry) for entry in entries]
+            begun: set[str] = set()
+            for place in places:
+                if place.group not in head["groups"] or (place.step and place.layer not in begun):
+                    raise ValueError(f"{place.layer} has no first place, or an unknown group")
+                begun.add(place.layer)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged, or no record of subnets: {error}") from None
+        return cls(head["groups"], head["config"], places)
 
     def of_layers(self) -> dict[str, list[Place]]:
         """Each layer's places, in order of time; layers in model order."""
@@ -165,6 +213,6 @@ def _indices(bits: str, features: int) -> np.ndarray:
     """Raises ValueError where the bits are not of so many neurons: what a file says of sizes decides
     what memory is taken."""
     packed = np.frombuffer(base64.b64decode(bits), dtype=np.uint8)
-    if len(packed) != -(-features // 8):
-        raise ValueError(f"{8 * len(packed)} bits for {features} neurons")
-    return np.flatnonzero(np.unpackbits(packed, count=features))
+    if len(packed) != -(-features // 8) or np.unpackbits(packed)[features:].any():
+        raise ValueError(f"{8 * len(packed)} bits are not those of {features} neurons")
+    return np.flatnonzero(np.unpackbits(packed))

@@ -189,7 +189,9 @@ def _leave_out_small(model: nn.Module, names: list[str], config: LoSiAConfig) ->
                 raise
             small[name] = error
     if len(small) == len(names):
-        raise next(iter(small.values()))
+        share = " (of that side a wide subnet takes 2 p^2)" if config.shape == "wide" else ""
+        first = next(iter(small.values()))
+        raise ValueError(f"rank_factor {config.rank_factor:g} is too small: {first}{share}")
     if small:
         warnings.warn(
             f"LoSiA: {', '.join(small)}: too small for a subnet at a rank factor of "

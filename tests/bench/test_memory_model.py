@@ -292,6 +292,10 @@ def test_values_that_cannot_be_are_refused(model_folder, capsys, given):
         ("{,", "config.json:1: not JSON"),
         ('{"model_type": "mamba"}', "not model_type 'mamba'"),
         ('{"model_type": "llama", "num_attention_heads": 2}', "has no 'hidden_size'"),
+        ("[]", "the config is [], expected an object"),
+        ('{"model_type": "llama", "hidden_size": "x"}', "hidden_size is 'x', expected a whole"),
+        ('{"model_type": "llama", "num_attention_heads": 0}', "num_attention_heads is 0"),
+        ('{"model_type": "llama", "num_hidden_layers": -3}', "num_hidden_layers is -3"),
     ],
 )
 def test_configs_that_cannot_be_estimated(tmp_path, capsys, content, problem):

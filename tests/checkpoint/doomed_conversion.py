@@ -13,10 +13,11 @@ from unittest import mock
 from torch import Tensor
 
 from losia_kernels.checkpoint import delta, folder
+from losia_kernels.checkpoint.writing import beside_of
 
 
 def convert(action: str, dies_at: int, *folders: str) -> None:
-    raw_bytes, beside, count = folder.raw_bytes, Path(folders[-1] + ".tmp"), iter(range(dies_at))
+    raw_bytes, beside, count = folder.raw_bytes, beside_of(Path(folders[-1])), iter(range(dies_at))
 
     def raw_bytes_or_die(tensor: Tensor) -> memoryview:
         if any(beside.rglob("*.safetensors")) and next(count, None) is None:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from losia_kernels import cli
 from losia_kernels.checkpoint import delta
+from losia_kernels.checkpoint.blocks import find_blocks, put_, take
 from losia_kernels.checkpoint.folder import ModelFolder
 from tests.checkpoint.trained_pairs import assert_same_model, change, load, make_pair
 from tests.integrations.tiny_llama import make_model
@@ -84,7 +85,7 @@ def test_base_and_delta_are_the_trained_model_and_back(tmp_path, options):
     assert_same_model(tmp_path / "applied", pair.trained)
     delta.subtract_delta(pair.trained, tmp_path / "delta", tmp_path / "restored")
     assert_same_model(tmp_path / "restored", pair.base)
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("*unfinished*"))
     _, report = AutoModelForCausalLM.from_pretrained(tmp_path / "applied", output_loading_info=True)
     assert not any(report.values()), report
 
@@ -137,11 +138,11 @@ def test_any_set_of_entries_is_kept(shape, share):
     changed = torch.rand(shape, generator=generator) <= share
     changed[0, 0] = True
     after = torch.where(changed, before + 1, before)
-    where = delta._find_blocks(changed)
-    values = delta._take(after, where)
+    where = find_blocks(changed)
+    values = take(after, where)
     assert len(values) == changed.sum()
     result = before.clone()
-    delta._put_(result, where, values)
+    put_(result, where, values)
     assert torch.equal(result, after)
 
 
@@ -149,7 +150,7 @@ def test_the_union_of_overlapping_blocks_is_three_blocks():
     changed = torch.zeros(64, 100, dtype=torch.bool)
     changed[3:20, 10:40] = True
     changed[15:33, 30:90] = True
-    where = delta._find_blocks(changed)
+    where = find_blocks(changed)
     assert sorted(where["out_counts"].tolist()) == [5, 12, 13]
     assert sum(part.nbytes for part in where.values()) < 600
 
@@ -302,18 +303,21 @@ def cut_a_file(made):
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
-        (flip_a_value, "is damaged: model.embed_tokens.weight does not come out as recorded"),
-        (drop_a_value, "is damaged: model.embed_tokens.weight does not come out as recorded"),
-        (cut_a_file, "blocks.safetensors cannot be read as safetensors"),
+        (
+            flip_a_value,
+            "is damaged: trained/values.safetensors is damaged: it does not have the checksum",
+        ),
+        (drop_a_value, "is damaged: trained/values.safetensors has "),
+        (cut_a_file, "is damaged: blocks.safetensors has "),
         (
             lambda made: (made / "delta.json").write_text("{"),
-            "is no delta: it has no readable delta.json",
+            "delta.json cannot be read as JSON",
         ),
         (
             lambda made: (made / "delta.json").write_text('{"version": 9}'),
             "is a delta of version 9",
         ),
-        (lambda made: shutil.rmtree(made / "trained"), "has no trained/values.safetensors"),
+        (lambda made: shutil.rmtree(made / "trained"), "trained/values.safetensors is missing"),
     ],
 )
 def test_a_damaged_delta_leaves_nothing_behind(pair, made, tmp_path, capsys, damage, problem):

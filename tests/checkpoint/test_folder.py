@@ -10,6 +10,7 @@ import torch
 
 from losia_kernels import cli
 from losia_kernels.checkpoint import delta
+from losia_kernels.checkpoint.writing import beside_of
 from tests.checkpoint.trained_pairs import assert_same_model, change, make_pair
 from tests.integrations.tiny_llama import make_model
 
@@ -42,7 +43,7 @@ def test_folders_that_are_no_models(pair, tmp_path, capsys):
         "file": "is no folder",
         "empty": "is no model folder",
         "torn": "cannot be read as safetensors",
-        "unread": "cannot be read as an index of shards",
+        "unread": "index.json cannot be read as JSON",
         "sharded": "model-00001-of-00002.safetensors cannot be read",
     }
     for name, problem in problems.items():
@@ -90,18 +91,15 @@ def test_what_is_beside_and_not_ours_is_left(tmp_path):
     delta.make_delta(pair.base, pair.trained, tmp_path / "delta")
     base = pair.base.rename(tmp_path / "model.tmp")
     before = sorted(path.name for path in base.iterdir())
-    with pytest.raises(
-        ValueError, match="model.tmp exists, where .*model would be prepared: move it away"
-    ):
-        delta.apply_delta(base, tmp_path / "delta", tmp_path / "model")
-    assert (
-        sorted(path.name for path in base.iterdir()) == before and not (tmp_path / "model").exists()
-    )
+    delta.apply_delta(base, tmp_path / "delta", tmp_path / "model")
+    assert sorted(path.name for path in base.iterdir()) == before
+    assert_same_model(tmp_path / "model", pair.trained)
+    shutil.rmtree(tmp_path / "model")
     base = base.rename(tmp_path / "base")
     (base / "config.json").unlink()
     with pytest.raises(ValueError, match="config.json is neither in"):
         delta.apply_delta(base, tmp_path / "delta", tmp_path / "model")
-    assert not (tmp_path / "model").exists() and not (tmp_path / "model.tmp").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "delta", "trained"]
 
 
 def convert_and_die(*arguments) -> int:
@@ -114,10 +112,10 @@ def test_a_delta_is_made_and_applied_whole_or_not_at_all(tmp_path):
     pair = make_pair(tmp_path, steps=2, output_dim_factor=0.0)
     made, applied = tmp_path / "delta", tmp_path / "applied"
     assert convert_and_die("make", 60, pair.base, pair.trained, made) == -9
-    assert (tmp_path / "delta.tmp" / "base" / "values.safetensors").exists() and not made.exists()
+    assert (beside_of(made) / "base" / "values.safetensors").exists() and not made.exists()
     delta.make_delta(pair.base, pair.trained, made)
     assert convert_and_die("apply", 10, pair.base, made, applied) == -9
-    assert (tmp_path / "applied.tmp" / "model.safetensors").exists() and not applied.exists()
+    assert (beside_of(applied) / "model.safetensors").exists() and not applied.exists()
     delta.apply_delta(pair.base, made, applied)
     assert_same_model(applied, pair.trained)
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not beside_of(made).exists() and not beside_of(applied).exists()

@@ -1,10 +1,7 @@
 """The folder of a run: processes that are killed in the middle of writing leave what was there
 before whole, a run goes on from it, and nothing else."""
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,41 +9,17 @@ import torch
 from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 
-from losia_kernels.checkpoint.folder import MARKER, write_json
-from losia_kernels.finetune.folder import last_checkpoint, open_run, remove_interrupted, save_model
+from losia_kernels.checkpoint.checksums import write_sealed
+from losia_kernels.checkpoint.folder import MARKER
+from losia_kernels.finetune.checkpoints import last_checkpoint
+from losia_kernels.finetune.folder import open_run, save_model
 from losia_kernels.finetune.options import InputError
 from losia_kernels.finetune.run import finetune
 from tests.checkpoint.trained_pairs import assert_same_model
 from tests.finetune.doomed_process import DOOMS
+from tests.finetune.killed_runs import KILLED, Killed, Runs
 from tests.finetune.tiny_run import options
 from tests.integrations.tiny_llama import make_model, make_tokenizer
-
-HERE = Path(__file__).parent
-KILLED = -9
-
-
-class Runs:
-    """The runs of ``doomed_process.py``: each in a process of its own, whose exit status ``run``
-    returns."""
-
-    def __init__(self):
-        self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "doomed_process.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"},
-        )
-
-    def run(self, *arguments) -> int:
-        arguments = [str(each) if isinstance(each, Path) else each for each in arguments]
-        self._process.stdin.write(json.dumps(arguments) + "\n")
-        self._process.stdin.flush()
-        return int(self._process.stdout.readline())
-
-    def close(self) -> None:
-        self._process.kill()  # at rest, it has nothing to lose
-        self._process.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +47,7 @@ def test_a_killed_run_keeps_its_last_checkpoint_and_goes_on_from_it(
 ):
     assert runs.run(tmp_path, model_folder, moment) == KILLED
     run = tmp_path / "run"
-    last = "checkpoint-6" if moment == "export" else "checkpoint-4"
+    last = "checkpoint-6" if moment == "export" or "removal" in moment else "checkpoint-4"
     # the Trainer would take the torn one
     assert get_last_checkpoint(run / "checkpoints").endswith("checkpoint-6")
     assert not (run / "model").exists()
@@ -88,7 +61,7 @@ def test_a_killed_run_keeps_its_last_checkpoint_and_goes_on_from_it(
         "checkpoint-4",
         "checkpoint-6",
     }
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not [*tmp_path.rglob("*.tmp"), *tmp_path.rglob("*unfinished*")]
 
 
 def test_a_checkpoint_that_was_half_removed_is_not_whole(whole, tmp_path):
@@ -100,7 +73,8 @@ def test_a_checkpoint_that_was_half_removed_is_not_whole(whole, tmp_path):
     assert last_checkpoint(tmp_path).name == "checkpoint-6"
     (tmp_path / "checkpoint-6" / "optimizer.pt").unlink()
     with pytest.warns(
-        UserWarning, match="checkpoint-6 in .*: not whole, .* the last that counts is checkpoint-4"
+        UserWarning,
+        match="checkpoint-6 .*optimizer.pt is missing.* the last that counts is checkpoint-4",
     ):
         assert last_checkpoint(tmp_path).name == "checkpoint-4"
     weights = tmp_path / "checkpoint-4" / "model.safetensors"
@@ -108,7 +82,7 @@ def test_a_checkpoint_that_was_half_removed_is_not_whole(whole, tmp_path):
     weights.unlink()
     weights.write_bytes(half)
     with pytest.warns(
-        UserWarning, match="checkpoint-6, checkpoint-4 in .*: not whole, .* none counts"
+        UserWarning, match="checkpoint-4 .*model.safetensors has .* bytes instead of .* none counts"
     ):
         assert last_checkpoint(tmp_path) is None
 
@@ -122,18 +96,15 @@ def test_what_nobody_completed_is_left_alone(tmp_path, marker):
             (tmp_path / name / MARKER).write_text(marker)
     (tmp_path / "checkpoint-notes.txt").write_text("the second was better")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.warns(UserWarning, match="checkpoint-10, checkpoint-2 in"):
+    with pytest.warns(UserWarning, match="checkpoint-10.*, checkpoint-2.* in"):
         assert last_checkpoint(tmp_path) is None
     assert sorted(tmp_path.rglob("*")) == before
-    remove_interrupted(tmp_path)  # of a run of finetune, which completes all of its own
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"checkpoint-best", "checkpoint-6-good", "checkpoint-notes.txt"}
 
 
 def test_resume_with_other_options_or_data_is_a_mistake(tmp_path, model_folder):
     record, _ = open_run(options(tmp_path, model_folder))
     (tmp_path / "run").mkdir()
-    write_json(tmp_path / "run" / "run.json", record)
+    write_sealed(tmp_path / "run" / "run.json", record)
     with pytest.raises(
         InputError, match=r"with other options: lr was 0.01, now 0.02, period was 3, now 4"
     ):
@@ -155,3 +126,10 @@ def test_a_model_is_written_whole_or_not_at_all(tmp_path):
     assert not (tmp_path / "model").exists()
     save_model(make_model(), make_tokenizer(), tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_runs_killed_at_random_end_in_the_same_bits(runs, tmp_path, model_folder):
+    """A handful; ``python -m tests.finetune.killed_runs 200`` has more."""
+    killed = Killed(runs, tmp_path, model_folder)
+    for number in range(4):
+        killed.check(number, seed=1)

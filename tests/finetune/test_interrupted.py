@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from losia_kernels import cli
+from losia_kernels.checkpoint.checksums import write_sealed
 from losia_kernels.finetune.folder import read_options, resumed_options
 from losia_kernels.finetune.options import InputError
 from losia_kernels.finetune.run import finetune
@@ -134,8 +135,8 @@ def test_run_json_holds_every_option(tmp_path, model_folder, monkeypatch):
 
 
 def test_a_resumed_run_has_the_options_of_the_first_but_for_those_given(tmp_path, monkeypatch):
-    record = {"model": "m", "data": "d", "lr": 3e-3, "batch_size": 8, "save_steps": 7}
-    (tmp_path / "run.json").write_text(json.dumps(record))
+    record = {"model": "m", "data": "d", "lr": 3e-3, "batch_size": 8, "seed": 0, "save_steps": 7}
+    write_sealed(tmp_path / "run.json", record)
     given = {"output": str(tmp_path), "resume": True}
     resumed = resumed_options({**given, "print_every": 2})
     assert (resumed.lr, resumed.batch_size, resumed.save_steps) == (3e-3, 8, 7)

@@ -1,16 +1,37 @@
-"""What a model is held to before a run."""
+"""What a model is held to before a run, what of it is saved beside its weights, and that it stops
+where its samples ended."""
 
 import dataclasses
+import json
+import types
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from huggingface_hub import HfApi
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from losia_kernels.cli import main
+from losia_kernels.finetune.model import resolve_dtype
 from losia_kernels.finetune.options import InputError
 from losia_kernels.finetune.run import finetune
+from losia_kernels.finetune.trainer import sft_config
 from tests.finetune.tiny_run import options
-from tests.integrations.tiny_llama import make_tokenizer
+from tests.integrations.tiny_llama import make_model, make_tokenizer
+
+SHORT = {"steps": 2, "save_steps": 0, "period": 1, "eval_data": None, "group_by_length": False}
+
+
+def saved(folder: Path, tokenizer=None, **config) -> Path:
+    """A model's folder."""
+    make_model(**config).save_pretrained(folder)
+    (tokenizer or make_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+def write(path: str, *rows: dict) -> None:
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_a_sample_longer_than_learned_positions_is_told_before_the_run(tmp_path):
@@ -29,3 +50,241 @@ def test_a_sample_longer_than_learned_positions_is_told_before_the_run(tmp_path)
     assert not (tmp_path / "run").exists()
     finetune(dataclasses.replace(given, max_length=16))
     assert (tmp_path / "run" / "model").exists()
+
+
+# at the edges -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rank_factor": 1.0},
+        {"rank_factor": 1.0, "output_dim_factor": 1.0},
+        {"rank_factor": 1.0, "output_dim_factor": 0.0},
+        {"rank_factor": 1.0, "init_subnet": "random", "importance": "marginal"},
+    ],
+    ids=["calibrated", "with the output layer", "without it", "random"],
+)
+def test_a_whole_layer_can_be_the_subnet(tmp_path, model_folder, changes):
+    finetune(options(tmp_path, model_folder, **SHORT, **changes))
+    before = load_file(model_folder / "model.safetensors")
+    after = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert all(not torch.equal(before[name], after[name]) for name in before if "_proj" in name)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("packing", [False, True])
+def test_fewer_samples_than_a_batch_are_a_batch(tmp_path, model_folder, rows, packing):
+    given = options(tmp_path, model_folder, packing=packing, **SHORT)
+    write(given.data, *({"text": f"sample {n}"} for n in range(rows)))
+    finetune(given)
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+def test_a_filler_beyond_the_embedding_is_not_needed(tmp_path):
+    """Its place is known by position, so any token fills it; the tokenizer is saved as it was."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    folder = saved(tmp_path / "model", tokenizer)
+    finetune(options(tmp_path, folder, **SHORT))
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "model").pad_token == "<pad>"
+
+
+def test_a_tokenizer_without_a_filler_stays_without(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = None
+    folder = saved(tmp_path / "model", tokenizer, pad_token_id=None)
+    finetune(options(tmp_path, folder, **SHORT))
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "model").pad_token is None
+    ours, theirs = (
+        json.loads((path / "config.json").read_text())
+        for path in (tmp_path / "run" / "model", folder)
+    )
+    assert ours == theirs
+
+
+def test_a_token_beyond_the_embedding_is_told_before_the_run(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    folder = saved(tmp_path / "model", tokenizer)
+    given = options(tmp_path, folder, **SHORT)
+    write(given.data, {"text": "a <new> b"})
+    with pytest.raises(
+        InputError, match=r"the token 261 \('<new>'\), but the model has embeddings of 261"
+    ):
+        finetune(given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_base_that_lacks_a_weight_is_told_before_the_run(tmp_path):
+    folder = saved(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        InputError, match="lacks 1 of its weights, first model.layers.1.mlp.up_proj.weight"
+    ):
+        finetune(options(tmp_path, folder, **SHORT))
+    assert not (tmp_path / "run").exists()
+
+
+# where a model stops ------------------------------------------------------------------------------
+
+
+def trained_to_answer(
+    tmp_path, model: Path, row: dict, **changes
+) -> tuple[AutoModelForCausalLM, AutoTokenizer]:
+    """The saved model of a run that has learned one row by heart."""
+    given = options(
+        tmp_path,
+        model,
+        **SHORT | {"steps": 60, "period": 20},
+        rank_factor=1.0,
+        output_dim_factor=1.0,
+        lr_scheduler="constant",
+        warmup_ratio=0.0,
+        batch_size=1,
+        gradient_accumulation=1,
+        **changes,
+    )
+    write(given.data, row)
+    finetune(given)
+    folder = tmp_path / "run" / "model"
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def answer_of(model, tokenizer, prompt: str) -> str:
+    ids = tokenizer(prompt, return_tensors="pt")
+    output = model.generate(**ids, max_new_tokens=40, do_sample=False)
+    return tokenizer.decode(output[0, ids["input_ids"].shape[1] :])
+
+
+def test_a_chat_model_stops_where_its_turns_end(tmp_path):
+    """Its base stops at another token alone, which a chat never has."""
+    folder = saved(tmp_path / "model")
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    model, tokenizer = trained_to_answer(tmp_path, folder, {"messages": chat})
+    end, base = tokenizer.convert_tokens_to_ids(["<|end|>", "<eos>"])
+    assert model.generation_config.eos_token_id == [end, base]
+    prompt = tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
+    assert answer_of(model, tokenizer, prompt) == "Yo<|end|>"
+    assert tokenizer.chat_template == make_tokenizer().chat_template
+
+
+@pytest.mark.parametrize("base_stops", [256, None, [257, 256]])
+def test_a_text_model_stops_at_its_end(tmp_path, base_stops):
+    folder = saved(tmp_path / "model")
+    path = folder / "generation_config.json"
+    settings = json.loads(path.read_text()) | {"eos_token_id": base_stops}
+    path.write_text(json.dumps(settings))
+    model, tokenizer = trained_to_answer(tmp_path, folder, {"prompt": "Hi:", "completion": "Yo"})
+    assert model.generation_config.eos_token_id == (base_stops or 256)
+    assert answer_of(model, tokenizer, "Hi:") == "Yo<eos>"
+
+
+def test_an_end_and_a_template_of_the_config_are_used_and_saved(tmp_path, model_folder):
+    template = tmp_path / "mine.jinja"
+    template.write_text("{% for m in messages %}[{{ m.role }}]{{ m.content }}<|end|>{% endfor %}")
+    config = {"eos_token": "<|end|>", "chat_template_path": str(template)}
+    given = options(tmp_path, model_folder, config=config, **SHORT)
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    write(given.data, {"messages": chat})
+    finetune(given)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    assert tokenizer.eos_token == "<|end|>" and tokenizer.chat_template == template.read_text()
+    for name, words in (("eos_token", "is no token"), ("chat_template_path", "cannot load")):
+        with pytest.raises(InputError, match=f"{name}.*{words}"):
+            finetune(
+                options(
+                    tmp_path, model_folder, config={name: "./absent"}, output=str(tmp_path / name)
+                )
+            )
+
+
+# devices ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("cuda", torch.bfloat16),
+        ("xpu", torch.bfloat16),
+        ("mps", torch.bfloat16),
+        ("cpu", torch.float32),
+    ],
+)
+def test_whatever_torch_has_is_used(tmp_path, model_folder, monkeypatch, kind, dtype):
+    device = None if kind == "cpu" else torch.device(kind)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **how: device)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: device is not None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.xpu, "is_bf16_supported", lambda: True, raising=False)
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *version: True)
+    assert resolve_dtype("auto") == dtype and resolve_dtype("float32") == torch.float32
+    monkeypatch.setattr("transformers.TrainingArguments._setup_devices", torch.device("cpu"))
+    assert sft_config(options(tmp_path, model_folder)).use_cpu == (kind == "cpu")
+
+
+# the card and the hub -----------------------------------------------------------------------------
+
+
+def test_the_card_says_how_the_model_came_about(tmp_path, model_folder):
+    given = options(tmp_path, model_folder, steps=4, save_steps=0, period=2, eval_steps=2)
+    finetune(given)
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert card.startswith("---\nlibrary_name: transformers\n") and "- losia" in card
+    for row in (
+        "| rank factor p | 0.25, square |",
+        "| moves | importance |",
+        "| period | 2 steps |",
+        "| data | train.jsonl |",
+        f"| data, sha256 | {record['data_sha256']} |",
+        "| evaluation loss | ",
+        "| training loss, last tenth | ",
+        "transformers 5",
+    ):
+        assert row in card, card
+    code = card.partition("```python\n")[2].partition("```")[0]
+    exec(code.replace('"run"', repr(str(tmp_path / "run" / "model"))), {})
+
+
+def test_the_finished_model_is_pushed(tmp_path, model_folder, monkeypatch):
+    calls = []
+    fake = {
+        "whoami": lambda self: calls.append(("whoami", self.token)),
+        "create_repo": lambda self, name, **how: (
+            calls.append(("create", name, how)) or types.SimpleNamespace(repo_id=f"me/{name}")
+        ),
+        "upload_folder": lambda self, **how: calls.append(("upload", how)),
+    }
+    for name, function in fake.items():
+        monkeypatch.setattr(HfApi, name, function)
+    config = {
+        "push_to_hub": True,
+        "hub_model_id": "mine",
+        "hub_token": "t",
+        "hub_private_repo": True,
+    }
+    finetune(options(tmp_path, model_folder, config=config, **SHORT | {"save_steps": 1}))
+    assert calls[0] == ("whoami", "t")
+    assert calls[1] == ("create", "mine", {"private": True, "exist_ok": True})
+    (name, how), folder = calls[2], tmp_path / "run" / "model"
+    assert name == "upload" and how["repo_id"] == "me/mine" and Path(how["folder_path"]) == folder
+    assert len(calls) == 3  # no checkpoint was
+
+
+def test_a_push_that_cannot_be_is_told_before_the_run(tmp_path, model_folder, monkeypatch, capsys):
+    def whoami(self):
+        raise OSError("Token is required\nmore")
+
+    monkeypatch.setattr(HfApi, "whoami", whoami)
+    given = options(tmp_path, model_folder)
+    path = tmp_path / "run.yaml"
+    path.write_text("push_to_hub: true\n")
+    arguments = ["--model", given.model, "--data", given.data, "--output", given.output]
+    assert main(["finetune", "--config", str(path), *arguments]) == 2
+    assert capsys.readouterr().err == (
+        "losia-kernels: push_to_hub: the hub does not know you: Token is required\n"
+    )
+    assert not (tmp_path / "run").exists()

@@ -1,6 +1,7 @@
 """The pictures made from what a run records of its subnets."""
 
 import json
+import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from losia_kernels import cli
+from losia_kernels.checkpoint.checksums import read_sealed, write_sealed
 from losia_kernels.finetune import draw
 from losia_kernels.finetune.options import PICTURES
 from losia_kernels.finetune.run import finetune
@@ -110,10 +112,10 @@ def test_the_share_of_the_run_in_which_a_neuron_is_trained(run):
 def test_a_base_that_has_moved_is_named_with_what_to_say(run, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
-    record = json.loads((folder / "run.json").read_text())
+    record = read_sealed(folder / "run.json", {})
     assert Path(record["model"]).is_absolute()  # wherever plot is called from
     record["model"] = "/no/longer/here"
-    (folder / "run.json").write_text(json.dumps(record))
+    write_sealed(folder / "run.json", record)
     for picture in ("gradients", "singular_vectors"):
         assert cli.main(["plot", str(folder), "--only", picture]) == 2
         said = capsys.readouterr().err
@@ -128,7 +130,7 @@ def test_a_base_that_has_moved_is_named_with_what_to_say(run, tmp_path, capsys):
         ("", "holds no subnet"),
         ('{"step": 0}', "is damaged"),
         ('{"step": 0, "layer": "x", "group": "lm_head", "features": [10000000000, 8], "out_idx": "AA==", '
-         '"in_idx": "AA=="}', "is damaged: 8 bits for 10000000000 neurons"),
+         '"in_idx": "AA==", "overlap": null, "captured": null}', "8 bits are not those of 10000000000 neurons"),
     ],
     ids=["none", "cut", "lying"],
 )  # fmt: skip
@@ -143,3 +145,36 @@ def test_a_damaged_history_is_named(run, tmp_path, capsys, line, problem):
 def test_a_count_of_vectors_that_cannot_be(run, capsys):
     assert cli.main(["plot", str(run), "--vectors", "0"]) == 2
     assert "--vectors must be at least 1, got 0" in capsys.readouterr().err
+
+
+LIES = {
+    "features": {"features": [10**10, 10**10]},
+    "negative features": {"features": [-8, 32]},
+    "one feature": {"features": [32]},
+    "no bits": {"out_idx": ""},
+    "group": {"group": "x"},
+    "types": {"step": "1"},
+    "late": {"step": 3, "layer": "new"},
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_records_that_lie_about_their_size_are_refused(run, tmp_path, capsys, lie):
+    """What a picture is made in is as large as the file says: 74 GiB, once."""
+    lines = (run / "subnets.jsonl").read_text().splitlines()
+    lines[1] = json.dumps({**json.loads(lines[1]), **LIES[lie]})
+    (tmp_path / "subnets.jsonl").write_text("\n".join(lines) + "\n")
+    for picture in ("timeline", "subnets", "frequency"):
+        assert cli.main(["plot", str(tmp_path), "--only", picture]) == 2
+        assert "subnets.jsonl is damaged" in capsys.readouterr().err
+
+
+def test_a_run_of_very_many_steps_is_drawn_in_as_many_columns_as_can_be_seen(run, tmp_path):
+    shutil.copy(run / "subnets.jsonl", tmp_path)
+    (tmp_path / "log.jsonl").write_text('{"step": 10000000000, "loss": 1.0}\n')
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (24 * 2**30, before[1]))
+    try:
+        assert cli.main(["plot", str(tmp_path), "--only", "timeline", "subnets", "frequency"]) == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)

@@ -36,6 +36,17 @@ def test_the_terminal_says_what_runs_and_how_far_it_is(tmp_path, model_folder, c
     )
 
 
+def test_of_a_rate_of_full_fine_tuning_it_says_what_the_subnets_have(
+    tmp_path, model_folder, capsys
+):
+    chosen = {"steps": 2, "save_steps": 0, "eval_data": None, "output_dim_factor": 0.0, "lr": 1e-3}
+    drawn = {"init_subnet": "random", "moves": "none"}
+    finetune(options(tmp_path, model_folder, **chosen, **drawn))
+    printed = capsys.readouterr().out
+    assert "lr 0.001 (0.016 of the subnets) cosine" in printed  # p is 1/4
+    assert "no moves" in printed and "observing" not in printed
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     model = make_model()
     model.model.norm.weight.data.fill_(float("nan"))

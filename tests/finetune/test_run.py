@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from losia_kernels.finetune.folder import last_checkpoint
+from losia_kernels.finetune.checkpoints import last_checkpoint
 from losia_kernels.finetune.run import finetune
 from losia_kernels.integrations.history import read_log
 from tests.finetune.tiny_run import STEPS, loss_on, options
@@ -162,6 +162,8 @@ def test_a_run_shorter_than_a_cycle_is_warned_about(tmp_path, model_folder):
         {"importance": "marginal"},
         {"importance": "gradient", "init_subnet": "random"},
         {"output_dim_factor": 1.0},
+        {"shape": "wide", "moves": "random", "init_subnet": "random", "lr": 1e-3},
+        {"moves": "none"},
     ],
     ids=lambda extra: next(iter(extra)),
 )
@@ -173,7 +175,7 @@ def test_options_run_and_learn(tmp_path, model_folder, extra):
     assert model.dtype == (torch.bfloat16 if extra.get("dtype") else torch.float32)
 
 
-def test_the_first_subnets_are_calibrated_unless_told_not_to(tmp_path, model_folder):
+def test_calibration_begins_with_other_subnets_than_a_draw(tmp_path, model_folder):
     weights = []
     for name in ("calibrated", "random"):
         folder = tmp_path / name

@@ -6,7 +6,7 @@ from transformers.utils import logging
 from losia_kernels import LoSiAAdamW
 from losia_kernels.finetune.model import convert_model
 from losia_kernels.finetune.run import finetune
-from losia_kernels.finetune.trainer import training_arguments
+from losia_kernels.finetune.trainer import sft_config
 from tests.finetune.tiny_run import options
 from tests.integrations.tiny_llama import make_model
 
@@ -23,4 +23,4 @@ def test_a_constant_rate_has_no_warm_up_and_rewarms_from_the_first_move(tmp_path
         model = make_model()
         convert_model(model, chosen, 20)
         assert LoSiAAdamW(model, total_steps=20).timeline.config.warmup_steps == expected
-        assert training_arguments(chosen, steps=20).warmup_steps == expected
+        assert sft_config(chosen, steps=20).warmup_steps == expected

@@ -6,15 +6,16 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from losia_kernels import LoSiAAdamW, apply_losia, attach, calibrate
-from losia_kernels.finetune.data import IGNORE, Collator
 from losia_kernels.finetune.model import check_packing
 from losia_kernels.finetune.options import FinetuneOptions, InputError
-from losia_kernels.finetune.trainer import FinetuneTrainer, training_arguments
+from losia_kernels.finetune.trainer import FinetuneTrainer, sft_config
 from losia_kernels.integrations.transformers import LoSiACallback, LoSiAOptimizerFactory
-from tests.integrations.tiny_llama import make_model
+from tests.integrations.collate import IGNORE, Collator
+from tests.integrations.tiny_llama import make_model, make_tokenizer
 from tests.tiny import paper, same_tensors
 
 CONFIG = paper(rank_factor=1 / 4, output_dim_factor=1 / 8, period=2)
@@ -50,13 +51,20 @@ def options(tmp_path, **changes):
     return FinetuneOptions(**{**values, **changes})
 
 
+def data_of(kind):
+    """The samples and what makes batches of them, as the Trainer takes them."""
+    if issubclass(kind, FinetuneTrainer):
+        rows = [{name: ids.tolist() for name, ids in sample.items()} for sample in samples()]
+        return {"train_dataset": Dataset.from_list(rows), "processing_class": make_tokenizer()}
+    return {"train_dataset": samples(), "data_collator": Collator(256)}
+
+
 def make_trainer(model, tmp_path, kind=FinetuneTrainer, callbacks=(), **changes):
     trainer = kind(
         model,
-        training_arguments(options(tmp_path, **changes), STEPS),
-        data_collator=Collator(256),
-        train_dataset=samples(),
+        sft_config(options(tmp_path, **changes), STEPS),
         optimizer_cls_and_kwargs=(LoSiAOptimizerFactory, {"lr": LR}),
+        **data_of(kind),
     )
     trainer.add_callback(LoSiACallback(trainer))
     for callback in callbacks:
@@ -93,10 +101,9 @@ def test_an_attached_optimizer_takes_the_same_steps(tmp_path):
     attach(optimizer, model)
     trainer = FinetuneTrainer(
         model,
-        training_arguments(options(tmp_path), STEPS),
-        data_collator=Collator(256),
-        train_dataset=samples(),
+        sft_config(options(tmp_path), STEPS),
         optimizers=(optimizer, None),
+        **data_of(FinetuneTrainer),
     )
     callback = LoSiACallback(trainer)
     trainer.add_callback(callback)

@@ -6,9 +6,9 @@ from transformers import Trainer
 from transformers.trainer_utils import HPSearchBackend
 
 from losia_kernels import LoSiAAdamW, apply_losia
-from losia_kernels.finetune.data import Collator
 from losia_kernels.integrations.transformers import LoSiACallback, LoSiAOptimizerFactory
 from losia_kernels.layers.module import losia_layers
+from tests.integrations.collate import Collator
 from tests.integrations.test_trainer import LR, samples
 from tests.integrations.test_trainer_features import (
     CONFIG,

@@ -15,9 +15,9 @@ from transformers import (
 )
 
 from losia_kernels import LoSiAAdamW, apply_losia, calibrate, remove_losia
-from losia_kernels.finetune.data import IGNORE, Collator
 from losia_kernels.integrations.transformers import LoSiACallback
 from losia_kernels.layers.module import losia_layers
+from tests.integrations.collate import IGNORE, Collator
 from tests.integrations.test_trainer import LR, samples
 from tests.integrations.tiny_llama import make_model, make_tokenizer
 from tests.tiny import paper

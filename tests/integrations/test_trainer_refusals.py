@@ -7,8 +7,8 @@ from transformers import (
 )
 
 from losia_kernels import apply_losia
-from losia_kernels.finetune.data import Collator
 from losia_kernels.integrations.transformers import LoSiACallback
+from tests.integrations.collate import Collator
 from tests.integrations.test_trainer import LR, samples
 from tests.integrations.test_trainer_features import (
     ACCUMULATED,

@@ -16,10 +16,10 @@ from transformers import (
 )
 
 from losia_kernels import LoSiAAdamW, apply_losia
-from losia_kernels.finetune.data import Collator
 from losia_kernels.integrations.following import sync_by_weights
 from losia_kernels.integrations.transformers import LoSiACallback
 from losia_kernels.layers.module import losia_layers
+from tests.integrations.collate import Collator
 from tests.integrations.test_trainer import LR, samples
 from tests.integrations.test_trainer_features import (
     CONFIG,

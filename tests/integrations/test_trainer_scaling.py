@@ -7,8 +7,8 @@ from torch.nn import functional
 from transformers import LlamaForSequenceClassification, Trainer
 
 from losia_kernels import apply_losia
-from losia_kernels.finetune.data import IGNORE, Collator
 from losia_kernels.integrations.transformers import LoSiACallback
+from tests.integrations.collate import IGNORE, Collator
 from tests.integrations.test_trainer import samples
 from tests.integrations.test_trainer_features import arguments
 from tests.integrations.tiny_llama import make_model

@@ -19,8 +19,10 @@ ROOT = HERE.parent.parent
 OPTIONS = [
     "--lr",
     "1e-3",
-    "--init-subnet",
-    "random",
+    "--shape",
+    "square",
+    "--moves",
+    "importance",
     "--period",
     "2",
     "--rank-factor",
@@ -150,6 +152,19 @@ def test_two_processes_and_a_resume_on_one(inputs, whole, tmp_path):
     said = finetune(inputs, parts, 1, "--batch-size", "8", *RUN, "--save-steps", "5", "--resume")
     assert "resuming from" in said and "checkpoint-5" in said
     torch.testing.assert_close(weights(parts), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_an_evaluation_of_two_processes_is_that_of_one(inputs, tmp_path):
+    """Of 13 samples, of which one process evaluates a last batch that the other fills up."""
+    options = ["--steps", "2", "--eval-fraction", "1/5", "--save-steps", "0"]
+    seen = []
+    for processes, size in ((1, "8"), (2, "4")):
+        run = tmp_path / str(processes)
+        finetune(inputs, run, processes, "--batch-size", size, *options)
+        entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        seen.append([(e["eval_loss"], e["eval_accuracy"]) for e in entries if "eval_loss" in e])
+    assert len(seen[0]) == 1 and seen[1][0] == pytest.approx(seen[0][0], rel=1e-5)
 
 
 @pytest.mark.slow

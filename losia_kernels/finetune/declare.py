@@ -1,0 +1,121 @@
+"""How an option of the command is declared, and how its text is read.
+
+Free of heavy imports, so that the command line can ask for help at once.
+"""
+
+import argparse
+import json
+import os
+from dataclasses import MISSING, Field, field
+from fractions import Fraction
+from typing import Any
+
+
+class InputError(ValueError):
+    """A mistake in the user's input that one line can say: the command line prints it and exits
+    with code 2."""
+
+
+def parse_fraction(text: str) -> float:
+    """A number, or a fraction such as 1/8."""
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(
+            f"expected a number or a fraction such as 1/8, got {text!r}"
+        ) from None
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The settings of a YAML file, each under an option's name or TRL's for it; ``env`` in it sets
+    environment variables, as in TRL's command.
+
+    Raises:
+        InputError: if it cannot be read, or holds no settings.
+    """
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            settings = yaml.safe_load(file)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
+        raise InputError(f"{path}: expected settings, one 'name: value' a line")
+    env = settings.pop("env", None) or {}
+    if not isinstance(env, dict):
+        raise InputError(f"{path}: 'env' must hold names and values, got {env!r:.80}")
+    os.environ.update({str(name): str(value) for name, value in env.items()})
+    settings = {name.replace("-", "_"): value for name, value in settings.items()}
+    return json.loads(json.dumps(settings, default=str))  # dates are text
+
+
+def parse_period(text: str) -> int | str:
+    """A number of steps, or "auto"."""
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected a number of steps or 'auto', got {text!r}"
+        ) from None
+
+
+def option(
+    group: str,
+    help: str,
+    default: Any = MISSING,
+    exclusive: bool = False,
+    trl: str | None = None,
+    **argument: Any,
+) -> Any:
+    """A field that is an option of the command line too.
+
+    ``group``: under which heading its help stands; of those that are ``exclusive`` there, one may
+    be given. ``trl``: what TRL's command calls it, which a config file may, too. ``argument``:
+    what else argparse's ``add_argument`` takes; without a default the option is required, and a
+    number's type is its default's.
+    """
+    if default is MISSING:
+        argument["required"] = True
+    else:
+        argument["default"] = default
+    if default is False:
+        argument["action"] = "store_true"
+    elif isinstance(default, (int, float)):
+        argument.setdefault("type", type(default))
+    metadata = {
+        "group": group,
+        "exclusive": exclusive,
+        "trl": trl,
+        "argument": {"help": help, **argument},
+    }
+    return field(default=default, metadata=metadata)
+
+
+def option_value(declared: Field, value: Any, where: str) -> Any:
+    """The value of an option in a config file, read as the command line reads its text.
+
+    Raises:
+        InputError: naming ``where``, the option and what it takes.
+    """
+    argument = declared.metadata["argument"]
+    if value is None and declared.default is None:
+        return None
+    if argument.get("action") == "store_true":
+        if isinstance(value, bool):
+            return value
+        raise InputError(f"{where}: {declared.name} must be true or false, got {value!r:.80}")
+    if isinstance(value, (dict, list, bool)):
+        raise InputError(f"{where}: {declared.name} must be a single value, got {value!r:.80}")
+    try:
+        read = argument.get("type", str)(str(value))
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise InputError(f"{where}: {declared.name}: {error}") from None
+    choices = argument.get("choices")
+    if choices and read not in choices:
+        raise InputError(
+            f"{where}: {declared.name} must be one of {', '.join(choices)}; got {read!r}"
+        )
+    return read

@@ -1,0 +1,183 @@
+"""The rows of training data, as they stand in a file, a folder or a data set of the hub.
+
+JSON and JSON Lines are read line by line, so that a row is what its line says and an error names
+the line; a table's columns would give every message the keys of all. The rest is read by
+``datasets``.
+"""
+
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import fsspec
+import pandas
+from trl.trainer.utils import remove_none_values
+
+from .options import FinetuneOptions, InputError
+
+JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+TABLES: dict[
+    str, tuple[str, dict[str, Any]]
+] = {  # suffix: the reader of ``datasets`` and what it is told
+    ".csv": ("csv", {"sep": ","}),
+    ".tsv": ("csv", {"sep": "\t"}),
+    ".parquet": ("parquet", {}),
+    ".arrow": ("arrow", {}),
+}
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
+# Columns that tables hold as JSON, for no type of theirs fits.
+NESTED = ("messages", "conversations", "tools", "chat_template_kwargs")
+
+
+class Row(NamedTuple):
+    """One sample: its values and where it stands, for errors."""
+
+    values: dict[str, Any]
+    where: str
+
+
+def read_rows(data: str, options: FinetuneOptions) -> Iterator[Row]:
+    """The rows of a file, a folder or a data set of the hub, in order; blank lines are skipped.
+
+    Raises:
+        InputError: naming the file and the line, or the row, that cannot be read.
+    """
+    path = Path(data).expanduser()
+    if path.is_dir():
+        yield from _read_folder(path, options)
+    elif path.exists() or _is_file_name(data):
+        yield from _read_file(path)
+    else:
+        yield from _read_table(data, data, name=options.data_config, split=options.data_split)
+
+
+def is_local(data: str) -> bool:
+    """Whether ``data`` names a file or folder here, rather than a data set of the hub."""
+    return Path(data).expanduser().exists() or _is_file_name(data)
+
+
+def _is_file_name(data: str) -> bool:
+    known = (*JSON_SUFFIXES, *TABLES, *COMPRESSED)
+    return data.startswith((".", "/", "~")) or data.count("/") > 1 or data.endswith(known)
+
+
+def _suffix(path: Path) -> str:
+    """What kind of file it is, under a compression."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def _read_file(path: Path) -> Iterator[Row]:
+    suffix = _suffix(path)
+    if suffix in JSON_SUFFIXES:
+        yield from _read_json(path)
+    elif suffix in TABLES:
+        if not path.is_file():
+            raise InputError(f"cannot read {path}: No such file or directory")
+        reader, how = TABLES[suffix]
+        if reader == "csv":  # all of it is text, also 007 and NA
+            how = {**how, "features": _text_columns(path, **how), "keep_default_na": False}
+        yield from _read_table(reader, str(path), data_files=str(path), split="train", **how)
+    else:
+        known = ", ".join((*JSON_SUFFIXES, *TABLES))
+        raise InputError(
+            f"{path}: the name does not say what it holds; known are {known}, and compressed ones"
+        )
+
+
+def _text_columns(path: Path, sep: str) -> datasets.Features:
+    try:
+        names = pandas.read_csv(path, sep=sep, nrows=0).columns
+    except (ValueError, OSError, EOFError) as error:
+        raise InputError(f"cannot read {path}: {_first_line(error)}") from None
+    return datasets.Features({name: datasets.Value("string") for name in names})
+
+
+def _read_folder(path: Path, options: FinetuneOptions) -> Iterator[Row]:
+    """A folder of ``save_to_disk``, or one of files, whose splits ``datasets`` tells apart."""
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        saved = datasets.load_from_disk(str(path))
+        if isinstance(saved, datasets.DatasetDict):
+            if options.data_split not in saved:
+                raise InputError(
+                    f"{path} has no split {options.data_split!r}, only {', '.join(saved)}"
+                )
+            saved = saved[options.data_split]
+        yield from _rows_of(saved, str(path))
+        return
+    try:
+        builder = datasets.load_dataset_builder(str(path), name=options.data_config)
+    except Exception as error:  # whatever a library raises about the user's files
+        raise InputError(f"cannot read {path}: {_first_line(error)}") from None
+    files = {str(split): list(names) for split, names in (builder.config.data_files or {}).items()}
+    if options.data_split not in files:
+        raise InputError(f"{path} has no split {options.data_split!r}, only {', '.join(files)}")
+    others = [split for split in files if split != options.data_split]
+    if others:
+        warnings.warn(
+            f"{path}: {', '.join(others)} is not read, only {options.data_split}", stacklevel=2
+        )
+    for name in sorted(files[options.data_split]):
+        yield from _read_file(Path(name))
+
+
+def _read_json(path: Path) -> Iterator[Row]:
+    """One object a line, or a list of objects."""
+    try:
+        with fsspec.open(str(path), "rb", compression="infer") as file:
+            text = file.read()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or _first_line(error)}") from None
+    except Exception as error:  # of a decompressor
+        raise InputError(f"cannot read {path}: {_first_line(error)}") from None
+    text = text.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
+    if text.lstrip()[:1] == b"[":
+        values = _parse(text, str(path))
+        for number, each in enumerate(values, start=1):
+            yield Row(each, f"{path}: sample {number}")
+        return
+    for number, line in enumerate(text.split(b"\n"), start=1):
+        if line.strip():
+            where = f"{path}:{number}"
+            yield Row(_parse(line, where), where)
+
+
+def _parse(text: bytes, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:  # UnicodeDecodeError is one too
+        raise InputError(f"{where}: not valid JSON: {error}") from None
+    except RecursionError:
+        raise InputError(f"{where}: not valid JSON: nested too deep") from None
+
+
+def _read_table(reader: str, what: str, **how: Any) -> Iterator[Row]:
+    try:
+        table = datasets.load_dataset(reader, **how)
+    except Exception as error:  # whatever a library raises about the user's files
+        cause = error.__cause__ or error
+        origin = (
+            "" if reader != what else " as a data set of the hub (there is no such file or folder)"
+        )
+        raise InputError(f"cannot read {what}{origin}: {_first_line(cause)}") from None
+    yield from _rows_of(table, what)
+
+
+def _rows_of(table: datasets.Dataset, what: str) -> Iterator[Row]:
+    for number, values in enumerate(table, start=1):
+        where = f"{what}: row {number}"
+        values = remove_none_values(values)  # a table has every key in every row
+        for name in NESTED:
+            if isinstance(values.get(name), str) and values[name].strip():
+                values[name] = _parse(values[name].encode(), f"{where}, {name}")
+        yield Row(values, where)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

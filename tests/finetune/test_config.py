@@ -1,0 +1,167 @@
+"""``--config``: a file says what the command line does not, under our names or TRL's; every field of
+SFTConfig can be set in it, or is refused with the reason."""
+
+import dataclasses
+import json
+import os
+
+import pytest
+from trl import SFTConfig
+
+from losia_kernels.cli import main
+from losia_kernels.finetune.declare import read_config
+from losia_kernels.finetune.options import FinetuneOptions, InputError, with_config
+from losia_kernels.finetune.run import finetune
+from losia_kernels.finetune.trainer import DECIDED, sft_config
+from tests.finetune.tiny_run import options
+
+
+def written(folder, text):
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def settle(folder, text, **given):
+    return FinetuneOptions(**with_config({**given, "config": read_config(written(folder, text))}))
+
+
+BASE = "model: m\ndata: d.jsonl\noutput: o\n"
+
+
+def test_the_file_says_what_the_command_line_does_not(tmp_path):
+    text = (
+        BASE
+        + "lr: 1e-3\nrank-factor: 1/16\nperiod: auto\nin_backward: true\nneftune_noise_alpha: 5\n"
+    )
+    read = settle(tmp_path, text, lr=2e-3, batch_size=1)
+    assert (read.lr, read.rank_factor, read.period, read.batch_size) == (2e-3, 1 / 16, "auto", 1)
+    assert read.in_backward and read.config == {"neftune_noise_alpha": 5}
+    assert settle(tmp_path, text).lr == 1e-3  # which YAML takes for text
+
+
+def test_names_of_trls_command_are_the_options(tmp_path):
+    text = """
+model_name_or_path: m
+dataset_name: d.jsonl
+output_dir: o
+learning_rate: 3.0e-4
+per_device_train_batch_size: 2
+gradient_accumulation_steps: 3
+num_train_epochs: 2
+max_steps: -1
+max_length: 77
+packing: true
+"""
+    read = settle(tmp_path, text)
+    assert (read.model, read.data, read.output) == ("m", "d.jsonl", "o")
+    assert (read.lr, read.batch_size, read.gradient_accumulation) == (3e-4, 2, 3)
+    assert (read.epochs, read.steps, read.max_length, read.packing) == (2.0, None, 77, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("lr: fast", "config: lr: could not convert string to float: 'fast'"),
+        ("lr: [1, 2]", "config: lr must be a single value"),
+        ("rank_factor: x", "config: rank_factor: expected a number or a fraction"),
+        ("packing: 3", "config: packing must be true or false, got 3"),
+        ("dtype: float8", "config: dtype must be one of auto, float32, bfloat16; got 'float8'"),
+        ("lr: 1e-3\nlearning_rate: 1e-4", "config: lr stands there twice, also as learning_rate"),
+        ("- lr", "run.yaml: expected settings, one 'name: value' a line"),
+        ("lr: {", "run.yaml: not valid YAML: "),
+        ("env: 3", "run.yaml: 'env' must hold names and values"),
+    ],
+)
+def test_what_is_wrong_in_the_file_is_named(tmp_path, text, words):
+    with pytest.raises(InputError) as error:
+        settle(tmp_path, text)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["finetune", "--config", str(tmp_path / "absent.yaml")])
+    assert "absent.yaml" in capsys.readouterr().err
+
+
+def test_the_file_sets_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOSIA_TEST", "before")
+    settle(tmp_path, BASE + "env:\n  LOSIA_TEST: 7\n")
+    assert os.environ["LOSIA_TEST"] == "7"
+
+
+def test_every_field_of_sftconfig_can_be_set_or_says_why_not(tmp_path):
+    """None is known to nobody: an option sets it, the run decides it, or the file does."""
+    by_option = {each.metadata["trl"] for each in dataclasses.fields(FinetuneOptions)} - {None}
+    values = {"dataset_text_field": "note", "adam_beta2": "0.95", "eval_packing": True}
+    for field in dataclasses.fields(SFTConfig):
+        given = options_of(tmp_path, **{field.name: values.get(field.name, field.default)})
+        if field.name in by_option:
+            with pytest.raises(InputError, match=f"config: {field.name} is the option "):
+                sft_config(given)
+        elif field.name in DECIDED:
+            with pytest.raises(InputError, match=f"config: {field.name} cannot be set: "):
+                sft_config(given)
+    read = sft_config(options_of(tmp_path, **values))
+    assert (read.dataset_text_field, read.adam_beta2, read.eval_packing) == ("note", 0.95, True)
+
+
+def options_of(folder, **config):
+    return FinetuneOptions(model="m", data="d", output=str(folder / "run"), config=config)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (
+            {"neftune_noise": 5},
+            "there is no option neftune_noise, .* did you mean neftune_noise_alpha?",
+        ),
+        ({"loss_type": "mse"}, "config: loss_type must be one of nll, dft"),
+        ({"adam_beta2": "x"}, "config: .*adam_beta2.*: invalid float value: 'x'"),
+        ({"optim": "adafactor"}, "config: optim cannot be set: LoSiA brings its own optimizer"),
+    ],
+)
+def test_a_field_that_does_not_exist_or_fit_is_named(tmp_path, config, words):
+    with pytest.raises(InputError, match=words) as error:
+        sft_config(options_of(tmp_path, **config))
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_by_a_file_alone(tmp_path, model_folder, capsys):
+    """As TRL's users write it, with fields that no option has."""
+    given = options(tmp_path, model_folder)
+    text = f"""
+model_name_or_path: {model_folder}
+dataset_name: {given.data}
+output: {tmp_path / "run"}
+steps: 4
+lr: 1.0e-2
+rank_factor: 1/4
+period: 2
+save_steps: 0
+neftune_noise_alpha: 5
+adam_beta2: 0.95
+per_device_eval_batch_size: 3
+eval_fraction: 0.2
+"""
+    assert main(["finetune", "--config", written(tmp_path, text), "--print-every", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "step 4/4" in said and "% of learned tokens right" in said
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["config"]["neftune_noise_alpha"] == 5 and record["lr"] == 1e-2
+
+
+def test_fields_that_exclude_each_other_leave_nothing_behind(tmp_path, model_folder):
+    config = {"gradient_checkpointing_kwargs": {"selective": True}}
+    with pytest.raises(InputError, match="requires `gradient_checkpointing=True`"):
+        finetune(options(tmp_path, model_folder, config=config))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_help_names_the_config(capsys):
+    with pytest.raises(SystemExit):
+        main(["finetune", "--help"])
+    said = capsys.readouterr().out
+    assert "--config FILE" in said and "SFTConfig" in said

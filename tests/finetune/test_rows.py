@@ -1,0 +1,175 @@
+"""Data in every format: the same rows, whatever file, folder or compression they come in; what cannot
+be read is named."""
+
+import bz2
+import gzip
+import json
+import lzma
+
+import datasets
+import pytest
+
+from losia_kernels.finetune.options import FinetuneOptions, InputError
+from losia_kernels.finetune.rows import is_local, read_rows
+
+ROWS = [{"prompt": f"{n}+1=", "completion": f"{n + 1}"} for n in range(3)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    """Tables are cached where nobody else looks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield
+
+
+def read(data, **changes):
+    given = FinetuneOptions(model="", data=str(data), output="", **changes)
+    return list(read_rows(str(data), given))
+
+
+def values(data, **changes):
+    return [row.values for row in read(data, **changes)]
+
+
+def table() -> datasets.Dataset:
+    return datasets.Dataset.from_list(ROWS)
+
+
+WRITERS = {
+    "d.jsonl": lambda path: path.write_text(LINES),
+    "d.ndjson": lambda path: path.write_bytes(
+        b"\xef\xbb\xbf" + LINES.replace("\n", "\r\n").encode()
+    ),
+    "d.json": lambda path: path.write_text(json.dumps(ROWS, indent=2)),
+    "lines.json": lambda path: path.write_text(LINES),
+    "d.jsonl.gz": lambda path: path.write_bytes(gzip.compress(LINES.encode())),
+    "d.jsonl.bz2": lambda path: path.write_bytes(bz2.compress(LINES.encode())),
+    "d.json.xz": lambda path: path.write_bytes(lzma.compress(json.dumps(ROWS).encode())),
+    "d.csv": lambda path: table().to_csv(path),
+    "d.csv.gz": lambda path: path.write_bytes(
+        gzip.compress(
+            ("prompt,completion\n" + "".join(",".join(r.values()) + "\n" for r in ROWS)).encode()
+        )
+    ),
+    "d.tsv": lambda path: table().to_csv(path, sep="\t"),
+    "d.parquet": lambda path: table().to_parquet(path),
+    "saved": lambda path: table().save_to_disk(path),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_the_rows_are_those_of_the_lines(tmp_path, name):
+    WRITERS[name](tmp_path / name)
+    assert values(tmp_path / name) == ROWS
+
+
+def test_in_a_csv_everything_is_text(tmp_path):
+    (tmp_path / "d.csv").write_text('prompt,completion\n007,NA\n"a\nb",\n')
+    assert values(tmp_path / "d.csv") == [
+        {"prompt": "007", "completion": "NA"},
+        {"prompt": "a\nb", "completion": ""},
+    ]
+
+
+def test_a_folder_is_read_split_by_split(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "a.jsonl").write_text(LINES)
+    (tmp_path / "train" / "b.jsonl").write_text(LINES)
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "c.jsonl").write_text('{"text": "held out"}\n')
+    with pytest.warns(UserWarning, match="test is not read, only train"):
+        assert values(tmp_path) == ROWS + ROWS
+    assert values(tmp_path, data_split="test") == [{"text": "held out"}]
+    with pytest.raises(InputError, match="has no split 'validation', only "):
+        values(tmp_path, data_split="validation")
+
+
+def test_a_chat_in_a_table_has_only_the_keys_that_it_was_given(tmp_path):
+    """A table's columns give every message the keys of all."""
+    chats = [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        {"messages": [{"role": "assistant", "content": "c", "weight": 0}]},
+    ]
+    datasets.Dataset.from_list(chats).to_parquet(tmp_path / "d.parquet")
+    assert values(tmp_path / "d.parquet") == chats
+
+
+def test_tools_of_different_shapes_stay_as_they_are(tmp_path):
+    """In columns one type would have to fit all: then each has the properties of all."""
+    tools = [
+        [{"function": {"name": "f", "parameters": {"properties": {"x": {"type": "integer"}}}}}],
+        [
+            {
+                "function": {
+                    "name": "g",
+                    "parameters": {"properties": {"y": {"enum": [1, "a", None]}}},
+                }
+            }
+        ],
+    ]
+    calls = [{"y": "1"}, '{"y": 2}']
+    rows = [
+        {"messages": [{"tool_calls": call}], "tools": tool}
+        for call, tool in zip(calls, tools, strict=True)
+    ]
+    (tmp_path / "d.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+    assert values(tmp_path / "d.jsonl") == rows
+    assert [row.where.rpartition(":")[2] for row in read(tmp_path / "d.jsonl")] == ["1", "3"]
+    text = [{"tools": json.dumps(tool)} for tool in tools]
+    datasets.Dataset.from_list(text).to_parquet(tmp_path / "d.parquet")
+    assert [row["tools"] for row in values(tmp_path / "d.parquet")] == tools
+
+
+def test_a_name_is_passed_on_to_the_hub(monkeypatch):
+    asked = []
+
+    def load(path, **how):
+        asked.append((path, how))
+        return table()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert values("someone/somedata", data_config="small", data_split="train[:3]") == ROWS
+    assert asked == [("someone/somedata", {"name": "small", "split": "train[:3]"})]
+    assert not is_local("someone/somedata") and is_local("somewhere/data.jsonl")
+
+
+def test_what_the_hub_says_is_told_in_a_line(monkeypatch):
+    def load(path, **how):
+        raise ConnectionError("Couldn't reach 'someone/somedata'\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(InputError) as error:
+        values("someone/somedata")
+    assert str(error.value) == (
+        "cannot read someone/somedata as a data set of the hub (there is no such file or folder): "
+        "Couldn't reach 'someone/somedata'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("d.jsonl.gz", b"not compressed", "cannot read .*d.jsonl.gz: "),
+        ("d.json", b'[{"text": "a"},', r"d.json: not valid JSON: .*"),
+        ("d.json", b"[" * 100_000, r"d.json: not valid JSON: nested too deep"),
+        ("d.json", b'[{"text": "a"}, 3]', None),
+        ("d.parquet", b"PAR1 and no more", "cannot read .*d.parquet: "),
+        ("d.docx", b"", "the name does not say what it holds; known are .json, .jsonl"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    if words is None:
+        assert [row.where[-8:] for row in read(tmp_path / name)] == ["sample 1", "sample 2"]
+        return
+    with pytest.raises(InputError, match=words) as error:
+        read(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["absent.jsonl", "absent.csv", "absent.parquet"])
+def test_a_missing_file_is_named(tmp_path, name):
+    with pytest.raises(InputError, match=f"cannot read .*{name}: No such file"):
+        read(tmp_path / name)
