@@ -370,7 +370,15 @@ def _add_estimate(commands: argparse._SubParsersAction) -> None:
         metavar="TOKENS",
         help="length of a sample (default: 2048, or what the model was made for if that is less)",
     )
-    for name in ("output_dim_factor", "importance", "moments", "master", "in_backward"):
+    for name in (
+        "shape",
+        "output_dim_factor",
+        "moves",
+        "importance",
+        "moments",
+        "master",
+        "in_backward",
+    ):
         _add_option(parser, OPTIONS[name])
     add(
         "--reserve",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from ..kernels.codes import CODE_BLOCK
 from ..layers.cross_entropy import CHUNK_BYTES
+from ..layers.shapes import WIDE, WRITERS, wide_factors
 from ..layers.subnet import subnet_size
 from ..training.adam_state import MOMENTS
 from ..training.importance import OBSERVERS
@@ -171,6 +172,11 @@ class Setting:
         # down_proj's saved input is free by then
         return flowing - (wide if self.saved_by_linears(shape, observing) >= wide else 0)
 
+    @property
+    def observes(self) -> bool:
+        """Whether some block keeps its inputs whole and forms dense gradients."""
+        return True
+
     def pending(self, shape: ModelShape) -> int:
         """Dense gradients of the group that observes, from its backward to the step."""
         return 0
@@ -190,6 +196,8 @@ class LoSiA(Setting):
     moments: str = "float32"
     in_backward: bool = False
     importance: str = "sensitivity"
+    shape: str = "square"
+    moves: str = "importance"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -205,12 +213,18 @@ class LoSiA(Setting):
     def trains_head(self) -> bool:
         return self.output_dim_factor > 0
 
+    @property
+    def observes(self) -> bool:
+        return self.moves == "importance"
+
     def sizes(self, shape: ModelShape) -> dict[str, tuple[int, int]]:
         """``(k_out, k_in)`` of a block's subnets."""
-        return {
-            name: (subnet_size(self.rank_factor, out, name), subnet_size(self.rank_factor, n, name))
-            for name, (out, n) in shape.linears.items()
-        }
+        p, sizes = self.rank_factor, {}
+        for name, (out, n) in shape.linears.items():
+            wide = self.shape == "wide" and p < WIDE
+            p_out, p_in = wide_factors(p, name in WRITERS) if wide else (p, p)
+            sizes[name] = subnet_size(p_out, out, name), subnet_size(p_in, n, name)
+        return sizes
 
     def head_rows(self, shape: ModelShape) -> int:
         """Outputs of the output layer that are trained, over all its inputs."""
@@ -242,7 +256,8 @@ class LoSiA(Setting):
             "trained": master * values + indices,
             "optimizer": optimizer,
             "gradients": master * kept,
-            "importance": OBSERVERS[self.importance].bytes_per_weight
+            "importance": self.observes
+            * OBSERVERS[self.importance].bytes_per_weight
             * max(shape.block_weights, head),
         }
 
@@ -262,7 +277,7 @@ class LoSiA(Setting):
 
     def pending(self, shape: ModelShape) -> int:
         """Of one micro-batch a step; of more see docs/memory.md."""
-        return self.weight_bytes * shape.block_weights
+        return self.observes * self.weight_bytes * shape.block_weights
 
 
 @dataclass(frozen=True)
@@ -288,7 +303,7 @@ class Memory:
 def estimate(shape: ModelShape, setting: Setting) -> Memory:
     """Peak memory of one step of ``setting`` on a model of ``shape``."""
     state, b = setting.state(shape), setting.weight_bytes
-    block, observing = (setting.saved_by_block(shape, each) for each in (False, True))
+    block, observing = (setting.saved_by_block(shape, each) for each in (False, setting.observes))
     inputs = b * setting.tokens * shape.hidden  # one hidden state
     final_norm = setting.saved_by_norm(shape) + (inputs if setting.trains_head else 0)
     logits = setting.tokens * shape.vocabulary
@@ -308,7 +323,7 @@ def estimate(shape: ModelShape, setting: Setting) -> Memory:
         (kept + last + final_norm, 0, losses),
         (kept + last + final_norm, head, norm),
         (kept + again, head, setting.block_workspace(shape, False)),
-        (inputs + observing, gradients_late, setting.block_workspace(shape, True)),
+        (inputs + observing, gradients_late, setting.block_workspace(shape, setting.observes)),
         (0, state["gradients"], setting.pending(shape) + setting.update_workspace(shape)),
     ]
     activations, gradients, workspace = max(phases, key=sum)

@@ -9,6 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from ..config import LoSiAConfig
 from .estimate import GIB, LoSiA, ModelShape, Setting, estimate
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -75,23 +76,25 @@ def describe_fit(
     master: str = "float32",
     in_backward: bool = False,
     importance: str = "sensitivity",
+    shape: str = LoSiAConfig.shape,
+    moves: str = LoSiAConfig.moves,
 ) -> str:
     """What of LoSiA fits a GPU of ``memory`` GiB, as a table: for ``python -m losia_kernels
     estimate``.
 
     ``model`` is a folder with a ``config.json``, or a name on the hub; ``context`` is 2048 tokens,
     or what the model was made for if that is less; ``reserve`` GiB are left to the CUDA context and
-    the allocator. ``moments`` and ``in_backward`` are LoSiAAdamW's; ``importance`` and ``master``
-    LoSiAConfig's (docs/memory.md). Raises ValueError for a config the memory model does not know or
-    a memory smaller than the reserve.
+    the allocator. ``moments`` and ``in_backward`` are LoSiAAdamW's; ``importance``, ``master``,
+    ``shape`` and ``moves`` LoSiAConfig's (docs/memory.md). Raises ValueError for a config the
+    memory model does not know or a memory smaller than the reserve.
     """
     if not 0 <= reserve < memory < math.inf:
         least = f"more than the reserve of {reserve} GiB (--reserve, at least 0)"
         raise ValueError(f"--memory must be finite and {least}, got {memory}")
     if not 0 <= output_dim_factor <= 1:
         raise ValueError(f"--output-dim-factor must be in [0, 1], got {output_dim_factor}")
-    shape, budget = shape_of(model), int((memory - reserve) * GIB)
-    reach = shape.positions or math.inf
+    sizes, budget = shape_of(model), int((memory - reserve) * GIB)
+    reach = sizes.positions or math.inf
     context = int(min(CONTEXT, reach)) if context is None else context
     state: dict[str, Any] = {
         "output_dim_factor": output_dim_factor,
@@ -100,9 +103,11 @@ def describe_fit(
         "in_backward": in_backward,
         "master": master,
         "importance": importance,
+        "shape": shape,
+        "moves": moves,
     }
     lines = [
-        f"{model}: {shape.parameters / 1e9:.2f}e9 values, {2 * shape.parameters / GIB:.2f} GiB in bfloat16",
+        f"{model}: {sizes.parameters / 1e9:.2f}e9 values, {2 * sizes.parameters / GIB:.2f} GiB in bfloat16",
         f"memory {memory:g} GiB, of which {reserve:g} GiB are left to CUDA and its allocator",
         *(
             [f"* the longest context that the model was made for: {reach} tokens"]
@@ -113,12 +118,12 @@ def describe_fit(
         f"{'p':>5} {'trained':>10} {'checkpointing':>13} {f'batch at {context}':>13} "
         f"{'context at batch 1':>18} {f'GiB at 1 x {context}':>16}",
     ]
-    for p in (Fraction(1, 16), Fraction(1, 8), Fraction(1, 4), Fraction(1, 2)):
+    for p in (Fraction(1, 16), Fraction(1, 8), Fraction(3, 20), Fraction(1, 4), Fraction(1, 2)):
         for checkpointing in (False, True):
             setting = LoSiA(1, context, checkpointing, rank_factor=float(p), **state)
-            one = estimate(shape, setting)
+            one = estimate(sizes, setting)
             batch, longest = (
-                largest(shape, setting, field, budget) for field in ("batch", "context")
+                largest(sizes, setting, field, budget) for field in ("batch", "context")
             )
             reached = f"{reach}*" if longest >= reach else longest or "none"
             lines.append(

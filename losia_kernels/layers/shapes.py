@@ -51,14 +51,20 @@ def find_factors(
         return p[0], p[1]
     if config.shape == "square" or p >= WIDE:
         return p, p
-    narrow = p * p / WIDE
     writes, reads = (size in stream_sizes(model) for size in features)
     if writes and reads:
         writes = name.rpartition(".")[2] in WRITERS
     elif not (writes or reads):
         return p, p
-    if int(narrow * features[writes]) < config.alignment:  # of the other side
+    factors = wide_factors(p, writes)
+    if int(factors[writes] * features[writes]) < config.alignment:  # of the other side
         return p, p
+    return factors
+
+
+def wide_factors(p: float, writes: bool) -> Factors:
+    """Of a layer that writes the residual stream, or reads it; ``p`` below a half."""
+    narrow = p * p / WIDE
     return (WIDE, narrow) if writes else (narrow, WIDE)
 
 

@@ -133,6 +133,31 @@ def test_state_in_fewer_bits_is_exact(tiny, moments, master, in_backward):
     assert state["optimizer"] == sum(value.nbytes for value in entries)
 
 
+@pytest.mark.parametrize("options", [{"shape": "wide"}, {"moves": "none", "init_subnet": "random"}])
+def test_state_of_other_shapes_and_without_importance_is_exact(tiny, options):
+    module = apply_losia(build_model(tiny, CPU, BF16), paper(rank_factor=1 / 4, **options))
+    optimizer = LoSiAAdamW(module)
+    tokens = torch.zeros(2, 8, dtype=torch.long)
+    module(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    fields = {name: value for name, value in options.items() if name != "init_subnet"}
+    state = LoSiA(rank_factor=1 / 4, **fields).state(shape_of(tiny))
+    subnets = [layer.subnet for _, layer in losia_layers(module)]
+    assert state["values"] == sum(subnet.numel() for subnet in subnets)
+    observed = [t for o in optimizer.timeline.observers.values() for t in o.tensors.values()]
+    assert state["importance"] == sum(tensor.nbytes for tensor in observed)
+    assert bool(observed) == ("moves" not in options)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_never_observes_takes_less(checkpointing):
+    paper_like = LoSiA(checkpointing=checkpointing)
+    without = dataclasses.replace(paper_like, moves="random")
+    saved = estimate(LLAMA_7B, paper_like).total - estimate(LLAMA_7B, without).total
+    assert saved >= paper_like.state(LLAMA_7B)["importance"] > 1.6e9
+    assert without.pending(LLAMA_7B) == 0
+
+
 @pytest.mark.parametrize(
     "p, paper_gb", [(1 / 16, 21.84), (1 / 8, 21.87), (1 / 4, 22.73), (1 / 2, 28.73)]
 )
@@ -268,10 +293,13 @@ def sizes_of(text: str) -> list[float]:
 
 
 def test_estimate_knows_what_importance_takes(model_folder, capsys):
-    assert run_estimate(model_folder, "--memory", "24") == 0
-    assert run_estimate(model_folder, "--memory", "24", "--importance", "marginal") == 0
-    with_scores, without = map(sizes_of, capsys.readouterr().out.split("6.74e9")[-2:])
-    assert all(b < a - 0.5 for a, b in zip(with_scores, without, strict=True))
+    moved = "--memory", "24", "--moves", "importance"
+    for options in (moved, (*moved, "--importance", "marginal"), ("--memory", "24")):
+        assert run_estimate(model_folder, *options) == 0
+    told = capsys.readouterr().out.split("6.74e9")[-3:]
+    with_scores, marginal, at_random = map(sizes_of, told)
+    assert all(b < a - 0.5 for a, b in zip(with_scores, marginal, strict=True))
+    assert all(b <= a for a, b in zip(marginal, at_random, strict=True))
 
 
 @pytest.mark.parametrize(
