@@ -150,15 +150,15 @@ def test_a_resumed_run_has_the_options_of_the_first_but_for_those_given(tmp_path
 
 def test_left_says_the_truth_from_the_first_line(tmp_path, model_folder, capsys, monkeypatch):
     """Calibration, which comes before the first step, is no measure of the steps to come."""
-    from losia_kernels.integrations import transformers
+    from losia_kernels.integrations import aside
 
-    calibrate = transformers.calibrate
+    calibrate = aside.calibrate
 
     def slowly(*arguments, **options):
         time.sleep(2)
         return calibrate(*arguments, **options)
 
-    monkeypatch.setattr(transformers, "calibrate", slowly)
+    monkeypatch.setattr(aside, "calibrate", slowly)
     finetune(options(tmp_path, model_folder, print_every=1, save_steps=0, eval_data=None))
     printed = capsys.readouterr()
     first = next(line for line in printed.out.splitlines() if line.startswith("step 1/14"))
