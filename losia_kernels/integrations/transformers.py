@@ -148,6 +148,8 @@ class LoSiACallback(TrainerCallback):
             each for each in self.trainer.callback_handler.callbacks if isinstance(each, kinds)
         ]
         self._moved: list[Place] = []
+        if self.history and state.is_world_process_zero and state.global_step:
+            rewind_log(self.history, state.global_step)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self._ahead.clear()  # of an epoch that was broken off
@@ -213,8 +215,6 @@ class LoSiACallback(TrainerCallback):
             return
         if self.history and trainer.state.global_step == 0:
             SubnetHistory.begin(self.history, timeline)
-        elif self.history:
-            rewind_log(self.history, trainer.state.global_step)
         if (self.history or self._reporters) and self._note not in timeline.listeners:
             timeline.listeners.append(self._note)
 
