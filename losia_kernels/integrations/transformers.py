@@ -141,6 +141,9 @@ class LoSiACallback(TrainerCallback):
         # a checkpoint without the optimizer's state has no period
         if self._begins() or timeline.config.period == "auto":
             timeline.plan(state.max_steps)
+        # before the first batch, which a run that was resumed at its end does not have
+        if self.history and state.global_step and state.is_world_process_zero:
+            rewind_log(self.history, state.global_step)
         self._starting, self._scaling = True, None
         sync_by_weights(self.trainer.callback_handler.callbacks)
         kinds = tuple(INTEGRATION_TO_CALLBACK.values())
