@@ -151,8 +151,6 @@ class LoSiACallback(TrainerCallback):
             each for each in self.trainer.callback_handler.callbacks if isinstance(each, kinds)
         ]
         self._moved: list[Place] = []
-        if self.history and state.is_world_process_zero and state.global_step:
-            rewind_log(self.history, state.global_step)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self._ahead.clear()  # of an epoch that was broken off
