@@ -91,6 +91,8 @@ def test_each_file_of_a_checkpoint_that_is_exported(run, tmp_path, capsys, damag
         assert expected in printed and (code == 2 or "damaged  " in printed), (name, printed)
         (checkpoint / name).write_bytes(content)
     export_checkpoint(checkpoint, tmp_path / "out")
+    # the card is of the finished run
+    shutil.copy(run / "model" / "README.md", tmp_path / "out")
     assert_same_model(tmp_path / "out", run / "model")
 
 
