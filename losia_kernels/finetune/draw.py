@@ -125,16 +125,20 @@ def draw_frequency(history: SubnetHistory, last: int) -> Figure:
     colours = matplotlib.colormaps["tab10" if len(kinds) <= 10 else "tab20"]
     figure = Figure(figsize=(13, 4.8), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    share = history.config["rank_factor"]
     for side, axes in enumerate(panels):
+        shares = set()
         for number, layers in enumerate(kinds.values()):
             curves = [np.sort(time_trained(places, side, last))[::-1] for _, places in layers]
             if all(curve.min() == 1 for curve in curves):
                 continue  # a side that is taken whole: an output layer's inputs
             edges = np.linspace(0, 1, len(curves[0]) + 1)
             colour = colours(number % colours.N)
+            shares |= {
+                len(idx_of(places[0], side)) / places[0].features[side] for _, places in layers
+            }
             axes.stairs(np.mean(curves, axis=0), edges, color=colour, linewidth=1.5, baseline=None)
-        axes.plot([0, share, share, 1], [1, 1, 0, 0], color="0.5", linestyle="--", linewidth=1)
+        for share in shares:
+            axes.plot([0, share, share, 1], [1, 1, 0, 0], color="0.5", linestyle="--", linewidth=1)
         axes.set(
             xlabel=f"share of a layer's {SIDES[side]} neurons, most trained first",
             ylabel="share of the steps in which it is trained",

@@ -59,6 +59,8 @@ def open_run(options: FinetuneOptions, processes: int = 1) -> tuple[dict, Checkp
     folder = Path(options.output)
     record = asdict(options)
     del record["output"], record["resume"]
+    if record["config"]:  # a secret is for no file
+        record["config"] = {k: v for k, v in record["config"].items() if k != "hub_token"} or None
     record["batch_size"] *= processes
     record["model"] = _whole_path(record["model"])
     for name in ("data", "eval_data"):

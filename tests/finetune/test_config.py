@@ -165,3 +165,14 @@ def test_the_help_names_the_config(capsys):
         main(["finetune", "--help"])
     said = capsys.readouterr().out
     assert "--config FILE" in said and "SFTConfig" in said
+
+
+def test_a_secret_of_the_file_is_in_no_file_of_the_run(tmp_path, model_folder):
+    from losia_kernels.finetune.folder import open_run
+
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"text": "a"}\n')
+    text = f"model: {model_folder}\ndata: {data}\noutput: {tmp_path / 'o'}\nhub_token: hf_secret\n"
+    record, _ = open_run(settle(tmp_path, text + "neftune_noise_alpha: 5\n"))
+    assert "hf_secret" not in json.dumps(record)
+    assert record["config"] == {"neftune_noise_alpha": 5}

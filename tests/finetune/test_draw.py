@@ -169,3 +169,12 @@ def test_a_long_run_takes_no_more_memory_than_a_picture():
     figure = draw.draw_timeline(history(2, period=10**8), 10**9)
     images = [image for axes in figure.axes for image in axes.images]
     assert images and all(image.get_array().size <= 3 * draw.COLUMNS for image in images)
+
+
+def test_what_never_moves_stands_at_each_sides_own_share():
+    """Of a wide subnet the two sides have other shares than the rank factor."""
+    place = Place(0, "model.layers.0.q_proj", "model.layers.0", (4, 4), np.array([2]), np.arange(2))
+    config = paper(rank_factor=0.35).to_dict()
+    figure = draw.draw_frequency(SubnetHistory(["model.layers.0"], config, [place]), 5)
+    shares = [[float(line.get_xdata()[1]) for line in axes.lines] for axes in figure.axes]
+    assert shares == [[0.25], [0.5]]
