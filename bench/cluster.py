@@ -71,8 +71,9 @@ class Setting:
 
 def ddp_bytes(model: Model, p: float, weight_bytes: int) -> dict[str, float]:
     """What one rank hands to collectives in a step of one micro-batch. ``subnets``: float32 gradients, all-reduced.
-    ``importance``: the observing group's dense gradients."""
-    return {"subnets": 4 * model.blocks * model.subnet(p), "importance": weight_bytes * model.block}
+    ``importance``: the observing group's dense gradients, and a byte a layer that says whether it was used."""
+    importance = weight_bytes * model.block + len(model.linears)
+    return {"subnets": 4 * model.blocks * model.subnet(p), "importance": importance}
 
 
 def fsdp_bytes(model: Model, p: float, period: int, weight_bytes: int) -> dict[str, float]:
@@ -83,6 +84,7 @@ def fsdp_bytes(model: Model, p: float, period: int, weight_bytes: int) -> dict[s
     sums = sum(2 * 4 * (out + in_) for out, in_ in model.linears)
     return {
         **ddp_bytes(model, p, weight_bytes),
+        "importance": weight_bytes * model.block,
         "gather": 2 * (weight_bytes * model.weights + 4 * trained),
         "write_back": weight_bytes * trained,
         "moves": (4 * model.subnet(p) + sums) / period,
@@ -95,17 +97,22 @@ def held_bytes(model: Model, p: float, weight_bytes: int, shards: int) -> float:
     return (weight_bytes * (model.weights + model.frozen) + trained) / shards
 
 
-def peak_bytes(model: Model, p: float, weight_bytes: int, shards: int, scratch: int = 0) -> float:
+def peak_bytes(
+    model: Model, p: float, weight_bytes: int, shards: int, scratch: int = 0, period: int = 100
+) -> float:
     """What an observing step needs on top, without activations.
 
-    Importance and uncertainty of one block, in shards; one dense gradient with the rows that are left of it; gradients
-    of the subnets; and, in shards, two whole blocks: the one that computes and the next. ``scratch``: float32
-    temporaries of a weight's shard, which plain torch has four of and the kernels none."""
+    In the backward the dense gradients that one block has kept, in shards; one of them whole, and once more as it is
+    cut; and, in shards, two whole blocks: the one that computes and the next. In the update importance and uncertainty
+    of the block beside what it has kept; in a slot of several steps they are there in the backward too. Always the
+    gradients of the subnets. ``scratch``: float32 temporaries of a weight's shard, which plain torch has four of and
+    the kernels none."""
     largest = max(out * in_ for out, in_ in model.linears)
     whole = 2 * (weight_bytes * model.block + 4 * model.subnet(p)) if shards > 1 else 0
-    shared = 8 * model.block + 4 * model.blocks * model.subnet(p)
-    shared += (weight_bytes + 4 * scratch) * largest
-    return whole + weight_bytes * largest + shared / shards
+    lasting = (weight_bytes * model.block + 4 * model.blocks * model.subnet(p)) / shards
+    scores = 8 * model.block / shards
+    backward = whole + (2 if shards > 1 else 1) * weight_bytes * largest + (period > 1) * scores
+    return lasting + max(backward, scores + 4 * scratch * largest / shards)
 
 
 def activation_bytes(model: Model, tokens: int) -> float:

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from ..config import LoSiAConfig
+from ..parallel.engines import check_engines
 from ..parallel.placement import holds_values
 from .module import Membership, SubnetModule, losia_layers
 from .targets import check_shared_weights, group_by_block, output_name_of, plain_name
@@ -28,6 +29,7 @@ def find_members(
             ones have another config; or what was placed by hand cannot be trained.
         TypeError: ``config`` is no LoSiAConfig.
     """
+    check_engines(model)
     if config is not None and not isinstance(config, LoSiAConfig):
         raise TypeError(f"config must be a LoSiAConfig, got {type(config).__name__}")
     named = {plain_name(name): layer for name, layer in losia_layers(unwrapped(model))}

@@ -21,7 +21,7 @@ from ..layers.members import find_members, join_
 from ..layers.module import SubnetModule
 from ..layers.subnet import Subnet
 from ..layers.unchanged import check_unchanged
-from ..parallel.engines import add_join_check, check_engines
+from ..parallel.engines import add_join_check
 from ..parallel.placement import Placement, find_placement
 from ..parallel.ranks import Ranks
 from .checks import (
@@ -118,7 +118,6 @@ class Timeline:
         self._problem: str | None = None
         self._places: dict[SubnetModule, tuple[tuple, list[Tensor]]] = {}  # at the last step
         self.dtypes: dict[SubnetModule, torch.dtype] = {}  # of the subnets at the last step
-        check_engines(model)
         self.ranks = Ranks.of(model, process_group)
         check_same_start(self.ranks, self.config, model)
         self.check_position(self.layers)

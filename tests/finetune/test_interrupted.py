@@ -25,7 +25,9 @@ ROOT = Path(__file__).parents[2]
 def start(folder, model_folder, **changes):
     """A run as a process of its own, whose step ``wait_at`` waits for its end."""
     code = (
-        "import sys, time; from pathlib import Path; from transformers import TrainerCallback\n"
+        "import signal, sys, time; from pathlib import Path; from transformers import TrainerCallback\n"
+        # which a process in the background ignores
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from losia_kernels import cli; from losia_kernels.finetune import run\n"
         "from tests.finetune.tiny_run import options\n"
         "class Wait(TrainerCallback):\n"

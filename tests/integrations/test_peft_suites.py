@@ -16,7 +16,7 @@ PEFT_TESTS = ROOT / ".cache" / f"peft-{peft.__version__}" / "tests"
 AT_LEAST = {
     "test_custom_models": 400,
     "test_decoder_models": 150,
-    "test_encoder_decoder_models": 50,
+    "test_encoder_decoder_models": 40,
     "test_seq_classifier": 30,
 }
 

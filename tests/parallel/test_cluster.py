@@ -38,7 +38,7 @@ def test_bytes_of_shards(two):
 
 
 def check_memory(pool, ranks: int) -> None:
-    expected = pytest.approx(peak_bytes(STACK, 1 / 8, 4, ranks, scratch=4), rel=0.1)
+    expected = pytest.approx(peak_bytes(STACK, 1 / 8, 4, ranks, 4, period=1), rel=0.1)
     least = None
     # what gloo's threads free late, on a busy machine, only adds: the least of the runs counts
     for _ in range(4):
