@@ -108,8 +108,11 @@ class LoSiAConfig:
             and all(_is_regex(pattern) for pattern in self.rank_pattern),
             "a dict {regex: rank factor}",
         )
+        object.__setattr__(self, "rank_pattern", dict(self.rank_pattern))
         for pattern, factor in self.rank_pattern.items():
             pair: Sequence[Any] = factor if isinstance(factor, (tuple, list)) else ()
+            if pair:  # JSON makes lists of them
+                self.rank_pattern[pattern] = tuple(pair)
             for each in pair if len(pair) == 2 else (factor,):
                 _check_factor(f"rank_pattern[{pattern!r}]", each)
         _check(

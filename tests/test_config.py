@@ -157,3 +157,8 @@ def test_from_dict_checks_values_too():
 def test_a_config_cannot_be_changed_behind_a_run():
     with pytest.raises(dataclasses.FrozenInstanceError):
         LoSiAConfig().period = 5
+
+
+def test_pairs_survive_json():
+    config = LoSiAConfig(rank_pattern={"q_proj": (1 / 8, 1.0)})
+    assert LoSiAConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config

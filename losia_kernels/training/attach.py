@@ -77,18 +77,21 @@ def attach(
         for layer in timeline.layers:
             layer.sync_(finish=True)
         for group in optimizer.param_groups:
-            # a step that raised has left it rewarmed
-            group["lr"] = group.pop("scheduled_lr", group["lr"])
+            _give_back(group)  # a step that raised has left it rewarmed
             group["scheduled_lr"] = group["lr"]
             if group.get("layer_group") is not None:  # one added later has none
                 group["lr"] = group["lr"] * timeline.lr_factor(group["layer_group"])
-            group["lr"] = group["lr"] * group.get("lr_scale", 1.0)
+            scale = group.get("subnet_lr_scale", 1.0)
+            group["lr"] = group["lr"] * scale
+            if group.get("weight_decay"):  # a value decays as fast as in full fine-tuning
+                group["plain_weight_decay"] = group["weight_decay"]
+                group["weight_decay"] = group["weight_decay"] / scale
 
     def write_back(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         for group in optimizer.param_groups:
-            group["lr"] = group.pop("scheduled_lr")
+            _give_back(group)
         found_inf = getattr(optimizer, "found_inf", None)
-        if made_state_alone:
+        if made_state_alone or timeline.idle:
             return
         if found_inf is not None and bool(found_inf):
             return  # there for the time of a GradScaler's step: the optimizer has changed nothing
@@ -115,7 +118,7 @@ def attach(
             del optimizer.step
         for group in optimizer.param_groups:
             group.pop("layer_group", None)
-            group.pop("lr_scale", None)
+            group.pop("subnet_lr_scale", None)
 
     optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
     optimizer.step = step  # type: ignore[method-assign]
@@ -194,6 +197,13 @@ def _check_driven(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -
         )
 
 
+def _give_back(group: dict) -> None:
+    """What a step has changed of a group's options."""
+    for name, kept in (("lr", "scheduled_lr"), ("weight_decay", "plain_weight_decay")):
+        if kept in group:
+            group[name] = group.pop(kept)
+
+
 def _split_groups(optimizer: torch.optim.Optimizer, timeline: Timeline) -> None:
     """A parameter group for each layer group in it and each scale of the learning rate there, and
     one for the rest."""
@@ -213,7 +223,9 @@ def _split_groups(optimizer: torch.optim.Optimizer, timeline: Timeline) -> None:
                 if key in group
             }
             if here:
-                split.append({**group, **per_parameter, "layer_group": number, "lr_scale": scale})
+                split.append(
+                    {**group, **per_parameter, "layer_group": number, "subnet_lr_scale": scale}
+                )
     optimizer.param_groups[:] = split
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):  # torchao's: schedulers fill it in place

@@ -1,6 +1,7 @@
 """Place the initial subnets from data, before the first step, without any state of a weight's
 size."""
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -61,6 +62,14 @@ def calibrate(
         )
     if steps < 1:
         raise ValueError(f"calibrate: steps must be at least 1, got {steps}")
+    member = next((layer.membership for layer in layers if layer.membership), None)
+    if member and member.config.lr_of == "auto" and member.config.scales_lr:
+        warnings.warn(
+            "LoSiA: calibrate places subnets where gradients are large, but their learning rates are "
+            "scaled as for places at random, which is far too much there: set "
+            "LoSiAConfig(init_subnet='calibrated'), or lr_of='subnet'",
+            stacklevel=2,
+        )
     placement = find_placement(model, layers, Ranks.of(model, process_group))
     config = LoSiAConfig(importance="marginal")
     observers = {layer: make_observer(config) for layer in layers}

@@ -74,7 +74,7 @@ class InBackward:
                 f"in_backward=True: the timeline's loss_divisor is {self._timeline.loss_divisor}, but "
                 f"updates inside the backward know neither accumulation nor a GradScaler"
             )
-        self._notice_backward()
+        self._notice_backward(layer)
         if layer in self._updated:
             raise RuntimeError(
                 f"{layer.name}: a second gradient before step(), but with in_backward=True the first "
@@ -85,10 +85,11 @@ class InBackward:
         self._update(group, layer)
         subnet.grad = None
 
-    def _notice_backward(self) -> None:
+    def _notice_backward(self, layer: SubnetModule) -> None:
         """One that was broken off (out of memory, an interrupt) is not the step's: what it has updated
         is updated anew by the one that is tried instead."""
-        now = torch._C._current_graph_task_id()
+        # of reentrant checkpointing the one around, in which the layer was run again
+        now = layer.used_in if layer.used_in >= 0 else torch._C._current_graph_task_id()
         if now == self._running:
             return
         if self._running >= 0:

@@ -135,6 +135,8 @@ class LoSiAAdamW(torch.optim.Optimizer):
             )
         timeline = self.timeline
         timeline.check_step(self)
+        if timeline.idle:
+            return loss
         self._form.check(timeline.layers)
         self._form.check_placement(timeline.placement)
         if only_makes_state(self):
@@ -173,8 +175,9 @@ class LoSiAAdamW(torch.optim.Optimizer):
                 lr, options = self._hyperparameters(number)
                 for layer in layers:
                     layer.sync_(finish=True)
-                updates = [self._update_of(layer, lr) for layer in layers]
-                alike.setdefault(options, []).extend(updates)
+                for layer in layers:
+                    update, mine = self._update_of(layer, lr, options)
+                    alike.setdefault(mine, []).append(update)
                 updated += layers
         for options, updates in alike.items():
             update_subnets_(updates, *options)
@@ -186,7 +189,8 @@ class LoSiAAdamW(torch.optim.Optimizer):
         self.timeline.forget_moved(self._forget, [layer])
         lr, options = self._hyperparameters(number)
         layer.sync_(finish=True)
-        update_subnets_([self._update_of(layer, lr)], *options)
+        update, options = self._update_of(layer, lr, options)
+        update_subnets_([update], *options)
         self.timeline.placement.finish_([layer])
 
     def _hyperparameters(self, number: int) -> tuple[float, Options]:
@@ -198,24 +202,31 @@ class LoSiAAdamW(torch.optim.Optimizer):
         options = (*group["betas"], group["eps"], group["weight_decay"])
         return float(group["lr"]) * factor, options
 
-    def _update_of(self, layer: SubnetModule, lr: float) -> Update:
+    def _update_of(
+        self, layer: SubnetModule, lr: float, options: Options
+    ) -> tuple[Update, Options]:
+        """With the layer's own rate; a value decays as fast as in full fine-tuning whatever that
+        is."""
+        scale = self.timeline.scale_of(layer)
+        options = (*options[:3], options[3] / scale)
         subnet, grad = layer.subnet, layer.subnet.grad
         assert grad is not None  # of a layer to update
         state = self._subnet_state(subnet)
         step = int(state["step"]) + 1
         state["step"].fill_(step)  # on the CPU
         weight, out_idx, in_idx = self.timeline.placement.target(layer)
-        return Update(
+        update = Update(
             weight=weight,
             subnet=local(subnet),
             grad=local(grad).contiguous(),
             out_idx=out_idx,
             in_idx=in_idx,
-            lr=lr * self.timeline.scale_of(layer),
+            lr=lr * scale,
             step=step,
             seed=self._seed(layer) if self._form.stochastic(subnet) else None,
             **{key: local(state[key]) for key in SUBNET_STATE[1:] if key in state},
         )
+        return update, options
 
     def _seed(self, layer: SubnetModule) -> int:
         timeline = self.timeline
@@ -312,6 +323,8 @@ class LoSiAAdamW(torch.optim.Optimizer):
             if parameter in layers:
                 self._form.check_loaded(layers[parameter], state_dict["state"].get(i, {}))
         super().load_state_dict(state_dict)
+        if self._in_backward:
+            self._in_backward.take_updated()  # of a step that is not taken any more
         # torch has cast the state to the parameter's dtype; ours keeps the one it was saved with
         for i, parameter in zip(saved, held, strict=True):
             for key, value in state_dict["state"].get(i, {}).items():

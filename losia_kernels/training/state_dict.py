@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import LoSiAConfig
 from ..layers.idle import IDLE_BY_HAND
 from ..layers.module import SubnetModule
 from ..parallel.placement import local, placed_as
@@ -25,6 +26,9 @@ _FREE_FIELDS = (
     "fused_loss",
     *SELECTING,
 )
+
+
+_WHOSE = {True: "full fine-tuning (lr_of='full')", False: "the subnets (lr_of='subnet')"}
 
 
 class TimelineState:
@@ -105,6 +109,13 @@ class TimelineState:
                     f"the checkpoint was made with LoSiAConfig.{name}={then!r}, this run has {now!r}; "
                     f"resume with the same config, or start anew from the exported weights"
                 )
+        then_scaled = LoSiAConfig.from_dict(config).scales_lr
+        if config.keys() >= {"lr_of", "moves"} and then_scaled != timeline.config.scales_lr:
+            raise ValueError(
+                f"the checkpoint's learning rates are meant for {_WHOSE[then_scaled]}, this run's "
+                f"for {_WHOSE[not then_scaled]}: init_subnet was {config['init_subnet']!r}, now "
+                f"{timeline.config.init_subnet!r}; give the same, or the same lr_of"
+            )
         index = [i for group in state_dict["param_groups"] for i in group["params"]]
         subnets: dict[Tensor, SubnetModule] = {layer.subnet: layer for layer in timeline.layers}
         observed: dict[SubnetModule, dict[str, Tensor]] = {}

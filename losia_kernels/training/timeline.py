@@ -169,10 +169,15 @@ class Timeline:
         """What this step multiplies the group's learning rate with (Eq. 8)."""
         return self.clock.lr_factor(group)
 
+    @property
+    def idle(self) -> bool:
+        """Whether no layer is in use, as of an inactive PEFT adapter: no step then counts."""
+        return all(layer.membership is None for layer in self.layers)
+
     def scale_of(self, layer: SubnetModule) -> float:
-        """What the learning rate of ``layer`` is multiplied with beside it, where it is full
-        fine-tuning's: a step of Adam lowers the loss by the rate times the sum of |g| over what it
-        changes, of which places at random hold ``k_out * k_in / (out * in)``."""
+        """What the learning rate of ``layer`` is multiplied with where it is full fine-tuning's: a
+        step of Adam lowers the loss by the rate times the sum of |g| over what it changes, of which
+        places at random hold ``k_out * k_in / (out * in)``."""
         if not self.config.scales_lr:
             return 1.0
         return layer.out_features * layer.in_features / layer.subnet.numel()

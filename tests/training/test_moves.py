@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia, attach, losia_layers
+from losia_kernels import (
+    LoSiAAdamW,
+    LoSiAConfig,
+    apply_losia,
+    attach,
+    calibrate,
+    losia_layers,
+)
 from tests.tiny import make_batches, same_tensors, snapshot, take_step, tiny_lm
 
 
@@ -220,7 +227,122 @@ def test_attach_keeps_the_scale_through_a_scheduler_and_detach():
         take_step(model, optimizer, batch)
         scheduler.step()
     assert {group["lr"] for group in optimizer.param_groups} == {0.0025}
-    scales = sorted({group["lr_scale"] for group in optimizer.param_groups})
+    scales = sorted({group["subnet_lr_scale"] for group in optimizer.param_groups})
     assert scales == [4.0]
     optimizer.timeline.detach()
-    assert not any("lr_scale" in group for group in optimizer.param_groups)
+    assert not any("subnet_lr_scale" in group for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("driven", ["LoSiAAdamW", "in_backward", "attach"])
+def test_a_value_decays_as_fast_as_in_full_fine_tuning(driven):
+    model = apply_losia(tiny_lm(), LoSiAConfig(rank_factor=0.5, moves="none"))
+    if driven == "attach":
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=0.5)
+        attach(optimizer, model)
+    else:
+        options = {"weight_decay": 0.5, "in_backward": driven == "in_backward"}
+        optimizer = LoSiAAdamW(model, lr=0.01, **options)
+    layers = [layer for _, layer in losia_layers(model)]
+    before = [layer.subnet.detach().clone() for layer in layers]
+    loss = sum((layer.subnet * 0).sum() for layer in layers)
+    loss.backward()
+    optimizer.step()
+    for layer, subnet in zip(layers, before, strict=True):
+        torch.testing.assert_close(layer.subnet.detach(), subnet * (1 - 0.01 * 0.5))
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.5}
+
+
+def test_attach_leaves_other_peoples_scales_of_the_rate_alone():
+    model = apply_losia(tiny_lm(), LoSiAConfig(rank_factor=0.5, moves="none"))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW([{"params": trained, "lr_scale": 0.1}], lr=0.01)
+    attach(optimizer, model)
+    assert {group["lr_scale"] for group in optimizer.param_groups} == {0.1}
+
+
+def test_calibrating_places_whose_rates_are_scaled_is_told():
+    model = apply_losia(tiny_lm(), LoSiAConfig(rank_factor=0.5))
+    with pytest.warns(UserWarning, match="init_subnet='calibrated'"):
+        calibrate(model, make_batches(1), steps=1)
+
+
+def test_a_resume_that_would_change_whose_rate_it_is_is_refused():
+    def run(init_subnet):
+        config = LoSiAConfig(rank_factor=0.5, moves="none", init_subnet=init_subnet)
+        model = apply_losia(tiny_lm(), config)
+        optimizer = LoSiAAdamW(model, lr=0.01)
+        take_step(model, optimizer, make_batches(1)[0])
+        return optimizer
+
+    saved = run("random").state_dict()
+    with pytest.raises(ValueError, match="init_subnet was 'random', now 'calibrated'"):
+        run("calibrated").load_state_dict(saved)
+    run("random").load_state_dict(saved)
+
+
+def test_an_adapter_added_beside_a_trained_one_begins_at_the_base():
+    peft = pytest.importorskip("peft")
+    from losia_kernels.integrations.peft import LoSiAPeftConfig
+    from tests.integrations.tiny_llama import make_model
+
+    config = LoSiAPeftConfig(rank_factor=0.25)
+    tokens = {"input_ids": torch.arange(12).view(2, 6), "labels": torch.arange(12).view(2, 6)}
+    adapted = peft.get_peft_model(make_model(), config)
+    base = make_model()(**tokens).logits
+    optimizer = LoSiAAdamW(adapted, lr=0.01)
+    for _ in range(3):
+        take_step(adapted, optimizer, tokens)
+    trained = adapted(**tokens).logits
+    adapted.add_adapter("second", config)
+    assert torch.equal(adapted(**tokens).logits, trained)
+    adapted.set_adapter("second")
+    assert torch.equal(adapted(**tokens).logits, base) and not torch.equal(trained, base)
+
+
+def test_the_optimizer_of_an_adapter_that_is_not_active_takes_no_step(recwarn):
+    peft = pytest.importorskip("peft")
+    from losia_kernels.integrations.peft import LoSiAPeftConfig
+    from tests.integrations.tiny_llama import make_model
+
+    config = LoSiAPeftConfig(rank_factor=0.25, period=1)
+    tokens = {"input_ids": torch.arange(12).view(2, 6), "labels": torch.arange(12).view(2, 6)}
+    adapted = peft.get_peft_model(make_model(), config)
+    first = LoSiAAdamW(adapted, lr=0.01)
+    adapted.add_adapter("second", config)
+    adapted.set_adapter("second")
+    second = LoSiAAdamW(adapted, lr=0.01)
+    recwarn.clear()
+    for _ in range(3):
+        adapted(**tokens).loss.backward()
+        for optimizer in (first, second):
+            optimizer.step()
+            optimizer.zero_grad()
+    assert (first.timeline.step, second.timeline.step) == (0, 3)
+    assert not [w for w in recwarn if "LoSiA" in str(w.message)]
+
+
+def test_updates_in_the_backward_know_a_recomputed_block_from_a_second_backward():
+    """A block that is recomputed runs its backward inside of that of the output layer."""
+    pytest.importorskip("transformers")
+    from tests.integrations.tiny_llama import make_model
+
+    tokens = {"input_ids": torch.arange(12).view(2, 6), "labels": torch.arange(12).view(2, 6)}
+    model = apply_losia(make_model(), LoSiAConfig(rank_factor=0.25, output_dim_factor=0.25))
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    model.train()
+    optimizer = LoSiAAdamW(model, lr=0.001, in_backward=True)
+    for _ in range(2):
+        model(**tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    model(**tokens).loss.backward()
+    with pytest.raises(RuntimeError, match="a second gradient before step"):
+        model(**tokens).loss.backward()
+    optimizer.zero_grad()
+    model.load_state_dict(saved[0])  # back to before the step that was not taken
+    optimizer.load_state_dict(saved[1])
+    model(**tokens).loss.backward()
+    optimizer.step()

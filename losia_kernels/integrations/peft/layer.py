@@ -47,6 +47,10 @@ class LoSiATunerLinear(nn.Module, BaseTunerLayer):
 
     # which adapter is in the weight ---------------------------------------------------------------
 
+    def take_out_(self) -> None:
+        """The base's weight, until the next use of the layer puts the active adapter back."""
+        self._take_out(self._in_weight())
+
     def _in_weight(self) -> str | None:
         return next(
             (name for name, adapter in self.losia_adapter.items() if adapter.in_weight), None

@@ -113,6 +113,7 @@ class LoSiAModel(BaseTuner):
         self._check_target(current_key, target)
         layer = target if isinstance(target, LoSiATunerLinear) else LoSiATunerLinear(target)
         factors = self._factors(self.model, current_key, layer.base_layer, peft_config)
+        layer.take_out_()  # else the new one would begin with the values of the one that is in
         adapter = LoSiAAdapter(
             layer.base_layer, factors, self._generator, current_key, peft_config.alignment
         )
