@@ -5,6 +5,7 @@ the end of the sequence, once; an assistant's turn with what its chat template e
 """
 
 import hashlib
+import math
 import warnings
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -121,6 +122,14 @@ class Encoder:
                 f"{row.where}: 'input_ids' and 'labels' must be as many whole numbers each, equal or -100 where "
                 f"nothing is learned"
             )
+        if not all(0 <= value < 2**31 for value in ids):
+            raise InputError(f"{row.where}: 'input_ids' must be tokens, whole numbers from 0 on")
+        masks = [name for name in ("completion_mask", "assistant_masks") if row.values.get(name)]
+        if masks and "labels" not in row.values:
+            raise InputError(
+                f"{row.where}: {masks[0]!r} beside 'input_ids' is not read: give 'labels', -100 where "
+                f"nothing is learned"
+            )
         learned = np.array(labels) != IGNORE
         learned[0] = False
         return ids, learned
@@ -185,6 +194,10 @@ def load_data(options: FinetuneOptions, config: SFTConfig, tokenizer) -> Data:
         if len(train) < 2:
             raise InputError(
                 f"eval_fraction needs two samples or more, {options.data} has {len(train)}"
+            )
+        if len(train) - math.ceil(len(train) * options.eval_fraction) < 1:
+            raise InputError(
+                f"eval_fraction {options.eval_fraction:g} of {len(train)} samples leaves none to learn"
             )
         split = train.train_test_split(test_size=options.eval_fraction, seed=options.seed)
         train, held_out = (split[name].flatten_indices() for name in ("train", "test"))

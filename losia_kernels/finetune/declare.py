@@ -26,6 +26,14 @@ def parse_fraction(text: str) -> float:
         ) from None
 
 
+def parse_config(path: str) -> dict[str, Any]:
+    """``read_config`` for the command line, which shows the errors of this kind alone."""
+    try:
+        return read_config(path)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def read_config(path: str) -> dict[str, Any]:
     """The settings of a YAML file, each under an option's name or TRL's for it; ``env`` in it sets
     environment variables, as in TRL's command.

@@ -41,6 +41,7 @@ def draw_timeline(history: SubnetHistory, last: int) -> Figure:
         config["update_type"],
         config["warmup_steps"],
         config["rewarm"],
+        moves=config.get("moves", "importance"),
     )
     columns = min(last, COLUMNS)
     observing, factor = np.zeros((2, len(groups), columns))
@@ -85,7 +86,7 @@ def draw_timeline(history: SubnetHistory, last: int) -> Figure:
         dots, ax=list(panels), label="dots: mean of the layers", format=PercentFormatter(1)
     )
     ring: dict[str, Any] = {"linestyle": "", "markerfacecolor": "white", "markeredgecolor": "black"}
-    marks: list[Any] = [Patch(color=GREY, label="group observes")]
+    marks: list[Any] = [Patch(color=GREY, label="group observes")] if observing.any() else []
     if (factor < 1).any():
         marks.append(Patch(color=ORANGE, label="its rate is rewarmed (dark: low)"))
     marks.append(Line2D([], [], marker="o", label="its subnets move", **ring))

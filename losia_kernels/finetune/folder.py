@@ -81,7 +81,7 @@ def open_run(options: FinetuneOptions, processes: int = 1) -> tuple[dict, Checkp
     check_no_links(folder)
     check_resumes(folder, record)
     if (folder / "model").exists():
-        _check_model(folder)
+        check_model(folder)
         return record, Checkpoints()
     log = [entry["step"] for entry in read_log(folder / "log.jsonl")]
     found = find_checkpoints(folder / "checkpoints", max(log, default=0))
@@ -151,6 +151,8 @@ def resumed_options(given: dict[str, Any]) -> FinetuneOptions:
     ``given``."""
     folder = Path(given["output"])
     _check_holds_run(folder)
+    if given.get("config") is None:  # a file of options alone
+        given = {name: value for name, value in given.items() if name != "config"}
     options, processes = read_options(folder, **given), int(os.environ.get("WORLD_SIZE", "1"))
     if "batch_size" in given:
         return options
@@ -201,7 +203,7 @@ def check_no_links(folder: Path) -> None:
             raise InputError(f"{path} is a link: put the file or folder itself there")
 
 
-def _check_model(folder: Path) -> None:
+def check_model(folder: Path) -> None:
     """Raises InputError if the finished model of a run is not as it was written."""
     if not (folder / "model.json").exists():
         return

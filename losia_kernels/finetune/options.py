@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from ..config import IMPORTANCES, LoSiAConfig
 from ..training.adam_state import MOMENTS
-from .declare import InputError, option, option_value, parse_fraction, parse_period, read_config
+from .declare import InputError, option, option_value, parse_config, parse_fraction, parse_period
 
 __all__ = ["PICTURES", "FinetuneOptions", "InputError", "with_config"]
 
@@ -72,7 +72,7 @@ class FinetuneOptions:
         "model and data",
         "YAML: any of these options, and any field of TRL's SFTConfig; what the command line says goes first",
         None,
-        type=read_config,
+        type=parse_config,
         metavar="FILE",
     )
     max_length: int = option(
@@ -336,8 +336,10 @@ class FinetuneOptions:
 
     def warmup_steps(self, total_steps: int) -> int:
         """Optimizer steps of the warm-up, which the scheduler "constant" has not."""
-        constant = self.lr_scheduler == "constant"
-        return 0 if constant else math.ceil(total_steps * self.warmup_ratio)
+        if self.lr_scheduler == "constant":
+            return 0
+        # the last step of a warm-up of all steps would still be none: the first has a rate of 0
+        return min(math.ceil(total_steps * self.warmup_ratio), max(0, total_steps - 1))
 
     def losia_config(self, total_steps: int = 0) -> LoSiAConfig:
         """What a run of ``total_steps`` trains and when it moves.

@@ -8,7 +8,7 @@ from ..checkpoint.folder import Track, untracked
 from ..checkpoint.writing import new_folder
 from ..integrations.history import read_log
 from .checkpoints import last_checkpoint
-from .folder import read_options
+from .folder import check_model, read_options
 from .options import InputError
 
 
@@ -28,6 +28,7 @@ def export_run(run: Path, output: Path, track: Track = untracked) -> Path:
     where it comes from."""
     source = newest_result(run)
     if source.name == "model":
+        check_model(run)
         with new_folder(output) as beside:
             shutil.copytree(source, beside, dirs_exist_ok=True)
     else:

@@ -5,6 +5,7 @@ the line; a table's columns would give every message the keys of all. The rest i
 ``datasets``.
 """
 
+import csv
 import json
 import warnings
 from collections.abc import Iterator
@@ -82,6 +83,7 @@ def _read_file(path: Path) -> Iterator[Row]:
         reader, how = TABLES[suffix]
         if reader == "csv":  # all of it is text, also 007 and NA
             how = {**how, "features": _text_columns(path, **how), "keep_default_na": False}
+            how["index_col"] = False  # a longer row is no row with a name
         yield from _read_table(reader, str(path), data_files=str(path), split="train", **how)
     else:
         known = ", ".join((*JSON_SUFFIXES, *TABLES))
@@ -92,10 +94,24 @@ def _read_file(path: Path) -> Iterator[Row]:
 
 def _text_columns(path: Path, sep: str) -> datasets.Features:
     try:
-        names = pandas.read_csv(path, sep=sep, nrows=0).columns
+        names = pandas.read_csv(path, sep=sep, nrows=0, index_col=False).columns
+        _check_lengths(path, sep, len(names))
+    except InputError:
+        raise
     except (ValueError, OSError, EOFError) as error:
         raise InputError(f"cannot read {path}: {_first_line(error)}") from None
     return datasets.Features({name: datasets.Value("string") for name in names})
+
+
+def _check_lengths(path: Path, sep: str, columns: int) -> None:
+    """Raise InputError for a row with more fields than the header has names: pandas cuts it."""
+    with fsspec.open(str(path), "rt", compression="infer", newline="") as file:
+        for number, fields in enumerate(csv.reader(file, delimiter=sep), start=1):
+            if len(fields) > columns:
+                raise InputError(
+                    f"{path}: row {number} has {len(fields)} fields, the header {columns}: put quotes "
+                    f"around a field that holds {sep!r}"
+                )
 
 
 def _read_folder(path: Path, options: FinetuneOptions) -> Iterator[Row]:
@@ -121,6 +137,15 @@ def _read_folder(path: Path, options: FinetuneOptions) -> Iterator[Row]:
     if others:
         warnings.warn(
             f"{path}: {', '.join(others)} is not read, only {options.data_split}", stacklevel=2
+        )
+    read = {Path(name).name for names in files.values() for name in names}
+    known = (*JSON_SUFFIXES, *TABLES)
+    unread = sorted(p.name for p in path.iterdir() if _suffix(p) in known and p.name not in read)
+    if unread:
+        warnings.warn(
+            f"{path}: {', '.join(unread)} is not read: datasets takes files of one kind, told apart by "
+            f"the split in their names",
+            stacklevel=2,
         )
     for name in sorted(files[options.data_split]):
         yield from _read_file(Path(name))

@@ -142,7 +142,8 @@ def prepare(options: FinetuneOptions) -> Run | None:
             check_resumes(folder, record)
         model = load_model(options, config)
         check_data(model, data, tokenizer)
-        if options.packing and config.packing_strategy != "wrapped":
+        packs = options.packing and config.packing_strategy != "wrapped"
+        if packs or config.padding_free:
             check_packing(model)
         end_where_samples_end(model, data.ends)
         use_cache = model.config.use_cache
@@ -207,7 +208,9 @@ def _make_trainer(
         "in_backward": options.in_backward,
     }
     config = sft_config(options, steps)
-    config.push_to_hub = False  # checkpoints are not for others: the finished model is pushed
+    # checkpoints are not for others, nor secrets for checkpoints: the finished model is pushed
+    config.push_to_hub, config.hub_token = False, None
+    optimizer |= {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
     try:
         return FinetuneTrainer(
             model,

@@ -29,10 +29,10 @@ def find_members(
             ones have another config; or what was placed by hand cannot be trained.
         TypeError: ``config`` is no LoSiAConfig.
     """
-    check_engines(model)
     if config is not None and not isinstance(config, LoSiAConfig):
         raise TypeError(f"config must be a LoSiAConfig, got {type(config).__name__}")
     named = {plain_name(name): layer for name, layer in losia_layers(unwrapped(model))}
+    check_engines(model)
     given = {
         layer: layer.membership
         for layer in named.values()

@@ -109,8 +109,9 @@ class TimelineState:
                     f"the checkpoint was made with LoSiAConfig.{name}={then!r}, this run has {now!r}; "
                     f"resume with the same config, or start anew from the exported weights"
                 )
-        then_scaled = LoSiAConfig.from_dict(config).scales_lr
-        if config.keys() >= {"lr_of", "moves"} and then_scaled != timeline.config.scales_lr:
+        known = {name: config[name] for name in ("init_subnet", "moves", "lr_of") if name in config}
+        then_scaled = LoSiAConfig(**known).scales_lr
+        if len(known) == 3 and then_scaled != timeline.config.scales_lr:
             raise ValueError(
                 f"the checkpoint's learning rates are meant for {_WHOSE[then_scaled]}, this run's "
                 f"for {_WHOSE[not then_scaled]}: init_subnet was {config['init_subnet']!r}, now "

@@ -175,9 +175,8 @@ class Timeline:
         return all(layer.membership is None for layer in self.layers)
 
     def scale_of(self, layer: SubnetModule) -> float:
-        """What the learning rate of ``layer`` is multiplied with where it is full fine-tuning's: a
-        step of Adam lowers the loss by the rate times the sum of |g| over what it changes, of which
-        places at random hold ``k_out * k_in / (out * in)``."""
+        """What the rate of ``layer`` is multiplied with where it is full fine-tuning's: places at
+        random hold ``k_out * k_in / (out * in)`` of the sum of |g|, by which a step gets on."""
         if not self.config.scales_lr:
             return 1.0
         return layer.out_features * layer.in_features / layer.subnet.numel()

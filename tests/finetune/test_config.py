@@ -6,6 +6,7 @@ import json
 import os
 
 import pytest
+from transformers import TrainerCallback
 from trl import SFTConfig
 
 from losia_kernels.cli import main
@@ -176,3 +177,35 @@ def test_a_secret_of_the_file_is_in_no_file_of_the_run(tmp_path, model_folder):
     record, _ = open_run(settle(tmp_path, text + "neftune_noise_alpha: 5\n"))
     assert "hf_secret" not in json.dumps(record)
     assert record["config"] == {"neftune_noise_alpha": 5}
+
+
+def test_adams_fields_of_the_file_reach_the_optimizer(tmp_path, model_folder):
+    text = "adam_beta1: 0.5\nadam_beta2: 0.75\nadam_epsilon: 1e-3\nhub_token: hf_secret\n"
+    config = read_config(written(tmp_path, text))
+    seen = []
+
+    class See(TrainerCallback):
+        def on_step_end(self, args, state, control, optimizer, **kwargs):
+            group = getattr(optimizer, "optimizer", optimizer).param_groups[0]
+            seen.append((tuple(group["betas"]), group["eps"]))
+
+    run = options(tmp_path, model_folder, config=config, save_steps=1, steps=2)
+    finetune(run, (See(),))
+    assert set(seen) == {((0.5, 0.75), 1e-3)}
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(files) > 10 and not any(b"hf_secret" in path.read_bytes() for path in files)
+
+
+def test_one_step_is_taken_at_a_rate(tmp_path, model_folder):
+    assert FinetuneOptions(model="m", data="d", output="o").warmup_steps(1) == 0
+    assert FinetuneOptions(model="m", data="d", output="o", warmup_ratio=0.9).warmup_steps(3) == 2
+
+
+@pytest.mark.parametrize("text", ["", "- a list", "a: [", None])
+def test_the_command_line_says_what_is_wrong_with_the_file(tmp_path, capsys, text):
+    path = tmp_path / "run.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit) as error:
+        main(["finetune", "--config", str(path)])
+    assert error.value.code == 2 and "invalid" not in capsys.readouterr().err

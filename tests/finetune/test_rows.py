@@ -173,3 +173,21 @@ def test_what_cannot_be_read_is_named(tmp_path, name, content, words):
 def test_a_missing_file_is_named(tmp_path, name):
     with pytest.raises(InputError, match=f"cannot read .*{name}: No such file"):
         read(tmp_path / name)
+
+
+def test_a_row_longer_than_the_header_is_refused(tmp_path):
+    path = tmp_path / "d.csv"
+    path.write_text("prompt,completion\nHello, you,hi\nBye,bye\n")
+    options = FinetuneOptions(model="m", data=str(path), output="o")
+    with pytest.raises(InputError, match="row 2 has 3 fields, the header 2"):
+        list(read_rows(str(path), options))
+
+
+def test_files_of_a_folder_that_are_not_read_are_named(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"text": "a"}\n')
+    (folder / "c.csv").write_text("text\nc\n")
+    options = FinetuneOptions(model="m", data=str(folder), output="o")
+    with pytest.warns(UserWarning, match="is not read"):
+        assert len(list(read_rows(str(folder), options))) == 1
