@@ -130,6 +130,7 @@ class ChatWriter:
                 and self._apply(form._replace(tools=None), where)[0] == text
             ):
                 missing = [("'tools'", chat.tools[0].get("function", chat.tools[0])["name"])]
+            missing = missing or self._find_unwritten_calls(form, text, where)
             if not missing:
                 return text, spans
             lost = missing if lost is None or len(missing) < len(lost) else lost
@@ -155,6 +156,22 @@ class ChatWriter:
             else:
                 spans.append((start, stop))
         return text, spans
+
+    def _find_unwritten_calls(self, chat: Chat, text: str, where: str) -> list[tuple[str, str]]:
+        """Calls without which the text is the same: what they say may stand elsewhere in it, in the
+        tools' descriptions or the question."""
+        for number, message in enumerate(chat.messages):
+            if message.get("tool_calls"):
+                without = {key: value for key, value in message.items() if key != "tool_calls"}
+                others = [*chat.messages[:number], without, *chat.messages[number + 1 :]]
+                called = message["tool_calls"][0]["function"]["name"]
+                try:
+                    same = self._apply(chat._replace(messages=others), where)[0] == text
+                except InputError:  # a template may want one or the other
+                    same = False
+                if same:
+                    return [(f"message {number + 1}'s 'tool_calls'", called)]
+        return []
 
     def _render_turn_by_turn(self, chat: Chat, where: str) -> tuple[str, list[tuple[int, int]]]:
         messages = chat.messages

@@ -273,3 +273,23 @@ def test_keys_and_columns_that_nothing_reads_are_said(tmp_path):
         encoder.encode_all(rows, "d")
     said = " ".join(str(each.message) for each in told)
     assert "d: of messages nothing reads 'time'" in said and "the columns 'id'" in said
+
+
+def test_a_call_whose_words_stand_elsewhere_is_not_taken_for_written(encoders):
+    """A template that drops calls, in a chat whose tools and question hold every word of the call."""
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}}
+    function = {"name": "get_weather", "description": "", "parameters": parameters}
+    call = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Paris"}}}
+    values = {
+        "tools": [{"type": "function", "function": function}],
+        "messages": [
+            user("What is the weather in Paris?"),
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "name": "get_weather", "content": "sunny"},
+            assistant("It is sunny."),
+        ],
+    }
+    with pytest.raises(InputError, match="message 2's 'tool_calls'"):
+        encoders("lfm2").encode(Row(values, "d.jsonl:1"))
+    turns = families.learned_turns(encoders("qwen3"), values)
+    assert "get_weather" in turns[0] and "Paris" in turns[0]
