@@ -23,7 +23,7 @@ def model_card(options: FinetuneOptions, record: dict, trainer: Trainer) -> str:
     on_hub = not Path(options.model).expanduser().exists()
     data_on_hub = not is_local(options.data)
     base = options.model if on_hub else f"{Path(record['model']).name}, a local folder"
-    name = Path(options.output).name
+    name = Path(options.output).resolve().name
     head = ModelCardData(
         base_model=options.model if on_hub else None,
         datasets=[options.data] if data_on_hub else None,

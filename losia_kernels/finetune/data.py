@@ -173,11 +173,13 @@ def check_rows(options: FinetuneOptions, config: SFTConfig) -> None:
 
 
 class Data(NamedTuple):
-    """What a run trains on and is evaluated on, and the tokens that samples end with."""
+    """What a run trains on and is evaluated on, the tokens that samples end with, and the samples that
+    it may be asked, one a row."""
 
     train: Dataset
     eval: Dataset | None
     ends: set[int]
+    single: Dataset
 
 
 def load_data(options: FinetuneOptions, config: SFTConfig, tokenizer) -> Data:
@@ -203,11 +205,12 @@ def load_data(options: FinetuneOptions, config: SFTConfig, tokenizer) -> Data:
         train, held_out = (split[name].flatten_indices() for name in ("train", "test"))
     if config.shuffle_dataset:
         train = train.shuffle(seed=config.seed).flatten_indices()
+    single = train if held_out is None else held_out
     if config.packing:
         train = pack_dataset(train, config.max_length, config.packing_strategy)
     if held_out is not None and config.eval_packing:
         held_out = pack_dataset(held_out, config.max_length, config.packing_strategy)
-    return Data(train, held_out, encoder.ends)
+    return Data(train, held_out, encoder.ends, single)
 
 
 def column(dataset: Dataset, name: str) -> pa.Array:

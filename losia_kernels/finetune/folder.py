@@ -113,8 +113,9 @@ def check_resumes(folder: Path, record: dict) -> None:
     tokens = [name for name in changed if name.endswith("tokens_sha256")]
     if tokens:
         raise InputError(
-            f"cannot resume {folder}: the data no longer becomes the tokens that it was begun with ({tokens[0]}): the "
-            f"tokenizer, its chat template, a date in it, or a library is another"
+            f"cannot resume {folder}: the data no longer becomes the tokens that it was begun with ({tokens[0]}): "
+            f"what stands in it (of a folder or a name on the hub), the tokenizer, its chat template, a date in that, "
+            f"or a library is another"
         )
     if changed:
         was = ", ".join(

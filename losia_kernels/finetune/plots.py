@@ -23,7 +23,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .. import LoSiAConfig
 from ..integrations.history import SubnetHistory, read_log
-from .data import load_data
+from .data import fingerprint, load_data
 from .draw import (
     draw_frequency,
     draw_gradients,
@@ -31,7 +31,7 @@ from .draw import (
     draw_subnets,
     draw_timeline,
 )
-from .folder import read_options
+from .folder import read_options, read_record
 from .model import load_model, load_tokenizer
 from .options import PICTURES, FinetuneOptions, InputError
 from .progress import draw_loss_curve
@@ -114,6 +114,11 @@ def _gradients(run: Path, base: str | None) -> dict[str, tuple[Tensor, Tensor]]:
     given = sft_config(options)
     tokenizer, model = load_tokenizer(options, given), load_model(options, given)
     samples = load_data(options, given, tokenizer).train
+    if fingerprint(samples) != read_record(run).get("tokens_sha256", fingerprint(samples)):
+        raise InputError(
+            f"{options.data} no longer becomes the tokens that {run} was trained on, so its gradients would be of "
+            f"other data"
+        )
     filler = tokenizer.eos_token_id  # masks go by position
     collator = DataCollatorForLanguageModeling(filler, padding_free=options.packing)
     loader: DataLoader = DataLoader(samples, options.batch_size, collate_fn=collator)

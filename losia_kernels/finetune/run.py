@@ -235,8 +235,7 @@ def train(run: Run, callbacks: tuple[TrainerCallback, ...] = ()) -> None:
         write_sealed(folder / "run.json", run.record)
         callbacks = (ProgressCallback(folder, options, run.data.train), *callbacks)
     if run.first and options.samples:
-        shown = run.data.eval or run.data.train
-        callbacks += (SampleCallback(folder, shown, options.samples, run.tokenizer),)
+        callbacks += (SampleCallback(folder, run.data.single, options.samples, run.tokenizer),)
     for callback in (
         *callbacks,
         LoSiACallback(trainer, history=folder / "subnets.jsonl", show_progress=True),

@@ -114,12 +114,14 @@ def test_a_held_out_part_is_evaluated(tmp_path, model_folder):
     assert float(model(**batch).loss) == pytest.approx(entries[-1]["eval_loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("evaluated", [True, False])
+@pytest.mark.parametrize(("evaluated", "packing"), [(True, False), (False, False), (False, True)])
 def test_samples_are_answered_at_each_evaluation_and_at_the_end(
-    tmp_path, model_folder, capsys, evaluated
+    tmp_path, model_folder, capsys, evaluated, packing
 ):
-    """They change no bit of the run."""
+    """They change no bit of the run, and ask one sample at a time, whatever the rows hold."""
     changes = {"steps": 4, "save_steps": 0, "eval_steps": 2}
+    if packing:
+        changes |= {"packing": True, "group_by_length": False}
     if not evaluated:
         changes["eval_data"] = None
     weights = []

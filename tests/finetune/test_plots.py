@@ -13,6 +13,7 @@ from PIL import Image
 from losia_kernels import cli
 from losia_kernels.checkpoint.checksums import read_sealed, write_sealed
 from losia_kernels.finetune import draw
+from losia_kernels.finetune.folder import read_record
 from losia_kernels.finetune.options import PICTURES
 from losia_kernels.finetune.run import finetune
 from losia_kernels.integrations.history import SubnetHistory
@@ -178,3 +179,15 @@ def test_a_run_of_very_many_steps_is_drawn_in_as_many_columns_as_can_be_seen(run
         assert cli.main(["plot", str(tmp_path), "--only", "timeline", "subnets", "frequency"]) == 0
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def test_gradients_of_other_data_are_not_drawn_as_the_runs(run, tmp_path, capsys):
+    """The data's file was written anew since."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    record = read_record(folder)
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"text": "aaa"}\n')
+    write_sealed(folder / "run.json", {**record, "data": str(other)})
+    assert cli.main(["plot", str(folder), "--only", "gradients"]) == 2
+    assert "its gradients would be of other data" in capsys.readouterr().err
