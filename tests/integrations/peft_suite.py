@@ -36,7 +36,7 @@ CASES = [
     ("LoSiA 8", "Conv2d", {"target_modules": ["lin0"]}),
 ]
 SMALL = {"rank_factor": 0.5, "period": 1}  # the modules have 2 to 20 neurons
-MODEL = {"rank_factor": 0.25, "period": 1, "init_weights": False}
+MODEL = {"rank_factor": 0.5, "period": 1, "init_weights": False}  # of few ReLUs all may be dead
 ACTIVE = ("LoSiA Different", "losia", {"target_modules": ["lin0"]}, {"target_modules": ["lin1"]})
 
 TWO_ACTIVE = "makes two adapters of one layer active at once, which LoSiA refuses"
