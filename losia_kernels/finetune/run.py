@@ -208,6 +208,8 @@ def _make_trainer(
         "in_backward": options.in_backward,
     }
     config = sft_config(options, steps)
+    if config.use_liger_kernel and not torch.accelerator.is_available():
+        raise InputError("config: use_liger_kernel needs a GPU, and there is none here")
     # checkpoints are not for others, nor secrets for checkpoints: the finished model is pushed
     config.push_to_hub, config.hub_token = False, None
     optimizer |= {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}

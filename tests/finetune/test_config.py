@@ -6,6 +6,7 @@ import json
 import os
 
 import pytest
+import torch
 from transformers import TrainerCallback
 from trl import SFTConfig
 
@@ -209,3 +210,11 @@ def test_the_command_line_says_what_is_wrong_with_the_file(tmp_path, capsys, tex
     with pytest.raises(SystemExit) as error:
         main(["finetune", "--config", str(path)])
     assert error.value.code == 2 and "invalid" not in capsys.readouterr().err
+
+
+def test_kernels_that_need_a_gpu_leave_nothing_behind_without_one(tmp_path, model_folder):
+    if torch.accelerator.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(InputError, match="use_liger_kernel needs a GPU"):
+        finetune(options(tmp_path, model_folder, config={"use_liger_kernel": True}))
+    assert not (tmp_path / "run").exists()
