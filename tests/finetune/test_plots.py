@@ -130,11 +130,14 @@ def test_a_base_that_has_moved_is_named_with_what_to_say(run, tmp_path, capsys):
     [
         ("", "holds no subnet"),
         ('{"step": 0}', "is damaged"),
-        ('{"step": 0, "layer": "x", "group": "lm_head", "features": [10000000000, 8], "out_idx": "AA==", '
-         '"in_idx": "AA==", "overlap": null, "captured": null}', "8 bits are not those of 10000000000 neurons"),
+        (
+            '{"step": 0, "layer": "x", "group": "lm_head", "features": [10000000000, 8], "out_idx": "AA==", '
+            '"in_idx": "AA==", "overlap": null, "captured": null}',
+            "8 bits are not those of 10000000000 neurons",
+        ),
     ],
     ids=["none", "cut", "lying"],
-)  # fmt: skip
+)
 def test_a_damaged_history_is_named(run, tmp_path, capsys, line, problem):
     head = (run / "subnets.jsonl").read_text().splitlines()[0]
     (tmp_path / "subnets.jsonl").write_text(f"{head}\n{line}\n" if line else f"{head}\n")
