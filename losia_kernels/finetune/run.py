@@ -21,7 +21,7 @@ from .. import remove_losia
 from ..checkpoint.checksums import write_sealed
 from ..checkpoint.resumable import full_state_dict
 from ..checkpoint.writing import locked, made
-from ..integrations.transformers import LoSiACallback, LoSiAOptimizerFactory
+from ..integrations.transformers import LoSiACallback
 from .card import check_push, model_card, push_to_hub
 from .checkpoints import CheckpointCallback, Checkpoints, list_checkpoints, remove_checkpoint
 from .data import Data, check_rows, fingerprint, load_data
@@ -200,19 +200,11 @@ def _make_trainer(
     model, options: FinetuneOptions, tokenizer, data: Data, steps: int
 ) -> FinetuneTrainer:
     """The Trainer for a run of ``steps`` optimizer steps; it has written nothing yet."""
-    optimizer = {
-        "lr": options.lr,
-        "weight_decay": options.weight_decay,
-        "total_steps": steps,
-        "moments": options.moments,
-        "in_backward": options.in_backward,
-    }
     config = sft_config(options, steps)
     if config.use_liger_kernel and not torch.accelerator.is_available():
         raise InputError("config: use_liger_kernel needs a GPU, and there is none here")
     # checkpoints are not for others, nor secrets for checkpoints: the finished model is pushed
     config.push_to_hub, config.hub_token = False, None
-    optimizer |= {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
     try:
         return FinetuneTrainer(
             model,
@@ -220,7 +212,6 @@ def _make_trainer(
             processing_class=tokenizer,
             train_dataset=data.train,
             eval_dataset=data.eval,
-            optimizer_cls_and_kwargs=(LoSiAOptimizerFactory, optimizer),
         )
     except (ValueError, ImportError) as error:  # fields of the config that exclude each other
         raise InputError(str(error).strip().splitlines()[0]) from None
@@ -240,7 +231,14 @@ def train(run: Run, callbacks: tuple[TrainerCallback, ...] = ()) -> None:
         callbacks += (SampleCallback(folder, run.data.single, options.samples, run.tokenizer),)
     for callback in (
         *callbacks,
-        LoSiACallback(trainer, history=folder / "subnets.jsonl", show_progress=True),
+        LoSiACallback(
+            trainer,
+            history=folder / "subnets.jsonl",
+            show_progress=True,
+            total_steps=trainer.args.max_steps,
+            moments=options.moments,
+            in_backward=options.in_backward,
+        ),
         NoStepTooMany(),
     ):
         trainer.add_callback(callback)
