@@ -1,6 +1,7 @@
 """``finetune`` under accelerate's FSDP2 on CPUs, where accelerate does not offer it though
 ``fully_shard`` works."""
 
+import os
 import sys
 
 from accelerate.state import DistributedType, PartialState
@@ -17,4 +18,7 @@ def as_on_gpus(self, *args, **kwargs):
 
 
 PartialState.__init__ = as_on_gpus
-sys.exit(main(sys.argv[1:]))
+code = main(sys.argv[1:])
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(code)  # all is written; gloo's threads may abort a process that is torn down
