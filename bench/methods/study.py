@@ -117,6 +117,14 @@ _PLACED = (
 # the share of each weight's values that is trained, of methods that differ in nothing else
 TRAINED_SHARE = {"fft": 1.0, "losia-wide-p2": 1 / 4, "losia-wide-p4": 1 / 16}
 TRAINED_SHARE |= {"losia-wide-r8": 9 / 400, "losia-wide": 1 / 64, "losia-wide-p16": 1 / 256}
+PAPER = _placed(
+    *(
+        "paper",
+        "LoSiA as published",
+        "11 cycles a run, 1/8 of the output layer, random first places",
+    ),
+    **{"init_subnet": "random", "output_dim_factor": 1 / 8, "cycles": 11, "lrs": RATES[:3]},
+)
 _METHODS = (
     Method("fft", "full fine-tuning", plain.prepare_full, settings=EVERYTHING, lrs=LOWEST),
     _lora("lora-r8", "LoRA r 8", f"peft, alpha 16, {PLAIN}", RATES, 8, 16),
@@ -129,6 +137,7 @@ _METHODS = (
     _losia(16),
     _lora("lora-r11", "LoRA r 11", SAME_BYTES, RATES, 11, 22),
     _losia(2),
+    PAPER,
     *_PEERS,
     *_PLACED,
 )

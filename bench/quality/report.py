@@ -85,7 +85,7 @@ def render(store: Store) -> str:
         words(["task", "data"], tasks),
         words(["method", "settings", "learning rates tried first"], methods),
     ]
-    for name in ("large", "small"):
+    for name in SCALES:
         here = [result for result in everything if result["run"]["scale"] == name]
         if here:
             parts.append(one_scale(here, SCALES[name], store))

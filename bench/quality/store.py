@@ -9,7 +9,7 @@ from ..harness.jobs import NotReady
 from ..harness.provenance import ROOT
 from ..harness.store import append, load
 from ..methods import STUDY
-from .study import RATES, SCALES, Run, timings, trial_of
+from .study import RATES, SCALES, Run, searches, timings, trial_of
 
 RESULTS = ROOT / "bench" / "quality" / "results"
 
@@ -71,17 +71,29 @@ class Store:
         that waits for them."""
         if run.lr is not None or run.kind in ("untrained", "sequence"):
             return []
-        rates = set(self.trials(run.scale, run.task, run.method)) - set(STUDY[run.method].lrs)
-        return [trial_of(SCALES[run.scale], run.task, run.method, lr) for lr in sorted(rates)]
+        scale = SCALES[run.scale]
+        rates = set(self.trials(run.scale, run.task, run.method))
+        rates -= {trial.lr for trial in searches(scale, run.task, run.method)}
+        return [trial_of(scale, run.task, run.method, lr) for lr in sorted(rates)]
+
+    def first_rates(self, scale: str, task: str, method: str) -> tuple[float, ...]:
+        """The method's own, or those around the best of the scale that this one is near."""
+        near = SCALES[scale].near
+        costs = self.trials(near, task, method) if near else {}
+        if not costs or None in costs.values():
+            return STUDY[method].lrs
+        place = RATES.index(min(costs, key=costs.__getitem__))
+        return RATES[max(0, place - 1) : place + 2]
 
     def trials(self, scale: str, task: str, method: str) -> dict[float, float | None]:
         """Every learning rate that the search needs, with its cost on the search split: infinite where the run
         diverged, None where it has not run.
 
-        The method's own rates come first, then the next beyond the least or the greatest as long as that one is the
+        ``first_rates`` come first, then the next beyond the least or the greatest as long as that one is the
         best."""
         costs = {
-            lr: self._cost(trial_of(SCALES[scale], task, method, lr)) for lr in STUDY[method].lrs
+            lr: self._cost(trial_of(SCALES[scale], task, method, lr))
+            for lr in self.first_rates(scale, task, method)
         }
         while None not in costs.values():
             best, place = min(costs, key=costs.__getitem__), sorted(costs)

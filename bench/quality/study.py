@@ -17,17 +17,25 @@ LOSIA = "losia-p8"
 @dataclass(frozen=True)
 class Scale:
     """``longest``: characters of a training sample, of longer ones none is taken; ``few``: score the first held-out
-    items of each task only."""
+    items of each task only; ``other_text``: how many items of English and of code say what was lost; ``near``: the
+    scale whose best rates a search begins around, where that has searched."""
 
     name: str
     steps: int
     batch: int
     longest: int
     few: bool
+    other_text: int = 10
+    near: str = ""
 
 
-SMALL, LARGE = Scale("small", 60, 4, 240, few=True), Scale("large", 300, 16, 480, few=False)
-SCALES = {scale.name: scale for scale in (SMALL, LARGE)}
+SMALL, LARGE = Scale("small", 60, 4, 240, True), Scale("large", 300, 16, 480, False, other_text=40)
+# single tasks: does what the short runs say hold for longer ones, and for larger batches?
+LONG, BATCH_16 = (
+    Scale(name, *sizes, 240, few=True, near="small")
+    for name, sizes in (("long", (1000, 4)), ("batch-16", (60, 16)))
+)
+SCALES = {scale.name: scale for scale in (LARGE, SMALL, LONG, BATCH_16)}
 
 
 @dataclass(frozen=True)
@@ -71,9 +79,10 @@ def trial_of(scale: Scale, task: str, method: str, lr: float) -> Run:
 
 
 def searches(scale: Scale, task: str, *methods: str) -> Iterator[Run]:
-    """The trials that every search begins with: ``Store.trials`` says which it needs beyond them."""
+    """The trials that every search begins with: ``Store.trials`` says which it needs beyond them. Of a scale that
+    begins near another's it says all."""
     for method in methods:
-        for lr in STUDY[method].lrs:
+        for lr in () if scale.near else STUDY[method].lrs:
             yield trial_of(scale, task, method, lr)
 
 
@@ -105,8 +114,20 @@ BRIEF = ("pronunciation", "past-tense", "arithmetic", "plural")  # tasks with sh
 SEQUENCE = ("past-tense", "pronunciation", "arithmetic", "code", "plural")
 
 
+CONFIRMED = ("losia-wide-r8", "lora-r8", "fft", "lora-r64")
+
+
+def confirmation(scale: Scale) -> list[Run]:
+    """The methods that matter, on one task."""
+    methods = (*CONFIRMED, "losia-paper") if scale == LONG else CONFIRMED
+    runs = finals(scale, "pronunciation", *methods)
+    return [Run("untrained", scale.name, "pronunciation", "fft"), *runs]
+
+
 def study(scale: Scale) -> list[Run]:
     """All runs of one scale."""
+    if scale.near:
+        return confirmation(scale)
 
     def oracle(task: str) -> Run:
         return Run("oracle", scale.name, task, LOSIA, 0, None, scale.steps)

@@ -163,7 +163,8 @@ def searched(results: Results, task: str) -> str:
     for method, costs in trials.items():
         if costs:
             best = min(costs, key=costs.__getitem__)
-            whole = set(STUDY[method].lrs) <= costs.keys()
+            inside = best not in (min(costs), max(costs))
+            whole = inside or set(STUDY[method].lrs) <= costs.keys()
             cells = [f"{costs[rate]:.3f}" if rate in costs else "" for rate in rates]
             if whole:
                 cells[rates.index(best)] = f"**{costs[best]:.3f}**"

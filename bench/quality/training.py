@@ -21,7 +21,6 @@ from .tasks import TASKS, Task, english
 
 WARMUP = 0.1  # share of the steps, as in the paper; then the rate falls to zero on a line
 CURVE_POINTS = 60
-OTHER_TEXT = {"small": 10, "large": 40}  # items of English and of code: what was lost
 OBSERVED = {"marginal": 0, "bf16-nearest": 0, "importance-bf16": 4, "gl": 4}  # others: Ī and Ū
 
 
@@ -119,12 +118,12 @@ def score(model: nn.Module, base: Base, task: Task, run: Run) -> dict[str, Any]:
         items = task.splits.search
         scores["search"] = summary(items, scored(items, task.max_length))
     if run.kind == "search":
-        scores["english"] = summary(text := english()[: OTHER_TEXT[run.scale]], scored(text))
+        scores["english"] = summary(text := english()[: SCALES[run.scale].other_text], scored(text))
         return {"scores": scores, "items": fingerprint(items)}
     items = held_out(task, SCALES[run.scale].few)
     found = scored(items, task.max_length)
     scores["held_out"] = summary(items, found)
-    amount, others = OTHER_TEXT[run.scale], []
+    amount, others = SCALES[run.scale].other_text, []
     for name, text in (("english", english()), ("code", TASKS["code"].splits.held_out)):
         if name != task.name:
             others += text[:amount]

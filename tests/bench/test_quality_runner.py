@@ -67,7 +67,7 @@ def run_all(runs, folder, minutes=None, pool=None, jobs=1):
     return runner.run_study(lambda: runs, kept, ORIGIN, minutes, pool, jobs, lines.append), lines
 
 
-@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+@pytest.mark.parametrize("scale", [SMALL, SCALES["large"]], ids=["small", "large"])
 def test_the_list_is_whole_and_fair(scale):
     runs = study(scale)
     ids = [run.id for run in runs + timings(scale)]
@@ -91,6 +91,27 @@ def test_the_list_is_whole_and_fair(scale):
             before = [place[trial.id] for trial in searches(scale, run.task, run.method)]
             assert max(before) < place[run.id], f"{run.id} comes before its search"
     assert set(ten_minutes()) <= set(study(SMALL))
+
+
+@pytest.mark.parametrize("scale", [SCALES["long"], SCALES["batch-16"]], ids=["long", "batch-16"])
+def test_a_search_begins_around_the_best_of_the_scale_that_it_is_near(tmp_path, scale):
+    kept = Store(tmp_path)
+    run = next(run for run in study(scale) if run.method == "lora-r8")
+    own = [trial_of(scale, run.task, "lora-r8", lr) for lr in STUDY["lora-r8"].lrs]
+    assert kept.more_trials(run) == own
+    for trial, nll in zip(searches(SMALL, run.task, "lora-r8"), (0.7, 0.5, 0.6, 0.9), strict=True):
+        kept.write(trial, fake_result(trial, nll))
+    around = [trial_of(scale, run.task, "lora-r8", lr) for lr in (3e-4, 1e-3, 3e-3)]
+    assert kept.more_trials(run) == around
+    for trial, nll in zip(around, (0.4, 0.5, 0.6), strict=True):
+        kept.write(trial, fake_result(trial, nll))
+    assert kept.more_trials(run) == [trial_of(scale, run.task, "lora-r8", 1e-4), *around]
+    lower = kept.more_trials(run)[0]
+    kept.write(lower, fake_result(lower, 0.45))
+    assert kept.resolve(run).lr == 3e-4
+    listed = study(scale)
+    assert {run.kind for run in listed} == {"untrained", "main"}
+    assert sum(run.method == "lora-r8" for run in listed) == len(SEEDS)
 
 
 def test_best_rate_is_of_the_whole_search_and_of_what_came_to_an_end(tmp_path):
