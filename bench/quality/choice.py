@@ -4,8 +4,19 @@ from itertools import product
 
 from ..methods import STUDY
 from .store import Store
-from .study import SMALL
-from .tables import OURS, Results, compared, english_after, main_runs, of, title, trials_of, usable
+from .study import BATCH_16, LONG, SMALL, Scale
+from .tables import (
+    OURS,
+    Results,
+    compared,
+    english_after,
+    main_runs,
+    nats,
+    of,
+    title,
+    trials_of,
+    usable,
+)
 from .tasks import TASKS
 
 PAPERS_SIZE = "losia-wide"
@@ -44,7 +55,26 @@ def choice(store: Store) -> str:
     lines.append(_settled(results))
     before = {task: of(results, task=task, kind="untrained") for task in mine}
     lines.append(_lost(runs, before))
+    lines += filter(None, (_elsewhere(store, scale) for scale in (LONG, BATCH_16)))
     return "\n".join(lines)
+
+
+def _elsewhere(store: Store, scale: Scale) -> str:
+    """What other runs than the short ones say, on each task that they had."""
+    results, _ = usable([r for r in store.all() if r["run"]["scale"] == scale.name])
+    found = []
+    for task in TASKS:
+        runs = {method: each for method, each in main_runs(results, task).items() if each}
+        if OURS in runs and len(runs) > 1:
+            costs = ", ".join(
+                f"{title(method)} {nats(each)} (English {english_after(each):.2f})"
+                for method, each in runs.items()
+            )
+            found.append(f"{TASKS[task].title}: {costs}")
+    if not found:
+        return ""
+    length = f"in runs of {scale.steps:,} steps of {scale.batch}"
+    return f"- {length}, nats a token, each at the best rate of such runs: {'; '.join(found)}."
 
 
 def _settled(results: Results) -> str:

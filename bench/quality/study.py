@@ -193,6 +193,8 @@ def data_scales(scale: Scale) -> Iterator[Run]:
 
 def timings(scale: Scale) -> list[Run]:
     """Seconds a step of every method, and runs as long as full fine-tuning's: only where nothing else runs."""
+    if scale.near:
+        return []
     where = scale.name, "pronunciation"
     timed = [Run("timing", *where, name, 0, each.lrs[0], 12) for name, each in STUDY.items()]
     others = (name for name in STUDY if name != "fft")

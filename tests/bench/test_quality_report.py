@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -292,6 +292,20 @@ def test_the_report_begins_with_what_to_choose(filled, no_plots):
     assert "against full fine-tuning (1.00 M values): worse on spelling to sounds." in first[3]
     assert first[4].endswith("costs less than LoSiA p 1/8 on 1 of 1 tasks.")
     assert "LoRA r 8 3.00, LoRA r 64 3.00" in first[5] and len(first) <= 9
+
+
+def test_longer_runs_are_told_beside_the_choice(filled, no_plots):
+    for method, nll in {"losia-wide-r8": 0.7, "lora-r8": 0.8}.items():
+        trial = trial_of(SCALES["long"], "pronunciation", method, 1e-3)
+        filled.write(trial, result(trial, nll))
+        final = replace(trial, kind="main", seed=0)
+        filled.write(final, result(final, nll, english=3.1))
+    text = report.render(filled)
+    (line,) = (
+        line for line in text.splitlines() if line.startswith("- in runs of 1,000 steps of 4")
+    )
+    assert "LoSiA 0.700 (n=1) (English 3.10)" in line and "LoRA r 8 0.800" in line
+    assert "## Long scale: 1000 steps of 4" in text and "of 16 runs are done" in text
 
 
 def test_what_is_learned_stands_against_what_is_lost(filled, no_plots):
