@@ -20,7 +20,8 @@ from ..harness.jobs import MissingPeer
 class Options:
     """Sizes that methods differ by, and a run of the study; each method reads its own.
 
-    ``batches()`` starts the run's own batches anew; ``changes`` are a variant's."""
+    ``batches()`` starts the run's own batches anew, ``generic()`` those of English that is not scored; ``changes`` are
+    a variant's."""
 
     rank_factor: float = 1 / 8
     output_dim_factor: float = 0.0
@@ -31,6 +32,7 @@ class Options:
     steps: int = 0
     warmup: int = 0
     batches: Callable[[], Any] | None = None
+    generic: Callable[[], Any] | None = None
     changes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -72,6 +74,7 @@ class Method:
     settings: str = ""
     lrs: tuple[float, ...] = ()
     chooses: bool = False  # a choice of shape, places and moves on trial, not a method of its own
+    explored: bool = False  # searched, and no more
 
 
 class UnknownMethod(ValueError):

@@ -9,6 +9,7 @@ from typing import Any
 from . import blocks, galore, losia, plain
 from .adapters import prepare_other, prepare_peft
 from .base import Method
+from .explored import explored
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 LOWER, LOWEST = (1e-4, 3e-4, 1e-3, 3e-3), (1e-5, 3e-5, 1e-4, 3e-4)  # of large ranks; of all weights
@@ -140,6 +141,7 @@ _METHODS = (
     PAPER,
     *_PEERS,
     *_PLACED,
+    *explored(WIDE | {"rank_factor": 3 / 20}, RATES[1:]),
 )
 STUDY: dict[str, Method] = {method.name: method for method in _METHODS}
 

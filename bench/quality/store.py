@@ -67,9 +67,9 @@ class Store:
         return best
 
     def more_trials(self, run: Run) -> list[Run]:
-        """The trials beyond its method's own rates that the search of a run's task needs by now: before the first run
-        that waits for them."""
-        if run.lr is not None or run.kind in ("untrained", "sequence"):
+        """The trials beyond its method's own rates that the search which a run waits for, or is of, needs by now."""
+        given = run.lr is not None and run.kind != "search"
+        if given or run.kind in ("untrained", "sequence"):
             return []
         scale = SCALES[run.scale]
         rates = set(self.trials(run.scale, run.task, run.method))

@@ -101,11 +101,12 @@ def several(scale: Scale, task: str, *methods: str) -> list[Run]:
 
 
 PLACED = tuple(name for name in STUDY if STUDY[name].chooses)
+EXPLORED = tuple(name for name in STUDY if STUDY[name].explored)
 CANDIDATES = ("losia-wide-r8", "losia-wide")  # on all tasks
 SIZES = ("losia-wide-p4", "losia-wide-p16", "losia-wide-p2")  # for which rate goes with which p
 FIRST = ("fft", "lora-r8", LOSIA, "lora-r64")
 EQUAL_MEMORY = "lora-r11"
-REST = tuple(name for name in STUDY if name not in (*FIRST, *PLACED, EQUAL_MEMORY))
+REST = tuple(n for n in STUDY if n not in (*FIRST, *PLACED, *EXPLORED, EQUAL_MEMORY))
 OUTPUT_LAYER = ("head", "head-frequency")
 TELLING = ("random", "marginal", "alignment-16", "no-wds", "sl", "gl", "period-100", "budget")
 LONG_SLOTS = ("together-100", "together-100-marginal")
@@ -146,6 +147,7 @@ def study(scale: Scale) -> list[Run]:
         runs += several(scale, "pronunciation", method)
     for method in SIZES:
         runs += several(scale, "pronunciation", method)
+    runs += searches(scale, "pronunciation", *EXPLORED)
     for task, changed in (
         ("past-tense", (*DEFAULTS, *OUTPUT_LAYER)),
         ("pronunciation", TELLING),

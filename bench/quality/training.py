@@ -4,7 +4,7 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from .tasks import TASKS, Task, english
 WARMUP = 0.1  # share of the steps, as in the paper; then the rate falls to zero on a line
 CURVE_POINTS = 60
 OBSERVED = {"marginal": 0, "bf16-nearest": 0, "importance-bf16": 4, "gl": 4}  # others: Ī and Ū
+SCORED_ENGLISH = max(scale.other_text for scale in SCALES.values())
 
 
 @dataclass
@@ -59,10 +60,18 @@ def options_of(run: Run, task: Task, base: Base) -> Options:
     scale, device, splits = SCALES[run.scale], base.model.device, task.splits
     items = [i for i in splits.train if len(i.prompt) + len(i.completion) < scale.longest]
     sizes = scale.batch, run.steps, run.seed, task.max_length
-    made = {"batches": lambda: batches(items, base.tokenizer, *sizes, device)}
+    made: dict[str, Any] = {"batches": lambda: batches(items, base.tokenizer, *sizes, device)}
+    made["generic"] = lambda: generic_batches(base, scale.batch)
     made["changes"] = dict(VARIANTS[run.variant].changes) if run.variant else {}
     warmup = max(1, int(WARMUP * run.steps))
     return Options(lr=run.lr, seed=run.seed, steps=run.steps, warmup=warmup, **made)
+
+
+def generic_batches(base: Base, size: int) -> Iterator[dict[str, Tensor]]:
+    """Of English that no score is of."""
+    items = english(2 * SCORED_ENGLISH)[SCORED_ENGLISH:]
+    steps = max(1, len(items) // size)
+    return batches(items, base.tokenizer, size, steps, 0, 128, base.model.device)
 
 
 def prepare(run: Run, task: Task, model: nn.Module, base: Base) -> tuple[Prepared, Options]:

@@ -20,7 +20,8 @@ from tests.bench.quality_tiny import tiny_base, tiny_tasks
 def tiny(monkeypatch):
     for name, task in tiny_tasks().items():
         monkeypatch.setitem(TASKS, name, task)
-    monkeypatch.setattr(training, "english", lambda: TASKS["code"].splits.held_out)
+    monkeypatch.setattr(training, "english", lambda windows=0: TASKS["code"].splits.held_out)
+    monkeypatch.setattr(training, "SCORED_ENGLISH", 1)
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +105,51 @@ def test_every_variant_differs_from_the_default(variant, base, plain_runs):
         pytest.skip(str(missing))
     assert result["status"] == "ok"
     assert any(result[part] != default[part] for part in ("curve", "made", "memory"))
+
+
+@pytest.mark.parametrize("method", [name for name in STUDY if STUDY[name].explored])
+def test_every_change_that_was_tried_changes_the_run(method, base):
+    ours, theirs = (
+        training.carry_out(run_of(name, lr=3e-3, steps=10), base)
+        for name in (sections.OURS, method)
+    )
+    assert ours["curve"] != theirs["curve"]
+    if method in ("losia-quarter", "losia-stream"):  # as many values, to the rounding of such sizes
+        values = [each["memory"]["trained_values"] for each in (ours, theirs)]
+        assert 0.5 < values[0] / values[1] < 2
+    else:
+        assert ours["memory"]["trained_values"] == theirs["memory"]["trained_values"]
+
+
+def test_values_that_stay_trained_keep_their_moments(base):
+    run = run_of("losia-moments", lr=3e-3, steps=8)
+    trained, options = training.prepare(run, TASKS["pronunciation"], base.fresh(), base)
+    optimizer, moved = trained.optimizer, []
+
+    def before_move(layer, subnet):
+        state = optimizer.state[layer.subnet]
+        values = {key: state[key].clone() for key in ("exp_avg", "exp_avg_sq")}
+        moved.append((layer, values, layer.out_idx.tolist(), layer.in_idx.tolist()))
+
+    optimizer.timeline.listeners.append(before_move)
+    kept = fresh = 0
+
+    def after(step):
+        nonlocal kept, fresh
+        for layer, values, out_before, in_before in moved:
+            state = optimizer.state[layer.subnet]
+            for row, out in enumerate(layer.out_idx.tolist()):
+                for column, into in enumerate(layer.in_idx.tolist()):
+                    stays = out in out_before and into in in_before
+                    for key, then in values.items():
+                        mean = then.mean() if key == "exp_avg_sq" else torch.tensor(0.0)
+                        old = then[out_before.index(out), in_before.index(into)] if stays else mean
+                        torch.testing.assert_close(state[key][row, column], old)
+                    kept, fresh = kept + stays, fresh + (not stays)
+        moved.clear()
+
+    training.train(trained, options, after)
+    assert kept and fresh
 
 
 def test_ways_of_rounding_differ(base):
