@@ -67,8 +67,9 @@ class Store:
         return best
 
     def more_trials(self, run: Run) -> list[Run]:
-        """The trials beyond its method's own rates that the search which a run waits for, or is of, needs by now."""
-        given = run.lr is not None and run.kind != "search"
+        """The trials beyond its method's own rates that the search which a run waits for needs by now, or which it is
+        of where nothing waits."""
+        given = run.lr is not None and not STUDY[run.method].explored
         if given or run.kind in ("untrained", "sequence"):
             return []
         scale = SCALES[run.scale]

@@ -198,8 +198,9 @@ def timings(scale: Scale) -> list[Run]:
     if scale.near:
         return []
     where = scale.name, "pronunciation"
-    timed = [Run("timing", *where, name, 0, each.lrs[0], 12) for name, each in STUDY.items()]
-    others = (name for name in STUDY if name != "fft")
+    names = [name for name in STUDY if name not in EXPLORED]
+    timed = [Run("timing", *where, name, 0, STUDY[name].lrs[0], 12) for name in names]
+    others = (name for name in names if name != "fft")
     return timed + [Run("equal-time", *where, *each, None, None) for each in product(others, SEEDS)]
 
 

@@ -18,6 +18,7 @@ from bench.quality import runner
 from bench.quality.store import Store
 from bench.quality.study import (
     EQUAL_MEMORY,
+    EXPLORED,
     RATES,
     SCALES,
     SEARCH_SEED,
@@ -76,14 +77,14 @@ def test_the_list_is_whole_and_fair(scale):
         for method in STUDY:
             mine = [run for run in runs if (run.task, run.method) == (task, method)]
             if not mine:
-                some = method == EQUAL_MEMORY or STUDY[method].chooses
+                some = method == EQUAL_MEMORY or STUDY[method].chooses or method in EXPLORED
                 assert some and task != "pronunciation"
                 continue
             tried = [run.lr for run in mine if run.kind == "search"]
             assert tried == list(STUDY[method].lrs) and set(tried) < set(RATES)
             assert len(tried) >= 3
             seeds = [run.seed for run in mine if run.kind == "main"]
-            assert seeds == list(SEEDS) or (method in SIZES and not seeds)
+            assert seeds == list(SEEDS) or (method in (*SIZES, *EXPLORED) and not seeds)
     assert SEARCH_SEED not in SEEDS
     place = {run.id: number for number, run in enumerate(runs)}
     for run in runs:
@@ -171,6 +172,16 @@ def test_a_search_goes_on_until_the_best_rate_has_a_worse_one_on_both_sides(
     assert sorted(lr for kind, lr in first if kind == "search") == tried
     assert first[-3:] == [("main", best)] * 3  # before what stands after them in the list
     assert kept.best_lr("small", "past-tense", "fft") == best
+
+
+def test_a_search_that_nothing_waits_for_goes_on_too(tmp_path):
+    kept, method = Store(tmp_path), EXPLORED[0]
+    trials = list(searches(SMALL, "pronunciation", method))
+    assert not kept.more_trials(trials[0])
+    for trial, nll in zip(trials, (0.9, 0.8, 0.7), strict=True):
+        kept.write(trial, fake_result(trial, nll))
+    (more,) = kept.more_trials(trials[0])
+    assert more == trial_of(SMALL, "pronunciation", method, 3e-2)
 
 
 def test_a_trial_that_diverges_is_worse_than_any(tmp_path):
