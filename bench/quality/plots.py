@@ -9,7 +9,10 @@ from ..methods import STUDY
 from ..methods.study import TRAINED_SHARE
 from .analyses import SHARES
 from .study import LOSIA
-from .tables import Results, of, title, trials_of
+from .tables import OURS, Results, of, title, trials_of
+
+OTHERS = tuple(name for name in STUDY if not name.startswith("losia"))
+OUR_STYLE = {"color": "black", "linewidth": 2, "zorder": 3}
 
 
 def draw_plots(results: Results, tasks: list[str], scale: str, folder: Path) -> list[Path]:
@@ -32,7 +35,8 @@ def draw_plots(results: Results, tasks: list[str], scale: str, folder: Path) -> 
         return bool(axes.get_lines())
 
     whole = {f"{scale}-{n}": functools.partial(with_legend, fill=p) for n, p in pictures.items()}
-    colors = cycler(color=colormaps["tab20"].colors[::2] + ("black",))
+    bright = colormaps["tab20"].colors
+    colors = cycler(color=bright[::2] + bright[1::2])
     return draw(whole, folder, **{"font.size": 8, "axes.prop_cycle": colors})
 
 
@@ -42,12 +46,18 @@ def _nll(result: dict[str, Any], split: str = "held_out") -> float:
 
 def _learned_and_lost(results: Results, task: str, axes) -> None:
     """Cost of right answers against cost of English, a mark a seed: down and to the left is better."""
-    for method in STUDY:
-        found = of(results, task=task, kind="main", method=method)
-        mark = "s" if method.startswith("losia") else "o"
-        english = [_nll(r, "english") for r in found]
+
+    def mark(methods: list[str], label: str, **style: Any) -> None:
+        found = [r for m in methods for r in of(results, task=task, kind="main", method=m)]
         if found:
-            axes.plot([_nll(r) for r in found], english, mark, label=title(method))
+            english = [_nll(r, "english") for r in found]
+            axes.plot([_nll(r) for r in found], english, linestyle="", label=label, **style)
+
+    settings = [name for name in STUDY if name not in (OURS, *OTHERS)]
+    mark(settings, "LoSiA, other settings", marker="s", color="lightgray", markersize=4)
+    for method in OTHERS:
+        mark([method], title(method), marker="o")
+    mark([OURS], title(OURS), marker="*", markersize=11, **OUR_STYLE)
     for result in of(results, task=task, kind="untrained"):
         label = "English, untrained"
         axes.axhline(_nll(result, "english"), color="gray", linewidth=0.8, label=label)
@@ -75,10 +85,11 @@ def _lengths(results: Results, axes) -> None:
 
 def _search(results: Results, task: str, axes) -> None:
     """Cost on the search split by learning rate: how sensitive each method is."""
-    for method in STUDY:
+    for method in (OURS, *OTHERS):
         costs = sorted(trials_of(results, task, method).items())
         if costs:
-            axes.plot(*zip(*costs, strict=True), "o-", label=title(method))
+            x, y = zip(*costs, strict=True)
+            axes.plot(x, y, "o-", label=title(method), **(OUR_STYLE if method == OURS else {}))
     y = "nats a token, search split"
     axes.set(xscale="log", xlabel="learning rate", ylabel=y, title=task)
 
@@ -98,14 +109,15 @@ def _one_rate(results: Results, task: str, axes) -> None:
 
 def _loss(results: Results, task: str, axes, window: int = 8) -> None:
     """Training loss, running mean over a few points of the mean over seeds."""
-    for method in STUDY:
+    for method in (OURS, *OTHERS):
         found = of(results, task=task, kind="main", method=method)
         if found:
             points = list(zip(*(r["curve"] for r in found), strict=True))
             mean = [sum(value for _, value in point) / len(point) for point in points]
             parts = [mean[max(0, i + 1 - window) : i + 1] for i in range(len(mean))]
             smooth = [sum(part) / len(part) for part in parts]
-            axes.plot([point[0][0] for point in points], smooth, label=title(method))
+            style = OUR_STYLE if method == OURS else {}
+            axes.plot([point[0][0] for point in points], smooth, label=title(method), **style)
     axes.set(xlabel="step", ylabel="training loss, running mean", title=task)
 
 

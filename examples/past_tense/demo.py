@@ -73,7 +73,7 @@ def table(results: dict[str, dict]) -> str:
     ]
     names = {
         "before": "untrained",
-        "losia": "LoSiA p=1/8",
+        "losia": "LoSiA",
         "lora-8": "LoRA r=8",
         "lora-64": "LoRA r=64",
     }
