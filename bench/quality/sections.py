@@ -126,10 +126,13 @@ def tried(results: Results, task: str = "pronunciation") -> str:
         trials = of(results, task=task, kind="search", method=method)
         if trials:
             best = min(trials, key=lambda trial: trial["scores"]["search"][""]["nll"])
-            costs = (best["scores"][name][""]["nll"] for name in ("search", "english"))
-            rate = f"{best['run']['lr']:.0e}"
-            cells = [f"{cost:.3f}" for cost in costs]
-            rows.append([title(method), STUDY[method].settings, str(len(trials)), rate, *cells])
+            costs = [
+                best["scores"][name][""]["nll"]
+                for name in ("search", "english")
+                if name in best["scores"]
+            ]
+            cells = f"{best['run']['lr']:.0e}", *(f"{cost:.3f}" for cost in costs)
+            rows.append([title(method), STUDY[method].settings, str(len(trials)), *cells])
     head = (
         "method | what is changed | trials | best rate | nats a token on the search split"
         " | English after, nats a token"

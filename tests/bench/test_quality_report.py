@@ -13,6 +13,7 @@ from bench.quality import report
 from bench.quality.paired import Paired, holm, mean_and_spread, paired, sign_flip_test
 from bench.quality.store import Store
 from bench.quality.study import (
+    EXPLORED,
     SCALES,
     Run,
     ablations,
@@ -292,6 +293,15 @@ def test_the_report_begins_with_what_to_choose(filled, no_plots):
     assert "against full fine-tuning (1.00 M values): worse on spelling to sounds." in first[3]
     assert first[4].endswith("costs less than LoSiA p 1/8 on 1 of 1 tasks.")
     assert "LoRA r 8 3.00, LoRA r 64 3.00" in first[5] and len(first) <= 9
+
+
+def test_what_was_tried_stands_beside_the_default(filled, no_plots):
+    assert "What else was tried" not in report.render(filled)
+    trial = next(searches(SMALL, "pronunciation", EXPLORED[0]))
+    filled.write(trial, result(trial, 1.25))
+    _, *rows = table_under(report.render(filled), "What else was tried, spelling to sounds")
+    ours, theirs = ({"rate": row[3], "cost": row[4]} for row in rows)
+    assert ours == {"rate": "3e-03", "cost": "1.000"} and theirs["cost"] == "1.250"
 
 
 def test_longer_runs_are_told_beside_the_choice(filled, no_plots):
