@@ -179,7 +179,7 @@ class Timeline:
         random hold ``k_out * k_in / (out * in)`` of the sum of |g|, by which a step gets on."""
         if not self.config.scales_lr:
             return 1.0
-        return layer.out_features * layer.in_features / layer.subnet.numel()
+        return layer.out_features * layer.in_features / layer.held("subnet").numel()
 
     def plan(self, total_steps: int) -> None:
         """Say how many optimizer steps a run that begins has: settles ``period="auto"``, and warns
@@ -279,7 +279,7 @@ class Timeline:
         buffers round at every forward is neither.
         """
         for layer in layers:
-            here = layer.out_idx, layer.in_idx
+            here = layer.indices
             count = layer.moves, *map(id, here)  # loading may exchange the tensors
             known = self._places.get(layer)
             if known is not None and known[0] == count or here[0].is_meta:
