@@ -88,6 +88,11 @@ class InAgreement(nn.Module):
         """``out_idx`` and ``in_idx``, as fast as ``held``."""
         return self._buffers["out_idx"], self._buffers["in_idx"]  # type: ignore[return-value]
 
+    def lies_at(self) -> tuple[int, ...]:
+        """Differs once any of the layer's tensors is another one, or lies elsewhere."""
+        tensors = self.held("weight"), self.held("subnet"), *self.indices
+        return tuple(number for each in tensors for number in (id(each), _place(each)))
+
     @property
     def current_subnet(self) -> Subnet:
         """The neurons being trained (shares the indices)."""
