@@ -8,7 +8,6 @@ so that only a replay fills them; and what waits for the GPU is refused.
 import contextlib
 import traceback
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,6 +57,10 @@ class Graph(TorchDispatchMode):
                         old.detach().copy_(new)
 
 
+class Stream:
+    def wait_stream(self, other: "Stream") -> None: ...
+
+
 def looks_at_labels() -> bool:
     """The fused loss reads labels on the CPU alone, where these are."""
     return any(frame.name == "losia_linear_cross_entropy" for frame in traceback.extract_stack())
@@ -89,13 +92,12 @@ def graphs(monkeypatch) -> list[Graph]:
         finally:
             capturing.clear()
 
-    stream = SimpleNamespace(wait_stream=lambda other: None)
     for name, answer in {
         "CUDAGraph": Graph,
         "graph": graph,
         "graph_pool_handle": object,
-        "Stream": lambda: stream,
-        "current_stream": lambda: stream,
+        "Stream": Stream,
+        "current_stream": Stream,
         "stream": lambda stream: contextlib.nullcontext(),
         "device": lambda device: contextlib.nullcontext(),
         "is_current_stream_capturing": lambda: bool(capturing),

@@ -116,9 +116,25 @@ def test_micro_batches_accumulate(graphs, config, set_to_none):
     twins(graphs, config, micro=3, set_to_none=set_to_none)
 
 
-@pytest.mark.parametrize("set_to_none", [True, False])
-def test_a_shape_that_comes_in_the_middle_of_a_slot_is_captured_then(graphs, set_to_none):
-    twins(graphs, BY_IMPORTANCE, set_to_none=set_to_none, lengths=(5, 4))
+def test_a_shape_that_comes_in_the_middle_of_a_slot_is_captured_then(graphs):
+    twins(graphs, BY_IMPORTANCE, lengths=(5, 4))
+
+
+def test_gradients_zeroed_without_a_step_are_void_and_nobody_waits_to_see_it(graphs):
+    (captured, first), (plain, second) = make(BY_IMPORTANCE), make(BY_IMPORTANCE)
+    spike, batch = make_batches(2)
+    batch = {name: value[:, :4] for name, value in batch.items()}
+    of_loss = CapturedBackward(lambda batch: captured(**batch).loss, first)
+    other = plain_backward(lambda batch: plain(**batch).loss)
+    for model, optimizer, backward in ((captured, first, of_loss), (plain, second, other)):
+        for _ in range(2):
+            backward(spike)
+            model.zero_grad(set_to_none=False)
+            backward(batch)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert first.timeline.step == 2 and len(graphs) == 2
+    check_same(captured, plain)
 
 
 @pytest.mark.parametrize("config", [AT_RANDOM, BY_IMPORTANCE], ids=["random", "importance"])
