@@ -8,7 +8,8 @@ against torch's AdamW: medians of CPU time of this process, which other work on 
 The rows "launches stubbed" go the way that a GPU's tensors go, on a CPU: all of LoSiA's Python up to the launches of
 its kernels, which do nothing. Left out are Triton's own launch and the copy of the step's table; torch's matmuls still
 run on the CPU. "In a graph" is what a replay of ``CapturedBackward`` leaves to the host: a look at what may have
-changed, and the gradients' way into ``.grad``. It is the cost of the host code to be lowered, not the time of anything on a GPU."""
+changed, and the gradients' way into ``.grad``. It is the cost of the host code to be lowered, not the time of anything
+on a GPU."""
 
 import contextlib
 import statistics
