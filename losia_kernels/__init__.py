@@ -27,6 +27,7 @@ from .layers.module import losia_layers
 from .layers.subnet import Subnet
 from .training.attach import attach
 from .training.calibrate import calibrate, start_from_frequency
+from .training.capture import CapturedBackward
 from .training.optimizer import LoSiAAdamW
 from .training.selection import NonFiniteScoreError, select_subnet
 from .training.timeline import Timeline
@@ -34,6 +35,7 @@ from .training.timeline import Timeline
 __version__ = "0.1.0"
 
 __all__ = [
+    "CapturedBackward",
     "LoSiAAdamW",
     "LoSiAConfig",
     "LoSiALinear",

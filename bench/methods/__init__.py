@@ -5,12 +5,12 @@ from ..harness.jobs import MissingPeer
 from .adapters import DORA, FUSED_LORA, LORA, LORA_DEFAULTS, LORA_FLOAT32, PISSA
 from .base import DEFAULTS, Method, Options, Prepared, UnknownMethod
 from .galore import GALORE, GALORE_PER_LAYER
-from .losia import DENSE, DENSE_OFF, PRO, PRO_FUSED, PRO_LEAN, PRO_OFF
+from .losia import DENSE, DENSE_OFF, PRO, PRO_CAPTURED, PRO_FUSED, PRO_LEAN, PRO_OFF
 from .plain import FROZEN, FULL
 from .study import STUDY, VARIANTS
 
 _ALL = (FROZEN, PRO, LORA, LORA_FLOAT32, PRO_FUSED, DORA, DENSE, FUSED_LORA, FULL, GALORE, PISSA)
-_ALL += (LORA_DEFAULTS, PRO_LEAN, GALORE_PER_LAYER, PRO_OFF, DENSE_OFF)
+_ALL += (LORA_DEFAULTS, PRO_LEAN, GALORE_PER_LAYER, PRO_CAPTURED, PRO_OFF, DENSE_OFF)
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 # A layer alone cannot say who observes, so both kinds of step are measured; in a model one block of
 # many observes.

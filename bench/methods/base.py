@@ -48,6 +48,7 @@ class Prepared:
     optimizer: torch.optim.Optimizer | None
     trained: int
     finish: Callable[[], nn.Module] | None = None
+    captured: bool = False  # forward and backward are one CUDA graph, where there is a GPU
     autocast: bool = False  # float32 adapters in a 16-bit model, as Trainer(bf16=True) runs them
     subnets: dict[str, LoSiALinear] = field(default_factory=dict)  # whose gradient is gated
     made: dict[str, Any] = field(default_factory=dict)

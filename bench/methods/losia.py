@@ -64,6 +64,7 @@ def prepare(
     observing: bool = True,
     fused_loss: bool = False,
     lean: bool = False,
+    captured: bool = False,
 ) -> Prepared:
     """A slot that never ends: one decoder block observes, as in every step of a run, and nothing is relocalized. What a
     relocalization costs is measured by the scaling suite."""
@@ -86,7 +87,8 @@ def prepare(
             layer.__class__ = DenseGradientLinear
     gated = {} if lean else layers  # gradients used up in the backward cannot be compared
     trained = count(trained_parameters(model))
-    return Prepared(model, optimizer, trained, lambda: remove_losia(model), subnets=gated)
+    made = {"subnets": gated, "captured": captured}
+    return Prepared(model, optimizer, trained, lambda: remove_losia(model), **made)
 
 
 # a run of the study ---------------------------------------------------------------------------------
@@ -153,5 +155,6 @@ PRO_FUSED = _losia("losia-pro-fused", f"{OURS}, loss without logits", fused_loss
 PRO_LEAN = _losia(
     "losia-pro-lean", f"{OURS}, least memory for float32 values", fused_loss=True, lean=True
 )
+PRO_CAPTURED = _losia("losia-pro-captured", f"{OURS}, one CUDA graph", captured=True)
 DENSE = _losia("losia-dense", "LoSiA, dense gradient", dense=True)
 DENSE_OFF = _losia("losia-dense-off", f"LoSiA, dense gradient, {OFF}", dense=True, observing=False)

@@ -7,18 +7,21 @@ against torch's AdamW: medians of CPU time of this process, which other work on 
 
 The rows "launches stubbed" go the way that a GPU's tensors go, on a CPU: all of LoSiA's Python up to the launches of
 its kernels, which do nothing. Left out are Triton's own launch and the copy of the step's table; torch's matmuls still
-run on the CPU. It is the cost of the host code to be lowered, not the time of anything on a GPU."""
+run on the CPU. "In a graph" is what a replay of ``CapturedBackward`` leaves to the host: a look at what may have
+changed, and the gradients' way into ``.grad``. It is the cost of the host code to be lowered, not the time of anything
+on a GPU."""
 
 import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
-from losia_kernels import LoSiAAdamW, LoSiAConfig, apply_losia
+from losia_kernels import CapturedBackward, LoSiAAdamW, LoSiAConfig, apply_losia
 
 LAYERS, FEATURES, TOKENS = 210, 16, 4  # as many linears as SmolLM2-135M's blocks have
 WARM_UP, REPEATS = 5, 30
@@ -52,6 +55,34 @@ def make(kind: str) -> tuple[nn.Module, torch.optim.Optimizer | None]:
     return chain, LoSiAAdamW(chain, lr=1e-3, in_backward=kind == "losia, in backward")
 
 
+class NoGraph:
+    """In the place of ``torch.cuda.CUDAGraph``."""
+
+    def replay(self) -> None: ...
+
+
+@contextlib.contextmanager
+def graphs_stubbed() -> Iterator[None]:
+    """Graphs are captured of nothing, and replays leave everything as it was."""
+    from losia_kernels.training import capture
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    with contextlib.ExitStack() as stack:
+        for name, answer in {
+            "CUDAGraph": NoGraph,
+            "graph": lambda graph, **options: contextlib.nullcontext(),
+            "graph_pool_handle": object,
+            "Stream": lambda: stream,
+            "current_stream": lambda: stream,
+            "stream": lambda stream: contextlib.nullcontext(),
+        }.items():
+            stack.enter_context(patch.object(torch.cuda, name, answer))
+        fork = patch.object(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+        stack.enter_context(fork)
+        stack.enter_context(patch.object(capture, "_has_graphs", lambda device: True))
+        yield
+
+
 class NoKernel:
     """``kernel[grid](...)`` that launches nothing."""
 
@@ -76,9 +107,11 @@ def launches_stubbed() -> Iterator[None]:
         yield
 
 
-def microseconds(kind: str) -> dict[str, float]:
+def microseconds(kind: str, captured: bool = False) -> dict[str, float]:
+    """Of a captured form forward and backward are one: the backward's column has both."""
     chain, optimizer = make(kind)
-    x = torch.randn(TOKENS, FEATURES, requires_grad=True)
+    x = torch.randn(TOKENS, FEATURES, requires_grad=not captured)
+    replay = CapturedBackward(lambda x: chain(x).sum(), optimizer) if captured else None
     times: dict[str, list[float]] = {phase: [] for phase in PHASES}
 
     def timed(phase: str, run: Callable[[], Tensor | None]) -> Tensor | None:
@@ -88,8 +121,11 @@ def microseconds(kind: str) -> dict[str, float]:
         return result
 
     for _ in range(WARM_UP + REPEATS):
-        loss = timed("forward", lambda: chain(x).sum())
-        timed("backward", loss.backward)
+        if replay is None:
+            loss = timed("forward", lambda: chain(x).sum())
+            timed("backward", loss.backward)
+        else:
+            timed("backward", lambda: replay(x))
         if optimizer is not None:
             timed("step", optimizer.step)
             optimizer.zero_grad()
@@ -109,6 +145,8 @@ def report() -> str:
     with launches_stubbed():
         for kind in KINDS[2:]:
             measured[f"{kind}, launches stubbed"] = microseconds(kind)
+        with graphs_stubbed():
+            measured["losia, in a graph, launches stubbed"] = microseconds("losia", captured=True)
     for kind, times in measured.items():
         cells = (f"{times[p]:>10.1f}" if p in times else f"{'':>10}" for p in PHASES)
         lines.append(f"{kind:<36} {' '.join(cells)}")

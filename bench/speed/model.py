@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from losia_kernels import CapturedBackward
 from losia_kernels.finetune.estimate import estimate
 
 from ..harness.gates import Reference
@@ -69,6 +70,12 @@ def prepare(run: Run, model: nn.Module) -> Prepared:
 
 def step_phases(prepared: Prepared, ids: Tensor) -> dict:
     state: dict[str, Tensor] = {}
+    if prepared.captured and prepared.optimizer is not None:
+        replay = CapturedBackward(
+            lambda ids: prepared.module(input_ids=ids, labels=ids).loss, prepared.optimizer
+        )
+        phases = {"forward": lambda number: None, "backward": lambda number: replay(ids)}  # both
+        return {**phases, "other": lambda number: prepared.update()}
 
     def forward(number: int) -> None:
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=prepared.autocast):
@@ -127,6 +134,9 @@ def _runs(device: torch.device) -> Iterator[tuple[float, Run]]:
     if device.type != "cuda":
         yield from ((20 + rank, Run(each, "smollm2-135m", 1, 128, False)) for rank, each in ranked)
         return
+    for rank, method in ranked:  # bound by the host without a graph
+        if method in ("frozen", "losia-pro", "losia-pro-captured"):
+            yield 21.5 + rank, Run(method, "smollm2-135m", GPU_BATCH, GPU_CONTEXT, False)
     llama = ("llama-2-7b", GPU_BATCH, GPU_CONTEXT)
     for (rank, method), checkpointing in itertools.product(ranked, (True, False)):
         priority = 20 + (not checkpointing) + rank + (20 if method in LATE else 0)

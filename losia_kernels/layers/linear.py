@@ -47,8 +47,18 @@ class _SubnetLinear(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
-    @once_differentiable  # a second derivative would miss dx's dependence on the subnet, silently
     def backward(ctx, dy):
+        if torch.is_grad_enabled():
+            return _SubnetLinear.last_backward(ctx, dy)
+        return _SubnetLinear.gradients(ctx, dy)
+
+    @staticmethod
+    @once_differentiable  # a second derivative would miss dx's dependence on the subnet, silently
+    def last_backward(ctx, dy):
+        return _SubnetLinear.gradients(ctx, dy)
+
+    @staticmethod
+    def gradients(ctx, dy):
         x, weight, out_idx, in_idx = ctx.saved_tensors
         dx = d_bias = d_subnet = d_weight = None
         if ctx.needs_input_grad[0]:
@@ -166,7 +176,7 @@ class LoSiALinear(SubnetModule, nn.Linear):
         Raises:
             RuntimeError: an optimizer has stepped the subnet, and nobody has written it back.
         """
-        matrix, bias, subnet = self.matrix, self.bias, self.subnet  # once: slow to look up
+        matrix, bias, subnet = self.matrix, self.held("bias"), self.held("subnet")
         training = torch.is_grad_enabled() and subnet.requires_grad
         self.sync_before_use_(training)
         if not training:
@@ -177,14 +187,14 @@ class LoSiALinear(SubnetModule, nn.Linear):
         given = x
         if autocast and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))  # before the function, so it keeps this one
-        k_out, k_in = subnet.shape
+        (k_out, k_in), (out_idx, in_idx) = subnet.shape, self.indices
         return _SubnetLinear.apply(
             x,
             matrix,
             bias,
             subnet,
-            None if k_out == self.out_features else self.out_idx,
-            None if k_in == self.in_features else self.in_idx,
+            None if k_out == self.out_features else out_idx,
+            None if k_in == self.in_features else in_idx,
             self._probe,
             self.alignment,
             self.keeps_input and x is given,  # a cast of x is this layer's own

@@ -137,7 +137,7 @@ class SubnetModule(InAgreement):
     def matrix(self) -> Tensor:
         """The weight as ``[out, in]``, as subnets, gradients and importance see it, however the
         model stores it."""
-        return self.weight
+        return self.held("weight")
 
     @property
     def _subnet_dtype(self) -> torch.dtype:

@@ -44,6 +44,8 @@ class Layer(Protocol):
     def weight(self) -> Any: ...
     @property
     def matrix(self) -> Tensor: ...
+    @property
+    def indices(self) -> tuple[Tensor, Tensor]: ...
     def note_agreement_(self) -> None: ...
     def write_back_(self) -> None: ...
     def move_subnet_(self, subnet: Any) -> None: ...
@@ -76,6 +78,10 @@ class Whole:
         """Raise ValueError, ``what``, if state that was loaded is ``missing`` a part that others
         may have; of whole state what is missing was not there."""
 
+    def local(self, tensor: Tensor) -> Tensor:
+        """The part of a subnet, or of what belongs to one, that is here, to read and to write."""
+        return tensor
+
     def rows(self, layer: Layer) -> RowShard:
         """The outputs of the layer that are here."""
         return RowShard(Ranks(), layer.out_features)
@@ -94,7 +100,7 @@ class Whole:
 
     def target(self, layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
         """Where an update writes its new values: a matrix, ``out_idx`` and ``in_idx`` of it."""
-        return layer.matrix, layer.out_idx, layer.in_idx
+        return layer.matrix, *layer.indices
 
     def finish_(self, layers: Iterable[Layer]) -> None:
         """The subnets were updated, and their values written to ``target``: now the weights have
@@ -162,6 +168,9 @@ class Sharded:
     def check_complete(self, missing: bool, what: str) -> None:
         if missing:
             raise ValueError(what)
+
+    def local(self, tensor: Tensor) -> Tensor:
+        return local(tensor)
 
     def rows(self, layer: Layer) -> RowShard:
         return RowShard(self.ranks, layer.out_features)

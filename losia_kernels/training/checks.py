@@ -72,13 +72,14 @@ def check_held(optimizer: torch.optim.Optimizer, layers: Iterable[SubnetModule])
     """Raise RuntimeError if the optimizer would step subnets that the model no longer has."""
     held = {id(parameter) for parameter in parameters_of(optimizer)}
     for layer in layers:
-        if layer.subnet.grad is not None and layer.membership is None:
+        subnet = layer.held("subnet")
+        if layer.membership is None and subnet.grad is not None:
             raise RuntimeError(
                 f"{layer.name}: its subnet has a gradient, but its adapter is not in the weight: "
                 f"step before another adapter is activated, or this one disabled"
             )
-        if layer.subnet.requires_grad and id(layer.subnet) not in held:
-            if owned_by_deepspeed(layer.subnet):
+        if id(subnet) not in held and subnet.requires_grad:
+            if owned_by_deepspeed(subnet):
                 raise RuntimeError(f"{layer.name}: {NO_DEEPSPEED}")
             raise RuntimeError(
                 f"{layer.name}: the optimizer holds another subnet than the model; make the "
@@ -98,8 +99,10 @@ def check_dtypes(
         known: the dtypes at the last update, which become those of now.
     """
     for layer in layers:
-        subnet, before = layer.subnet, known.get(layer)
-        for key, value in optimizer.state.get(subnet, {}).items() if subnet.dtype != before else ():
+        subnet, before = layer.held("subnet"), known.get(layer)
+        if subnet.dtype == before:
+            continue
+        for key, value in optimizer.state.get(subnet, {}).items():
             if isinstance(value, Tensor) and value.dtype == before and value.dim() == 2:
                 raise RuntimeError(
                     f"{layer.name}: its subnet has become {subnet.dtype}, but the optimizer's {key} "

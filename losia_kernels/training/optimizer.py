@@ -170,7 +170,9 @@ class LoSiAAdamW(torch.optim.Optimizer):
         updated: list[SubnetModule] = []
         alike: dict[Options, list[Update]] = {}
         for number in numbers:
-            layers = [layer for layer in self._groups[number] if layer.subnet.grad is not None]
+            layers = [
+                layer for layer in self._groups[number] if layer.held("subnet").grad is not None
+            ]
             if layers:
                 lr, options = self._hyperparameters(number)
                 for layer in layers:
@@ -209,22 +211,22 @@ class LoSiAAdamW(torch.optim.Optimizer):
         is."""
         scale = self.timeline.scale_of(layer)
         options = (*options[:3], options[3] / scale)
-        subnet, grad = layer.subnet, layer.subnet.grad
-        assert grad is not None  # of a layer to update
-        state = self._subnet_state(subnet)
+        subnet = layer.held("subnet")
+        state, placement = self._subnet_state(subnet), self.timeline.placement
         step = int(state["step"]) + 1
         state["step"].fill_(step)  # on the CPU
-        weight, out_idx, in_idx = self.timeline.placement.target(layer)
+        weight, out_idx, in_idx = placement.target(layer)
+        here = placement.local
         update = Update(
             weight=weight,
-            subnet=local(subnet),
-            grad=local(grad).contiguous(),
+            subnet=here(subnet),
+            grad=here(subnet.grad).contiguous(),
             out_idx=out_idx,
             in_idx=in_idx,
             lr=lr * scale,
             step=step,
             seed=self._seed(layer) if self._form.stochastic(subnet) else None,
-            **{key: local(state[key]) for key in SUBNET_STATE[1:] if key in state},
+            **{key: here(state[key]) for key in SUBNET_STATE[1:] if key in state},
         )
         return update, options
 

@@ -106,6 +106,12 @@ class Pending:
         placement: Placement,
     ) -> None:
         """A backward has given the layer a dense gradient, or a part of it."""
+        if _is_captured(layer.out_idx):
+            raise RuntimeError(
+                f"{layer.name}: it observes, and a captured backward would show its gradient once and "
+                f"not in replays: capture with losia_kernels.CapturedBackward, which shows it each "
+                f"time and captures anew when others observe"
+            )
         if isinstance(gradient, Tensor):
             gradient = placement.keep(layer, gradient)
         given = self._given.get(layer)
@@ -131,7 +137,7 @@ class Pending:
         grad = layer.subnet.grad
         if grad is not None:
             version = self._given[layer][1] if layer in self._given else grad._version
-            if grad._version == version or bool(grad.any()):
+            if grad._version == version or _is_captured(grad) or bool(grad.any()):
                 return
         this = _running_backward(layer)
         self._ahead.pop(layer, None)
@@ -244,6 +250,10 @@ def _show(
             grad.masked_fill_((anyone == 0).to(grad.device), torch.nan)
         scale = grad_scale if shown is None else shown.grad_scale
         observer.observe(weight.to(grad.device), grad, scale, rows, outputs)
+
+
+def _is_captured(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _running_backward(layer: SubnetModule) -> int:

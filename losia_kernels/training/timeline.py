@@ -59,6 +59,7 @@ class Timeline:
         config: of layers that were placed by hand.
 
     Attributes:
+        model: the one that was given.
         clock: the steps taken and whose turn it is; one optimizer step is one step of the clock,
             however many micro-batches it had.
         groups: the layers of each group, by group number, in model order; ``group_names`` names
@@ -112,7 +113,7 @@ class Timeline:
         self.handles: list[Any] = []
         self.drives = True
 
-        self._model = model
+        self.model = model
         self._placement: Placement | None = None
         self._before_first_step = True
         self._problem: str | None = None
@@ -179,7 +180,7 @@ class Timeline:
         random hold ``k_out * k_in / (out * in)`` of the sum of |g|, by which a step gets on."""
         if not self.config.scales_lr:
             return 1.0
-        return layer.out_features * layer.in_features / layer.subnet.numel()
+        return layer.out_features * layer.in_features / layer.held("subnet").numel()
 
     def plan(self, total_steps: int) -> None:
         """Say how many optimizer steps a run that begins has: settles ``period="auto"``, and warns
@@ -279,7 +280,7 @@ class Timeline:
         buffers round at every forward is neither.
         """
         for layer in layers:
-            here = layer.out_idx, layer.in_idx
+            here = layer.indices
             count = layer.moves, *map(id, here)  # loading may exchange the tensors
             known = self._places.get(layer)
             if known is not None and known[0] == count or here[0].is_meta:
@@ -300,7 +301,7 @@ class Timeline:
             layers = self.groups[group]
             unseen = [layer for layer in layers if not self.observers[layer].seen]
             try:
-                check_unchanged(self._model, unseen)
+                check_unchanged(self.model, unseen)
             except ValueError as error:
                 warnings.warn(f"LoSiA: {error}", stacklevel=4)
             warn_of_frozen_since([layer for layer in unseen if layer in self._trained])
@@ -309,8 +310,7 @@ class Timeline:
                 warnings.warn(
                     f"LoSiA: {self.group_names[group]} got gradients, but no backward has observed "
                     f"it in its slot, and its subnets stay where they are. A replayed CUDA graph "
-                    f"observes what it did when it was captured: capture it anew whenever "
-                    f"timeline.observing changes, and call step() outside of it",
+                    f"shows nothing to those who observe: use losia_kernels.CapturedBackward",
                     stacklevel=4,
                 )
 
@@ -362,7 +362,7 @@ class Timeline:
         """Where the layers' weights are. Looked up anew until the first step: accelerate makes the
         optimizer first, asks for its state, and then makes the shards."""
         if self._placement is None or self._before_first_step:
-            self._placement = find_placement(self._model, self.layers, self.ranks)
+            self._placement = find_placement(self.model, self.layers, self.ranks)
         return self._placement
 
     def check_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -387,7 +387,7 @@ class Timeline:
         """
         if self._before_first_step:
             self._before_first_step = False
-            check_unchanged(self._model, self.layers)
+            check_unchanged(self.model, self.layers)
             warn_of_frozen_since([layer for layer in self._trained if layer not in updated])
             check_gradients(self.layers, updated)
 

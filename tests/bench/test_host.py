@@ -32,3 +32,12 @@ def test_with_launches_stubbed_nothing_is_computed_and_steps_count(kind, monkeyp
     # what is gathered, gradients, updates
     assert len(launched) == 14 + 14 + (1 if kind == "losia" else 14)
     assert all(optimizer.state[layer.subnet]["step"] == 2 for layer in layers)
+
+
+def test_in_a_graph_the_host_is_busy_with_gradients_and_the_step_alone(monkeypatch):
+    monkeypatch.setattr(host, "LAYERS", 14)
+    with host.launches_stubbed(), host.graphs_stubbed():
+        found = host.microseconds("losia", captured=True)
+        eager = host.microseconds("losia")
+    assert set(found) == {"backward", "step"}
+    assert found["backward"] < eager["forward"] + eager["backward"]

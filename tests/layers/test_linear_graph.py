@@ -7,7 +7,7 @@ import torch._dynamo
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from losia_kernels import LoSiAAdamW, LoSiALinear, apply_losia
+from losia_kernels import LoSiALinear, apply_losia
 from losia_kernels.layers.module import losia_layers
 from tests.tiny import HIDDEN, Block, paper
 
@@ -163,49 +163,3 @@ def test_compiled_while_observing_with_checkpointing_inside(compiled_graphs):
     assert len(graphs) == 1 and eager.keys() == traced.keys()
     for name, grad in eager.items():
         torch.testing.assert_close(traced[name], grad)
-
-
-# CUDA graphs --------------------------------------------------------------------------------------
-
-
-@pytest.mark.gpu
-def test_a_captured_backward_replays_and_observes_until_it_is_captured_anew():
-    """Forward and backward in a graph, step() outside; captured again whenever other layers
-    observe."""
-
-    def made() -> tuple[nn.Module, LoSiAAdamW]:
-        torch.manual_seed(0)
-        model = apply_losia(
-            nn.Sequential(Block(), Block()), paper(rank_factor=0.5, period=2)
-        ).cuda()
-        return model, LoSiAAdamW(model, lr=0.01)
-
-    def backward(model: nn.Module) -> None:
-        for _, layer in losia_layers(model):
-            layer.subnet.grad = None
-        model(x).square().sum().backward()
-
-    (captured, first), (plain, second) = made(), made()
-    x = torch.zeros(4, HIDDEN, device="cuda")
-    graph, seen = torch.cuda.CUDAGraph(), None
-    for step in range(8):
-        x.copy_(torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(step)))
-        if seen != first.timeline.observing:
-            seen, graph = first.timeline.observing, torch.cuda.CUDAGraph()
-            beside = torch.cuda.Stream()
-            beside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(beside):
-                # compiles the kernels; the importance counts it, so the other one does the same
-                backward(captured)
-            torch.cuda.current_stream().wait_stream(beside)
-            backward(plain)
-            with torch.cuda.graph(graph):
-                backward(captured)
-        graph.replay()
-        backward(plain)
-        first.step()
-        second.step()
-    for (name, mine), (_, theirs) in zip(losia_layers(captured), losia_layers(plain), strict=True):
-        assert torch.equal(mine.in_idx, theirs.in_idx) and torch.equal(
-            mine.weight, theirs.weight
-        ), name

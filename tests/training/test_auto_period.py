@@ -131,7 +131,7 @@ def test_before_the_first_step_another_length_can_be_told():
     assert optimizer.timeline.config.period == 1 and optimizer.timeline.observing == (0,)
     optimizer.timeline.plan(STEPS)
     assert optimizer.timeline.config.period == 3 and optimizer.timeline.observing == ()
-    take_step(optimizer.timeline._model, optimizer, make_batches(1)[0])
+    take_step(optimizer.timeline.model, optimizer, make_batches(1)[0])
     optimizer.timeline.plan(100)
     assert optimizer.timeline.config.period == 3
 

@@ -1,0 +1,5 @@
+"""Fixtures of the tests of training."""
+
+from tests.training.fake_graphs import graphs
+
+__all__ = ["graphs"]
