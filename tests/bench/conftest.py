@@ -1,8 +1,12 @@
 """A model small enough to train in a test, under the name "tiny"."""
 
+import importlib.util
+
 import pytest
 
 from bench.speed.models import CONFIGS
+from tests.conftest import INTERPRETED
+from tests.liger import interpreted
 
 TINY = {
     **{"model_type": "llama", "hidden_size": 64, "intermediate_size": 160, "vocab_size": 96},
@@ -16,3 +20,13 @@ def tiny(monkeypatch) -> str:
     pytest.importorskip("transformers")
     monkeypatch.setitem(CONFIGS, "tiny", TINY)
     return "tiny"
+
+
+@pytest.fixture
+def ligers_kernels():
+    """Liger's run, under Triton's interpreter."""
+    if not INTERPRETED or importlib.util.find_spec("liger_kernel") is None:
+        yield
+        return
+    with interpreted():
+        yield
