@@ -1,6 +1,8 @@
 """A model small enough to train in a test, under the name "tiny"."""
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 
 import pytest
 
@@ -22,11 +24,15 @@ def tiny(monkeypatch) -> str:
     return "tiny"
 
 
+@contextlib.contextmanager
+def ligers_kernels_run() -> Iterator[None]:
+    """Under Triton's interpreter, where Liger is installed and kernels are not compiled."""
+    there = INTERPRETED and importlib.util.find_spec("liger_kernel") is not None
+    with interpreted() if there else contextlib.nullcontext():
+        yield
+
+
 @pytest.fixture
 def ligers_kernels():
-    """Liger's run, under Triton's interpreter."""
-    if not INTERPRETED or importlib.util.find_spec("liger_kernel") is None:
-        yield
-        return
-    with interpreted():
+    with ligers_kernels_run():
         yield
