@@ -92,7 +92,7 @@ def _runs() -> Iterator[tuple[float, Run]]:
     llama, shares = ("llama-2-7b", 4, 2048), (1 / 16, 1 / 8, 1 / 4, 1 / 2)
     yield 28, Run("losia-pro", *llama, True, Options(1 / 8, 1 / 8))
     yield 28, Run("lora", *llama, True)
-    methods = "losia-pro lora lora-fp32 dora losia-dense full galore frozen".split()
+    methods = "losia-pro lora lora-fp32 dora losia-liger lora-liger frozen-liger losia-dense full galore frozen".split()
     for method, checkpointing in itertools.product(methods, (True, False)):
         yield 85, Run(method, *llama, checkpointing)
     for p_o, p in itertools.product((1 / 8, 1.0), shares):

@@ -97,8 +97,8 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
         monkeypatch.setitem(CONFIGS, name, {**config, **TINY, **kind})
     for module in (layer, model):
         monkeypatch.setattr(module, "GPU_BATCH", 2)
-        monkeypatch.setattr(module, "GPU_CONTEXT", 32)
-    monkeypatch.setattr(model, "GATE_TOKENS", 32)
+        monkeypatch.setattr(module, "GPU_CONTEXT", 8)
+    monkeypatch.setattr(model, "GATE_TOKENS", 8)
     with ligers_kernels_run(), MadeOnTheCpu():
         yield SimpleNamespace(allocator=allocator, spins=spins)
 
