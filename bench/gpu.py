@@ -33,7 +33,7 @@ SANITIZED = (
     "test_cross_entropy.py::test_any_strides",
 )
 MINUTES = {"layer": 1.7, "variants": 2.0, "ops": 1.3, "model": 0.7}
-TELLING = "frozen,losia-pro-off,losia-pro,lora,dora"
+TELLING = "frozen,losia-pro-off,losia-pro,lora,dora,losia-liger-off,lora-liger,frozen-liger"
 OPS = "subnet_grad,gather_features,subnet_adamw_,importance_update_"
 TRAFFIC = "dram__bytes_read.sum,dram__bytes_write.sum,lts__t_bytes.sum,gpu__time_duration.sum"
 TAIL = 2000  # characters of output that are recorded

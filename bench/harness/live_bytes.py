@@ -28,6 +28,8 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _see(self, tensor: torch.Tensor) -> None:
+        if tensor.device.type == "meta":  # a shape, not even of a run without contents
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._sizes:

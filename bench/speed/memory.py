@@ -43,10 +43,11 @@ class LoRA(Setting):
         return saved + per_token * self.rank * len(shape.linears)
 
     def block_workspace(self, shape: ModelShape, observing: bool) -> int:
-        """And the gradient of the cast input."""
-        cast = self.adapter_bytes > self.weight_bytes
-        gradient = FLOAT32 * self.tokens * shape.intermediate if cast else 0
-        return super().block_workspace(shape, observing) + gradient
+        """And the gradient of the cast input; the adapter's share of down_proj's, where nothing else is as large."""
+        wide = self.tokens * shape.intermediate
+        gradient = FLOAT32 * wide if self.adapter_bytes > self.weight_bytes else 0
+        share = self.weight_bytes * wide if self.liger else 0
+        return super().block_workspace(shape, observing) + gradient + share
 
 
 @dataclass(frozen=True)
@@ -129,4 +130,7 @@ SETTINGS: dict[str, Setting] = {  # by the name of a method
     "losia-pro-fused": LoSiA(fused_loss=True),
     "losia-pro-lean": LoSiA(fused_loss=True, **LEAN_CONFIG, **LEAN_OPTIMIZER),
     "losia-dense": Dense(),
+    "frozen-liger": Setting(liger=True, fused_loss=True),
+    "lora-liger": LoRA(liger=True, fused_loss=True),
+    "losia-liger": LoSiA(liger=True, fused_loss=True),
 }

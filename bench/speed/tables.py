@@ -13,7 +13,11 @@ from .slopes import describe_slopes
 
 Row = dict[str, Any]
 Rows = list[Row]
-HAVE_SLOTS = ("losia-pro", "losia-dense")  # at layer level each has a row outside its slot too
+HAVE_SLOTS = (
+    "losia-pro",
+    "losia-dense",
+    "losia-liger",
+)  # at layer level each has a row outside its slot too
 WHY_NOT = {"missing": "not run", "red": "wrong result", "failed": "failed"}
 
 

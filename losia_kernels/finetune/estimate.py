@@ -109,7 +109,8 @@ class ModelShape:
 class Setting:
     """What is run, with every weight frozen: what each kind of training below adds to.
 
-    Sizes in bytes unless they say ``values``.
+    Sizes in bytes unless they say ``values``. ``liger``: RMSNorm, rotary embedding and gated MLP are
+    Liger-Kernel's.
     """
 
     batch: int = 4
@@ -117,6 +118,7 @@ class Setting:
     checkpointing: bool = False
     weight_bytes: int = 2
     fused_loss: bool = False  # the loss without logits, which ``apply_losia`` sets up
+    liger: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch", "context"):
@@ -146,7 +148,8 @@ class Setting:
         return 0
 
     def saved_by_norm(self, shape: ModelShape) -> int:
-        return FLOAT32 * self.tokens * (shape.hidden + 1)  # the input in float32 and 1/rms
+        width = self.weight_bytes if self.liger else FLOAT32
+        return self.tokens * (width * shape.hidden + FLOAT32)  # the input and 1/rms
 
     def saved_by_linears(self, shape: ModelShape, observing: bool) -> int:
         """Of one block, beyond what attention, norms and activations keep."""
@@ -160,15 +163,18 @@ class Setting:
     def saved_by_block(self, shape: ModelShape, observing: bool) -> int:
         """What the backward of one block needs."""
         attention, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        # q, k, v, out and log-sum-exp; gate, its activation, up
-        values = 2 * attention + 2 * kv + 3 * shape.intermediate
+        # q, k, v, out and log-sum-exp; gate, its activation (which Liger computes again), up
+        values = 2 * attention + 2 * kv + (2 if self.liger else 3) * shape.intermediate
         saved = self.tokens * (self.weight_bytes * values + FLOAT32 * shape.heads)
         return saved + 2 * self.saved_by_norm(shape) + self.saved_by_linears(shape, observing)
 
     def block_workspace(self, shape: ModelShape, observing: bool) -> int:
         """While a block's MLP is differentiated: gradients of activations."""
         wide = self.weight_bytes * self.tokens * shape.intermediate
-        flowing = 3 * wide + 2 * self.weight_bytes * self.tokens * shape.hidden
+        # Liger writes two of them over what it has saved
+        flowing = (
+            1 if self.liger else 3
+        ) * wide + 2 * self.weight_bytes * self.tokens * shape.hidden
         # down_proj's saved input is free by then
         return flowing - (wide if self.saved_by_linears(shape, observing) >= wide else 0)
 
@@ -311,7 +317,8 @@ def estimate(shape: ModelShape, setting: Setting) -> Memory:
     # logits; with them: log-probabilities, their gradient and the logits' gradient, float32
     fused = 2 * inputs + b * min(logits, CHUNK_BYTES // FLOAT32)
     losses = fused if setting.fused_loss else 3 * FLOAT32 * logits
-    norm = 5 * FLOAT32 * setting.tokens * shape.hidden  # its backward, five tensors at once
+    # the last norm's backward: five tensors at once; Liger's works in place
+    norm = inputs if setting.liger else 5 * FLOAT32 * setting.tokens * shape.hidden
 
     # Any block may be the one that observes: it is counted in the phase where it costs most.
     kept = shape.layers * inputs if setting.checkpointing else (shape.layers - 1) * block

@@ -11,6 +11,7 @@ import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..parallel.placement import is_gathered_for_use
@@ -65,16 +66,35 @@ class FusedLoss:
         head.forward = functools.partial(lazy_logits, head, [])
 
     def end(self, model: nn.Module, args: tuple, output: object) -> None:
-        head = model.get_submodule(self.output_layer)
+        head: Any = model.get_submodule(self.output_layer)
         lazy: Any = head.__dict__.get("forward")
         if getattr(lazy, "func", None) is lazy_logits:
             for source in lazy.args[1]:
                 source.finished = True
             del head.forward
+            returned = output is not None  # else the forward has raised
+            if returned and not lazy.args[1] and torch.is_grad_enabled():
+                check_called(head)
 
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
+
+
+def check_called(head: nn.Module) -> None:
+    """Raises RuntimeError for a trained output layer that a forward with labels did not call."""
+    if isinstance(head, LoSiALinear) and head.subnet.requires_grad:
+        raise RuntimeError(goes_round(head.name))
+
+
+def goes_round(name: str) -> str:
+    """What is said of a loss that leaves the output layer ``name`` without its gradient."""
+    return (
+        f"{name}: the loss gave the output layer's subnet no gradient, so it reads {name}.weight past "
+        f"the layer, as fused losses do, SFTTrainer's and Liger's among them. Turn that off (Liger: "
+        f"fused_linear_cross_entropy=False; apply_losia's own fused loss needs no logits either), or "
+        f"set output_dim_factor=0 to leave the layer frozen"
+    )
 
 
 def find_obstacle(model: nn.Module, head: Any) -> str | None:
@@ -83,6 +103,8 @@ def find_obstacle(model: nn.Module, head: Any) -> str | None:
         return f"its output layer is a {type(head).__name__}"
     if is_gathered_for_use(model, head.weight):
         return "its weights are in shards"
+    if F.cross_entropy.__module__ != F.__name__:
+        return f"{F.cross_entropy.__module__} has replaced torch's cross_entropy"
     if head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__:
         return "something is hooked to its output layer"
     if isinstance(head, LoSiALinear) and head.subnet.shape[1] != head.in_features:

@@ -9,6 +9,7 @@ from types import FrameType
 import torch
 from torch import Tensor
 
+from ..layers.fused_loss import goes_round
 from ..layers.module import Membership, SubnetModule
 from ..parallel.placement import NO_DEEPSPEED, local, owned_by_deepspeed
 
@@ -152,13 +153,7 @@ def check_gradients(layers: Iterable[SubnetModule], updated: Collection[SubnetMo
         return
     for layer in without:
         if layer.membership is not None and layer.membership.is_output:
-            raise RuntimeError(
-                f"{layer.name}: the loss gave the output layer's subnet no gradient, so it reads "
-                f"{layer.name}.weight past the layer, as fused losses do, SFTTrainer's and "
-                f"Liger's among them. Turn that off (Liger: fused_linear_cross_entropy=False; "
-                f"apply_losia's own fused loss needs no logits either), or set "
-                f"output_dim_factor=0 to leave the layer frozen"
-            )
+            raise RuntimeError(goes_round(layer.name))
     if without:
         warnings.warn(
             f"LoSiA: {len(without)} of {len(layers)} subnets got no gradient in the first step: "

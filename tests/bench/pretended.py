@@ -21,7 +21,7 @@ from bench.harness.timing import Roof
 from bench.methods.base import import_peer
 from bench.speed import layer, model, ops
 from bench.speed.models import CONFIGS
-from tests.bench.conftest import TINY
+from tests.bench.conftest import TINY, ligers_kernels_run
 
 SMI = "1980, 1980, 2619, 700.00, 45\n"
 
@@ -65,7 +65,7 @@ class Allocator:
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """The models tiny; gives the allocator and the cycles that it was asked to spin."""
     # before they are told of a GPU, which their own dependencies would look into
-    for peer in ("peft", "galore_torch"):
+    for peer in ("peft", "galore_torch", "liger_kernel.transformers"):
         with contextlib.suppress(MissingPeer):
             import_peer(peer)
     allocator, spins = Allocator(), []
@@ -97,9 +97,9 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
         monkeypatch.setitem(CONFIGS, name, {**config, **TINY, **kind})
     for module in (layer, model):
         monkeypatch.setattr(module, "GPU_BATCH", 2)
-        monkeypatch.setattr(module, "GPU_CONTEXT", 32)
-    monkeypatch.setattr(model, "GATE_TOKENS", 32)
-    with MadeOnTheCpu():
+        monkeypatch.setattr(module, "GPU_CONTEXT", 8)
+    monkeypatch.setattr(model, "GATE_TOKENS", 8)
+    with ligers_kernels_run(), MadeOnTheCpu():
         yield SimpleNamespace(allocator=allocator, spins=spins)
 
 

@@ -50,11 +50,15 @@ def rows_of(module, chosen=lambda job: True) -> list[dict]:
 def test_every_gpu_job_makes_a_row(pretended, fast, module):
     pytest.importorskip("peft")
     rows = rows_of(module, lambda job: job.settings.get("stack", "block") == "block")
-    installed = importlib.util.find_spec("galore_torch") is not None
+    absent = [
+        peer
+        for peer, module in (("galore", "galore_torch"), ("liger", "liger_kernel"))
+        if importlib.util.find_spec(module) is None
+    ]
     for row in rows:
-        missing = row["id"]["name"].startswith("galore") and not installed
+        missing = any(peer in row["id"]["name"] for peer in absent)
         assert row["status"] == ("missing" if missing else "ok"), row
-    assert len(rows) == {layer: 15, model: 15, scaling: 4, ops: len(ops.CASES)}[module]
+    assert len(rows) == {layer: 19, model: 18, scaling: 4, ops: len(ops.CASES)}[module]
     if module is model:
         assert {row.get("peak_bytes", pretended.allocator.peak) for row in rows} == {5 * 10**9}
         predicted = {row["id"]["name"] for row in rows if row.get("predicted_bytes")}

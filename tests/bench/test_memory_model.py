@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,7 +33,10 @@ def sized(method: str, **sizes) -> Setting:
 
 
 def peft_or_skip(method: str) -> None:
-    if method in ("lora", "dora", "lora-fp32") and importlib.util.find_spec("peft") is None:
+    if "liger" in method:
+        pytest.importorskip("liger_kernel")
+        pytest.importorskip("triton")
+    if method.startswith(("lora", "dora")) and importlib.util.find_spec("peft") is None:
         pytest.skip("peft is not installed")
 
 
@@ -50,8 +54,12 @@ def test_model_sizes():
     assert sizes["gemma-2b"] == 2_506_172_416 and sizes["qwen2.5-7b"] == 7_615_616_512
 
 
-@pytest.mark.parametrize("method", ["losia-pro", "losia-dense", "lora", "full", "frozen"])
-def test_saved_activations_of_a_block_are_exact(tiny, method):
+LIGER = ["losia-liger", "lora-liger", "frozen-liger"]
+
+
+@pytest.mark.parametrize("method", ["losia-pro", "losia-dense", "lora", "full", "frozen", *LIGER])
+def test_saved_activations_of_a_block_are_exact(tiny, method, ligers_kernels):
+    """Of real tensors: of down_proj's input, which Liger's MLP does not keep, LoSiA keeps its part alone."""
     peft_or_skip(method)
     shape = shape_of(tiny)
     block = Block(build_model(tiny, CPU, BF16, num_hidden_layers=1))
@@ -59,7 +67,7 @@ def test_saved_activations_of_a_block_are_exact(tiny, method):
         block, Options(rank=4)
     )
     x = torch.randn(2, 64, 64, dtype=BF16, requires_grad=True)
-    with SavedBytes([*block.state_dict(keep_vars=True).values(), x]) as saved:
+    with SavedBytes([*block.state_dict(keep_vars=True).values()]) as saved:
         prepared.module(x)
     setting = sized(method, batch=2, context=64)
     counted = setting.saved_by_block(shape, observing=False)
@@ -208,13 +216,45 @@ def test_peak_of_real_steps(tiny, monkeypatch, method, checkpointing):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("method", ["losia-pro", "lora", "lora-fp32", "dora", "full", "frozen"])
+@pytest.mark.parametrize(
+    "method", ["losia-pro", "lora", "lora-fp32", "dora", "full", "frozen", *LIGER]
+)
 def test_peak_of_simulated_llama_7b_blocks(method, checkpointing):
     """Two blocks of the full width, 4 x 2048 tokens: no memory, no arithmetic, the same tensors."""
     pytest.importorskip("transformers")
     peft_or_skip(method)
     row = compare(model.Run(method, "llama-2-7b", 4, 2048, checkpointing), num_hidden_layers=2)
     assert row["predicted_bytes"] == pytest.approx(row["live_bytes"], rel=0.05)
+
+
+WITH_LIGER = {
+    "frozen": Setting(fused_loss=True),
+    "LoRA r 64, bfloat16 adapters": LoRA(fused_loss=True),
+    "LoSiA, the default": LoSiA(fused_loss=True, rank_factor=3 / 20, shape="wide", moves="random"),
+    "LoSiA, p = 1/8, the paper's": LoSiA(fused_loss=True),
+}
+
+
+@pytest.mark.parametrize("name", WITH_LIGER)
+def test_the_table_of_liger_in_the_documents(name):
+    text = (Path(__file__).parents[2] / "docs" / "memory.md").read_text()
+    (row,) = (line for line in text.splitlines() if line.startswith(f"| {name} |"))
+    plain = WITH_LIGER[name]
+    both = plain, dataclasses.replace(plain, liger=True)
+    kept = [f"{each.saved_by_block(LLAMA_7B, False) / 1e6:.0f}" for each in both]
+    runs = [
+        f"{estimate(LLAMA_7B, dataclasses.replace(each, checkpointing=how)).total / 1e9:.2f}"
+        for how in (False, True)
+        for each in both
+    ]
+    assert row.strip("| ").split(" | ")[1:] == kept + runs
+
+
+def test_with_liger_losia_keeps_less_than_the_frozen_model_without():
+    frozen, ours = WITH_LIGER["frozen"], WITH_LIGER["LoSiA, the default"]
+    with_liger = dataclasses.replace(ours, liger=True)
+    saved = [each.saved_by_block(LLAMA_7B, False) for each in (with_liger, frozen, ours)]
+    assert saved == sorted(saved)
 
 
 def test_the_sum_is_the_total_and_more_never_takes_less():

@@ -1,7 +1,9 @@
 """Every method takes a step on a tiny model behind its gate, and a wrong gradient is seen."""
 
+import copy
 import functools
 import importlib.util
+import sys
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ RUNNABLE = [name for name in METHODS if name != "lora-fp32"]
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
+def quick(monkeypatch, ligers_kernels):
     for module, name in ((layer, "samples"), (model, "measure")):
         quick = functools.partial(getattr(timing, name), repeats=1, warmup=1)
         monkeypatch.setattr(
@@ -32,8 +34,10 @@ def quick(monkeypatch):
 
 
 def needs(method: str) -> None:
-    peft = ("lora", "lora-fp32", "lora-defaults", "dora", "pissa")
+    peft = ("lora", "lora-fp32", "lora-defaults", "dora", "pissa", "lora-liger")
     peer = "galore_torch" if method.startswith("galore") else "peft" if method in peft else None
+    if "liger" in method:
+        pytest.importorskip("liger_kernel")
     if peer is not None and importlib.util.find_spec(peer) is None:
         pytest.skip(f"{peer} is not installed")
 
@@ -42,11 +46,13 @@ def needs(method: str) -> None:
 @pytest.mark.parametrize("method", [name for name in LAYER_METHODS if name in RUNNABLE])
 def test_a_layer_row(tiny, method, stack):
     needs(method)
+    if "liger" in method and stack == "linears":
+        pytest.skip("changes nothing there")
     row = layer.run_layer(method, tiny, stack, 1, 32, CPU, torch.float32, Options(rank=4))
     assert row["gate"]["dx"]["error"] <= row["gate"]["dx"]["allowed"]
     assert {"forward", "backward", "update", "total"} <= row.keys() and row["floor_ms"] > 0
     assert ("subnet gradient" in row["gate"]) == method.startswith("losia")
-    assert row["peak_bytes"] > 0 and (row["trained"] > 0) == (method != "frozen")
+    assert row["peak_bytes"] > 0 and (row["trained"] > 0) == (not method.startswith("frozen"))
     assert method != "frozen" or stack != "linears" or row["saved_bytes"] == 0
 
 
@@ -87,7 +93,7 @@ def test_what_is_trained_has_the_dtype_that_the_readme_says(tiny, method):
     )
 
 
-@pytest.mark.parametrize("method", [name for name in RUNNABLE if name != "frozen"])
+@pytest.mark.parametrize("method", [name for name in RUNNABLE if not name.startswith("frozen")])
 def test_a_step_changes_what_is_trained_and_leaves_no_gradients(tiny, method):
     needs(method)
     torch.manual_seed(0)
@@ -125,6 +131,31 @@ def test_the_hand_fused_lora_has_the_gradients_of_the_plain_one():
         strict=True,
     ):
         torch.testing.assert_close(found, true)
+
+
+def test_liger_is_in_one_model_alone(tiny):
+    pytest.importorskip("liger_kernel")
+    plain = layer.build_stack(tiny, "block", CPU, torch.float32)
+    modeling = vars(sys.modules[type(plain.model.layers[0]).__module__])
+    before = dict(modeling)
+    prepared = get_method("frozen-liger").prepare(copy.deepcopy(plain), Options())
+    assert modeling == before
+    changed, block = prepared.module.model.layers[0], plain.model.layers[0]
+    for part in ("mlp", "input_layernorm", "post_attention_layernorm", "self_attn"):
+        assert "forward" in vars(getattr(changed, part)) and "forward" not in vars(
+            getattr(block, part)
+        )
+    x = torch.randn(1, 4, plain.width)
+    rotary = changed.self_attn.forward.__globals__["apply_rotary_pos_emb"]
+    assert rotary.__module__.startswith("liger_kernel")
+    torch.testing.assert_close(prepared.module(x), plain(x))
+
+
+def test_liger_without_a_gpu_is_a_missing_peer(tiny, monkeypatch):
+    pytest.importorskip("liger_kernel")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(MissingPeer, match="on a GPU only"):
+        layer.run_layer("losia-liger", tiny, "block", 1, 4, CPU, torch.float32)
 
 
 def test_a_tied_output_layer_passes_the_gate(tiny, monkeypatch):

@@ -4,18 +4,23 @@ SFTConfig can be set in it, or is refused with the reason."""
 import dataclasses
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig
 
 from losia_kernels.cli import main
+from losia_kernels.finetune import run as run_module
 from losia_kernels.finetune.declare import read_config
 from losia_kernels.finetune.options import FinetuneOptions, InputError, with_config
 from losia_kernels.finetune.run import finetune
 from losia_kernels.finetune.trainer import DECIDED, sft_config
+from tests.conftest import INTERPRETED
 from tests.finetune.tiny_run import options
+from tests.integrations.tiny_llama import make_model
+from tests.liger import in_this_process_no_more, interpreted
 
 
 def written(folder, text):
@@ -218,3 +223,25 @@ def test_kernels_that_need_a_gpu_leave_nothing_behind_without_one(tmp_path, mode
     with pytest.raises(InputError, match="use_liger_kernel needs a GPU"):
         finetune(options(tmp_path, model_folder, config={"use_liger_kernel": True}))
     assert not (tmp_path / "run").exists()
+
+
+SHORT = {"steps": 1, "batch_size": 1, "gradient_accumulation": 1, "max_length": 8}
+SHORT |= {"eval_data": None, "group_by_length": False}
+
+
+def test_kernels_of_liger_train_what_the_plain_model_would(tmp_path, model_folder, monkeypatch):
+    """Under Triton's interpreter, the output layer among what is trained: TRL leaves Liger's loss out."""
+    pytest.importorskip("liger_kernel")
+    if not INTERPRETED:
+        pytest.skip("kernels are compiled in this process")
+    weights = []
+    for use in (False, True):
+        (folder := tmp_path / str(use)).mkdir()
+        run = options(folder, model_folder, config={"use_liger_kernel": use}, **SHORT)
+        with monkeypatch.context() as patch, interpreted(), in_this_process_no_more(make_model()):
+            if use:
+                there = SimpleNamespace(is_available=lambda: True)
+                patch.setattr(run_module, "torch", SimpleNamespace(accelerator=there))
+            finetune(run)
+        weights.append(AutoModelForCausalLM.from_pretrained(folder / "run" / "model").state_dict())
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-3, atol=1e-4)

@@ -1,12 +1,9 @@
-"""Models that something else has changed already: Liger-Kernel's losses and modules, torch.compile
-block by block."""
+"""Models that torch.compile has changed already, block by block."""
 
 import pytest
 import torch
 import torch._dynamo
-import torch.nn.functional as F
 from torch import nn
-from transformers.loss.loss_utils import ForCausalLMLoss
 
 from losia_kernels import LoSiAAdamW, apply_losia, export_state_dict, remove_losia
 from losia_kernels.checkpoint.resumable import full_state_dict
@@ -28,57 +25,6 @@ def train(model: nn.Module, steps: int) -> LoSiAAdamW:
 
 def places(model: nn.Module) -> list[tuple[list[int], list[int]]]:
     return [(layer.out_idx.tolist(), layer.in_idx.tolist()) for _, layer in losia_layers(model)]
-
-
-# Liger-Kernel: its kernels need a GPU; what is patched, and from where the head is read, does not -
-
-
-@pytest.fixture
-def liger_llama(monkeypatch):
-    """A LLaMA with Liger's fused linear cross-entropy, whose kernel is replaced by what it
-    computes."""
-    liger = pytest.importorskip("liger_kernel.transformers")
-    from liger_kernel.transformers.model import loss_utils
-
-    def fused(hidden_states, lm_head_weight, labels, hidden_size, shift_labels=None, **options):
-        logits = F.linear(hidden_states, lm_head_weight)
-        return ForCausalLMLoss(
-            logits, labels, vocab_size=lm_head_weight.shape[0], shift_labels=shift_labels
-        )
-
-    monkeypatch.setattr(loss_utils, "LigerForCausalLMLoss", fused)
-    model = LLAMA.make()
-    liger.apply_liger_kernel_to_llama(
-        rope=False,
-        rms_norm=False,
-        swiglu=False,
-        cross_entropy=False,
-        fused_linear_cross_entropy=True,
-        model=model,
-    )
-    return model
-
-
-def test_ligers_fused_loss_trains_all_but_the_output_layer(liger_llama):
-    plain = apply_losia(LLAMA.make(), paper(rank_factor=0.25, period=1, fused_loss=False))
-    apply_losia(liger_llama, paper(rank_factor=0.25, period=1))
-    before = places(plain)
-    train(plain, 3)
-    train(liger_llama, 3)
-    assert places(liger_llama) == places(plain) != before
-    torch.testing.assert_close(liger_llama.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("factor", [0.25, 1.0])
-def test_ligers_fused_loss_with_a_trained_output_layer_is_an_error_in_the_first_step(
-    liger_llama, factor
-):
-    apply_losia(liger_llama, paper(rank_factor=0.25, period=1, output_dim_factor=factor))
-    with pytest.raises(
-        RuntimeError,
-        match="lm_head: the loss gave .* no gradient.*fused_linear_cross_entropy=False",
-    ):
-        train(liger_llama, 1)
 
 
 # torch.compile ------------------------------------------------------------------------------------
