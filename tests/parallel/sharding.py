@@ -183,11 +183,11 @@ def wire(device: torch.device, blocks: int, narrow: int, wide: int, steps: int) 
 def skipping(device: torch.device, engine: str, drop: str | None) -> dict[str, Tensor]:
     """Train, but skip a step after each of two micro-batches, gradients dropped by "optimizer",
     "zeros" or "model"; None: no such step."""
-    run = Run(steps=6, attached=engine == "fsdp")
+    run = Run(steps=6, attached=False)
     model, forward, optimizer, _ = make(device, engine, run)
     batches = batches_of(run, dist.get_rank(), dist.get_world_size(), device)
     for step, batch in enumerate(batches):
-        if drop and (step or drop != "model" or engine == "ddp"):
+        if drop:
             for spike in (batches[step - 1], batches[step - 2]):
                 forward(**spike).backward()
             if drop == "model":
