@@ -176,10 +176,12 @@ class SubnetModule(InAgreement):
         """``set_subnet_`` for a subnet known to be valid: no checks, no waiting for the GPU."""
         self.sync_(finish=True)
         self.write_back_()
+        left = Subnet(self.out_idx.clone(), self.in_idx.clone())
         self.out_idx.copy_(subnet.out_idx)
         self.in_idx.copy_(subnet.in_idx)
         self.moves += 1
         self.read_subnet_()
+        self.note_left_(left)
 
     # the dense gradient is observed ---------------------------------------------------------------
 
