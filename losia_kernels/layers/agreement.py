@@ -107,7 +107,7 @@ class InAgreement(nn.Module):
                 agreed &= bit_sum(place.gather(self.matrix)) == values
             agreement.before_access = agreed
 
-    def note_left_(self, place: Subnet) -> None:
+    def _note_left_(self, place: Subnet) -> None:
         """The subnet has moved from ``place``. Where nothing was trained yet an average of the weight
         is the weight, and only what was left shows that the weight was written."""
         self._agreement.left = place, bit_sum(place.gather(self.matrix.detach()))

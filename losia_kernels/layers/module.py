@@ -181,7 +181,7 @@ class SubnetModule(InAgreement):
         self.in_idx.copy_(subnet.in_idx)
         self.moves += 1
         self.read_subnet_()
-        self.note_left_(left)
+        self._note_left_(left)
 
     # the dense gradient is observed ---------------------------------------------------------------
 
