@@ -79,7 +79,6 @@ def attach(
         for layer in timeline.layers:
             layer.sync_(finish=True)
         for group in optimizer.param_groups:
-            _give_back(group)  # a step that raised has left it rewarmed
             group["scheduled_lr"] = group["lr"]
             if group.get("layer_group") is not None:  # one added later has none
                 group["lr"] = group["lr"] * timeline.lr_factor(group["layer_group"])
@@ -126,8 +125,18 @@ def attach(
         plain_zero_grad(*args, **kwargs)
         timeline.drop_gradients()
 
-    # what it does differs from step to step; a method, as schedulers want to see
-    step = MethodType(torch._disable_dynamo(type(optimizer).step), optimizer)
+    plain_step = type(optimizer).step
+
+    @torch._disable_dynamo  # what it does differs from step to step
+    @functools.wraps(plain_step)
+    def finished_step(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return plain_step(self, *args, **kwargs)
+        finally:  # also one that was broken off, as by an interrupt
+            for group in self.param_groups:
+                _give_back(group)
+
+    step = MethodType(finished_step, optimizer)  # as schedulers want to see
 
     def undo() -> None:
         begin_anew()
