@@ -125,6 +125,7 @@ class SubnetModule(InAgreement):
         block = self.current_subnet.gather(self.matrix.detach())
         self.subnet = SubnetParameter(block.to(self._subnet_dtype))
         self.moves = 0  # how often the subnet was put somewhere, by whomever
+        self.calibrated = False
         self.fingerprint: int | None = None  # of the weight it was made with, if that can be read
         self._agreement = Agreement(self.weight, self.subnet)
         self._probe: Tensor | None = None
@@ -138,6 +139,12 @@ class SubnetModule(InAgreement):
         """The weight as ``[out, in]``, as subnets, gradients and importance see it, however the
         model stores it."""
         return self.weight
+
+    @property
+    def was_placed(self) -> bool:
+        """Whether the subnet was put anywhere since it was drawn, as by loading a state dict."""
+        loaded = self._place is not None and not self.out_idx.is_meta  # as from_pretrained does
+        return self.moves > 0 or loaded
 
     @property
     def _subnet_dtype(self) -> torch.dtype:
@@ -182,6 +189,10 @@ class SubnetModule(InAgreement):
         self.moves += 1
         self.read_subnet_()
         self._note_left_(left)
+
+    def note_calibrated_(self) -> None:
+        """``calibrate`` has placed the subnet, before anything was trained."""
+        self.calibrated, self._agreement.left = True, None
 
     # the dense gradient is observed ---------------------------------------------------------------
 

@@ -160,6 +160,12 @@ class TimelineState:
         if timeline.clock.auto and loaded["period"] != "auto":
             timeline.settle_period(loaded["period"])
         timeline.resume_at(loaded["step"])
+        timeline.unplaced = {
+            layer
+            for number, layers in enumerate(timeline.groups)
+            for layer in layers
+            if timeline.clock.has_moved(number)
+        }
         for layer, tensors in loaded["observed"].items():
             observer, device = timeline.observers[layer], layer.out_idx.device
             observer.tensors = {k: local(v).to(device, copy=True) for k, v in tensors.items()}
