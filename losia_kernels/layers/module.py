@@ -2,6 +2,7 @@
 and how the two are kept in agreement."""
 
 import weakref
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -117,6 +118,7 @@ class SubnetModule(InAgreement):
         first = Subnet.random(
             features, (k_out, k_in), generator or torch.default_generator, alignment
         )
+        self._drawn = _digest(first)
         device = self.weight.device
         self._buffers = Indices(self._buffers)
         self.register_buffer("out_idx", first.out_idx.to(device))
@@ -142,9 +144,9 @@ class SubnetModule(InAgreement):
 
     @property
     def was_placed(self) -> bool:
-        """Whether the subnet was put anywhere since it was drawn, as by loading a state dict."""
-        loaded = self._place is not None and not self.out_idx.is_meta  # as from_pretrained does
-        return self.moves > 0 or loaded
+        """Whether the subnet is elsewhere than it was drawn, or nowhere yet; waits for the GPU."""
+        here = _digest(self.current_subnet)
+        return here is None or here != self._drawn
 
     @property
     def _subnet_dtype(self) -> torch.dtype:
@@ -348,6 +350,13 @@ class SubnetModule(InAgreement):
     def extra_repr(self) -> str:
         share = self.subnet.numel() / self.weight.numel()
         return f"{super().extra_repr()}, subnet={tuple(self.subnet.shape)}, trained={share:.2%}"
+
+
+def _digest(subnet: Subnet) -> int | None:
+    """A number that hardly any other subnet has."""
+    if not holds_values(subnet.out_idx, subnet.in_idx):
+        return None
+    return zlib.crc32(torch.cat([subnet.out_idx, subnet.in_idx]).cpu().numpy().tobytes())
 
 
 def carry_hooks_(source: nn.Module, target: nn.Module) -> None:

@@ -138,16 +138,24 @@ def test_an_optimizers_state_without_the_places_that_it_is_of_starts_anew(driven
     assert same_tensors(resumed[0].state_dict(), expected[0].state_dict())
 
 
+def written_in_place(model, state):
+    """As from files, without torch's load_state_dict."""
+    for name, layer in losia_layers(model):
+        for key in ("out_idx", "in_idx", "weight", "subnet"):
+            getattr(layer, key).detach().copy_(state[f"{name}.{key}"])
+
+
+@pytest.mark.parametrize("load_model", [nn.Module.load_state_dict, written_in_place])
 @pytest.mark.parametrize("first", ["model", "optimizer"])
 @pytest.mark.parametrize("driven", ["LoSiAAdamW", "in_backward", "attach"])
 @pytest.mark.filterwarnings("error:LoSiA.*the optimizer's state was loaded")
-def test_in_either_order_they_are_loaded_as_they_were(driven, first):
+def test_in_either_order_they_are_loaded_as_they_were(driven, first, load_model):
     model, optimizer = make_run(driven)
     for batch in make_batches(5):
         take_step(model, optimizer, batch)
     other, of_other = make_run(driven)
     loads = [
-        lambda: other.load_state_dict(copy.deepcopy(model.state_dict())),
+        lambda: load_model(other, copy.deepcopy(model.state_dict())),
         lambda: of_other.load_state_dict(copy.deepcopy(optimizer.state_dict())),
     ]
     for load in loads if first == "model" else reversed(loads):
