@@ -47,7 +47,8 @@ class LoSiAConfig:
         lr_of: whose learning rate an optimizer is given. "full": full fine-tuning's, and each
             subnet's is that times ``out * in / (k_out * k_in)``, so that one rate is right for every
             rank factor; "subnet": the subnets' own (the paper). "auto": "full" where first places
-            and moves are at random, which the rule is for, else "subnet".
+            and moves are at random, which the rule is for, else "subnet". ``output_init`` changes
+            nothing of it: the output layer's rate is scaled as the others' are.
         rewarm: ramp the learning rate up over T steps after a move, the first of which runs at lr/T
             (Eq. 8; the authors' code takes it at 0); False is the ablation w/o WDS.
         reset_step: restart Adam's step counter with the moments; False is what the authors' code
@@ -65,7 +66,7 @@ class LoSiAConfig:
             stochastically, which saves 2 bytes a trained value.
         fused_loss: compute the loss of ``model(labels=...)`` without its logits, where that is
             exact; False: as the model does.
-        seed: of the initial subnets and of the stochastic rounding.
+        seed: of the initial subnets, of moves at random and of the stochastic rounding.
         alignment: choose runs of that many neighbouring neurons, by their summed score, in place of
             single ones (1, the paper): a gather of 16 reads only the memory it needs. A power of
             two; a side taken whole has no runs.

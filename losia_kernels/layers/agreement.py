@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..ops.adamw import write_subnet_
-from ..parallel.placement import holds_values
+from ..parallel.placement import bit_sum, holds_values
 from .subnet import Subnet
 
 # which subnet, where it lies, writes to it; the same of the weight
@@ -22,7 +22,8 @@ class Agreement:
     ``unsure``: values are to be compared, whatever the counts say (a weight's ``.data`` is not
     counted). ``stepped_by``: the optimizer that has stepped the subnet and not written it back.
     ``before_access``: whether they agreed when somebody reached for the subnet's ``.data``, a bool
-    tensor that nobody has waited for.
+    tensor that nobody has waited for. ``left``: right after a move, where the subnet was and what
+    it has left there.
     """
 
     def __init__(self, weight: Tensor, subnet: Tensor):
@@ -35,6 +36,7 @@ class Agreement:
         self._subnet_written = self._weight_written = self.unsure = False
         self.stepped_by: str | None = None
         self.before_access: Tensor | None = None
+        self.left: tuple[Subnet, Tensor] | None = None
 
     def subnet_holds(self, subnet: Tensor) -> bool:
         """Whether the subnet has not been written."""
@@ -114,7 +116,16 @@ class InAgreement(nn.Module):
         here = holds_values(weight, subnet) and weight.device == subnet.device
         if here and agreement.subnet_holds(subnet):
             block = self.current_subnet.gather(self.matrix)
-            agreement.before_access = (block == subnet.detach().to(block.dtype)).all()
+            agreed = (block == subnet.detach().to(block.dtype)).all()
+            if agreement.left is not None:
+                place, values = agreement.left
+                agreed &= bit_sum(place.gather(self.matrix)) == values
+            agreement.before_access = agreed
+
+    def _note_left_(self, place: Subnet) -> None:
+        """The subnet has moved from ``place``. Where nothing was trained yet an average of the weight
+        is the weight, and only what was left shows that the weight was written."""
+        self._agreement.left = place, bit_sum(place.gather(self.matrix.detach()))
 
     def _subnet_counts(self) -> bool | None:
         """What the next use is to see, where the two differ: whether the subnet, else the weight.

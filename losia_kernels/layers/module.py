@@ -2,6 +2,7 @@
 and how the two are kept in agreement."""
 
 import weakref
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -117,6 +118,7 @@ class SubnetModule(InAgreement):
         first = Subnet.random(
             features, (k_out, k_in), generator or torch.default_generator, alignment
         )
+        self._drawn = _digest(first)
         device = self.weight.device
         self._buffers = Indices(self._buffers)
         self.register_buffer("out_idx", first.out_idx.to(device))
@@ -125,6 +127,7 @@ class SubnetModule(InAgreement):
         block = self.current_subnet.gather(self.matrix.detach())
         self.subnet = SubnetParameter(block.to(self._subnet_dtype))
         self.moves = 0  # how often the subnet was put somewhere, by whomever
+        self.calibrated = False
         self.fingerprint: int | None = None  # of the weight it was made with, if that can be read
         self._agreement = Agreement(self.weight, self.subnet)
         self._probe: Tensor | None = None
@@ -138,6 +141,12 @@ class SubnetModule(InAgreement):
         """The weight as ``[out, in]``, as subnets, gradients and importance see it, however the
         model stores it."""
         return self.held("weight")
+
+    @property
+    def was_placed(self) -> bool:
+        """Whether the subnet is elsewhere than it was drawn, or nowhere yet; waits for the GPU."""
+        here = _digest(self.current_subnet)
+        return here is None or here != self._drawn
 
     @property
     def _subnet_dtype(self) -> torch.dtype:
@@ -176,10 +185,16 @@ class SubnetModule(InAgreement):
         """``set_subnet_`` for a subnet known to be valid: no checks, no waiting for the GPU."""
         self.sync_(finish=True)
         self.write_back_()
+        left = Subnet(self.out_idx.clone(), self.in_idx.clone())
         self.out_idx.copy_(subnet.out_idx)
         self.in_idx.copy_(subnet.in_idx)
         self.moves += 1
         self.read_subnet_()
+        self._note_left_(left)
+
+    def note_calibrated_(self) -> None:
+        """``calibrate`` has placed the subnet, before anything was trained."""
+        self.calibrated, self._agreement.left = True, None
 
     # the dense gradient is observed ---------------------------------------------------------------
 
@@ -335,6 +350,13 @@ class SubnetModule(InAgreement):
     def extra_repr(self) -> str:
         share = self.subnet.numel() / self.weight.numel()
         return f"{super().extra_repr()}, subnet={tuple(self.subnet.shape)}, trained={share:.2%}"
+
+
+def _digest(subnet: Subnet) -> int | None:
+    """A number that hardly any other subnet has."""
+    if not holds_values(subnet.out_idx, subnet.in_idx):
+        return None
+    return zlib.crc32(torch.cat([subnet.out_idx, subnet.in_idx]).cpu().numpy().tobytes())
 
 
 def carry_hooks_(source: nn.Module, target: nn.Module) -> None:

@@ -314,11 +314,13 @@ def holds_values(*tensors: Tensor) -> bool:
 
 def fingerprint(tensor: Tensor) -> int | None:
     """The sum of a tensor's bits, equal for equal tensors; None where its values are not here."""
-    if not holds_values(tensor):
-        return None
+    return int(bit_sum(tensor.detach())) if holds_values(tensor) else None
+
+
+def bit_sum(tensor: Tensor) -> Tensor:
+    """The sum of a tensor's bits, a scalar that nobody has waited for."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = tensor.detach().view(integers[tensor.element_size()])
-    return int(bits.sum(dtype=torch.int64))
+    return tensor.view(integers[tensor.element_size()]).sum(dtype=torch.int64)
 
 
 def is_gathered_for_use(model: nn.Module, weight: Tensor) -> bool:

@@ -67,17 +67,18 @@ def attach(
     _split_groups(optimizer, timeline)
 
     made_state_alone = False
-    forget = functools.partial(_forget, optimizer, timeline.config.reset_step)
+    blank: dict[Tensor, dict] = {}  # zeros in place of what is forgotten until the next step
+    forget = functools.partial(_forget, optimizer, timeline.config.reset_step, blank)
 
     def rewarm(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         nonlocal made_state_alone
         made_state_alone = only_makes_state(optimizer)
         timeline.check_step(optimizer)
         timeline.forget_moved(forget, timeline.layers)
+        begin_anew()
         for layer in timeline.layers:
             layer.sync_(finish=True)
         for group in optimizer.param_groups:
-            _give_back(group)  # a step that raised has left it rewarmed
             group["scheduled_lr"] = group["lr"]
             if group.get("layer_group") is not None:  # one added later has none
                 group["lr"] = group["lr"] * timeline.lr_factor(group["layer_group"])
@@ -91,6 +92,10 @@ def attach(
         for group in optimizer.param_groups:
             _give_back(group)
         found_inf = getattr(optimizer, "found_inf", None)
+        if made_state_alone:  # by a step that is none
+            for parameter, state in optimizer.state.items():
+                blank[parameter] = {key: _zero(value) for key, value in state.items()}
+            optimizer.state.update(blank)
         if made_state_alone or timeline.idle:
             return
         if found_inf is not None and bool(found_inf):
@@ -102,6 +107,17 @@ def attach(
         with torch.no_grad():
             timeline.advance(forget)
 
+    def complete_state(optimizer: torch.optim.Optimizer) -> None:
+        for subnet in blank:
+            optimizer.state[subnet] = optimizer.state.get(subnet) or blank[subnet]
+
+    def begin_anew() -> None:
+        """The optimizer makes the state of what has moved: it need not be zeros."""
+        for subnet, zeros in blank.items():
+            if optimizer.state.get(subnet) is zeros:  # else another was loaded
+                del optimizer.state[subnet]
+        blank.clear()
+
     plain_zero_grad = optimizer.zero_grad
 
     @functools.wraps(plain_zero_grad)
@@ -109,10 +125,21 @@ def attach(
         plain_zero_grad(*args, **kwargs)
         timeline.drop_gradients()
 
-    # what it does differs from step to step; a method, as schedulers want to see
-    step = MethodType(torch._disable_dynamo(type(optimizer).step), optimizer)
+    plain_step = type(optimizer).step
+
+    @torch._disable_dynamo  # what it does differs from step to step
+    @functools.wraps(plain_step)
+    def finished_step(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return plain_step(self, *args, **kwargs)
+        finally:  # also one that was broken off, as by an interrupt
+            for group in self.param_groups:
+                _give_back(group)
+
+    step = MethodType(finished_step, optimizer)  # as schedulers want to see
 
     def undo() -> None:
+        begin_anew()
         optimizer.__dict__.pop("zero_grad", None)
         if optimizer.__dict__.get("step") is step:  # no scheduler has wrapped it
             del optimizer.step
@@ -128,6 +155,7 @@ def attach(
     timeline.handles += [
         optimizer.register_step_pre_hook(rewarm),
         optimizer.register_step_post_hook(write_back),
+        optimizer.register_state_dict_pre_hook(complete_state),
         SimpleNamespace(remove=undo),
     ]
     return timeline
@@ -232,15 +260,19 @@ def _split_groups(optimizer: torch.optim.Optimizer, timeline: Timeline) -> None:
             group["lr"] = group["lr"].clone()
 
 
-def _forget(optimizer: torch.optim.Optimizer, reset_step: bool, subnet: Tensor) -> None:
+def _forget(
+    optimizer: torch.optim.Optimizer, reset_step: bool, blank: dict[Tensor, dict], subnet: Tensor
+) -> None:
     """Drop the moments of the old subnet; with ``reset_step`` everything, so that the step count
-    restarts too.
+    restarts too, and ``blank`` gets zeros: torch.distributed.checkpoint saves and loads one set of
+    keys, whatever has moved.
 
     Raises ValueError, naming the optimizer, for moments that zeros do not stand for: quantized
     ones.
     """
     if reset_step:
-        optimizer.state.pop(subnet, None)
+        before = optimizer.state.pop(subnet, {})
+        blank[subnet] = {key: _zero(value) for key, value in before.items() if key[:6] != "losia_"}
         return
     for key, value in optimizer.state.get(subnet, {}).items():
         if key == "step" or not isinstance(value, Tensor):
@@ -251,3 +283,9 @@ def _forget(optimizer: torch.optim.Optimizer, reset_step: bool, subnet: Tensor) 
                 f"reset_step=False needs another optimizer"
             )
         value.zero_()  # also those of another shape, as Adafactor's
+
+
+def _zero(value: Any) -> Any:
+    if isinstance(value, Tensor) and type(local(value)) is Tensor:
+        return torch.zeros_like(value)
+    return 0 if isinstance(value, (int, float)) else value  # what is quantized says nothing of it

@@ -17,6 +17,7 @@ from ..layers.module import SubnetModule, losia_layers
 from ..layers.subnet import Subnet
 from ..parallel.placement import Placement, find_placement
 from ..parallel.ranks import Ranks
+from .checks import SCALED_THOUGH_CALIBRATED
 from .importance import Observer, make_observer, new_subnet
 from .selection import NonFiniteScoreError, top_neurons
 
@@ -64,12 +65,7 @@ def calibrate(
         raise ValueError(f"calibrate: steps must be at least 1, got {steps}")
     member = next((layer.membership for layer in layers if layer.membership), None)
     if member and member.config.lr_of == "auto" and member.config.scales_lr:
-        warnings.warn(
-            "LoSiA: calibrate places subnets where gradients are large, but their learning rates are "
-            "scaled as for places at random, which is far too much there: set "
-            "LoSiAConfig(init_subnet='calibrated'), or lr_of='subnet'",
-            stacklevel=2,
-        )
+        warnings.warn(f"LoSiA: {SCALED_THOUGH_CALIBRATED}", stacklevel=2)
     placement = find_placement(model, layers, Ranks.of(model, process_group))
     config = LoSiAConfig(importance="marginal")
     observers = {layer: make_observer(config) for layer in layers}
@@ -100,6 +96,8 @@ def calibrate(
             layer.observe_(callback)
         _drop_gradients(model)
     placement.move_([(layer, subnet) for layer, subnet in found if subnet is not None])
+    for layer, _ in found:
+        layer.note_calibrated_()
     return model
 
 

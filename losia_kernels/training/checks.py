@@ -7,13 +7,20 @@ from dataclasses import asdict
 from types import FrameType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..config import LoSiAConfig
 from ..layers.fused_loss import goes_round
 from ..layers.module import Membership, SubnetModule
+from ..layers.unchanged import check_unchanged
 from ..parallel.placement import NO_DEEPSPEED, local, owned_by_deepspeed
 
 SELECTING = ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern")  # of a config
+SCALED_THOUGH_CALIBRATED = (
+    "calibrate places subnets where gradients are large, but their learning rates are scaled as for "
+    "places at random, which is far too much there: set LoSiAConfig(init_subnet='calibrated'), or "
+    "lr_of='subnet'"
+)
 
 
 def check_alike(members: Mapping[SubnetModule, Membership]) -> None:
@@ -160,6 +167,62 @@ def check_gradients(layers: Iterable[SubnetModule], updated: Collection[SubnetMo
             f"{_some([layer.name for layer in without])}. They train only if later batches reach "
             f"them; a kernel that reads weight itself, or a loss that leaves part of the model "
             f"out, never will",
+            stacklevel=4,
+        )
+
+
+def warn_of_rates(config: LoSiAConfig, layers: Iterable[SubnetModule], step: int) -> None:
+    """Before the first step of a run: warn of learning rates that ``lr_of="auto"`` has chosen for
+    other places than the subnets are in."""
+    placed = [layer for layer in layers if layer.subnet.shape != layer.matrix.shape]
+    if step or config.lr_of != "auto" or not placed:
+        return
+    by_hand = all(layer.membership is None or layer.membership.by_hand for layer in placed)
+    if config.scales_lr and by_hand and any(layer.calibrated for layer in placed):
+        warnings.warn(f"LoSiA: {SCALED_THOUGH_CALIBRATED}", stacklevel=4)
+    at_random = config.moves != "importance" and not any(layer.was_placed for layer in placed)
+    if config.init_subnet == "calibrated" and at_random:
+        warnings.warn(
+            f"LoSiA: LoSiAConfig.init_subnet is 'calibrated', but the subnets are where they were "
+            f"drawn at random: their learning rates are their own, {placed[0].name}'s a "
+            f"{placed[0].matrix.numel() / placed[0].subnet.numel():.0f}th of what is right there; "
+            f"call calibrate before the optimizer's first step, or set init_subnet='random'",
+            stacklevel=4,
+        )
+
+
+def warn_of_unplaced(layers: Iterable[SubnetModule]) -> None:
+    """Warn of layers whose optimizer state was loaded, and was of another place."""
+    names = sorted(layer.name for layer in layers)
+    if names:
+        warnings.warn(
+            f"LoSiA: {_some(names)}: the optimizer's state was loaded, but not where the subnets were "
+            f"then, which model.state_dict() of the same checkpoint has: they are where they were "
+            f"drawn, and their moments start anew",
+            stacklevel=4,
+        )
+
+
+def warn_of_unobserved(
+    model: nn.Module,
+    group_name: str,
+    layers: Collection[SubnetModule],
+    seen: Collection[SubnetModule],
+    trained: Collection[SubnetModule],
+) -> None:
+    """Warn of layers that move now though no backward has shown their gradient. Gradients without a
+    backward that autograd has run show themselves by this alone: nothing would ever move."""
+    unseen = [layer for layer in layers if layer not in seen]
+    try:
+        check_unchanged(model, unseen)
+    except ValueError as error:
+        warnings.warn(f"LoSiA: {error}", stacklevel=4)
+    warn_of_frozen_since([layer for layer in unseen if layer in trained])
+    if not seen and any(layer.subnet.grad is not None for layer in layers):
+        warnings.warn(
+            f"LoSiA: {group_name} got gradients, but no backward has observed it in its slot, and "
+            f"its subnets stay where they are. A replayed CUDA graph shows nothing to those who "
+            f"observe: use losia_kernels.CapturedBackward",
             stacklevel=4,
         )
 

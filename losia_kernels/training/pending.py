@@ -15,7 +15,7 @@ from torch.autograd import Variable
 from ..layers.cross_entropy import WeightGradient, row_blocks
 from ..layers.module import SubnetModule
 from ..ops.rounding import accumulate_dtype
-from ..parallel.placement import Placement
+from ..parallel.placement import Placement, local
 from .importance import ALL, Observer
 
 
@@ -58,6 +58,7 @@ class Pending:
         # of each subnet with a gradient, that gradient's count of writes after its last backward
         self._given: dict[SubnetModule, tuple[weakref.ref[Tensor], int]] = {}
         self._judged_in: int | None = None  # the backward at whose end some are judged
+        self._noticed_in: int | None = None  # at whose end the shards' gradients are looked at
 
     # what a backward shows ------------------------------------------------------------------------
 
@@ -114,11 +115,9 @@ class Pending:
             )
         if isinstance(gradient, Tensor):
             gradient = placement.keep(layer, gradient)
-        given = self._given.get(layer)
-        subnet = given and given[0]()
-        if subnet is not None and subnet.grad is None:  # of shards; others notice it before
-            self.drop(layer)
         backward = _running_backward(layer)
+        if placement.cut:
+            self._notice_shards(layer, backward)
         shown = self._shown.setdefault(layer, [])
         if not shown or shown[-1].backward != backward:
             shown.append(Shown(backward, grad_scale))
@@ -146,6 +145,27 @@ class Pending:
     def _given_to(self, layer: SubnetModule, subnet: Tensor) -> None:
         assert subnet.grad is not None
         self._given[layer] = weakref.ref(subnet), subnet.grad._version
+
+    def _notice_shards(self, layer: SubnetModule, backward: int) -> None:
+        """Of shards, whose gradient comes after what was shown and through hooks only if they were
+        there when these were set: do here what hooks do of others."""
+        subnet, version = self._given.get(layer, (lambda: None, 0))
+        shard = subnet()
+        if shard is not None and (
+            shard.grad is None
+            or shard.grad._version != version
+            and not bool(local(shard.grad).any())
+        ):
+            self.drop(layer)
+        if self._noticed_in != backward:
+            self._noticed_in = backward
+            Variable._execution_engine.queue_callback(self._notice_given)
+
+    def _notice_given(self) -> None:
+        """At the end of a backward, when FSDP has put the shards back where they were."""
+        for layer in self._shown:
+            if layer.subnet.grad is not None:
+                self._given_to(layer, layer.subnet)
 
     def drop(self, layer: SubnetModule | None = None) -> None:
         """What was shown of the layer, or of all, comes to nothing."""

@@ -184,6 +184,10 @@ class Clock:
         """The groups that move after this step's update."""
         return self.schedule.moving(self.step)
 
+    def has_moved(self, group: int) -> bool:
+        """Whether the group has moved before this step."""
+        return self.step > 0 and self.schedule.moved_at(group, self.step) is not None
+
     def lr_factor(self, group: int) -> float:
         """What this step multiplies the group's learning rate with (Eq. 8)."""
         return self.schedule.lr_factor(group, self.step)

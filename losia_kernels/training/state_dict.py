@@ -134,7 +134,7 @@ class TimelineState:
                 _check_shapes(layer, rest, ours)
                 if ours:
                     observed[layer] = ours
-            if rest:
+            if not _is_blank(rest):
                 state[i] = rest
         clock, step = timeline.clock, saved["losia_step"]
         period = config["period"] if clock.auto else clock.config.period
@@ -160,6 +160,12 @@ class TimelineState:
         if timeline.clock.auto and loaded["period"] != "auto":
             timeline.settle_period(loaded["period"])
         timeline.resume_at(loaded["step"])
+        timeline.unplaced = {
+            layer
+            for number, layers in enumerate(timeline.groups)
+            for layer in layers
+            if timeline.clock.has_moved(number)
+        }
         for layer, tensors in loaded["observed"].items():
             observer, device = timeline.observers[layer], layer.out_idx.device
             observer.tensors = {k: local(v).to(device, copy=True) for k, v in tensors.items()}
@@ -184,6 +190,15 @@ def _tensors_of(layer: SubnetModule, observer: Observer) -> dict[str, Tensor]:
         else placed_as(tensor, layer.out_features, layer.weight)
         for name, tensor in tensors.items()
     }
+
+
+def _is_blank(state: dict) -> bool:
+    """Of a subnet that had just moved, or of no step: zeros, for which an optimizer makes what it
+    begins with."""
+    if "step" in state:
+        return float(state["step"]) == 0
+    tensors = [value for value in state.values() if isinstance(value, Tensor)]
+    return not any(bool(local(tensor).any()) for tensor in tensors)
 
 
 def _check_shapes(layer: SubnetModule, state: dict, observed: dict) -> None:

@@ -32,6 +32,9 @@ from .checks import (
     check_held,
     warn_of_frozen_since,
     warn_of_not_finite,
+    warn_of_rates,
+    warn_of_unobserved,
+    warn_of_unplaced,
 )
 from .importance import OBSERVERS, Observer, make_observer, new_subnet
 from .pending import Pending
@@ -118,6 +121,7 @@ class Timeline:
         self._before_first_step = True
         self._problem: str | None = None
         self._places: dict[SubnetModule, tuple[tuple, list[Tensor]]] = {}  # at the last step
+        self.unplaced: set[SubnetModule] = set()  # loaded state is of places that they moved to
         self.dtypes: dict[SubnetModule, torch.dtype] = {}  # of the subnets at the last step
         self.ranks = Ranks.of(model, process_group)
         check_same_start(self.ranks, self.config, model)
@@ -279,6 +283,8 @@ class Timeline:
         Values are compared, and the GPU waited for, only after a move or a load: that DDP sends
         buffers round at every forward is neither.
         """
+        if self.unplaced:
+            self._forget_unplaced(forget)
         for layer in layers:
             here = layer.indices
             count = layer.moves, *map(id, here)  # loading may exchange the tensors
@@ -289,30 +295,24 @@ class Timeline:
                 forget(layer.subnet)
             self._places[layer] = count, [idx.clone() for idx in here]
 
+    def _forget_unplaced(self, forget: Callable[[Tensor], None]) -> None:
+        """The model's state was not loaded beside the optimizer's, or only its weights."""
+        strangers = [layer for layer in self.unplaced if not layer.was_placed]
+        self.unplaced.clear()
+        warn_of_unplaced(strangers)
+        for layer in strangers:
+            forget(layer.subnet)
+
     def _select(self, layer: SubnetModule) -> Subnet | None:
         if self.config.moves == "random":
             return random_subnet(layer, self.config.seed, self.step)
         return new_subnet(layer, self.observers[layer], self.placement.rows(layer))
 
     def _warn_of_unobserved(self) -> None:
-        """Gradients without a backward that autograd has run show themselves by this alone: nothing
-        would ever move."""
         for group in self.clock.moving if self.config.moves == "importance" else ():
             layers = self.groups[group]
-            unseen = [layer for layer in layers if not self.observers[layer].seen]
-            try:
-                check_unchanged(self.model, unseen)
-            except ValueError as error:
-                warnings.warn(f"LoSiA: {error}", stacklevel=4)
-            warn_of_frozen_since([layer for layer in unseen if layer in self._trained])
-            updated = any(layer.subnet.grad is not None for layer in layers)
-            if updated and not any(self.observers[layer].seen for layer in layers):
-                warnings.warn(
-                    f"LoSiA: {self.group_names[group]} got gradients, but no backward has observed "
-                    f"it in its slot, and its subnets stay where they are. A replayed CUDA graph "
-                    f"shows nothing to those who observe: use losia_kernels.CapturedBackward",
-                    stacklevel=4,
-                )
+            seen = {layer for layer in layers if self.observers[layer].seen}
+            warn_of_unobserved(self.model, self.group_names[group], layers, seen, self._trained)
 
     def _next_step(self, freed: list[SubnetModule]) -> None:
         for layer in freed:
@@ -324,8 +324,7 @@ class Timeline:
     # who observes ---------------------------------------------------------------------------------
 
     def _observe(self) -> None:
-        """Let exactly the layers whose turn it is observe, once it is known; those that do already
-        go on."""
+        """Let exactly the layers whose turn it is observe, once it is known."""
         if not self.clock.settled:
             return
         due = [layer for group in self.observing for layer in self.groups[group]]  # on every rank
@@ -389,6 +388,7 @@ class Timeline:
             self._before_first_step = False
             check_unchanged(self.model, self.layers)
             warn_of_frozen_since([layer for layer in self._trained if layer not in updated])
+            warn_of_rates(self.config, self.layers, self.step)
             check_gradients(self.layers, updated)
 
     def check_position(self, layers: list[SubnetModule]) -> None:

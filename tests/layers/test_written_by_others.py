@@ -218,6 +218,30 @@ def test_where_subnets_are_is_not_averaged(average):
     assert not torch.equal(logits(averaged), logits(model))
 
 
+@pytest.mark.parametrize("moves", ["random", "importance"])
+@pytest.mark.parametrize("steps", range(1, 9))
+def test_an_average_of_all_parameters_swapped_in_is_the_average_of_the_weights(steps, moves):
+    """Also right at a move, where the weight's average is the weight in the new place, and the
+    subnet's one of the old place."""
+    config = paper(rank_factor=0.25, period=2, moves=moves, init_subnet="random", lr_of="subnet")
+    model = apply_losia(tiny_lm(), config)
+    optimizer = LoSiAAdamW(model, lr=0.05)
+    averages = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for batch in make_batches(steps):
+        take_step(model, optimizer, batch)
+        for name, p in model.named_parameters():
+            averages[name].lerp_(p.detach(), 0.25)
+    expected = tiny_lm()
+    expected.load_state_dict({name: averages[name] for name in expected.state_dict()})
+    before, own = snapshot(model), [p.detach().clone() for p in model.parameters()]
+    for name, p in model.named_parameters():
+        p.data.copy_(averages[name])
+    assert torch.equal(logits(model), logits(expected))
+    for p, value in zip(model.parameters(), own, strict=True):
+        p.data.copy_(value)
+    assert same_tensors(snapshot(model), before)
+
+
 def test_exchanged_with_an_average_and_back_the_live_model_is_whole():
     """As Lightning's weight averaging evaluates: parameters and buffers change places."""
     model, optimizer = trained_run(period=1)

@@ -255,12 +255,9 @@ def train_sharded(
     model = convert(run, device)
     if late:
         optimizer, timeline = make_optimizer(run, model)
-        place = {id(parameter): name for name, parameter in model.named_parameters()}
-    shard(model, policies or {})
-    if late:
-        sharded = dict(model.named_parameters())
-        for group in optimizer.param_groups:
-            group["params"] = [sharded[place[id(parameter)]] for parameter in group["params"]]
+        shard_late(model, optimizer, policies or {})
+    else:
+        shard(model, policies or {})
     if run.calibrated:
         calibrate(model, batches, steps=2, loss_fn=lambda model, batch: model(**batch))
     if not late:
@@ -283,6 +280,15 @@ def shard(model: LossOf, policies: dict) -> None:
     for block in model.lm.model.layers:
         fully_shard(block, **policies)
     fully_shard(model, **policies)
+
+
+def shard_late(model: LossOf, optimizer: torch.optim.Optimizer, policies: dict) -> None:
+    """As accelerate does with an optimizer that is there."""
+    place = {id(parameter): name for name, parameter in model.named_parameters()}
+    shard(model, policies)
+    sharded = dict(model.named_parameters())
+    for group in optimizer.param_groups:
+        group["params"] = [sharded[place[id(parameter)]] for parameter in group["params"]]
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:

@@ -18,7 +18,17 @@ from torch.profiler import ProfilerActivity, profile
 
 from losia_kernels import LoSiAAdamW, apply_losia
 from losia_kernels.parallel import ranks as distributed
-from tests.parallel.runs import LossOf, Run, batches_of, make, train_sharded, whole_state
+from tests.parallel.runs import (
+    LossOf,
+    Run,
+    batches_of,
+    convert,
+    make,
+    make_optimizer,
+    shard_late,
+    train_sharded,
+    whole_state,
+)
 from tests.tiny import paper
 
 
@@ -181,19 +191,22 @@ def wire(device: torch.device, blocks: int, narrow: int, wide: int, steps: int) 
 
 
 def skipping(device: torch.device, engine: str, drop: str | None) -> dict[str, Tensor]:
-    """Train, but skip a step after each of two micro-batches, gradients dropped by "optimizer",
-    "zeros" or "model"; None: no such step."""
+    """Train, but skip a step after each of two micro-batches, gradients dropped by "optimizer" or
+    "model", or zeroed ("optimizer_zeros", "model_zeros"); None: no such step."""
     run = Run(steps=6, attached=engine == "fsdp")
-    model, forward, optimizer, _ = make(device, engine, run)
+    if engine == "accelerate":  # makes the optimizer first
+        model = forward = convert(run, device)
+        optimizer, _ = make_optimizer(run, model)
+        shard_late(model, optimizer, {})
+    else:
+        model, forward, optimizer, _ = make(device, engine, run)
     batches = batches_of(run, dist.get_rank(), dist.get_world_size(), device)
     for step, batch in enumerate(batches):
-        if drop and (step or drop != "model" or engine == "ddp"):
-            for spike in (batches[step - 1], batches[step - 2]):
-                forward(**spike).backward()
-            if drop == "model":
-                model.zero_grad()
-            else:
-                optimizer.zero_grad(set_to_none=drop == "optimizer")
+        for spike in (batches[step - 1], batches[step - 2]) if drop else ():
+            forward(**spike).backward()
+        if drop:
+            owner = model if drop.startswith("model") else optimizer
+            owner.zero_grad(set_to_none="zeros" not in drop)
         forward(**batch).backward()
         optimizer.step()
         optimizer.zero_grad()

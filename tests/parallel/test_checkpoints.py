@@ -78,11 +78,12 @@ def test_from_one_process_to_two_shards(two, tmp_path):
         assert_same_bits({key: other_optimizer[key] for key in optimizer}, optimizer)
 
 
+@pytest.mark.parametrize("run", [Run(), Run(attached=True)], ids=["own", "attached"])
 @pytest.mark.parametrize("step", [0, 1, runs.PERIOD, STEP])
-def test_torchs_own_helpers_resume_shards(two, tmp_path, step):
+def test_torchs_own_helpers_resume_shards(two, tmp_path, step, run):
     """What accelerate and Trainer call: also before the first step, and at the start of a slot."""
-    resumed = two.run(runs.torch_helpers, Run(), step, CYCLE + 2, str(tmp_path / "a"))
-    straight = two.run(runs.straight, "fsdp", Run(), CYCLE + 2)
+    resumed = two.run(runs.torch_helpers, run, step, CYCLE + 2, str(tmp_path / "a"))
+    straight = two.run(runs.straight, "fsdp", run, CYCLE + 2)
     for (model, optimizer), expected in zip(resumed, straight, strict=True):
         assert_same_bits(model, expected[0])
         assert_same_bits(optimizer, expected[1])

@@ -49,10 +49,10 @@ def test_optimizer_that_accelerate_gives_the_shards_to(two):
     assert_same_run(outcomes[0], runs.train(CPU, Run()))
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "ddp"])
+@pytest.mark.parametrize("engine", ["fsdp", "accelerate", "ddp"])
 def test_skipped_steps_leave_no_trace(two, engine):
     control = two.run(sharding.skipping, engine, None)[0]
-    for drop in ("optimizer", "zeros", "model"):
+    for drop in ("optimizer", "optimizer_zeros", "model", "model_zeros"):
         assert_same_bits(two.run(sharding.skipping, engine, drop)[0], control)
 
 

@@ -1,6 +1,8 @@
 """attach: any torch optimizer gets the timeline; with torch's AdamW it is LoSiAAdamW."""
 
 import io
+import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -237,7 +239,7 @@ def test_a_step_that_raises_leaves_no_rewarmed_rate_behind():
 
     with pytest.raises(MemoryError):
         optimizer.step(fails)
-    assert [group["lr"] for group in optimizer.param_groups] != plain
+    assert [group["lr"] for group in optimizer.param_groups] == plain
     take_step(model, optimizer, batches[3])
     assert [group["lr"] for group in optimizer.param_groups] == plain
 
@@ -312,3 +314,24 @@ def test_named_parameters_keep_their_names():
     assert len(optimizer.param_groups) > 1
     for group in optimizer.param_groups:
         assert group["param_names"] == [names[id(parameter)] for parameter in group["params"]]
+
+
+@pytest.mark.parametrize("broken", [KeyboardInterrupt, torch.OutOfMemoryError])
+def test_a_step_that_is_broken_off_leaves_rates_and_decay_as_they_were(broken):
+    """A scheduler's, a checkpoint's and the log's; rates of places at random are scaled in a step."""
+    model = make_model(moves="random", init_subnet="random")
+    optimizer = torch.optim.AdamW(trainable(model), lr=0.01, weight_decay=0.1)
+    attach(optimizer, model)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+    take_step(model, optimizer, make_batches(1)[0])
+    model(**make_batches(1)[0]).loss.backward()
+    with mock.patch.object(sys.modules["torch.optim.adam"], "adam", side_effect=broken):
+        with pytest.raises(broken):
+            optimizer.step()
+    saved = optimizer.state_dict()["param_groups"]
+    assert {(group["lr"], group["weight_decay"]) for group in saved} == {(0.01, 0.1)}
+    assert not [key for group in saved for key in group if key.startswith(("scheduled", "plain"))]
+    scheduler.step(1.0)
+    scheduler.step(1.0)
+    take_step(model, optimizer, make_batches(1)[0])
+    assert {group["lr"] for group in optimizer.param_groups} == {0.005}

@@ -2,6 +2,7 @@
 behind."""
 
 import gc
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from csrc_ref.importance import importance_ref
 from csrc_ref.selection import select_marginal_ref
 from losia_kernels import (
     LoSiAAdamW,
+    LoSiAConfig,
+    LoSiALinear,
     NonFiniteScoreError,
     apply_losia,
     attach,
@@ -236,3 +239,41 @@ def test_an_optimizer_made_before_goes_on_observing(drive):
             take_step(model, optimizer, batch)
         runs.append(subnets(model))
     assert same_tensors(before.state_dict(), after.state_dict()) and runs[0] == runs[1]
+
+
+def placed_by_hand(rank_factor: float = 0.5) -> nn.Module:
+    model = tiny_lm().requires_grad_(False)
+    for block in model.model.layers:
+        block.up_proj = LoSiALinear.from_linear(block.up_proj, rank_factor)
+    return model
+
+
+def told_in_the_first_step(model: nn.Module, **options) -> list[str]:
+    optimizer = LoSiAAdamW(model, lr=0.01, **options)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for batch in make_batches(2):
+            take_step(model, optimizer, batch)
+    return [str(one.message) for one in told]
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_rates_for_places_at_random_of_calibrated_layers_placed_by_hand_are_said(scaled):
+    model = calibrate(placed_by_hand(), make_batches(2))
+    config = LoSiAConfig(init_subnet="random" if scaled else "calibrated")
+    told = told_in_the_first_step(model, config=config)
+    assert ["far too much there" in message for message in told] == [True] * scaled
+    assert told_in_the_first_step(placed_by_hand(), config=LoSiAConfig()) == []
+
+
+@pytest.mark.parametrize("options", [{"moves": "random"}, {"moves": "none"}])
+def test_a_calibration_that_was_forgotten_is_said(options):
+    """Rates are then those of calibrated subnets, at places drawn at random."""
+    config = paper(rank_factor=0.5, **options)
+    (told,) = told_in_the_first_step(apply_losia(tiny_lm(), config))
+    assert "model.layers.0.up_proj's a 4th of what is right there; call calibrate" in told
+    calibrated = calibrate(apply_losia(tiny_lm(), config), make_batches(2))
+    loaded = apply_losia(tiny_lm(), config)
+    loaded.load_state_dict(calibrated.state_dict())
+    for model in (calibrated, loaded, apply_losia(tiny_lm(), paper(rank_factor=0.5, lr_of="full"))):
+        assert told_in_the_first_step(model) == []

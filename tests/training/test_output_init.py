@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from losia_kernels import apply_losia, start_from_frequency
+from losia_kernels import LoSiAAdamW, apply_losia, attach, start_from_frequency
 from losia_kernels.layers.module import losia_layers
-from tests.tiny import paper, tiny_lm
+from tests.tiny import make_batches, paper, take_step, tiny_lm
 
 
 def make_model(**options):
@@ -52,3 +52,30 @@ def test_nothing_to_count(batches):
     with pytest.raises(ValueError, match="no labels to count"):
         start_from_frequency(model, batches)
     assert torch.equal(model.lm_head.out_idx, before)
+
+
+@pytest.mark.parametrize("kind", ["LoSiAAdamW", "attach"])
+@pytest.mark.parametrize(
+    ("options", "scaled"),
+    [
+        ({"moves": "random", "init_subnet": "random"}, True),
+        ({"moves": "none", "init_subnet": "random"}, True),
+        ({"lr_of": "full"}, True),
+        ({}, False),  # by importance, calibrated
+        ({"moves": "random", "init_subnet": "random", "lr_of": "subnet"}, False),
+    ],
+)
+def test_its_rate_is_scaled_as_the_others_are(kind, options, scaled):
+    """The first step of Adam changes each value by the rate."""
+    model = make_model(output_init="frequency", **options)
+    start_from_frequency(model, [labels(12, 12, 3, 0)])
+    if kind == "attach":
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        attach(optimizer, model)
+    else:
+        optimizer = LoSiAAdamW(model, lr=1e-3)
+    before = model.lm_head.subnet.detach().clone()
+    take_step(model, optimizer, make_batches(1)[0])
+    moved = (model.lm_head.subnet.detach() - before).abs().max().item()
+    assert moved == pytest.approx(1e-3 * (13 / 5 if scaled else 1), rel=1e-2)
+    assert optimizer.param_groups[0]["lr"] == 1e-3

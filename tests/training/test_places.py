@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from losia_kernels import LoSiAAdamW, apply_losia, attach, calibrate, losia_layers
+from losia_kernels import (
+    LoSiAAdamW,
+    apply_losia,
+    attach,
+    calibrate,
+    export_state_dict,
+    losia_layers,
+)
 from losia_kernels.training import timeline
 from tests.tiny import make_batches, paper, same_tensors, take_step, tiny_lm
 
@@ -99,3 +106,61 @@ def test_buffers_that_are_sent_round_are_not_compared(monkeypatch):
         layer.in_idx.copy_(layer.in_idx.clone())
     monkeypatch.setattr(timeline, "_same", None)
     take_step(model, optimizer, second)
+
+
+@pytest.mark.parametrize("driven", ["LoSiAAdamW", "in_backward", "attach"])
+def test_an_optimizers_state_without_the_places_that_it_is_of_starts_anew(driven):
+    """Resumed with the weights and the optimizer's state alone, as from a plain model folder."""
+    model, optimizer = make_run(driven)
+    for batch in make_batches(5):  # both groups have moved
+        take_step(model, optimizer, batch)
+    weights, state = export_state_dict(model), optimizer.state_dict()
+    (batch,) = make_batches(1, seed=3)
+
+    def resume(*, forget: bool):
+        torch.manual_seed(0)
+        model, optimizer = make_run(driven)
+        model.load_state_dict(weights, strict=False)
+        optimizer.load_state_dict(copy.deepcopy(state))
+        if forget:
+            start_anew(model, optimizer)
+            optimizer.timeline.unplaced.clear()
+        return model, optimizer
+
+    expected = resume(forget=True)
+    take_step(*expected, batch)
+    resumed = resume(forget=False)
+    with pytest.warns(UserWarning, match="was loaded, but not where the subnets were") as told:
+        take_step(*resumed, batch)
+        take_step(*resumed, batch)
+    take_step(*expected, batch)
+    assert len([one for one in told if "not where" in str(one.message)]) == 1
+    assert same_tensors(resumed[0].state_dict(), expected[0].state_dict())
+
+
+def written_in_place(model, state):
+    """As from files, without torch's load_state_dict."""
+    for name, layer in losia_layers(model):
+        for key in ("out_idx", "in_idx", "weight", "subnet"):
+            getattr(layer, key).detach().copy_(state[f"{name}.{key}"])
+
+
+@pytest.mark.parametrize("load_model", [nn.Module.load_state_dict, written_in_place])
+@pytest.mark.parametrize("first", ["model", "optimizer"])
+@pytest.mark.parametrize("driven", ["LoSiAAdamW", "in_backward", "attach"])
+@pytest.mark.filterwarnings("error:LoSiA.*the optimizer's state was loaded")
+def test_in_either_order_they_are_loaded_as_they_were(driven, first, load_model):
+    model, optimizer = make_run(driven)
+    for batch in make_batches(5):
+        take_step(model, optimizer, batch)
+    other, of_other = make_run(driven)
+    loads = [
+        lambda: load_model(other, copy.deepcopy(model.state_dict())),
+        lambda: of_other.load_state_dict(copy.deepcopy(optimizer.state_dict())),
+    ]
+    for load in loads if first == "model" else reversed(loads):
+        load()
+    for batch in make_batches(3, seed=3):
+        take_step(model, optimizer, batch)
+        take_step(other, of_other, batch)
+    assert same_tensors(model.state_dict(), other.state_dict())

@@ -2,6 +2,7 @@
 and flattened, at any step of a slot, and from a run whose config had other fields."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -18,12 +19,18 @@ from tests.tiny import make_batches, paper, same_tensors, snapshot, take_step, t
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
+ATTACHED = {
+    "attach": partial(torch.optim.AdamW, lr=0.01),
+    "SGD": partial(torch.optim.SGD, lr=0.1, momentum=0.9, dampening=0.5),  # zeros are no first step
+    "NAdam": partial(torch.optim.NAdam, lr=0.01),  # its state begins with ones
+}
+
+
 def make_run(kind: str, steps: int, **options):
     config = paper(**{"rank_factor": 0.5, "period": 2, "output_dim_factor": 0.5} | options)
     model = apply_losia(tiny_lm(), config)
-    if kind == "attach":
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=0.01)
+    if kind in ATTACHED:
+        optimizer = ATTACHED[kind]([p for p in model.parameters() if p.requires_grad])
         attach(optimizer, model)
     else:
         optimizer = LoSiAAdamW(model, lr=0.01)
@@ -69,16 +76,35 @@ def test_a_run_goes_on_bit_by_bit(tmp_path, flat, steps, options):
 
 
 @FORMS
-def test_attached_it_goes_on_bit_by_bit(tmp_path, flat):
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+@pytest.mark.parametrize("kind", ATTACHED)
+def test_attached_it_goes_on_bit_by_bit(tmp_path, flat, steps, kind):
+    """Also right after a move, when the optimizer has no state of what has moved."""
     form = StateDictOptions(flatten_optimizer_state_dict=flat)
-    run, resumed = make_run("attach", 1), make_run("attach", 0, seed=7)
+    run, resumed = make_run(kind, steps), make_run(kind, 0, seed=7)
     save(tmp_path, run, form)
-    resumed[1].timeline.resume_at(1)
+    resumed[1].timeline.resume_at(steps)
     load(tmp_path, resumed, form)
     for batch in make_batches(5, seed=1):
         take_step(*run, batch)
         take_step(*resumed, batch)
     assert same_tensors(snapshot(run[0]), snapshot(resumed[0]))
+
+
+@FORMS
+@pytest.mark.parametrize("kind", ["LoSiAAdamW", *ATTACHED])
+def test_a_run_that_goes_back_to_its_checkpoint_goes_on_bit_by_bit(tmp_path, flat, kind):
+    """As after a spike of the loss, and right after a move."""
+    form = StateDictOptions(flatten_optimizer_state_dict=flat)
+    run, control = make_run(kind, 3), make_run(kind, 3)
+    save(tmp_path, run, form)
+    take_step(*run, make_batches(1, seed=2)[0])
+    run[1].timeline.resume_at(3)
+    load(tmp_path, run, form)
+    for batch in make_batches(5, seed=1):
+        take_step(*run, batch)
+        take_step(*control, batch)
+    assert same_tensors(snapshot(run[0]), snapshot(control[0]))
 
 
 @FORMS
