@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import NonFiniteScoreError, __version__
+from .finetune.checks import check_options
 from .finetune.options import PICTURES, FinetuneOptions, InputError, with_config
 
 
@@ -105,7 +106,7 @@ def _finetune(**given: Any) -> None:
         if missing:
             raise InputError(f"finetune needs {missing} (see losia-kernels finetune --help)")
         options = FinetuneOptions(**given)
-    options.check()  # before the imports, which take seconds
+    check_options(options)  # before the imports, which take seconds
     from .finetune.run import finetune
 
     finetune(options)
@@ -133,6 +134,8 @@ def _inspect(folder: str) -> None:
             from .checkpoint.lora import describe_lora as describe
         elif (Path(folder) / "run.json").exists():
             from .finetune.result import describe_run as describe
+        elif Path(folder).name == "model" and Path(folder).with_name("model.json").exists():
+            from .finetune.result import describe_model as describe
         else:
             from .checkpoint.export import describe_checkpoint as describe
         print(describe(Path(folder)))

@@ -35,8 +35,8 @@ def parse_config(path: str) -> dict[str, Any]:
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """The settings of a YAML file, each under an option's name or TRL's for it; ``env`` in it sets
-    environment variables, as in TRL's command.
+    """The settings of a YAML file, each under an option's name or TRL's for it; the environment
+    variables of ``env`` in it are set, as in TRL's command.
 
     Raises:
         InputError: if it cannot be read, or holds no settings.
@@ -55,8 +55,11 @@ def read_config(path: str) -> dict[str, Any]:
     env = settings.pop("env", None) or {}
     if not isinstance(env, dict):
         raise InputError(f"{path}: 'env' must hold names and values, got {env!r:.80}")
-    os.environ.update({str(name): str(value) for name, value in env.items()})
+    env = {str(name): str(value) for name, value in env.items()}
+    os.environ.update(env)
     settings = {name.replace("-", "_"): value for name, value in settings.items()}
+    if env:
+        settings["env"] = env
     return json.loads(json.dumps(settings, default=str))  # dates are text
 
 
@@ -74,16 +77,16 @@ def option(
     group: str,
     help: str,
     default: Any = MISSING,
-    exclusive: bool = False,
+    exclusive: str | None = None,
     trl: str | None = None,
     **argument: Any,
 ) -> Any:
     """A field that is an option of the command line too.
 
-    ``group``: under which heading its help stands; of those that are ``exclusive`` there, one may
-    be given. ``trl``: what TRL's command calls it, which a config file may, too. ``argument``:
-    what else argparse's ``add_argument`` takes; without a default the option is required, and a
-    number's type is its default's.
+    ``group``: under which heading its help stands; of neighbours there with the same ``exclusive``,
+    which is the reason, one may be given. ``trl``: what TRL's command calls
+    it, which a config file may, too. ``argument``: what else argparse's ``add_argument`` takes;
+    without a default the option is required, and a number's type is its default's.
     """
     if default is MISSING:
         argument["required"] = True

@@ -39,7 +39,7 @@ def load_tokenizer(options: FinetuneOptions, config: SFTConfig) -> Any:
         if local:
             _check_model_folder(name)
         tokenizer = AutoTokenizer.from_pretrained(name, **_trust(config))
-    path = config.chat_template_path
+    path = config.chat_template_path and os.path.expanduser(config.chat_template_path)
     if path is not None and os.path.isfile(path):
         tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
     elif path is not None:

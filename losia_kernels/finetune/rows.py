@@ -17,7 +17,7 @@ import fsspec
 import pandas
 from trl.trainer.utils import remove_none_values
 
-from .options import FinetuneOptions, InputError
+from .options import InputError
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 TABLES: dict[
@@ -40,19 +40,21 @@ class Row(NamedTuple):
     where: str
 
 
-def read_rows(data: str, options: FinetuneOptions) -> Iterator[Row]:
+def read_rows(data: str, split: str = "train", config: str | None = None) -> Iterator[Row]:
     """The rows of a file, a folder or a data set of the hub, in order; blank lines are skipped.
+
+    ``split``, ``config``: which part of what has parts.
 
     Raises:
         InputError: naming the file and the line, or the row, that cannot be read.
     """
     path = Path(data).expanduser()
     if path.is_dir():
-        yield from _read_folder(path, options)
+        yield from _read_folder(path, split, config)
     elif path.exists() or _is_file_name(data):
         yield from _read_file(path)
     else:
-        yield from _read_table(data, data, name=options.data_config, split=options.data_split)
+        yield from _read_table(data, data, name=config, split=split)
 
 
 def is_local(data: str) -> bool:
@@ -114,30 +116,26 @@ def _check_lengths(path: Path, sep: str, columns: int) -> None:
                 )
 
 
-def _read_folder(path: Path, options: FinetuneOptions) -> Iterator[Row]:
+def _read_folder(path: Path, split: str, config: str | None) -> Iterator[Row]:
     """A folder of ``save_to_disk``, or one of files, whose splits ``datasets`` tells apart."""
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         saved = datasets.load_from_disk(str(path))
         if isinstance(saved, datasets.DatasetDict):
-            if options.data_split not in saved:
-                raise InputError(
-                    f"{path} has no split {options.data_split!r}, only {', '.join(saved)}"
-                )
-            saved = saved[options.data_split]
+            if split not in saved:
+                raise InputError(f"{path} has no split {split!r}, only {', '.join(saved)}")
+            saved = saved[split]
         yield from _rows_of(saved, str(path))
         return
     try:
-        builder = datasets.load_dataset_builder(str(path), name=options.data_config)
+        builder = datasets.load_dataset_builder(str(path), name=config)
     except Exception as error:  # whatever a library raises about the user's files
         raise InputError(f"cannot read {path}: {_first_line(error)}") from None
-    files = {str(split): list(names) for split, names in (builder.config.data_files or {}).items()}
-    if options.data_split not in files:
-        raise InputError(f"{path} has no split {options.data_split!r}, only {', '.join(files)}")
-    others = [split for split in files if split != options.data_split]
+    files = {str(part): list(names) for part, names in (builder.config.data_files or {}).items()}
+    if split not in files:
+        raise InputError(f"{path} has no split {split!r}, only {', '.join(files)}")
+    others = [part for part in files if part != split]
     if others:
-        warnings.warn(
-            f"{path}: {', '.join(others)} is not read, only {options.data_split}", stacklevel=2
-        )
+        warnings.warn(f"{path}: {', '.join(others)} is not read, only {split}", stacklevel=2)
     read = {Path(name).name for names in files.values() for name in names}
     known = (*JSON_SUFFIXES, *TABLES)
     unread = sorted(p.name for p in path.iterdir() if _suffix(p) in known and p.name not in read)
@@ -147,7 +145,7 @@ def _read_folder(path: Path, options: FinetuneOptions) -> Iterator[Row]:
             f"the split in their names",
             stacklevel=2,
         )
-    for name in sorted(files[options.data_split]):
+    for name in sorted(files[split]):
         yield from _read_file(Path(name))
 
 
