@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import NonFiniteScoreError, __version__
-from .finetune.checks import check_options
+from .finetune.declare import Help
 from .finetune.options import PICTURES, FinetuneOptions, InputError, with_config
 
 
@@ -95,6 +95,8 @@ def _how_to_go_on(command: str, arguments: dict[str, Any]) -> str:
 
 
 def _finetune(**given: Any) -> None:
+    from .finetune.checks import check_options
+
     given = with_config(given)
     if given.get("resume") and "output" in given:
         from .finetune.folder import resumed_options
@@ -217,14 +219,6 @@ def _show_warning(message: Warning | str, *where: Any, **options: Any) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Defaults behind every option that has one worth saying."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        bare = action.default is None or action.default is False or action.required
-        return action.help if bare else super()._get_help_string(action)
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
@@ -248,7 +242,7 @@ def _add_finetune(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "finetune",
         help="fine-tune a causal language model",
-        formatter_class=_Help,
+        formatter_class=Help,
         description="Fine-tune a causal language model. OUTPUT gets model/ (an ordinary transformers folder), "
         "checkpoints/, log.jsonl, subnets.jsonl, loss_curve.png and run.json. Needed are --model, --data and "
         "--output; to go on with a run, --resume and --output.",
@@ -278,28 +272,29 @@ def _add_plot(commands: argparse._SubParsersAction) -> None:
     add = commands.add_parser(
         "plot",
         help="draw what a run did: its loss, where its subnets were, what they changed",
-        formatter_class=_Help,
+        formatter_class=Help,
         description="Pictures of a finetune run, as PNG files in RUN/plots/.",
     ).add_argument
     add("run", metavar="RUN", help="the output folder of a finetune run")
     add(
         "--only",
         nargs="+",
-        choices=PICTURES,
+        choices=tuple(PICTURES),
         metavar="PICTURE",
-        help=f"of {', '.join(PICTURES)} (default: all that the run's files allow; the last two load the model)",
+        help=f"{'; '.join(f'{name}: {what}' for name, what in PICTURES.items())}; the last two load the model "
+        "(default: all that the run's files allow)",
     )
     add(
         "--vectors",
         type=int,
         default=500,
         metavar="COUNT",
-        help="singular vectors of each weight to compare",
+        help="how many of each weight's first singular vectors the picture of them compares",
     )
     add(
         "--base",
         metavar="MODEL",
-        help="the model before training, if it is no longer where run.json says",
+        help="the model before training, for the last two, if it is no longer where run.json says",
     )
 
 
@@ -340,7 +335,7 @@ def _add_delta(commands: argparse._SubParsersAction) -> None:
 
 def _add_lora(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
-        "lora", help="write what a training changed as a LoRA adapter", formatter_class=_Help
+        "lora", help="write what a training changed as a LoRA adapter", formatter_class=Help
     )
     _add_folders(
         parser,
@@ -361,7 +356,7 @@ def _add_estimate(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "estimate",
         help="say which rank factor, batch and context fit a GPU",
-        formatter_class=_Help,
+        formatter_class=Help,
         description="Arithmetic on the model's config.json: no weights are loaded, nothing is run.",
     )
     add = parser.add_argument

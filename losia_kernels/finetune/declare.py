@@ -1,4 +1,4 @@
-"""How an option of the command is declared, and how its text is read.
+"""How an option of the command is declared, how its text is read and its help written.
 
 Free of heavy imports, so that the command line can ask for help at once.
 """
@@ -6,6 +6,7 @@ Free of heavy imports, so that the command line can ask for help at once.
 import argparse
 import json
 import os
+import textwrap
 from dataclasses import MISSING, Field, field
 from fractions import Fraction
 from typing import Any
@@ -14,6 +15,21 @@ from typing import Any
 class InputError(ValueError):
     """A mistake in the user's input that one line can say: the command line prints it and exits
     with code 2."""
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults behind every option that has one worth saying; names of options stay whole where lines
+    are short."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        bare = action.default is None or action.default is False or action.required
+        return action.help if bare else super()._get_help_string(action)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return textwrap.indent("\n".join(self._split_lines(text, width - len(indent))), indent)
 
 
 def parse_fraction(text: str) -> float:

@@ -14,8 +14,15 @@ from .declare import InputError, option, option_value, parse_config, parse_fract
 
 __all__ = ["PICTURES", "FinetuneOptions", "InputError", "set_by_user", "with_config"]
 
-# Of ``losia-kernels plot``.
-PICTURES = ("loss", "timeline", "subnets", "frequency", "gradients", "singular_vectors")
+# Of ``losia-kernels plot``: what each shows.
+PICTURES = {
+    "loss": "by step, with the moves of subnets",
+    "timeline": "which group observes when, what moves kept",
+    "subnets": "which neurons are trained, over layers and time",
+    "frequency": "how often each neuron is trained",
+    "gradients": "of the model before training, by neuron",
+    "singular_vectors": "how far training turned those of each weight",
+}
 
 
 @dataclass(kw_only=True)
