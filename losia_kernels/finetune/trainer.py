@@ -236,6 +236,7 @@ def sft_config(options: FinetuneOptions, steps: int | None = None) -> SFTConfig:
         trl: getattr(options, name) for trl, name in set_by.items() if trl in known
     }
     total = steps or options.steps or -1
+    unpadded = options.packing or given.get("padding_free") is True
     values |= {
         "output_dir": str(Path(options.output).absolute() / "checkpoints"),
         "max_steps": total,
@@ -250,7 +251,7 @@ def sft_config(options: FinetuneOptions, steps: int | None = None) -> SFTConfig:
         "eval_packing": False,
         "prediction_loss_only": True,
         "logging_nan_inf_filter": False,
-        "include_num_input_tokens_seen": "all" if options.packing else "non_padding",
+        "include_num_input_tokens_seen": "all" if unpadded else "non_padding",
         "use_cpu": not torch.accelerator.is_available(),
         "bf16": False,  # the weights' dtype is the option dtype
         "ddp_find_unused_parameters": False,
