@@ -5,7 +5,9 @@ Exit codes: 0 done; 1 training broke off; 2 a mistake in the arguments or the da
 """
 
 import argparse
+import difflib
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -221,6 +223,11 @@ def _show_warning(message: Warning | str, *where: Any, **options: Any) -> None:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: (--\S+)", message)
+        if unknown:
+            known = [f"--{name.replace('_', '-')}" for name in OPTIONS]
+            near = difflib.get_close_matches(unknown[1], known, 1)
+            message += f"; did you mean {near[0]}?" if near else ""
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
 

@@ -69,6 +69,7 @@ def check_mistake(result, problem):
             ["finetune", "--period", "often"],
             "--period: expected a number of steps or 'auto', got 'often'",
         ),
+        (["finetune", "--modle", "x"], "--modle x; did you mean --model?"),
         (["finetune", "--steps", "many"], "--steps: invalid int value: 'many'"),
         (["finetune", "--packing", "--group-by-length"], "not allowed with argument --packing"),
         (["finetune", "--dtype", "int8"], "invalid choice: 'int8'"),

@@ -126,6 +126,14 @@ def check_resumes(folder: Path, record: dict) -> None:
             f"what stands in it (of a folder or a name on the hub), the tokenizer, its chat template, a date in that, "
             f"or a library is another"
         )
+    for name in changed:
+        data = name.removesuffix("_sha256")
+        if data != name and None not in (first.get(data), record.get(data)):
+            raise InputError(
+                f"cannot resume {folder}: {record[data]} is not the {data} that it was begun with, {first[data]} as "
+                f"it was then"
+            )
+    changed = [name.removesuffix("_sha256") for name in changed]
     if changed:
         was = ", ".join(
             f"{name} was {first.get(name)!r}, now {record.get(name)!r}" for name in changed

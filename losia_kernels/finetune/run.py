@@ -12,6 +12,7 @@ import datasets
 import torch
 from accelerate import DistributedType, PartialState
 from accelerate.utils import broadcast_object_list
+from huggingface_hub.utils import logging as hub_logging
 from transformers import TrainerCallback
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging
@@ -35,6 +36,7 @@ from .model import (
     end_where_samples_end,
     load_model,
     load_tokenizer,
+    names_on_hub,
 )
 from .options import FinetuneOptions, InputError
 from .progress import ProgressCallback, draw_loss_curve
@@ -135,6 +137,9 @@ def prepare(options: FinetuneOptions) -> Run | None:
         if first and options.resume:
             _say_what_was_found(found)
 
+        elsewhere = names_on_hub(options)
+        if first and elsewhere:
+            print(f"no files here, so from the hub: {', '.join(elsewhere)}", flush=True)
         check_rows(options, config)
         tokenizer = load_tokenizer(options, config)
         data = load_data(options, config, tokenizer)
@@ -292,7 +297,8 @@ def _be_quiet() -> None:
     """Progress is said in lines of this command's own."""
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what fails is said by its exception
+    hub_logging.set_verbosity_error()  # each of its attempts without a network
 
 
 def _check_report_to(name: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, get_scheduler
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from ..integrations.transformers import losia_timeline
@@ -141,6 +142,16 @@ class FinetuneTrainer(SFTTrainer):
         output.metrics[f"{metric_key_prefix}_loss"] = loss / max(1.0, learned)
         output.metrics[f"{metric_key_prefix}_mean_token_accuracy"] = right / max(1.0, learned)
         return output
+
+    def _init_training_state(self, *args, **kwargs):
+        """What a resumed run may have otherwise is no mistake, and the best checkpoint is found by
+        ``CheckpointCallback``."""
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()
+        try:
+            return super()._init_training_state(*args, **kwargs)
+        finally:
+            logging.set_verbosity(verbosity)
 
     def _issue_warnings_after_load(self, load_result):
         """A weight that is also another's is saved once: under that name nothing is missing."""

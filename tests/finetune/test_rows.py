@@ -5,6 +5,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 
 import datasets
 import pytest
@@ -188,3 +189,36 @@ def test_files_of_a_folder_that_are_not_read_are_named(tmp_path):
     (folder / "c.csv").write_text("text\nc\n")
     with pytest.warns(UserWarning, match="is not read"):
         assert len(list(read_rows(str(folder)))) == 1
+
+
+@pytest.mark.parametrize("name", ["train.jsnl", "Train.jsonl", "trian.jsonl", "train.json"])
+def test_a_name_that_is_nearly_a_files_is_not_asked_of_the_hub(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: pytest.fail("it was asked"))
+    (tmp_path / "train.jsonl").write_text(LINES)
+    for given in (name, str(tmp_path / name)):
+        with pytest.raises(InputError, match=r"there is no|No such file") as error:
+            read(given)
+        assert "did you mean" in str(error.value) and "train.jsonl?" in str(error.value)
+
+
+def test_a_stream_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for name in ("-", "/dev/stdin", "/dev/fd/63", tmp_path / "pipe.jsonl"):
+        with pytest.raises(InputError, match="is a stream: data is read more than once"):
+            read(name)
+
+
+def test_one_object_over_several_lines_is_told_apart_from_broken_json(tmp_path):
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps(ROWS[0], indent=2))
+    with pytest.raises(InputError, match="one object over several lines; expected one object a"):
+        read(path)
+    path.write_text(json.dumps(ROWS[0], indent=2)[:-3])
+    with pytest.raises(InputError, match="d.json:1: not valid JSON"):
+        read(path)
+
+
+def test_names_of_columns_alone_are_no_rows(tmp_path):
+    (tmp_path / "d.csv").write_text("prompt,completion\n")
+    assert read(tmp_path / "d.csv") == []
