@@ -61,13 +61,18 @@ def read_config(path: str) -> dict[str, Any]:
 
     try:
         with open(path, encoding="utf-8") as file:
-            settings = yaml.safe_load(file)
+            tree = yaml.compose(file, yaml.SafeLoader)
+            settings = None if tree is None else yaml.SafeLoader("").construct_document(tree)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise InputError(f"{path}: expected settings, one 'name: value' a line")
+    names = [key.value.replace("-", "_") for key, _ in tree.value]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:  # of which YAML takes the last
+        raise InputError(f"{path}: {', '.join(twice)} stands there twice")
     env = settings.pop("env", None) or {}
     if not isinstance(env, dict):
         raise InputError(f"{path}: 'env' must hold names and values, got {env!r:.80}")
