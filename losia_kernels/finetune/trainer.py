@@ -1,6 +1,7 @@
 """TRL's SFTTrainer as a run needs it, and the arguments that it gets."""
 
 import difflib
+import math
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -45,10 +46,26 @@ DECIDED = {
     "dataset_num_proc": "the data is prepared by one process",
     "hub_strategy": "the finished model is pushed, once",
     "hub_always_push": "the finished model is pushed, once",
+    "parallelism_config": "accelerate launch has it",
     "resume_from_checkpoint": "give --resume",
     "resume": "give --resume",
     "config": "one file says it all",
     "model_init_kwargs": "the model is loaded by the options model and dtype",
+}
+
+
+# What SFTConfig takes and a library would not, steps later: from, and below.
+RANGES = {
+    "adam_beta1": (0, 1),
+    "adam_beta2": (0, 1),
+    "adam_epsilon": (0, math.inf),
+    "dataloader_num_workers": (0, math.inf),
+    "eval_delay": (0, math.inf),
+    "label_smoothing_factor": (0, 1),
+    "neftune_noise_alpha": (0, math.inf),
+    "pad_to_multiple_of": (1, math.inf),
+    "per_device_eval_batch_size": (1, math.inf),
+    "save_total_limit": (1, math.inf),
 }
 
 
@@ -288,9 +305,19 @@ def sft_config(options: FinetuneOptions, steps: int | None = None) -> SFTConfig:
     try:
         config = SFTConfig(**values)
         _try_scheduler(config)
+        _check_ranges(config, given)
         return config
     except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"config: {one_line(error)}") from None
+
+
+def _check_ranges(config: SFTConfig, given: dict[str, Any]) -> None:
+    """Raises ValueError for a number that is out of range."""
+    for name in given.keys() & RANGES.keys():
+        value, (low, below) = getattr(config, name), RANGES[name]
+        if isinstance(value, (int, float)) and not low <= value < below:
+            most = "" if below == math.inf else f" and below {below}"
+            raise ValueError(f"{name} must be at least {low}{most}, got {value}")
 
 
 def _try_scheduler(config: SFTConfig) -> None:

@@ -139,6 +139,12 @@ def test_what_would_make_another_run_is_refused(tmp_path, changes, words):
         ({"dataset_num_proc": 2}, "cannot be set: the data is prepared by one process"),
         ({"hub_strategy": "end"}, "cannot be set: the finished model is pushed, once"),
         ({"resume": True}, "cannot be set: give --resume"),
+        ({"adam_beta2": "1.5"}, "config: adam_beta2 must be at least 0 and below 1, got 1.5"),
+        ({"adam_epsilon": -1}, "config: adam_epsilon must be at least 0, got -1"),
+        ({"neftune_noise_alpha": "nan"}, "config: neftune_noise_alpha must be at least 0, got nan"),
+        ({"pad_to_multiple_of": 0}, "config: pad_to_multiple_of must be at least 1, got 0"),
+        ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size must be at least 1"),
+        ({"save_total_limit": 0}, "config: save_total_limit must be at least 1, got 0"),
         (
             {"load_best_model_at_end": True, "eval_strategy": "epoch"},
             "the save and eval strategy to match.*found.*Evaluation strategy",
