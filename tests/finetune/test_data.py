@@ -2,7 +2,6 @@
 refused."""
 
 import json
-import warnings
 
 import numpy as np
 import pytest
@@ -191,24 +190,6 @@ def test_a_long_sample_loses_its_end_and_learns_no_end(tokenizer, tmp_path):
     (row,) = load(tokenizer, path, max_length=5).train
     assert tokenizer.decode(row["input_ids"]) == "abcde"
     assert tokenizer.decode([label for label in row["labels"] if label != IGNORE]) == "de"
-
-
-def test_a_long_sample_can_lose_its_beginning(tokenizer, tmp_path):
-    data = write(tmp_path / "d.jsonl", {"prompt": "a" * 20, "completion": "bcd"}, {"text": "wxyz"})
-    rows = load(tokenizer, data, max_length=3, config={"truncation_mode": "keep_end"}).train
-    eos = tokenizer.eos_token
-    assert [tokenizer.decode(row["input_ids"]) for row in rows] == ["cd" + eos, "yz" + eos]
-    assert [row["labels"][0] for row in rows] == [IGNORE, IGNORE]  # nothing precedes it
-
-
-def test_columns_beside_tokens_that_nothing_reads_are_said(tokenizer, tmp_path):
-    hidden = {"input_ids": [5, 6], "attention_mask": [1, 0], "text": "a"}
-    with pytest.warns(UserWarning, match="nothing reads the columns 'attention_mask', 'text'"):
-        load(tokenizer, write(tmp_path / "a.jsonl", hidden))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        shown = {"input_ids": [5, 6], "labels": [-100, 6], "attention_mask": [1, 1]}
-        load(tokenizer, write(tmp_path / "b.jsonl", shown))
 
 
 def test_a_sample_whose_prompt_fills_it_is_dropped_and_counted(tokenizer, tmp_path, capsys):
