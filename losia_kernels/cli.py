@@ -5,7 +5,9 @@ Exit codes: 0 done; 1 training broke off; 2 a mistake in the arguments or the da
 """
 
 import argparse
+import difflib
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import NonFiniteScoreError, __version__
+from .finetune.declare import Help
 from .finetune.options import PICTURES, FinetuneOptions, InputError, with_config
 
 
@@ -94,6 +97,8 @@ def _how_to_go_on(command: str, arguments: dict[str, Any]) -> str:
 
 
 def _finetune(**given: Any) -> None:
+    from .finetune.checks import check_options
+
     given = with_config(given)
     if given.get("resume") and "output" in given:
         from .finetune.folder import resumed_options
@@ -105,7 +110,7 @@ def _finetune(**given: Any) -> None:
         if missing:
             raise InputError(f"finetune needs {missing} (see losia-kernels finetune --help)")
         options = FinetuneOptions(**given)
-    options.check()  # before the imports, which take seconds
+    check_options(options)  # before the imports, which take seconds
     from .finetune.run import finetune
 
     finetune(options)
@@ -133,6 +138,8 @@ def _inspect(folder: str) -> None:
             from .checkpoint.lora import describe_lora as describe
         elif (Path(folder) / "run.json").exists():
             from .finetune.result import describe_run as describe
+        elif Path(folder).name == "model" and Path(folder).with_name("model.json").exists():
+            from .finetune.result import describe_model as describe
         else:
             from .checkpoint.export import describe_checkpoint as describe
         print(describe(Path(folder)))
@@ -214,16 +221,13 @@ def _show_warning(message: Warning | str, *where: Any, **options: Any) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Defaults behind every option that has one worth saying."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        bare = action.default is None or action.default is False or action.required
-        return action.help if bare else super()._get_help_string(action)
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: (--\S+)", message)
+        if unknown:
+            known = [f"--{name.replace('_', '-')}" for name in OPTIONS]
+            near = difflib.get_close_matches(unknown[1], known, 1)
+            message += f"; did you mean {near[0]}?" if near else ""
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
 
@@ -245,7 +249,7 @@ def _add_finetune(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "finetune",
         help="fine-tune a causal language model",
-        formatter_class=_Help,
+        formatter_class=Help,
         description="Fine-tune a causal language model. OUTPUT gets model/ (an ordinary transformers folder), "
         "checkpoints/, log.jsonl, subnets.jsonl, loss_curve.png and run.json. Needed are --model, --data and "
         "--output; to go on with a run, --resume and --output.",
@@ -275,28 +279,29 @@ def _add_plot(commands: argparse._SubParsersAction) -> None:
     add = commands.add_parser(
         "plot",
         help="draw what a run did: its loss, where its subnets were, what they changed",
-        formatter_class=_Help,
+        formatter_class=Help,
         description="Pictures of a finetune run, as PNG files in RUN/plots/.",
     ).add_argument
     add("run", metavar="RUN", help="the output folder of a finetune run")
     add(
         "--only",
         nargs="+",
-        choices=PICTURES,
+        choices=tuple(PICTURES),
         metavar="PICTURE",
-        help=f"of {', '.join(PICTURES)} (default: all that the run's files allow; the last two load the model)",
+        help=f"{'; '.join(f'{name}: {what}' for name, what in PICTURES.items())}; the last two load the model "
+        "(default: all that the run's files allow)",
     )
     add(
         "--vectors",
         type=int,
         default=500,
         metavar="COUNT",
-        help="singular vectors of each weight to compare",
+        help="how many of each weight's first singular vectors the picture of them compares",
     )
     add(
         "--base",
         metavar="MODEL",
-        help="the model before training, if it is no longer where run.json says",
+        help="the model before training, for the last two, if it is no longer where run.json says",
     )
 
 
@@ -337,7 +342,7 @@ def _add_delta(commands: argparse._SubParsersAction) -> None:
 
 def _add_lora(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
-        "lora", help="write what a training changed as a LoRA adapter", formatter_class=_Help
+        "lora", help="write what a training changed as a LoRA adapter", formatter_class=Help
     )
     _add_folders(
         parser,
@@ -358,7 +363,7 @@ def _add_estimate(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "estimate",
         help="say which rank factor, batch and context fit a GPU",
-        formatter_class=_Help,
+        formatter_class=Help,
         description="Arithmetic on the model's config.json: no weights are loaded, nothing is run.",
     )
     add = parser.add_argument

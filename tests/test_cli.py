@@ -69,6 +69,7 @@ def check_mistake(result, problem):
             ["finetune", "--period", "often"],
             "--period: expected a number of steps or 'auto', got 'often'",
         ),
+        (["finetune", "--modle", "x"], "--modle x; did you mean --model?"),
         (["finetune", "--steps", "many"], "--steps: invalid int value: 'many'"),
         (["finetune", "--packing", "--group-by-length"], "not allowed with argument --packing"),
         (["finetune", "--dtype", "int8"], "invalid choice: 'int8'"),
@@ -258,6 +259,18 @@ def test_help_says_defaults_and_units_and_needs_no_transformers():
         "run.json",
     ):
         assert text in result.stdout
+
+
+def test_the_help_keeps_names_of_options_whole(monkeypatch, run):
+    for width in range(40, 90, 7):
+        monkeypatch.setenv("COLUMNS", str(width))
+        said = run("finetune", "--help")[1] + run("plot", "--help")[1]
+        assert not re.search(r"[a-z]-$", said, re.MULTILINE)
+    for part in (
+        "subnets: which neurons are trained",
+        "the model before training, for the last two",
+    ):
+        assert part in " ".join(said.split())
 
 
 def test_beyond_the_package_it_imports_the_standard_library_alone():

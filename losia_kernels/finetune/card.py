@@ -33,8 +33,13 @@ def model_card(options: FinetuneOptions, record: dict, trainer: Trainer) -> str:
     ).to_yaml()
     history = trainer.state.log_history
     period = losia_timeline(trainer.optimizer).config.period
+    state, best = trainer.state, best_step(trainer)
     losses = [entry["loss"] for entry in history if "loss" in entry]
     evaluated = [entry for entry in history if "eval_loss" in entry]
+    if best:  # the losses are to be of the model that the card is of
+        losses = [e["loss"] for e in history if "loss" in e and e["step"] <= best]
+        evaluated = [entry for entry in evaluated if entry["step"] == best]
+    of_best = f"; this is step {best}, the best by {trainer.args.metric_for_best_model}"
     rows = [
         ("base model", base),
         ("method", "LoSiA (arXiv 2507.04487): a moving dense block of every linear layer"),
@@ -45,7 +50,8 @@ def model_card(options: FinetuneOptions, record: dict, trainer: Trainer) -> str:
         ("period", f"{period} steps"),
         (
             "steps",
-            f"{trainer.state.global_step} of {options.batch_size} x {options.gradient_accumulation} samples",
+            f"{state.global_step} of {options.batch_size} x {options.gradient_accumulation} samples"
+            + (of_best if best else ""),
         ),
         ("learning rate", f"{options.lr:g}, {options.lr_scheduler}"),
         ("data", Path(options.data).name if not data_on_hub else options.data),
@@ -93,6 +99,12 @@ model = AutoModelForCausalLM.from_pretrained("{name}")  # the folder with this f
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 """
+
+
+def best_step(trainer: Trainer) -> int | None:
+    """The step whose model was taken at the end, if that is not the last."""
+    taken = trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint
+    return int(Path(taken).name.rpartition("-")[2]) if taken else None
 
 
 def check_push(config: SFTConfig) -> None:

@@ -69,6 +69,11 @@ class ChatWriter:
             _end_pattern([token.content for token in added if token.special or not only_special])
             for only_special in (True, False)
         ]
+        known = {token.content for token in added if token.special} | {tokenizer.eos_token}
+        own = [
+            re.escape(each) for each in known if each in self._source or each == tokenizer.eos_token
+        ]
+        self._own_end = re.compile(rf"(?:\s*(?:{'|'.join(own)}))+\s*\Z")
 
     def write(self, chat: Chat, where: str) -> tuple[str, list[Part]]:
         """The text up to the end of the last turn that is learned, and the parts of it that are.
@@ -81,6 +86,7 @@ class ChatWriter:
             raise InputError(
                 f"{where}: 'messages' need a chat template, and the tokenizer has none"
             )
+        chat = self._without_own_ends(chat)
         text, spans = self._render_whole(chat, where)
         turns = [turn for turn, each in enumerate(chat.messages) if each["role"] == "assistant"]
         learned = [chat.learned[turn] for turn in turns]
@@ -104,6 +110,17 @@ class ChatWriter:
                 )
             parts.append(Part(start, stop, ended, last=index == len(spans) - 1))
         return text[: parts[-1].stop], parts
+
+    def _without_own_ends(self, chat: Chat) -> Chat:
+        """Contents of the assistant's without an end of the turn that they bring along, as chats that
+        were written out do: the template writes it."""
+        messages = [
+            {**message, "content": self._own_end.sub("", message["content"])}
+            if message["role"] == "assistant" and message.get("content")
+            else message
+            for message in chat.messages
+        ]
+        return chat._replace(messages=messages)
 
     def _find_end(self, text: str, start: int, stop: int) -> tuple[int, bool]:
         """Where a turn ends, and whether it does with a token of its own."""

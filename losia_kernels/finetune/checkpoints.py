@@ -63,7 +63,22 @@ class CheckpointCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         # the Trainer would remove an old checkpoint before the new one is whole, in any order
         self.limit, args.save_total_limit = args.save_total_limit or self.limit, None
-        self.folder, self.best = Path(args.output_dir), state.best_model_checkpoint
+        self.folder = Path(args.output_dir)
+        if args.load_best_model_at_end and state.best_global_step:
+            self._find_best(state)
+        self.best = state.best_model_checkpoint
+
+    def _find_best(self, state) -> None:
+        """The best checkpoint of a resumed run, wherever the run's folder is now; if it is damaged,
+        the best is among those to come."""
+        best = self.folder / f"checkpoint-{state.best_global_step}"
+        problem = damage_of(best) if best.exists() else "it is missing"
+        state.best_model_checkpoint = str(best)
+        if problem:
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+            warnings.warn(
+                f"{best.name} was the best so far and cannot be the result: {problem}", stacklevel=2
+            )
 
     def on_step_begin(self, args, state, control, **kwargs):
         if not self.loaded:

@@ -7,7 +7,7 @@ the end of the sequence, once; an assistant's turn with what its chat template e
 import hashlib
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +30,7 @@ class Encoder:
 
     ``ends``: the tokens that samples end with so far.
     ``columns``: those that nothing has read.
+    ``forms``: what rows have been: "chat", "prompt" with a completion, "text", "tokens".
     """
 
     def __init__(self, tokenizer, config: SFTConfig):
@@ -41,6 +42,7 @@ class Encoder:
         self.writer = ChatWriter(tokenizer)
         self.ends: set[int] = set()
         self.columns: set[str] = set()
+        self.forms: set[str] = set()
 
     def encode(self, row: Row) -> tuple[list[int], np.ndarray]:
         """The row's token ids, and which of them are learned.
@@ -49,10 +51,13 @@ class Encoder:
             InputError: naming the row, if it is of no known form or cannot be learned as it is.
         """
         if isinstance(row.values, dict) and "input_ids" in row.values:
+            self.forms.add("tokens")
             return self._encoded(row)
         form = read_chat(row, self.columns) or read_text(row, self.config, self.columns)
         ids, learned = self._chat(form, row) if isinstance(form, Chat) else self._text(*form, row)
         learned[0] = False  # nothing precedes the first token, so nothing predicts it
+        kind = "prompt" if "prompt" in row.values else "text"
+        self.forms.add("chat" if isinstance(form, Chat) else kind)
         return ids, learned
 
     def _chat(self, chat: Chat, row: Row) -> tuple[list[int], np.ndarray]:
@@ -90,20 +95,24 @@ class Encoder:
             )
         before = 0
         if prompt and self.config.completion_only_loss is not False:
-            before = common_prefix_length(
-                self._bounded(self.tokenizer(prompt)["input_ids"])[:-1], ids
-            )
+            # an end of the prompt's own is read; the sample's is learned, whatever it says
+            own = self._begun(self.tokenizer(prompt)["input_ids"])
+            before = min(common_prefix_length(own, ids), len(ids) - 1)
         self.ends.add(ids[-1])
         return ids, np.arange(len(ids)) >= before
 
     def _bounded(self, ids: list[int]) -> list[int]:
         """With one beginning of the sequence, if any, and one end, whoever wrote them."""
-        bos, eos, ids = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, list(ids)
-        while bos is not None and ids[:2] == [bos, bos]:
-            del ids[0]
+        eos, ids = self.tokenizer.eos_token_id, self._begun(ids)
         while ids[-1:] == [eos]:
             del ids[-1]
         return [*ids, eos]
+
+    def _begun(self, ids: list[int]) -> list[int]:
+        bos, ids = self.tokenizer.bos_token_id, list(ids)
+        while bos is not None and ids[:2] == [bos, bos]:
+            del ids[0]
+        return ids
 
     def _encoded(self, row: Row) -> tuple[list[int], np.ndarray]:
         """Tokens that the user has made, as TRL takes them."""
@@ -130,6 +139,9 @@ class Encoder:
                 f"{row.where}: {masks[0]!r} beside 'input_ids' is not read: give 'labels', -100 where "
                 f"nothing is learned"
             )
+        self.columns |= row.values.keys() - {"input_ids", "labels"}
+        if all(row.values.get("attention_mask") or ()):  # nothing is hidden
+            self.columns.discard("attention_mask")
         learned = np.array(labels) != IGNORE
         learned[0] = False
         return ids, learned
@@ -138,23 +150,25 @@ class Encoder:
         """All rows as a data set of ``input_ids`` and ``labels``, cut to ``max_length``; it says how
         many had nothing left to learn."""
         config, samples, dropped = self.config, [], 0
-        cut = config.max_length
+        most = config.max_length
         if config.packing and config.packing_strategy != "bfd":  # which cut rows, not samples
-            cut = None
+            most = None
+        keep = slice(-most, None) if most and config.truncation_mode == "keep_end" else slice(most)
         for row in rows:
             ids, learned = self.encode(row)
-            if learned[:cut].any():
-                tokens = np.array(ids[:cut], np.int32)
-                samples.append((tokens, np.where(learned[:cut], tokens, np.int32(IGNORE))))
+            tokens, taught = np.array(ids[keep], np.int32), learned[keep]
+            taught[0] = False  # its beginning may have been cut off
+            if taught.any():
+                samples.append((tokens, np.where(taught, tokens, np.int32(IGNORE))))
             else:
                 dropped += 1
         if dropped and samples:
-            print(f"{data}: {dropped} samples have nothing to learn within {cut} tokens, left out")
+            print(f"{data}: {dropped} samples have nothing to learn within {most} tokens, left out")
         if not samples and not dropped:
             raise InputError(f"{data}: no samples; expected one a line, {FORMS}")
         if not samples:
             raise InputError(
-                f"{data}: with at most {cut} tokens no sample has anything left to learn"
+                f"{data}: with at most {most} tokens no sample has anything left to learn"
             )
         self.writer.warn_unread(data)
         if self.columns:
@@ -166,20 +180,31 @@ class Encoder:
 
 def check_rows(options: FinetuneOptions, config: SFTConfig) -> None:
     """Raises InputError for the first row of the data that is malformed, before a model is loaded."""
-    for data in filter(None, (options.data, options.eval_data)):
-        for row in read_rows(data, options):
+    for rows in filter(None, (_train_rows(options), _eval_rows(options))):
+        for row in rows:
             if not isinstance(row.values, dict) or "input_ids" not in row.values:
                 read_chat(row, set()) or read_text(row, config, set())
 
 
+def _train_rows(options: FinetuneOptions) -> Iterator[Row]:
+    return read_rows(options.data, options.data_split, options.data_config)
+
+
+def _eval_rows(options: FinetuneOptions) -> Iterator[Row] | None:
+    if options.eval_data is None:
+        return None
+    return read_rows(options.eval_data, options.eval_split, options.data_config)
+
+
 class Data(NamedTuple):
-    """What a run trains on and is evaluated on, the tokens that samples end with, and the samples that
-    it may be asked, one a row."""
+    """What a run trains on and is evaluated on, the tokens that samples end with, the samples that it
+    may be asked, one a row, and the forms that rows have (``Encoder.forms``)."""
 
     train: Dataset
     eval: Dataset | None
     ends: set[int]
     single: Dataset
+    forms: set[str]
 
 
 def load_data(options: FinetuneOptions, config: SFTConfig, tokenizer) -> Data:
@@ -189,9 +214,10 @@ def load_data(options: FinetuneOptions, config: SFTConfig, tokenizer) -> Data:
         InputError: naming the file and the line of what cannot be learned.
     """
     encoder = Encoder(tokenizer, config)
-    train, held_out = encoder.encode_all(read_rows(options.data, options), options.data), None
-    if options.eval_data is not None:
-        held_out = encoder.encode_all(read_rows(options.eval_data, options), options.eval_data)
+    train, held_out = encoder.encode_all(_train_rows(options), options.data), None
+    rows = _eval_rows(options)
+    if rows is not None and options.eval_data is not None:
+        held_out = encoder.encode_all(rows, options.eval_data)
     elif options.eval_fraction:
         if len(train) < 2:
             raise InputError(
@@ -210,7 +236,7 @@ def load_data(options: FinetuneOptions, config: SFTConfig, tokenizer) -> Data:
         train = pack_dataset(train, config.max_length, config.packing_strategy)
     if held_out is not None and config.eval_packing:
         held_out = pack_dataset(held_out, config.max_length, config.packing_strategy)
-    return Data(train, held_out, encoder.ends, single)
+    return Data(train, held_out, encoder.ends, single, encoder.forms)
 
 
 def column(dataset: Dataset, name: str) -> pa.Array:

@@ -4,6 +4,7 @@
 import json
 import math
 import re
+import warnings
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -93,6 +94,8 @@ def describe_fit(
         raise ValueError(f"--memory must be finite and {least}, got {memory}")
     if not 0 <= output_dim_factor <= 1:
         raise ValueError(f"--output-dim-factor must be in [0, 1], got {output_dim_factor}")
+    if moves != "importance" and importance != "sensitivity":
+        warnings.warn(f"importance {importance} cannot act: moves {moves} has none", stacklevel=2)
     sizes, budget = shape_of(model), int((memory - reserve) * GIB)
     reach = sizes.positions or math.inf
     context = int(min(CONTEXT, reach)) if context is None else context

@@ -13,6 +13,7 @@ the model.
 import errno
 import os
 import platform
+import re
 import warnings
 from dataclasses import asdict, fields, replace
 from importlib.metadata import version
@@ -38,7 +39,10 @@ from .checkpoints import Checkpoints, find_checkpoints
 from .options import FinetuneOptions, InputError
 
 # Options that do not change the result; data is known by its checksum, what it became by another.
-FREE_ON_RESUME = ("data", "eval_data", "save_steps", "print_every", "report_to", "samples")
+FREE_ON_RESUME = ("data", "eval_data", "save_steps", "print_every", "report_to", "samples", "env")
+# Of a config file: what is for no file of the run, and what names a file.
+SECRET = re.compile(r"TOKEN$|KEY$|SECRET|PASSWORD|CREDENTIALS", re.IGNORECASE)
+PATHS = ("chat_template_path", "fsdp_config", "deepspeed", "accelerator_config")
 # What a write fails with that the user can do something about.
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
@@ -59,8 +63,13 @@ def open_run(options: FinetuneOptions, processes: int = 1) -> tuple[dict, Checkp
     folder = Path(options.output)
     record = asdict(options)
     del record["output"], record["resume"]
-    if record["config"]:  # a secret is for no file
-        record["config"] = {k: v for k, v in record["config"].items() if k != "hub_token"} or None
+    config = {k: v for k, v in (record["config"] or {}).items() if not SECRET.search(k)}
+    env = config.pop("env", None) or {}
+    record["env"] = {name: value for name, value in env.items() if not SECRET.search(name)}
+    for name in PATHS:
+        if isinstance(config.get(name), str):
+            config[name] = _whole_path(config[name])
+    record["config"] = config or None
     record["batch_size"] *= processes
     record["model"] = _whole_path(record["model"])
     for name in ("data", "eval_data"):
@@ -117,6 +126,14 @@ def check_resumes(folder: Path, record: dict) -> None:
             f"what stands in it (of a folder or a name on the hub), the tokenizer, its chat template, a date in that, "
             f"or a library is another"
         )
+    for name in changed:
+        data = name.removesuffix("_sha256")
+        if data != name and None not in (first.get(data), record.get(data)):
+            raise InputError(
+                f"cannot resume {folder}: {record[data]} is not the {data} that it was begun with, {first[data]} as "
+                f"it was then"
+            )
+    changed = [name.removesuffix("_sha256") for name in changed]
     if changed:
         was = ", ".join(
             f"{name} was {first.get(name)!r}, now {record.get(name)!r}" for name in changed
@@ -144,6 +161,8 @@ def read_options(folder: Path, **instead: Any) -> FinetuneOptions:
     record = read_record(folder)
     known = {field.name for field in fields(FinetuneOptions)}
     values = {name: value for name, value in record.items() if name in known}
+    if record.get("env"):
+        values["config"] = {**(values["config"] or {}), "env": record["env"]}
     return FinetuneOptions(**{**values, "output": str(folder), **instead})
 
 
@@ -155,6 +174,7 @@ def resumed_options(given: dict[str, Any]) -> FinetuneOptions:
     if given.get("config") is None:  # a file of options alone
         given = {name: value for name, value in given.items() if name != "config"}
     options, processes = read_options(folder, **given), int(os.environ.get("WORLD_SIZE", "1"))
+    os.environ.update((options.config or {}).get("env", {}))
     if "batch_size" in given:
         return options
     if options.batch_size % processes:
@@ -204,15 +224,21 @@ def check_no_links(folder: Path) -> None:
             raise InputError(f"{path} is a link: put the file or folder itself there")
 
 
-def check_model(folder: Path) -> None:
-    """Raises InputError if the finished model of a run is not as it was written."""
-    if not (folder / "model.json").exists():
-        return
+def damage_of_model(folder: Path) -> str | None:
+    """Which file of a run's finished model is not as it was written, and how; None if all are, or
+    nothing says how they were. Raises InputError if what says it is damaged."""
+    record = folder / "model.json"
+    if not record.exists():
+        return None
     try:
-        files = read_sealed(folder / "model.json", {"files": FILES})["files"]
-        damage = find_damage(folder / "model", files, folder / "model.json")
+        return find_damage(folder / "model", read_sealed(record, {"files": FILES})["files"], record)
     except ValueError as error:
         raise InputError(str(error)) from None
+
+
+def check_model(folder: Path) -> None:
+    """Raises InputError if the finished model of a run is not as it was written."""
+    damage = damage_of_model(folder)
     if damage:
         raise InputError(
             f"{folder / 'model'}: {damage}; move model away, and --resume writes it again from the last checkpoint"

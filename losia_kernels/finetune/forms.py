@@ -13,8 +13,7 @@ from .rows import Row
 
 FORMS = "{'prompt', 'completion'}, {'messages'} or {'text'}"
 SPEAKERS = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
-CHAT_COLUMNS = {"messages", "conversations", "prompt", "completion", "tools", "system"}
-CHAT_COLUMNS |= {"chat_template_kwargs"}
+BESIDE_CHATS = {"tools", "system", "chat_template_kwargs"}
 # Columns of other formats, and what to write instead.
 OTHER_FORMATS = {
     (
@@ -57,12 +56,12 @@ def read_chat(row: Row, unread: set[str]) -> Chat | None:
     if "messages" in values:
         if "prompt" in values:
             raise InputError(f"{where}: expected exactly one of {FORMS}; got {sorted(values)}")
-        before, messages = [], values["messages"]
+        before, messages, said = [], values["messages"], {"messages"}
     elif isinstance(prompt, list) and isinstance(completion, list):
-        before, messages = prompt, completion
+        before, messages, said = prompt, completion, {"prompt", "completion"}
     else:
         return None
-    unread |= values.keys() - CHAT_COLUMNS
+    unread |= values.keys() - BESIDE_CHATS - said
     if not isinstance(messages, list) or not messages:
         raise InputError(
             f"{where}: 'messages' must be a list of {{'role', 'content'}}, got {messages!r:.80}"

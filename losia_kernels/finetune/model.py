@@ -17,6 +17,7 @@ from .. import apply_losia
 from ..checkpoint.folder import INDEX, MARKER, WEIGHTS, ModelFolder
 from .data import Data, flat, lengths
 from .options import FinetuneOptions, InputError
+from .rows import is_local
 
 LOAD_ERRORS = (
     OSError,
@@ -39,7 +40,7 @@ def load_tokenizer(options: FinetuneOptions, config: SFTConfig) -> Any:
         if local:
             _check_model_folder(name)
         tokenizer = AutoTokenizer.from_pretrained(name, **_trust(config))
-    path = config.chat_template_path
+    path = config.chat_template_path and os.path.expanduser(config.chat_template_path)
     if path is not None and os.path.isfile(path):
         tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
     elif path is not None:
@@ -84,6 +85,12 @@ def load_model(options: FinetuneOptions, config: SFTConfig) -> Any:
 
 def _trust(config: SFTConfig) -> dict[str, bool]:
     return {"trust_remote_code": True} if config.trust_remote_code else {}
+
+
+def names_on_hub(options: FinetuneOptions) -> list[str]:
+    """What of a run is not on this machine by its name."""
+    data = [each for each in (options.data, options.eval_data) if each and not is_local(each)]
+    return ([] if _find_model(options.model)[1] else [options.model]) + list(dict.fromkeys(data))
 
 
 def _find_model(name: str) -> tuple[str, bool]:

@@ -5,8 +5,6 @@ Free of heavy imports, so that the command line can ask for help at once.
 """
 
 import math
-import os
-import warnings
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -14,10 +12,17 @@ from ..config import IMPORTANCES, LoSiAConfig
 from ..training.adam_state import MOMENTS
 from .declare import InputError, option, option_value, parse_config, parse_fraction, parse_period
 
-__all__ = ["PICTURES", "FinetuneOptions", "InputError", "with_config"]
+__all__ = ["PICTURES", "FinetuneOptions", "InputError", "set_by_user", "with_config"]
 
-# Of ``losia-kernels plot``.
-PICTURES = ("loss", "timeline", "subnets", "frequency", "gradients", "singular_vectors")
+# Of ``losia-kernels plot``: what each shows.
+PICTURES = {
+    "loss": "by step, with the moves of subnets",
+    "timeline": "which group observes when, what moves kept",
+    "subnets": "which neurons are trained, over layers and time",
+    "frequency": "how often each neuron is trained",
+    "gradients": "of the model before training, by neuron",
+    "singular_vectors": "how far training turned those of each weight",
+}
 
 
 @dataclass(kw_only=True)
@@ -50,18 +55,25 @@ class FinetuneOptions:
         trl="dataset_train_split",
         metavar="NAME",
     )
+    eval_split: str = option(
+        "model and data",
+        "which part of --eval-data, if that is a folder or a data set of the hub",
+        "test",
+        trl="dataset_test_split",
+        metavar="NAME",
+    )
     eval_data: str | None = option(
         "model and data",
         "of the same forms, for the evaluation loss",
         None,
-        exclusive=True,
+        exclusive="one evaluation set",
         metavar="FILE",
     )
     eval_fraction: float = option(
         "model and data",
         "share of the data that is held out for the evaluation loss, drawn by --seed",
         0.0,
-        exclusive=True,
+        exclusive="one evaluation set",
         type=parse_fraction,
         metavar="SHARE",
     )
@@ -86,11 +98,14 @@ class FinetuneOptions:
         "model and data",
         "join short samples into rows of up to --max-length",
         False,
-        exclusive=True,
+        exclusive="packed rows have one length",
         trl="packing",
     )
     group_by_length: bool = option(
-        "model and data", "batch samples of similar length", False, exclusive=True
+        "model and data",
+        "batch samples of similar length",
+        False,
+        exclusive="packed rows have one length",
     )
     dtype: str = option(
         "model and data",
@@ -190,9 +205,20 @@ class FinetuneOptions:
     warmup_ratio: float = option(
         "training", "share of the steps in which the rate rises", 0.1, metavar="SHARE"
     )
-    epochs: float = option("training", "passes over the data", 3.0, trl="num_train_epochs")
+    epochs: float = option(
+        "training",
+        "passes over the data",
+        3.0,
+        exclusive="each says how long the run is",
+        trl="num_train_epochs",
+    )
     steps: int | None = option(
-        "training", "optimizer steps, instead of --epochs", None, type=int, trl="max_steps"
+        "training",
+        "optimizer steps, instead of --epochs",
+        None,
+        exclusive="each says how long the run is",
+        type=int,
+        trl="max_steps",
     )
     batch_size: int = option(
         "training",
@@ -267,71 +293,19 @@ class FinetuneOptions:
         False,
     )
 
-    def check(self) -> None:
-        """Hold the options to their ranges, before anything is loaded.
-
-        Raises:
-            InputError: for a value out of range or two that exclude each other.
-        """
-        whole = (
-            "batch_size",
-            "gradient_accumulation",
-            "max_length",
-            "eval_steps",
-            "print_every",
-            "steps",
-            "alignment",
-        )
-        for name in whole:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1, got {value}")
-        if self.save_steps < 0:
-            raise InputError(
-                f"save_steps must be at least 0 (0: no checkpoints), got {self.save_steps}"
-            )
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise InputError(f"lr must be positive, got {self.lr}")
-        if not 0 <= self.warmup_ratio < 1:
-            raise InputError(f"warmup_ratio must be in [0, 1), got {self.warmup_ratio}")
-        if self.steps is None and not 0 < self.epochs < math.inf:
-            raise InputError(f"epochs must be positive, got {self.epochs}")
-        for name in ("weight_decay", "max_grad_norm"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"seed must be in [0, 2**32), got {self.seed}")
-        if self.in_backward and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise InputError(
-                "in_backward would update before the gradients of several processes are averaged"
-            )
-        if self.in_backward and (self.gradient_accumulation > 1 or self.max_grad_norm > 0):
-            raise InputError(
-                "in_backward keeps no gradients: it needs gradient_accumulation 1 and max_grad_norm 0"
-            )
-        if not 0 <= self.eval_fraction < 1:
-            raise InputError(f"eval_fraction must be in [0, 1), got {self.eval_fraction}")
-        if self.eval_fraction and self.eval_data:
-            raise InputError("eval_data and eval_fraction exclude each other: one evaluation set")
-        if self.samples < 0:
-            raise InputError(f"samples must be at least 0, got {self.samples}")
-        if self.importance != LoSiAConfig.importance and self.moves != "importance":
-            warnings.warn(
-                f"importance {self.importance} cannot act: subnets move by it with moves importance alone",
-                stacklevel=2,
-            )
-        if self.packing and self.group_by_length:
-            raise InputError(
-                "packing and group_by_length exclude each other: packed rows have one length"
-            )
-        self.losia_config()
-
     def total_steps(self, samples: int, processes: int = 1) -> int:
         """Optimizer steps of a run whose ``processes`` take a batch of the ``samples`` each at a
         time."""
+        batches = samples / (self.batch_size * processes)
+        if (self.config or {}).get("dataloader_drop_last") is True:
+            batches = math.floor(batches)
+            if not batches:
+                raise InputError(
+                    f"config: dataloader_drop_last leaves nothing of {samples} samples, fewer than a batch"
+                )
         if self.steps is not None:
             return self.steps
-        batches = math.ceil(samples / (self.batch_size * processes))
+        batches = math.ceil(batches)
         return math.ceil(self.epochs * math.ceil(batches / self.gradient_accumulation))
 
     def warmup_steps(self, total_steps: int) -> int:
@@ -367,9 +341,18 @@ class FinetuneOptions:
             raise InputError(str(error)) from None
 
 
+def set_by_user(options: FinetuneOptions) -> set[str]:
+    """Names of the options that are not as they would be without a word."""
+    return {
+        declared.name
+        for declared in fields(options)
+        if getattr(options, declared.name) != declared.default
+    }
+
+
 def with_config(given: dict[str, Any]) -> dict[str, Any]:
-    """The options that the command line was ``given``, with those of its config file for the rest;
-    what is left of the file is ``config``.
+    """The options that the command line was ``given``, with those of its config file for the rest,
+    but for what the given exclude; what is left of the file is ``config``.
 
     Raises:
         InputError: for a value that its option does not take, or an option under two names.
@@ -390,5 +373,11 @@ def with_config(given: dict[str, Any]) -> dict[str, Any]:
         if name == "max_steps" and value == -1:  # how TRL says that epochs count
             value = None
         found[declared.name] = option_value(declared, value, "config")
+    excluded = {named[name].metadata["exclusive"] for name in given if name in named} - {None}
+    found = {
+        name: value
+        for name, value in found.items()
+        if named[name].metadata["exclusive"] not in excluded
+    }
     rest = {name: value for name, value in settings.items() if name not in named}
     return {**found, **given, "config": rest or None}

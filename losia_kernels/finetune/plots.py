@@ -10,6 +10,7 @@ singular_vectors.png  how far training has turned the weights' singular vectors 
 
 import os
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
@@ -31,7 +32,7 @@ from .draw import (
     draw_subnets,
     draw_timeline,
 )
-from .folder import read_options, read_record
+from .folder import read_options, read_record, write_failure
 from .model import load_model, load_tokenizer
 from .options import PICTURES, FinetuneOptions, InputError
 from .progress import draw_loss_curve
@@ -59,11 +60,33 @@ def plot_run(
     if not (run / "log.jsonl").exists() and not (run / "subnets.jsonl").exists():
         raise InputError(f"{run} holds no run: it has neither log.jsonl nor subnets.jsonl")
     logging.disable_progress_bar()
-    (run / "plots").mkdir(exist_ok=True)
-    drawn = []
-    for name in only or [
+    names = only or [
         name for name in PICTURES if (run / SOURCES.get(name, "subnets.jsonl")).exists()
-    ]:
+    ]
+    for given, pictures in (
+        ("--base", {"gradients", "singular_vectors"} if base else names),
+        ("--vectors", {"singular_vectors"} if vectors != 500 else names),
+    ):
+        if not set(pictures) & set(names):
+            warnings.warn(
+                f"{given} cannot act: it is for {' and '.join(sorted(pictures))}", stacklevel=2
+            )
+    try:
+        (run / "plots").mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {run / 'plots'}: {error.strerror}") from None
+    try:
+        return _draw_all(run, names, vectors, base)
+    except OSError as error:
+        problem = write_failure(error)
+        if problem is None:
+            raise
+        raise InputError(f"cannot write {run / 'plots'}: {problem}") from None
+
+
+def _draw_all(run: Path, names: Sequence[str], vectors: int, base: str | None) -> list[Path]:
+    drawn = []
+    for name in names:
         picture = run / "plots" / f"{name}.png"
         if name == "loss":
             draw_loss_curve(run / "log.jsonl", picture)

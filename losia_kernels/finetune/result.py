@@ -8,7 +8,7 @@ from ..checkpoint.folder import Track, untracked
 from ..checkpoint.writing import new_folder
 from ..integrations.history import read_log
 from .checkpoints import last_checkpoint
-from .folder import check_model, read_options
+from .folder import check_model, damage_of_model, read_options
 from .options import InputError
 
 
@@ -56,4 +56,19 @@ def describe_run(run: Path) -> str:
         newest = newest_result(run)
     except InputError:
         return "\n".join([*lines, "newest result   none yet"])
-    return "\n".join([*lines, f"newest result   {newest}", "", describe_checkpoint(newest)])
+    lines += [f"newest result   {newest}", ""]
+    return "\n".join([*lines, describe_model(newest) if finished else describe_checkpoint(newest)])
+
+
+def describe_model(model: Path) -> str:
+    """What ``model/`` of a finished run holds, and whether its files are as they were written, as
+    text. Raises ValueError for a file that cannot be read at all."""
+    damage = damage_of_model(model.parent)
+    try:
+        text = describe_checkpoint(model)
+    except ValueError as error:
+        raise InputError(f"{model}: {damage}" if damage else str(error)) from None
+    if damage:
+        return f"damaged         {damage}\n{text}"
+    sums = "all have the checksums that they were written with"
+    return f"{text}\nfiles           {sums}" if model.with_name("model.json").exists() else text

@@ -6,6 +6,7 @@ the line; a table's columns would give every message the keys of all. The rest i
 """
 
 import csv
+import difflib
 import json
 import warnings
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import fsspec
 import pandas
 from trl.trainer.utils import remove_none_values
 
-from .options import FinetuneOptions, InputError
+from .options import InputError
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 TABLES: dict[
@@ -40,19 +41,27 @@ class Row(NamedTuple):
     where: str
 
 
-def read_rows(data: str, options: FinetuneOptions) -> Iterator[Row]:
+def read_rows(data: str, split: str = "train", config: str | None = None) -> Iterator[Row]:
     """The rows of a file, a folder or a data set of the hub, in order; blank lines are skipped.
+
+    ``split``, ``config``: which part of what has parts.
 
     Raises:
         InputError: naming the file and the line, or the row, that cannot be read.
     """
     path = Path(data).expanduser()
+    if data == "-" or path.exists() and not (path.is_dir() or path.is_file()) or _is_stream(data):
+        raise InputError(
+            f"{data} is a stream: data is read more than once, and again by --resume; write it to a file"
+        )
     if path.is_dir():
-        yield from _read_folder(path, options)
+        yield from _read_folder(path, split, config)
     elif path.exists() or _is_file_name(data):
         yield from _read_file(path)
+    elif near := _find_near(path):
+        raise InputError(f"there is no {data}; did you mean {near}?")
     else:
-        yield from _read_table(data, data, name=options.data_config, split=options.data_split)
+        yield from _read_table(data, data, name=config, split=split)
 
 
 def is_local(data: str) -> bool:
@@ -65,6 +74,19 @@ def _is_file_name(data: str) -> bool:
     return data.startswith((".", "/", "~")) or data.count("/") > 1 or data.endswith(known)
 
 
+def _is_stream(data: str) -> bool:
+    return data.startswith(("/dev/", "/proc/self/fd/"))
+
+
+def _find_near(path: Path) -> Path | None:
+    """A file of data beside ``path`` whose name is nearly that, but for upper and lower case."""
+    known = (*JSON_SUFFIXES, *TABLES)
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    names = {each.name.lower(): each for each in beside if _suffix(each) in known}
+    close = difflib.get_close_matches(path.name.lower(), names, 1, 0.8)
+    return names[close[0]] if close else None
+
+
 def _suffix(path: Path) -> str:
     """What kind of file it is, under a compression."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
@@ -74,12 +96,14 @@ def _suffix(path: Path) -> str:
 
 
 def _read_file(path: Path) -> Iterator[Row]:
+    if not path.exists():
+        near = _find_near(path)
+        hint = f"; did you mean {near}?" if near else ""
+        raise InputError(f"cannot read {path}: No such file or directory{hint}")
     suffix = _suffix(path)
     if suffix in JSON_SUFFIXES:
         yield from _read_json(path)
     elif suffix in TABLES:
-        if not path.is_file():
-            raise InputError(f"cannot read {path}: No such file or directory")
         reader, how = TABLES[suffix]
         if reader == "csv":  # all of it is text, also 007 and NA
             how = {**how, "features": _text_columns(path, **how), "keep_default_na": False}
@@ -114,30 +138,26 @@ def _check_lengths(path: Path, sep: str, columns: int) -> None:
                 )
 
 
-def _read_folder(path: Path, options: FinetuneOptions) -> Iterator[Row]:
+def _read_folder(path: Path, split: str, config: str | None) -> Iterator[Row]:
     """A folder of ``save_to_disk``, or one of files, whose splits ``datasets`` tells apart."""
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         saved = datasets.load_from_disk(str(path))
         if isinstance(saved, datasets.DatasetDict):
-            if options.data_split not in saved:
-                raise InputError(
-                    f"{path} has no split {options.data_split!r}, only {', '.join(saved)}"
-                )
-            saved = saved[options.data_split]
+            if split not in saved:
+                raise InputError(f"{path} has no split {split!r}, only {', '.join(saved)}")
+            saved = saved[split]
         yield from _rows_of(saved, str(path))
         return
     try:
-        builder = datasets.load_dataset_builder(str(path), name=options.data_config)
+        builder = datasets.load_dataset_builder(str(path), name=config)
     except Exception as error:  # whatever a library raises about the user's files
         raise InputError(f"cannot read {path}: {_first_line(error)}") from None
-    files = {str(split): list(names) for split, names in (builder.config.data_files or {}).items()}
-    if options.data_split not in files:
-        raise InputError(f"{path} has no split {options.data_split!r}, only {', '.join(files)}")
-    others = [split for split in files if split != options.data_split]
+    files = {str(part): list(names) for part, names in (builder.config.data_files or {}).items()}
+    if split not in files:
+        raise InputError(f"{path} has no split {split!r}, only {', '.join(files)}")
+    others = [part for part in files if part != split]
     if others:
-        warnings.warn(
-            f"{path}: {', '.join(others)} is not read, only {options.data_split}", stacklevel=2
-        )
+        warnings.warn(f"{path}: {', '.join(others)} is not read, only {split}", stacklevel=2)
     read = {Path(name).name for names in files.values() for name in names}
     known = (*JSON_SUFFIXES, *TABLES)
     unread = sorted(p.name for p in path.iterdir() if _suffix(p) in known and p.name not in read)
@@ -147,7 +167,7 @@ def _read_folder(path: Path, options: FinetuneOptions) -> Iterator[Row]:
             f"the split in their names",
             stacklevel=2,
         )
-    for name in sorted(files[options.data_split]):
+    for name in sorted(files[split]):
         yield from _read_file(Path(name))
 
 
@@ -166,10 +186,27 @@ def _read_json(path: Path) -> Iterator[Row]:
         for number, each in enumerate(values, start=1):
             yield Row(each, f"{path}: sample {number}")
         return
+    if b"\n" in text.strip() and text.lstrip()[:1] == b"{" and _is_one_object(text):
+        raise InputError(
+            f"{path}: one object over several lines; expected one object a line, or a list of them"
+        )
     for number, line in enumerate(text.split(b"\n"), start=1):
         if line.strip():
             where = f"{path}:{number}"
             yield Row(_parse(line, where), where)
+
+
+def _is_one_object(text: bytes) -> bool:
+    """Whether the first line is no whole object, but all of them are."""
+    for part, whole in ((text.lstrip().partition(b"\n")[0], False), (text, True)):
+        try:
+            json.loads(part)
+            good = True
+        except (ValueError, RecursionError):
+            good = False
+        if good != whole:
+            return False
+    return True
 
 
 def _parse(text: bytes, where: str) -> Any:
@@ -186,6 +223,8 @@ def _read_table(reader: str, what: str, **how: Any) -> Iterator[Row]:
         table = datasets.load_dataset(reader, **how)
     except Exception as error:  # whatever a library raises about the user's files
         cause = error.__cause__ or error
+        if "corresponds to no data" in str(cause):  # names of columns alone
+            return
         origin = (
             "" if reader != what else " as a data set of the hub (there is no such file or folder)"
         )

@@ -12,6 +12,7 @@ import datasets
 import torch
 from accelerate import DistributedType, PartialState
 from accelerate.utils import broadcast_object_list
+from huggingface_hub.utils import logging as hub_logging
 from transformers import TrainerCallback
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging
@@ -22,10 +23,12 @@ from ..checkpoint.checksums import write_sealed
 from ..checkpoint.resumable import full_state_dict
 from ..checkpoint.writing import locked, made
 from ..integrations.transformers import LoSiACallback
-from .card import check_push, model_card, push_to_hub
+from .card import best_step, check_push, model_card, push_to_hub
 from .checkpoints import CheckpointCallback, Checkpoints, list_checkpoints, remove_checkpoint
+from .checks import check_options
 from .data import Data, check_rows, fingerprint, load_data
 from .folder import check_resumes, open_run, save_model, versions, write_failure
+from .idle import warn_idle, warn_idle_in_run
 from .model import (
     check_data,
     check_packing,
@@ -33,11 +36,12 @@ from .model import (
     end_where_samples_end,
     load_model,
     load_tokenizer,
+    names_on_hub,
 )
 from .options import FinetuneOptions, InputError
 from .progress import ProgressCallback, draw_loss_curve
 from .samples import SampleCallback
-from .trainer import AllStepsTaken, FinetuneTrainer, NoStepTooMany, sft_config
+from .trainer import AllStepsTaken, FinetuneTrainer, NoStepTooMany, one_line, sft_config
 
 
 @dataclass
@@ -109,7 +113,7 @@ def prepare(options: FinetuneOptions) -> Run | None:
 
     None if the run in the output folder is finished. Raises InputError, having written nothing.
     """
-    options.check()
+    check_options(options)
     config = sft_config(options)
     _check_report_to(options.report_to)
     check_push(config)
@@ -118,6 +122,7 @@ def prepare(options: FinetuneOptions) -> Run | None:
     first = processes.is_main_process
     if not first:
         warnings.simplefilter("ignore")  # the first process says it for all
+    warn_idle(options)
     if options.samples and processes.distributed_type == DistributedType.FSDP:
         raise InputError(
             "samples need the whole model on one process, of which FSDP leaves each a part"
@@ -132,6 +137,9 @@ def prepare(options: FinetuneOptions) -> Run | None:
         if first and options.resume:
             _say_what_was_found(found)
 
+        elsewhere = names_on_hub(options)
+        if first and elsewhere:
+            print(f"no files here, so from the hub: {', '.join(elsewhere)}", flush=True)
         check_rows(options, config)
         tokenizer = load_tokenizer(options, config)
         data = load_data(options, config, tokenizer)
@@ -140,6 +148,8 @@ def prepare(options: FinetuneOptions) -> Run | None:
         record["versions"] = versions()
         if options.resume:
             check_resumes(folder, record)
+        steps = options.total_steps(len(data.train), processes.num_processes)
+        warn_idle_in_run(options, data, steps, processes.num_processes)
         model = load_model(options, config)
         check_data(model, data, tokenizer)
         packs = options.packing and config.packing_strategy != "wrapped"
@@ -147,7 +157,6 @@ def prepare(options: FinetuneOptions) -> Run | None:
             check_packing(model)
         end_where_samples_end(model, data.ends)
         use_cache = model.config.use_cache
-        steps = options.total_steps(len(data.train), processes.num_processes)
         convert_model(model, options, steps)
         return Run(
             options=options,
@@ -203,6 +212,8 @@ def _make_trainer(
     config = sft_config(options, steps)
     if config.use_liger_kernel and not torch.accelerator.is_available():
         raise InputError("config: use_liger_kernel needs a GPU, and there is none here")
+    if config.activation_offloading and not torch.accelerator.is_available():
+        raise InputError("config: activation_offloading needs a GPU, and there is none here")
     # checkpoints are not for others, nor secrets for checkpoints: the finished model is pushed
     config.push_to_hub, config.hub_token = False, None
     try:
@@ -214,7 +225,7 @@ def _make_trainer(
             eval_dataset=data.eval,
         )
     except (ValueError, ImportError) as error:  # fields of the config that exclude each other
-        raise InputError(str(error).strip().splitlines()[0]) from None
+        raise InputError(one_line(error)) from None
 
 
 def train(run: Run, callbacks: tuple[TrainerCallback, ...] = ()) -> None:
@@ -247,6 +258,8 @@ def train(run: Run, callbacks: tuple[TrainerCallback, ...] = ()) -> None:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     except AllStepsTaken:  # only the model was not written
         completing.settle(run.first)
+        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+            trainer._load_best_model()
         if run.first:  # it may have been interrupted while it was drawn
             draw_loss_curve(folder / "log.jsonl", folder / "loss_curve.png")
     except Exception as error:
@@ -271,6 +284,10 @@ def save(run: Run) -> None:
         card = model_card(run.options, run.record, run.trainer)
         model = run.model if weights else remove_losia(run.model)
         save_model(model, run.tokenizer, output, weights, card, run.folder / "model.json")
+        if best := best_step(run.trainer):
+            print(
+                f"the model is that of step {best}, the best by {run.trainer.args.metric_for_best_model}"
+            )
         print(f"model in {output}, loss curve in {run.folder / 'loss_curve.png'}")
         push_to_hub(output, run.config)
     run.processes.wait_for_everyone()
@@ -280,7 +297,8 @@ def _be_quiet() -> None:
     """Progress is said in lines of this command's own."""
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what fails is said by its exception
+    hub_logging.set_verbosity_error()  # each of its attempts without a network
 
 
 def _check_report_to(name: str) -> None:

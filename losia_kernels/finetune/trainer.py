@@ -1,16 +1,19 @@
 """TRL's SFTTrainer as a run needs it, and the arguments that it gets."""
 
 import difflib
+import math
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, get_scheduler
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from ..integrations.transformers import losia_timeline
+from .checkpoints import damage_of
 from .data import lengths
 from .model import has_embedding
 from .options import FinetuneOptions, InputError
@@ -23,6 +26,7 @@ DECIDED = {
     "do_predict": "give samples",
     "disable_tqdm": "progress is said line by line",
     "logging_strategy": "log.jsonl has every step",
+    "logging_first_step": "log.jsonl has every step",
     "logging_nan_inf_filter": "a loss that is not finite ends the run",
     "optim": "LoSiA brings its own optimizer",
     "optim_args": "LoSiA brings its own optimizer",
@@ -31,9 +35,37 @@ DECIDED = {
     "ignore_data_skip": "a resumed run goes on with the batches that are left",
     "warmup_steps": "give warmup_ratio, which LoSiA's own schedule is told",
     "prediction_loss_only": "evaluations are of the loss and the accuracy",
+    "include_for_metrics": "evaluations are of the loss and the accuracy",
+    "batch_eval_metrics": "evaluations are of the loss and the accuracy",
+    "eval_do_concat_batches": "evaluations are of the loss and the accuracy",
+    "eval_use_gather_object": "evaluations are of the loss and the accuracy",
+    "eval_accumulation_steps": "evaluations keep no logits",
     "remove_unused_columns": "the data has no other columns",
+    "label_names": "the data has no other columns",
+    "length_column_name": "the data has no other columns",
+    "dataset_num_proc": "the data is prepared by one process",
+    "hub_strategy": "the finished model is pushed, once",
+    "hub_always_push": "the finished model is pushed, once",
+    "parallelism_config": "accelerate launch has it",
     "resume_from_checkpoint": "give --resume",
+    "resume": "give --resume",
+    "config": "one file says it all",
     "model_init_kwargs": "the model is loaded by the options model and dtype",
+}
+
+
+# What SFTConfig takes and a library would not, steps later: from, and below.
+RANGES = {
+    "adam_beta1": (0, 1),
+    "adam_beta2": (0, 1),
+    "adam_epsilon": (0, math.inf),
+    "dataloader_num_workers": (0, math.inf),
+    "eval_delay": (0, math.inf),
+    "label_smoothing_factor": (0, 1),
+    "neftune_noise_alpha": (0, math.inf),
+    "pad_to_multiple_of": (1, math.inf),
+    "per_device_eval_batch_size": (1, math.inf),
+    "save_total_limit": (1, math.inf),
 }
 
 
@@ -128,6 +160,32 @@ class FinetuneTrainer(SFTTrainer):
         output.metrics[f"{metric_key_prefix}_mean_token_accuracy"] = right / max(1.0, learned)
         return output
 
+    def _init_training_state(self, *args, **kwargs):
+        """What a resumed run may have otherwise is no mistake, and the best checkpoint is found by
+        ``CheckpointCallback``."""
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()
+        try:
+            return super()._init_training_state(*args, **kwargs)
+        finally:
+            logging.set_verbosity(verbosity)
+
+    def _issue_warnings_after_load(self, load_result):
+        """A weight that is also another's is saved once: under that name nothing is missing."""
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        missing = set(load_result.missing_keys)
+        loaded = {id(weight) for name, weight in named.items() if name not in missing}
+        lost = [name for name in missing if id(named.get(name)) not in loaded]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=sorted(lost)))
+
+    def _load_best_model(self):
+        """Raises InputError if the best checkpoint is not as it was saved."""
+        best = Path(self.state.best_model_checkpoint)
+        damage = damage_of(best)
+        if damage:
+            raise InputError(f"cannot load the best model, {best}: {damage}")
+        super()._load_best_model()
+
     def _get_train_sampler(self, train_dataset=None):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
@@ -176,7 +234,10 @@ def sft_config(options: FinetuneOptions, steps: int | None = None) -> SFTConfig:
         InputError: for a field that SFTConfig has not, that an option sets or that a run decides,
             or a value that it does not take.
     """
-    given = options.config or {}
+    given = {name: value for name, value in (options.config or {}).items() if name != "env"}
+    for name in ("eval_strategy", "save_strategy"):
+        if given.get(name) is False:  # what YAML makes of "no"
+            given[name] = "no"
     set_by = {each.metadata["trl"]: each.name for each in fields(options) if each.metadata["trl"]}
     known = [each.name for each in fields(SFTConfig)]
     for name in given:
@@ -197,12 +258,15 @@ def sft_config(options: FinetuneOptions, steps: int | None = None) -> SFTConfig:
             "config: loss_type dft takes the output layer's weight past the layer, whose subnet then learns nothing: "
             "it needs output_dim_factor 0"
         )
+    if given.get("dataloader_persistent_workers") and not given.get("dataloader_num_workers"):
+        raise InputError("config: dataloader_persistent_workers needs dataloader_num_workers")
     values: dict[str, Any] = {
         trl: getattr(options, name) for trl, name in set_by.items() if trl in known
     }
     total = steps or options.steps or -1
+    unpadded = options.packing or given.get("padding_free") is True
     values |= {
-        "output_dir": str(Path(options.output) / "checkpoints"),
+        "output_dir": str(Path(options.output).absolute() / "checkpoints"),
         "max_steps": total,
         "logging_steps": 1,
         "per_device_eval_batch_size": options.batch_size,
@@ -215,7 +279,7 @@ def sft_config(options: FinetuneOptions, steps: int | None = None) -> SFTConfig:
         "eval_packing": False,
         "prediction_loss_only": True,
         "logging_nan_inf_filter": False,
-        "include_num_input_tokens_seen": "all" if options.packing else "non_padding",
+        "include_num_input_tokens_seen": "all" if unpadded else "non_padding",
         "use_cpu": not torch.accelerator.is_available(),
         "bf16": False,  # the weights' dtype is the option dtype
         "ddp_find_unused_parameters": False,
@@ -239,6 +303,35 @@ def sft_config(options: FinetuneOptions, steps: int | None = None) -> SFTConfig:
                 parser.error(f"{action.dest} must be one of {', '.join(action.choices)}")
         values |= {name: read[name] for name in given}
     try:
-        return SFTConfig(**values)
+        config = SFTConfig(**values)
+        _try_scheduler(config)
+        _check_ranges(config, given)
+        return config
     except (ValueError, TypeError, ImportError) as error:
-        raise InputError(f"config: {str(error).strip().splitlines()[0]}") from None
+        raise InputError(f"config: {one_line(error)}") from None
+
+
+def _check_ranges(config: SFTConfig, given: dict[str, Any]) -> None:
+    """Raises ValueError for a number that is out of range."""
+    for name in given.keys() & RANGES.keys():
+        value, (low, below) = getattr(config, name), RANGES[name]
+        if isinstance(value, (int, float)) and not low <= value < below:
+            most = "" if below == math.inf else f" and below {below}"
+            raise ValueError(f"{name} must be at least {low}{most}, got {value}")
+
+
+def _try_scheduler(config: SFTConfig) -> None:
+    """Raises TypeError or ValueError for ``lr_scheduler_kwargs`` that the schedule does not take."""
+    get_scheduler(
+        config.lr_scheduler_type,
+        torch.optim.SGD([torch.zeros(1, requires_grad=True)]),
+        num_warmup_steps=1,
+        num_training_steps=2,
+        scheduler_specific_kwargs=config.lr_scheduler_kwargs,
+    )
+
+
+def one_line(error: Exception) -> str:
+    """What the error says, of which a terminal gets the first lines only."""
+    lines = str(error).strip().partition("\n\n")[0].splitlines()
+    return " ".join(line.strip() for line in lines[:3]) or type(error).__name__

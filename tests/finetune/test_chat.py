@@ -275,6 +275,28 @@ def test_keys_and_columns_that_nothing_reads_are_said(tmp_path):
     assert "d: of messages nothing reads 'time'" in said and "the columns 'id'" in said
 
 
+@pytest.mark.parametrize("column", ["completion", "conversations", "text"])
+def test_columns_named_like_a_chats_beside_messages_are_said(column):
+    encoder, _ = chatml()
+    row = Row({"messages": [user("a"), assistant("b")], column: [assistant("c")]}, "d:1")
+    with pytest.warns(UserWarning, match=f"nothing reads the columns '{column}'"):
+        encoder.encode_all([row], "d")
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama3", "gemma3", "cohere2"])
+def test_an_end_that_the_assistant_brings_along_is_learned_once(encoders, family):
+    def encoded(*answers):
+        turns = [turn for answer in answers for turn in (user("a"), assistant(answer))]
+        return encoders(family).encode(Row({"messages": turns}, "d:1"))
+
+    tokenizer = encoders(family).tokenizer
+    plain = encoded("b", "c d")
+    end = tokenizer.decode([plain[0][-1]])
+    for answers in (("b", f"c d{end}"), (f"b{end}\n", f"c d{tokenizer.eos_token}")):
+        ids, taught = encoded(*answers)
+        assert list(ids) == list(plain[0]) and (taught == plain[1]).all()
+
+
 def test_a_call_whose_words_stand_elsewhere_is_not_taken_for_written(encoders):
     """A template that drops calls, in a chat whose tools and question hold every word of the call."""
     parameters = {"type": "object", "properties": {"city": {"type": "string"}}}

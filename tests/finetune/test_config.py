@@ -75,6 +75,8 @@ packing: true
         ("packing: 3", "config: packing must be true or false, got 3"),
         ("dtype: float8", "config: dtype must be one of auto, float32, bfloat16; got 'float8'"),
         ("lr: 1e-3\nlearning_rate: 1e-4", "config: lr stands there twice, also as learning_rate"),
+        ("lr: 1e-3\nsteps: 3\nlr: 1e-4", "run.yaml: lr stands there twice"),
+        ("rank-factor: 1/8\nrank_factor: 1/4", "run.yaml: rank_factor stands there twice"),
         ("- lr", "run.yaml: expected settings, one 'name: value' a line"),
         ("lr: {", "run.yaml: not valid YAML: "),
         ("env: 3", "run.yaml: 'env' must hold names and values"),

@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from losia_kernels.cli import main
+from losia_kernels.finetune.checks import check_options
 from losia_kernels.finetune.declare import read_config
 from losia_kernels.finetune.options import FinetuneOptions, with_config
 from losia_kernels.finetune.trainer import sft_config
@@ -51,7 +52,7 @@ def test_the_pages_config_is_one(tmp_path, monkeypatch):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
     (tmp_path / "run.yaml").write_text(block("## A config file", "yaml"))
     options = FinetuneOptions(**with_config({"config": read_config(str(tmp_path / "run.yaml"))}))
-    options.check()
+    check_options(options)
     config = sft_config(options)
     assert (options.packing, config.neftune_noise_alpha, config.push_to_hub) == (True, 5, True)
 

@@ -112,8 +112,10 @@ def test_resume_with_other_options_or_data_is_a_mistake(tmp_path, model_folder):
     changed = options(tmp_path, model_folder, resume=True)
     with open(tmp_path / "train.jsonl", "a") as file:
         file.write('{"text": "more"}\n')
-    with pytest.raises(InputError, match="with other options: data_sha256"):
+    with pytest.raises(InputError, match="train.jsonl is not the data that it was begun with"):
         finetune(changed)
+    with pytest.raises(InputError, match="with other options: eval_data was '.*', now None"):
+        finetune(options(tmp_path, model_folder, resume=True, eval_data=None))
 
 
 def test_a_model_is_written_whole_or_not_at_all(tmp_path):

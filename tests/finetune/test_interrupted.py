@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +14,13 @@ from safetensors.torch import load_file
 
 from losia_kernels import cli
 from losia_kernels.checkpoint.checksums import write_sealed
+from losia_kernels.cli import main
 from losia_kernels.finetune.folder import read_options, resumed_options
 from losia_kernels.finetune.options import InputError
 from losia_kernels.finetune.run import finetune
 from losia_kernels.integrations.history import read_log
 from tests.finetune.tiny_run import STEPS, options
+from tests.integrations.tiny_llama import make_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -134,6 +137,32 @@ def test_run_json_holds_every_option(tmp_path, model_folder, monkeypatch):
     assert (
         set(vars(found)) - {"output", "resume"} <= json.loads((run / "run.json").read_text()).keys()
     )
+
+
+def test_the_environment_of_the_file_is_the_runs(tmp_path, model_folder, monkeypatch):
+    """And a template by a relative path is found from another folder."""
+    for name in ("LOSIA_TEST", "LOSIA_API_TOKEN"):
+        monkeypatch.setenv(name, "before")
+    work, elsewhere = tmp_path / "work", tmp_path / "elsewhere"
+    work.mkdir(), elsewhere.mkdir()
+    given = options(work, model_folder)
+    (work / "t.jinja").write_text(make_tokenizer().chat_template)
+    (work / "run.yaml").write_text(
+        f"model: {model_folder}\ndata: {given.data}\noutput: run\nsteps: 2\nsave_steps: 1\n"
+        "chat_template_path: t.jinja\nenv:\n  LOSIA_TEST: 7\n  LOSIA_API_TOKEN: secret\n"
+    )
+    monkeypatch.chdir(work)
+    assert main(["finetune", "--config", "run.yaml"]) == 0
+    text = (work / "run" / "run.json").read_text()
+    record = json.loads(text)
+    assert record["env"] == {"LOSIA_TEST": "7"} and "secret" not in text
+    assert record["config"] == {"chat_template_path": str(work / "t.jinja")}
+    shutil.rmtree("run/model")
+    monkeypatch.setenv("LOSIA_TEST", "before")
+    monkeypatch.chdir(elsewhere)
+    assert main(["finetune", "--resume", "--output", str(work / "run")]) == 0
+    assert os.environ["LOSIA_TEST"] == "7"
+    assert json.loads((work / "run" / "run.json").read_text())["env"] == {"LOSIA_TEST": "7"}
 
 
 def test_a_resumed_run_has_the_options_of_the_first_but_for_those_given(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@ where its samples ended."""
 
 import dataclasses
 import json
+import shutil
 import types
 from pathlib import Path
 
@@ -12,11 +13,13 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from losia_kernels.checkpoint.export import export_checkpoint
 from losia_kernels.cli import main
 from losia_kernels.finetune.model import resolve_dtype
 from losia_kernels.finetune.options import InputError
 from losia_kernels.finetune.run import finetune
 from losia_kernels.finetune.trainer import sft_config
+from tests.checkpoint.trained_pairs import assert_same_model
 from tests.finetune.tiny_run import options
 from tests.integrations.tiny_llama import make_model, make_tokenizer
 
@@ -245,8 +248,66 @@ def test_the_card_says_how_the_model_came_about(tmp_path, model_folder):
         "transformers 5",
     ):
         assert row in card, card
+    assert "the best by" not in card
     code = card.partition("```python\n")[2].partition("```")[0]
     exec(code.replace('"run"', repr(str(tmp_path / "run" / "model"))), {})
+
+
+@pytest.fixture(scope="module")
+def with_best(tmp_path_factory, model_folder):
+    """A run whose result is its checkpoint of step 2, which the highest loss makes the best."""
+    folder = tmp_path_factory.mktemp("best")
+    best = {"load_best_model_at_end": True, "greater_is_better": True}
+    given = dict(steps=6, save_steps=2, eval_steps=2, period=2)
+    given["config"] = {**best, "metric_for_best_model": "eval_loss"}
+    finetune(options(folder, model_folder, **given))
+    return folder, given
+
+
+def test_the_card_is_of_the_best_model_where_that_is_taken(with_best, tmp_path):
+    run = with_best[0] / "run"
+    card = (run / "model" / "README.md").read_text()
+    assert "| steps | 6 of 4 x 2 samples; this is step 2, the best by eval_loss |" in card
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    of_best = next(line["eval_loss"] for line in log if line["step"] == 2 and "eval_loss" in line)
+    first = [line["loss"] for line in log if "loss" in line][1]
+    assert f"| evaluation loss | {of_best:.4f} nats" in card
+    assert f"| training loss, last tenth | {first:.4f} nats" in card
+    export_checkpoint(run / "checkpoints" / "checkpoint-2", tmp_path / "plain")
+    hide_card = shutil.ignore_patterns("README.md")
+    shutil.copytree(run / "model", tmp_path / "model", ignore=hide_card)
+    assert_same_model(tmp_path / "plain", tmp_path / "model")
+
+
+@pytest.mark.parametrize("last", [4, 6])
+def test_a_resumed_run_finds_the_best_model_wherever_it_is(
+    with_best, tmp_path, model_folder, last, capsys
+):
+    first, given = with_best
+    shutil.copytree(first, tmp_path / "moved")
+    run = tmp_path / "moved" / "run"
+    (run / "model").rename(tmp_path / "whole")
+    for step in range(last + 2, 8, 2):
+        shutil.rmtree(run / "checkpoints" / f"checkpoint-{step}")
+    finetune(options(tmp_path / "moved", model_folder, resume=True, **given))
+    said = capsys.readouterr().out
+    assert "the model is that of step 2, the best by eval_loss" in said
+    assert_same_model(tmp_path / "whole", run / "model")
+
+
+def test_a_best_model_that_is_damaged_is_not_the_result(with_best, tmp_path, model_folder):
+    first, given = with_best
+    shutil.copytree(first, tmp_path / "copy")
+    run = tmp_path / "copy" / "run"
+    shutil.rmtree(run / "model")
+    shutil.rmtree(run / "checkpoints" / "checkpoint-6")
+    weights = run / "checkpoints" / "checkpoint-2" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.warns(UserWarning, match="checkpoint-2 was the best so far .* is damaged"):
+        finetune(options(tmp_path / "copy", model_folder, resume=True, **given))
+    assert "this is step 6, the best by" in (run / "model" / "README.md").read_text()
 
 
 def test_the_finished_model_is_pushed(tmp_path, model_folder, monkeypatch):

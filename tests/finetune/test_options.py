@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from losia_kernels.cli import command_parser
-from losia_kernels.finetune.options import FinetuneOptions, with_config
+from losia_kernels.finetune.options import FinetuneOptions, InputError, with_config
 
 REQUIRED = {"model": "m", "data": "d", "output": "o"}
 
@@ -35,7 +35,7 @@ def test_every_option_can_be_given_and_has_the_type_of_its_field(tmp_path):
         elif field.name not in given:
             given[field.name] = "7"
     # which others exclude
-    excluded = {"group_by_length", "eval_fraction"}
+    excluded = {"group_by_length", "eval_fraction", "epochs"}
     for name in excluded:
         del given[name]
     for name, value in vars(parse(**given)).items():
@@ -55,7 +55,15 @@ def test_every_option_can_be_given_and_has_the_type_of_its_field(tmp_path):
         ({"epochs": 1.5, "batch_size": 4, "gradient_accumulation": 2}, 38, 1, 8),
         ({"epochs": 1, "batch_size": 4}, 38, 2, 5),
         ({"epochs": 1, "steps": 7}, 38, 2, 7),
+        ({"epochs": 1, "batch_size": 4, "config": {"dataloader_drop_last": True}}, 38, 1, 9),
     ],
 )
 def test_the_steps_of_a_run(options, samples, processes, steps):
     assert FinetuneOptions(**REQUIRED, **options).total_steps(samples, processes) == steps
+
+
+def test_a_last_batch_that_is_dropped_must_not_be_the_only_one():
+    given = FinetuneOptions(**REQUIRED, steps=3, config={"dataloader_drop_last": True})
+    assert given.total_steps(4) == 3
+    with pytest.raises(InputError, match="dataloader_drop_last leaves nothing of 3 samples"):
+        given.total_steps(3)

@@ -1,5 +1,6 @@
 """The pictures made from what a run records of its subnets."""
 
+import errno
 import json
 import resource
 import shutil
@@ -149,6 +150,36 @@ def test_a_damaged_history_is_named(run, tmp_path, capsys, line, problem):
 def test_a_count_of_vectors_that_cannot_be(run, capsys):
     assert cli.main(["plot", str(run), "--vectors", "0"]) == 2
     assert "--vectors must be at least 1, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--base", "m"), "--base cannot act: it is for gradients and singular_vectors"),
+        (("--vectors", "7"), "--vectors cannot act: it is for singular_vectors"),
+    ],
+)
+def test_what_the_pictures_leave_nothing_to_do_is_said(run, capsys, given, said):
+    assert cli.main(["plot", str(run), *given, "--only", "loss"]) == 0
+    assert said in capsys.readouterr().err
+
+
+def test_pictures_that_cannot_be_written_are_one_line(run, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("plots", "checkpoints"))
+    (folder / "plots").write_text("")
+    assert cli.main(["plot", str(folder), "--only", "loss"]) == 2
+    assert (
+        capsys.readouterr().err == f"losia-kernels: cannot write {folder / 'plots'}: File exists\n"
+    )
+
+    def full(*where, **how):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (folder / "plots").unlink()
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    assert cli.main(["plot", str(folder), "--only", "loss"]) == 2
+    assert capsys.readouterr().err.endswith("plots: No space left on device\n")
 
 
 LIES = {

@@ -41,6 +41,24 @@ def test_a_finished_run_gives_its_model(run, model_folder, tmp_path, capsys):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_inspect_holds_the_model_to_its_checksums(run, tmp_path, capsys):
+    folder = tmp_path / "copy"
+    shutil.copytree(run, folder)
+    for what in (folder, folder / "model"):
+        assert "all have the checksums that they were written with" in said(capsys, "inspect", what)
+    weights = folder / "model" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    for what in (folder, folder / "model"):
+        printed = said(capsys, "inspect", what)
+        assert (
+            "damaged         model.safetensors is damaged" in printed and "all have" not in printed
+        )
+    weights.write_bytes(content[:50])
+    assert cli.main(["inspect", str(folder)]) == 2
+    assert "model.safetensors has 50 bytes instead of" in capsys.readouterr().err
+
+
 def test_an_unfinished_run_gives_its_newest_whole_checkpoint(unfinished, tmp_path, capsys):
     newest = unfinished / "checkpoints" / "checkpoint-14"
     printed = said(capsys, "inspect", unfinished)

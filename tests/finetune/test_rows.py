@@ -5,11 +5,12 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 
 import datasets
 import pytest
 
-from losia_kernels.finetune.options import FinetuneOptions, InputError
+from losia_kernels.finetune.options import InputError
 from losia_kernels.finetune.rows import is_local, read_rows
 
 ROWS = [{"prompt": f"{n}+1=", "completion": f"{n + 1}"} for n in range(3)]
@@ -25,8 +26,7 @@ def cache(tmp_path_factory):
 
 
 def read(data, **changes):
-    given = FinetuneOptions(model="", data=str(data), output="", **changes)
-    return list(read_rows(str(data), given))
+    return list(read_rows(str(data), **changes))
 
 
 def values(data, **changes):
@@ -81,9 +81,9 @@ def test_a_folder_is_read_split_by_split(tmp_path):
     (tmp_path / "test" / "c.jsonl").write_text('{"text": "held out"}\n')
     with pytest.warns(UserWarning, match="test is not read, only train"):
         assert values(tmp_path) == ROWS + ROWS
-    assert values(tmp_path, data_split="test") == [{"text": "held out"}]
+    assert values(tmp_path, split="test") == [{"text": "held out"}]
     with pytest.raises(InputError, match="has no split 'validation', only "):
-        values(tmp_path, data_split="validation")
+        values(tmp_path, split="validation")
 
 
 def test_a_chat_in_a_table_has_only_the_keys_that_it_was_given(tmp_path):
@@ -130,7 +130,7 @@ def test_a_name_is_passed_on_to_the_hub(monkeypatch):
         return table()
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    assert values("someone/somedata", data_config="small", data_split="train[:3]") == ROWS
+    assert values("someone/somedata", config="small", split="train[:3]") == ROWS
     assert asked == [("someone/somedata", {"name": "small", "split": "train[:3]"})]
     assert not is_local("someone/somedata") and is_local("somewhere/data.jsonl")
 
@@ -178,9 +178,8 @@ def test_a_missing_file_is_named(tmp_path, name):
 def test_a_row_longer_than_the_header_is_refused(tmp_path):
     path = tmp_path / "d.csv"
     path.write_text("prompt,completion\nHello, you,hi\nBye,bye\n")
-    options = FinetuneOptions(model="m", data=str(path), output="o")
     with pytest.raises(InputError, match="row 2 has 3 fields, the header 2"):
-        list(read_rows(str(path), options))
+        list(read_rows(str(path)))
 
 
 def test_files_of_a_folder_that_are_not_read_are_named(tmp_path):
@@ -188,6 +187,38 @@ def test_files_of_a_folder_that_are_not_read_are_named(tmp_path):
     folder.mkdir()
     (folder / "a.jsonl").write_text('{"text": "a"}\n')
     (folder / "c.csv").write_text("text\nc\n")
-    options = FinetuneOptions(model="m", data=str(folder), output="o")
     with pytest.warns(UserWarning, match="is not read"):
-        assert len(list(read_rows(str(folder), options))) == 1
+        assert len(list(read_rows(str(folder)))) == 1
+
+
+@pytest.mark.parametrize("name", ["train.jsnl", "Train.jsonl", "trian.jsonl", "train.json"])
+def test_a_name_that_is_nearly_a_files_is_not_asked_of_the_hub(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: pytest.fail("it was asked"))
+    (tmp_path / "train.jsonl").write_text(LINES)
+    for given in (name, str(tmp_path / name)):
+        with pytest.raises(InputError, match=r"there is no|No such file") as error:
+            read(given)
+        assert "did you mean" in str(error.value) and "train.jsonl?" in str(error.value)
+
+
+def test_a_stream_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for name in ("-", "/dev/stdin", "/dev/fd/63", tmp_path / "pipe.jsonl"):
+        with pytest.raises(InputError, match="is a stream: data is read more than once"):
+            read(name)
+
+
+def test_one_object_over_several_lines_is_told_apart_from_broken_json(tmp_path):
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps(ROWS[0], indent=2))
+    with pytest.raises(InputError, match="one object over several lines; expected one object a"):
+        read(path)
+    path.write_text(json.dumps(ROWS[0], indent=2)[:-3])
+    with pytest.raises(InputError, match="d.json:1: not valid JSON"):
+        read(path)
+
+
+def test_names_of_columns_alone_are_no_rows(tmp_path):
+    (tmp_path / "d.csv").write_text("prompt,completion\n")
+    assert read(tmp_path / "d.csv") == []
