@@ -7,7 +7,7 @@ replaces all of it: ``python -m bench layer``."""
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -16,13 +16,10 @@ from losia_kernels import LoSiAConfig
 from losia_kernels.finetune.estimate import LoSiA
 from losia_kernels.kernels.launch import LaunchConfig, choose_config, padded
 
-from .counts import BF16, FLOAT32, SECTOR, touched
+from .counts import BF16, FLOAT32, LAUNCH_US, REACHED, UPDATE_BYTES, scattered, touched
 from .models import shape_of
 
-LAUNCH_US = 2.0  # to fill the device and to drain it
-REACHED = 0.92  # of a rate, by a kernel that is bound by it
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-UPDATE_BYTES = 16 + 12  # a value: weight, gradient and moments read; weight and moments written
 
 
 @dataclass(frozen=True)
@@ -99,39 +96,46 @@ class Layer:
         parts = sum(self.subnets[each][1] for each in names)
         return len(names) > 1 and parts >= self.linears[name][1]
 
-    def config(self, name: str, **fields: int | str) -> LaunchConfig:
-        """Of the subnet's gradient, with ``fields`` replaced."""
-        size = self.tokens, *self.subnets[name], self.alignment
-        chosen = choose_config("subnet_grad", "sm_90", torch.bfloat16, *size)
-        return LaunchConfig(**{**vars(chosen), **fields})
+    def turned(self, name: str) -> bool:
+        """Whether the kernel works on the transposed gradient: both sides are gathered in the backward, and the longer
+        one in the product."""
+        k_out, k_in = self.subnets[name]
+        return self.keeps_input(name) and k_in > k_out
 
     def __str__(self) -> str:
         chosen = "single neurons" if self.alignment == 1 else f"runs of {self.alignment}"
         return f"{self.model}, {self.tokens} tokens, p = {self.rank_factor:.3f}, {self.shape}, {chosen}"
 
 
-DEFAULT = Layer(rank_factor=LoSiAConfig().rank_factor, shape=LoSiAConfig().shape)
+PAPER = Layer()
+DEFAULT = replace(PAPER, rank_factor=LoSiAConfig().rank_factor, shape=LoSiAConfig().shape)
+QUARTER = replace(PAPER, rank_factor=1 / 4)
 LAYERS = (
-    *(Layer(alignment=alignment) for alignment in (1, 16, 64)),
-    *(Layer(rank_factor=1 / 4, alignment=alignment) for alignment in (1, 16)),
-    *(Layer("llama-2-7b", 8192, DEFAULT.rank_factor, DEFAULT.shape, a) for a in (1, 16)),
+    *(replace(layer, alignment=a) for layer in (DEFAULT, PAPER, QUARTER) for a in (1, 16)),
+    *(replace(PAPER, alignment=a) for a in (32, 64)),
 )
 
 
 def gradient(layer: Layer, name: str, overlaps: bool, fields: dict) -> list[Piece]:
+    """What is gathered in the product is "dy", as of most layers, what comes in rows "x"."""
     (out, inner), (k_out, k_in) = layer.linears[name], layer.subnets[name]
+    whole = layer.keeps_input(name)
+    what = "gathers of x", "gathers of dy"
+    if layer.turned(name):
+        out, inner, k_out, k_in, what = inner, out, k_in, k_out, what[::-1]
     tokens, alignment, pieces = layer.tokens, layer.alignment, []
-    config = layer.config(name, **fields.get(layer.config(name).variant, {}))
+    size = tokens, k_out, k_in, alignment
+    config = choose_config("subnet_grad", "sm_90", torch.bfloat16, *size, chosen_from=out)
+    config = LaunchConfig(**{**vars(config), **fields.get(config.variant, {})})
     tiles_out, tiles_in = -(-k_out // config.block_out), -(-k_in // config.block_in)
     partials = FLOAT32 * config.splits * k_out * k_in
     dy, x = BF16 * tokens * padded(k_out), BF16 * tokens * padded(k_in)
-    if layer.keeps_input(name):
-        if config.variant == "fused":
-            x = BF16 * tokens * inner * touched(k_in / inner, alignment)
-        else:
-            pieces.append(gather(tokens, inner, [k_in], alignment, "gathers of x"))
+    if whole and config.variant == "fused":
+        x = BF16 * tokens * inner * touched(k_in / inner, alignment)
+    elif whole:
+        pieces.append(gather(tokens, inner, [k_in], alignment, what[0]))
     if config.variant.startswith("gathered"):
-        pieces.append(gather(tokens, out, [k_out], alignment, "gathers of dy"))
+        pieces.append(gather(tokens, out, [k_out], alignment, what[1]))
     else:
         dy = BF16 * tokens * out * touched(k_out / out, alignment)
     moved = dy * tiles_in + x * tiles_out
@@ -143,14 +147,10 @@ def gradient(layer: Layer, name: str, overlaps: bool, fields: dict) -> list[Piec
 
 
 def update(layer: Layer) -> Piece:
-    """A 2-byte store into a sector reads and writes it."""
     moved = 0.0
-    for (out, inner), (k_out, k_in) in zip(
-        layer.linears.values(), layer.subnets.values(), strict=True
-    ):
-        sectors = k_out * inner * BF16 / SECTOR * touched(k_in / inner, layer.alignment)
-        fill = 1 if layer.alignment * BF16 >= SECTOR else 2  # a whole sector is not read before
-        moved += UPDATE_BYTES * k_out * k_in + fill * SECTOR * sectors
+    for name, (_, inner) in layer.linears.items():
+        k_out, k_in = layer.subnets[name]
+        moved += UPDATE_BYTES * k_out * k_in + scattered(k_out, inner, k_in, layer.alignment)
     return Piece("AdamW and scatter", moved, moved)
 
 
@@ -212,9 +212,7 @@ def machine_code(layer: Layer, name: str) -> bool:
         dy = meta(layer.tokens, out)
         launch_subnet_grad(dy, x, index(k_out), in_idx, layer.alignment)
 
-    (code,) = (
-        each for kernel in launches("sm_90", case) if (each := facts(kernel))["product_of"]
-    )
+    (code,) = (each for kernel in launches("sm_90", case) if (each := facts(kernel))["product_of"])
     return not code["serialized"] and bool(code["copies_ahead"])
 
 

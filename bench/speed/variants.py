@@ -17,6 +17,7 @@ import torch
 from losia_kernels import ops
 from losia_kernels.kernels.launch import choose_config, override_config
 from losia_kernels.kernels.subnet_grad import VARIANTS
+from losia_kernels.kernels.sums import SUMS
 from losia_kernels.layers.subnet import Subnet
 from losia_kernels.ops.subnet_grad import subnet_grad_plain
 
@@ -58,6 +59,8 @@ def subnet_grad(shape, p, tokens, dtype, alignment: int) -> OpCase:
     forms[f"ours: {wide}, 2 stages"] = in_form(variant=wide, num_stages=2)
     for each in ("gathered",) if alignment == 1 else ("gathered", "fused"):
         forms[f"ours: {each}, 128 x 128"] = in_form(variant=each, block_out=128, block_in=128)
+    for each in SUMS[1:]:
+        forms[f"ours: splits added {each}"] = in_form(sums=each)
     moved = dtype.itemsize * tokens * (shape[0] + k_in) + 4 * k_out * k_in
     flops = 2 * tokens * k_out * k_in
     return OpCase(inputs, forms, lambda dy, x, o: dy[:, o].double().T @ x.double(), moved, flops)
