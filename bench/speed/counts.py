@@ -62,12 +62,12 @@ def subnet_grad(
     return Counts(dy + x + partials, dy * tiles_in + x_read, flops, 1)
 
 
-def scattered(k_out: int, inner: int, k_in: int, alignment: int = 1) -> float:
-    """Bytes that ``k_in`` values of ``BF16`` in each of ``k_out`` rows of ``inner`` cost: memory is written in whole
-    sectors, and one that is not full is read before."""
+def scattered(k_out: int, inner: int, k_in: int, alignment: int = 1, itemsize: int = BF16) -> float:
+    """Bytes that ``k_in`` values in each of ``k_out`` rows of ``inner`` cost: memory is written in whole sectors, and
+    one that is not full is read before."""
     alignment = inner if k_in == inner else alignment  # all of a row is one run
-    sectors = k_out * inner * BF16 / SECTOR * touched(k_in / inner, alignment)
-    return (1 if alignment * BF16 >= SECTOR else 2) * SECTOR * sectors
+    sectors = k_out * inner * itemsize / SECTOR * touched(k_in / inner, alignment, itemsize)
+    return (1 if alignment * itemsize >= SECTOR else 2) * SECTOR * sectors
 
 
 def sums_us(config: LaunchConfig, k_out: int, k_in: int) -> dict[str, float]:

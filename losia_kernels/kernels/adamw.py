@@ -221,7 +221,7 @@ def launch_subnets_adamw_(
         )
         table, aligned = make_table(alike, first_tiles, beta1, beta2, weight_decay)
         compiler = config.compiler
-        if has_codes and not aligned:
+        if has_codes:
             compiler |= {"num_warps": 8}  # four spill
         with torch.cuda.device_of(first.weight):
             subnets_adamw_kernel[(len(matrix_of_tile),)](
