@@ -154,28 +154,6 @@ def subnets_adamw_kernel(
         load_float(row, ROOT_CORRECTION),
     )
     counter = offs_out[:, None] * k_in + offs_in[None, :]  # position in the subnet, modulo 2^32
-    store_moment(
-        avg_ptrs,
-        avg_scale_ptrs,
-        signed_map_ptr,
-        exp_avg,
-        mask,
-        mask_out,
-        counter,
-        seed ^ FIRST,
-        True,
-    )
-    store_moment(
-        sq_ptrs,
-        sq_scale_ptrs,
-        unsigned_map_ptr,
-        exp_avg_sq,
-        mask,
-        mask_out,
-        counter,
-        seed ^ SECOND,
-        False,
-    )
     if HAS_REMAINDER:
         value, rest = split_float(value)
         tl.store(rest_ptrs, rest, mask=mask)
@@ -200,6 +178,28 @@ def subnets_adamw_kernel(
         stride_in = tl.load(row + STRIDE_WEIGHT_IN)
         weight_ptrs = tile_ptrs(weight_ptr, weight_out, weight_in, stride_out, stride_in)
         store_as(weight_ptrs, value, mask)
+    store_moment(
+        avg_ptrs,
+        avg_scale_ptrs,
+        signed_map_ptr,
+        exp_avg,
+        mask,
+        mask_out,
+        counter,
+        seed ^ FIRST,
+        True,
+    )
+    store_moment(
+        sq_ptrs,
+        sq_scale_ptrs,
+        unsigned_map_ptr,
+        exp_avg_sq,
+        mask,
+        mask_out,
+        counter,
+        seed ^ SECOND,
+        False,
+    )
 
 
 def launch_subnets_adamw_(
