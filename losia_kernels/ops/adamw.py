@@ -243,8 +243,8 @@ def subnets_adamw_plain_(
 def _update_plain_(
     update: Update, beta1: float, beta2: float, eps: float, weight_decay: float
 ) -> None:
-    weight, subnet, grad, exp_avg, exp_avg_sq, out_idx, in_idx, lr, step, seed, *extra = update
-    exp_avg_scale, exp_avg_sq_scale, remainder, _ = extra
+    weight, subnet, grad, exp_avg, exp_avg_sq, out_idx, in_idx, lr, step, seed = update[:10]
+    exp_avg_scale, exp_avg_sq_scale, remainder = update[10:13]
     dtype = accumulate_dtype(weight.dtype)
     grad = grad.to(dtype)  # [k_out, k_in]
     first = _load_moment(exp_avg, exp_avg_scale, signed=True).lerp_(grad, 1 - beta1)
