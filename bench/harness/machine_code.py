@@ -23,6 +23,7 @@ AMD_BYTES = {"ubyte": 1, "byte": 1, "u8": 1, "b8": 1, "ushort": 2, "short": 2, "
 AMD_BYTES |= {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
 AMD_BYTES |= {"b32": 4, "b64": 8, "b96": 12, "b128": 16}
 PRODUCT = r"\b(?:HMMA|HGMMA|UTCHMMA)\b"
+SIGNALS = r"griddepcontrol\.\w+|atom[\w.]*\.acq_rel[\w.]*"
 AMD_SPILLS = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
 
 
@@ -57,7 +58,7 @@ def launches(arch: str, case: Callable[[], Any]) -> list:
 
 def facts(kernel) -> dict[str, Any]:
     """Registers, bytes of shared memory, spills (zero when there are none), what is multiplied (or None) and whether
-    matrix units do it."""
+    matrix units do it; on NVIDIA's "signals", by which programs and launches wait for each other."""
     product = re.search(r"tt\.dot .*: tensor<\d+x\d+x(\w+)>", kernel.asm["ttir"])
     common = {"product_of": product and product[1], "shared": kernel.metadata.shared}
     if "cubin" not in kernel.asm:
@@ -72,6 +73,7 @@ def facts(kernel) -> dict[str, Any]:
     spills = said["STACK"] + said["LOCAL"]  # bytes of a stack frame: nothing else needs one
     found = {"registers": said["REG"], "spills": spills}
     found |= {"matrix_units": bool(re.search(PRODUCT, code))}
+    found |= {"signals": sorted(set(re.findall(SIGNALS, kernel.asm["ptx"])))}
     return common | found | (loop_facts(code) if product else {})
 
 

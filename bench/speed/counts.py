@@ -15,6 +15,12 @@ from .models import shape_of
 SECTOR = 32  # bytes that memory hands out at least
 BF16, FLOAT32 = 2, 4
 COPY_GBS, MATMUL_TFLOPS = 4300.0, 790.0  # of an H200: what an earlier run measured
+TO_CORES_GBS = 6000.0  # from L2, to all multiprocessors: a guess
+CORE_GBS = 112.0  # to one of them: 64 bytes a clock at 1.75 GHz
+REACHED = 0.92  # of a rate, by a kernel that is bound by it
+LAUNCH_US = 2.0  # to fill the device and to drain it
+AWAIT_US = 1.0  # until what one program has written is seen by another that waits for it
+UPDATE_BYTES = 16 + 12  # a value: weight, gradient and moments read; weight and moments written
 
 
 class Counts(NamedTuple):
@@ -56,6 +62,35 @@ def subnet_grad(
     return Counts(dy + x + partials, dy * tiles_in + x_read, flops, 1)
 
 
+def scattered(k_out: int, inner: int, k_in: int, alignment: int = 1, itemsize: int = BF16) -> float:
+    """Bytes that ``k_in`` values in each of ``k_out`` rows of ``inner`` cost: memory is written in whole sectors, and
+    one that is not full is read before."""
+    alignment = inner if k_in == inner else alignment  # all of a row is one run
+    sectors = k_out * inner * itemsize / SECTOR * touched(k_in / inner, alignment, itemsize)
+    return (1 if alignment * itemsize >= SECTOR else 2) * SECTOR * sectors
+
+
+def sums_us(config: LaunchConfig, k_out: int, k_in: int) -> dict[str, float]:
+    """What it takes to add the splits' partial sums, once they are written: each is in L2, and a program holds a whole
+    tile. The last two forms are not built."""
+    tile, moved = (
+        FLOAT32 * config.block_out * config.block_in,
+        FLOAT32 * (config.splits + 1) * k_out * k_in,
+    )
+    shared, alone = moved / TO_CORES_GBS / REACHED / 1e3, tile / CORE_GBS / REACHED / 1e3
+    levels = (config.splits - 1).bit_length()
+    return {
+        "launch": LAUNCH_US + shared,
+        "dependent": AWAIT_US + shared,
+        # zeros for the counters are a launch; a single multiprocessor reads all splits of a tile
+        "in_kernel": LAUNCH_US + AWAIT_US + config.splits * alone,
+        # pairs: one reads what the other has written, adds, and writes for the next level
+        "tree": LAUNCH_US + levels * (AWAIT_US + 2 * alone),
+        # a barrier of all programs, which must be there at once; then each adds its share of a tile
+        "cooperative": LAUNCH_US + 2 * AWAIT_US + shared,
+    }
+
+
 def weight_bytes(epilogue: bool) -> int:
     """Of an observing weight: itself, both states read and written; the gradient, unless it stays in its product."""
     return BF16 + 4 * FLOAT32 + (0 if epilogue else 2 * BF16)
@@ -89,13 +124,49 @@ def table_subnet_grad(arch: str = "sm_90", tokens: int = 8192, p: float = 1 / 8)
     for name, alignment, variant in itertools.product(linears, (1, 16), forms):
         out, inner = shape_of("llama-2-7b").linears[name]
         size = tokens, int(p * out), int(p * inner), alignment
-        config = choose_config("subnet_grad", arch, torch.bfloat16, *size, variant=variant)
+        config = choose_config(
+            "subnet_grad", arch, torch.bfloat16, *size, variant=variant, chosen_from=out
+        )
         counts = subnet_grad(config, tokens, out, *size[1:])
         over = counts.least_us / copy_us(BF16 * tokens * out)
         lines.append(
             f"{name:10} {alignment:9} {variant:16} {counts.memory / 1e6:11.1f} {counts.to_cores / 1e6:12.1f} "
             f"{counts.flops / 1e9:6.1f} {counts.launches:9} {counts.least_us:9.1f} {over:12.2f}"
         )
+    return "\n".join(lines)
+
+
+def table_sums(arch: str = "sm_90", tokens: int = 8192) -> str:
+    """The paper's subnets at p = 1/8 and 1/4, and the wide ones of the default."""
+    llama = shape_of("llama-2-7b").linears
+    lines = ["who adds the splits: us of a gradient's sum   splits  MB"]
+    names = list(sums_us(LaunchConfig(splits=2), 1, 1))
+    lines[0] += "".join(f"{name:>12}" for name in names)
+    chosen = [
+        (f"{name}, p = {p}", llama[name][0], *(int(p * size) for size in llama[name]))
+        for p in (1 / 8, 1 / 4)
+        for name in ("q_proj", "up_proj", "down_proj")
+    ]
+    chosen += [("q_proj and o_proj, default", 4096, 2048, 184)]
+    chosen += [("up_proj and down_proj, default", 4096, 2048, 495)]
+    for name, out, k_out, k_in in chosen:
+        size = tokens, k_out, k_in
+        config = choose_config("subnet_grad", arch, torch.bfloat16, *size, chosen_from=out)
+        if config.splits > 1:
+            times = "".join(f"{us:12.1f}" for us in sums_us(config, k_out, k_in).values())
+            size = FLOAT32 * config.splits * k_out * k_in / 1e6
+            lines.append(f"  {name:44} {config.splits:5} {size:4.0f}{times}")
+    return "\n".join(lines)
+
+
+def table_update(model: str = "llama-2-7b") -> str:
+    """AdamW's bytes a value: the state, and the sectors of the weight that its new values lie in."""
+    lines = [f"AdamW, {model}: bytes a value, {UPDATE_BYTES} of them state"]
+    inner, names = shape_of(model).hidden, ("single", "in runs of 4", "of 16")
+    for name, k_in in (("p = 1/8", 512), ("half", 2048), ("thin", 184), ("all inputs", inner)):
+        each = (UPDATE_BYTES + scattered(1, inner, k_in, a) / k_in for a in (1, 4, 16))
+        said = ", ".join(f"{b:5.1f} {w}" for b, w in zip(each, names, strict=True))
+        lines.append(f"  {name:10} of {inner} inputs: {said}")
     return "\n".join(lines)
 
 
@@ -139,5 +210,6 @@ def table_saved_inputs(model: str = "llama-2-7b", tokens: int = 8192) -> str:
 
 
 def report() -> str:
-    tables = table_subnet_grad, table_observing, table_saved_inputs, table_fusions
+    tables = table_subnet_grad, table_sums, table_update, table_observing
+    tables += table_saved_inputs, table_fusions
     return "\n\n".join(table() for table in tables)

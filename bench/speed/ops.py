@@ -23,6 +23,7 @@ from losia_kernels.ops.subnet_grad import subnet_grad_plain
 from ..harness.gates import gate_relative, gate_rule
 from ..harness.jobs import Job, first_line
 from ..harness.timing import measure, measure_roof, rotation
+from .counts import UPDATE_BYTES, scattered
 from .models import name_of, shape_of
 
 LR, BETA1, BETA2, EPS, STEP = 1e-2, 0.9, 0.999, 1e-8, 10
@@ -35,7 +36,9 @@ class OpCase:
     inputs: Callable[[torch.Generator], tuple]
     forms: dict[str, Callable[..., Any]]
     truth: Callable[..., Any]
-    moved_bytes: int  # each input read once, each output written once
+    moved_bytes: (
+        int  # each input read once, each output written once; of what is scattered, whole sectors
+    )
     flops: int = 0
 
 
@@ -136,7 +139,8 @@ def subnet_adamw(shape, p, tokens, dtype, matrices: int = 1) -> OpCase:
     forms = {"ours": by(update_subnets_), "ours, a launch each": by(_adamw_one_by_one)}
     forms |= {"eager": by(subnets_adamw_plain_)}
     forms |= {"library: fused AdamW, then index_put": _adamw_library}
-    moved = matrices * k_out * k_in * (16 + 12 + dtype.itemsize)
+    weight = scattered(k_out, shape[1], k_in, itemsize=dtype.itemsize)
+    moved = matrices * int(UPDATE_BYTES * k_out * k_in + weight)
     return OpCase(inputs, forms, truth, moved)
 
 

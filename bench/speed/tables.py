@@ -233,7 +233,8 @@ def ops(rows: Rows) -> str:
     for row in chosen:
         found, blank = row["id"], [""] * (len(head) - 4)
         size = f"{found['model']} {found['linear']}"
-        size += f", p 1/{1 / found['p']:.0f}" if "p" in found else ""
+        size += f", p {Fraction(found['p']).limit_denominator(100)}" if "p" in found else ""
+        size += ", wide" if found.get("subnet") == "wide" else ""
         size += f", {found['tokens']} tokens" if "tokens" in found else ""
         size += f", runs of {found['alignment']}" if found.get("alignment", 1) > 1 else ""
         if row["status"] != "ok":

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .codes import CODE_BLOCK, FIRST_MOMENT, SECOND_MOMENT, dynamic_map
-from .device import stochastic_round, store_as
+from .device import load_index, stochastic_round, store_as
 from .formats import join_float, load_moment, split_float, store_moment
 from .launch import LaunchConfig, cdiv, launch_config
 from .tiles import tile_offsets, tile_ptrs
@@ -25,6 +25,7 @@ DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.uint8: tl.uint8,
 }
+RUN = tl.constexpr(4)  # neighbours of a row that one store writes
 FIRST, SECOND = tl.constexpr(FIRST_MOMENT), tl.constexpr(SECOND_MOMENT)
 
 # A row of the table, one a matrix: addresses, sizes, and what changes with the step (floats in the
@@ -44,14 +45,15 @@ FIRST, SECOND = tl.constexpr(FIRST_MOMENT), tl.constexpr(SECOND_MOMENT)
     K_IN,
     STRIDE_WEIGHT_OUT,
     STRIDE_WEIGHT_IN,
+    IN_RUNS,
     FIRST_TILE,
     SEED,
     DECAY,
     STEP_SIZE,
     ROOT_CORRECTION,
-) = (tl.constexpr(field) for field in range(19))
-FIELDS = tl.constexpr(19)
-ROW = struct.Struct("<16q f4x f4x f4x")
+) = (tl.constexpr(field) for field in range(20))
+FIELDS = tl.constexpr(20)
+ROW = struct.Struct("<17q f4x f4x f4x")
 
 
 @triton.jit
@@ -152,6 +154,30 @@ def subnets_adamw_kernel(
         load_float(row, ROOT_CORRECTION),
     )
     counter = offs_out[:, None] * k_in + offs_in[None, :]  # position in the subnet, modulo 2^32
+    if HAS_REMAINDER:
+        value, rest = split_float(value)
+        tl.store(rest_ptrs, rest, mask=mask)
+    elif STOCHASTIC:
+        value = stochastic_round(value, counter, seed, SUBNET_DTYPE).to(tl.float32)
+    store_as(subnet_ptrs, value, mask)
+
+    out_idx_ptr = load_pointer(row, OUT_IDX, tl.int64, ALIGNED)
+    in_idx_ptr = load_pointer(row, IN_IDX, tl.int64, ALIGNED)
+    weight_out = tl.load(out_idx_ptr + offs_out, mask=mask_out, other=0)
+    weight_ptr = load_pointer(row, WEIGHT, WEIGHT_DTYPE, ALIGNED)
+    stride_out = tl.load(row + STRIDE_WEIGHT_OUT)
+    if tl.load(row + IN_RUNS) != 0:  # memory gets whole sectors, and does not read them before
+        weight_in = load_index(in_idx_ptr, offs_in, k_in, RUN)
+        weight_ptr = tl.multiple_of(weight_ptr, 16)
+        stride_out = tl.multiple_of(stride_out, RUN)
+        in_row = (offs_in < tl.multiple_of(k_in, RUN))[None, :]
+        weight_ptrs = tile_ptrs(weight_ptr, weight_out, weight_in, stride_out, 1)
+        store_as(weight_ptrs, value, mask_out[:, None] & in_row)
+    else:
+        weight_in = load_index(in_idx_ptr, offs_in, k_in, 1)
+        stride_in = tl.load(row + STRIDE_WEIGHT_IN)
+        weight_ptrs = tile_ptrs(weight_ptr, weight_out, weight_in, stride_out, stride_in)
+        store_as(weight_ptrs, value, mask)
     store_moment(
         avg_ptrs,
         avg_scale_ptrs,
@@ -174,20 +200,6 @@ def subnets_adamw_kernel(
         seed ^ SECOND,
         False,
     )
-    if HAS_REMAINDER:
-        value, rest = split_float(value)
-        tl.store(rest_ptrs, rest, mask=mask)
-    elif STOCHASTIC:
-        value = stochastic_round(value, counter, seed, SUBNET_DTYPE).to(tl.float32)
-    store_as(subnet_ptrs, value, mask)
-
-    out_idx_ptr = load_pointer(row, OUT_IDX, tl.int64, ALIGNED)
-    in_idx_ptr = load_pointer(row, IN_IDX, tl.int64, ALIGNED)
-    weight_out = tl.load(out_idx_ptr + offs_out, mask=mask_out, other=0)
-    weight_in = tl.load(in_idx_ptr + offs_in, mask=offs_in < k_in, other=0)
-    weight_ptr = load_pointer(row, WEIGHT, WEIGHT_DTYPE, ALIGNED)
-    stride_out, stride_in = tl.load(row + STRIDE_WEIGHT_OUT), tl.load(row + STRIDE_WEIGHT_IN)
-    store_as(tile_ptrs(weight_ptr, weight_out, weight_in, stride_out, stride_in), value, mask)
 
 
 def launch_subnets_adamw_(
@@ -209,7 +221,7 @@ def launch_subnets_adamw_(
         )
         table, aligned = make_table(alike, first_tiles, beta1, beta2, weight_decay)
         compiler = config.compiler
-        if has_codes and not aligned:
+        if has_codes:
             compiler |= {"num_warps": 8}  # four spill
         with torch.cuda.device_of(first.weight):
             subnets_adamw_kernel[(len(matrix_of_tile),)](
@@ -241,7 +253,7 @@ def make_table(
     bytes."""
     rows, bits = bytearray(), 0
     for update, first_tile in zip(updates, first_tiles, strict=True):
-        tensors = update[:7] + update[10:]
+        tensors = update[:7] + update[10:13]
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         k_out, k_in = update.subnet.shape
         rows += ROW.pack(
@@ -249,6 +261,7 @@ def make_table(
             k_out,
             k_in,
             *update.weight.stride(),
+            stores_runs(update),
             first_tile,
             signed_32_bits(update.seed or 0),
             1 - update.lr * weight_decay,
@@ -257,6 +270,14 @@ def make_table(
         )
         bits = functools.reduce(operator.or_, addresses, bits | k_in)
     return torch.frombuffer(rows, dtype=torch.int64).view(-1, FIELDS.value), bits % 16 == 0
+
+
+def stores_runs(update: Any) -> bool:
+    """Whether ``RUN`` values at a time lie together in the weight, where one store may write
+    them."""
+    (stride_out, stride_in), k_in = update.weight.stride(), update.subnet.shape[1]
+    sizes = update.alignment | k_in | stride_out
+    return stride_in == 1 and sizes % RUN.value == 0 and update.weight.data_ptr() % 16 == 0
 
 
 def signed_32_bits(value: int) -> int:

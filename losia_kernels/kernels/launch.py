@@ -22,7 +22,7 @@ class LaunchConfig:
     two knobs.
 
     ``variant`` names the form of a kernel that has several; ``prefetch``: gathered entries are
-    loaded one tile ahead.
+    loaded one tile ahead; ``sums``: who adds what the splits have summed (``sums.SUMS``).
     """
 
     block_t: int = 1
@@ -33,6 +33,7 @@ class LaunchConfig:
     num_stages: int = 1
     variant: str = ""
     prefetch: bool = False
+    sums: str = "launch"
 
     @property
     def compiler(self) -> dict[str, int]:
@@ -44,7 +45,8 @@ class Problem:
     """What a tile is chosen for.
 
     ``arch`` is "sm_90", "gfx942" or "cpu". ``tokens``, ``n_out``, ``n_in`` are the sizes the kernel
-    works on (those of the subnet where it works on the subnet), 1 for a dimension it does not have.
+    works on (those of the subnet where it works on the subnet), 1 for a dimension it does not have;
+    ``chosen_from``: how many outputs there are, of which ``n_out`` are gathered (0: not said).
     ``variant`` asks for a form; None leaves it to the kernel.
     """
 
@@ -55,6 +57,7 @@ class Problem:
     n_in: int = 1
     alignment: int = 1
     variant: str | None = None
+    chosen_from: int = 0
 
 
 Choose = Callable[[Problem], LaunchConfig]
@@ -84,6 +87,7 @@ def choose_config(
     n_in: int,
     alignment: int = 1,
     variant: str | None = None,
+    chosen_from: int = 0,
 ) -> LaunchConfig:
     """The tile of ``kernel`` for a ``Problem`` of these fields."""
     if kernel not in _choices:  # its file is not imported yet
@@ -91,7 +95,7 @@ def choose_config(
             importlib.import_module(f"{__package__}.{file.name}")
     if kernel not in _choices:
         raise ValueError(f"no launch configuration for kernel {kernel!r}")
-    problem = Problem(arch, dtype, tokens, n_out, n_in, alignment, variant)
+    problem = Problem(arch, dtype, tokens, n_out, n_in, alignment, variant, chosen_from)
     return _choices[kernel](problem)
 
 
@@ -106,13 +110,22 @@ def launch_config(
     n_out: int = 1,
     n_in: int = 1,
     alignment: int = 1,
+    chosen_from: int = 0,
 ) -> LaunchConfig:
     """``choose_config`` for the device and dtype of ``like``, with the fields a test overrides
     replaced."""
-    arch = _arch_override[-1] if _arch_override else device_arch(like.device)
+    arch = target_arch(like.device)
     override = _overrides.get(kernel, {})
     config = _remembered_config(
-        kernel, arch, like.dtype, tokens, n_out, n_in, alignment, override.get("variant")
+        kernel,
+        arch,
+        like.dtype,
+        tokens,
+        n_out,
+        n_in,
+        alignment,
+        override.get("variant"),
+        chosen_from,
     )
     return dataclasses.replace(config, **override) if override else config
 
@@ -127,6 +140,17 @@ def device_arch(device: torch.device) -> str:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+def target_arch(device: torch.device) -> str:
+    """``device_arch``, or the one that ``override_arch`` says."""
+    return _arch_override[-1] if _arch_override else device_arch(device)
+
+
+def has_dependent_launches(device: torch.device) -> bool:
+    """Whether a launch may begin while the one before it ends, and wait for what that writes."""
+    arch = target_arch(device)
+    return arch.startswith("sm_") and int(arch[3:]) >= 90
 
 
 @contextlib.contextmanager

@@ -16,10 +16,12 @@ from .launch import (
     cdiv,
     cover,
     device_arch,
+    has_dependent_launches,
     launch_config,
     padded,
     tile_of,
 )
+from .sums import SUMS, launch_sum, split_ptrs, sum_tile
 
 VARIANTS = ("fused", "fused_wide", "gathered", "gathered_library")
 # below this a split costs more in partial sums than it gains in parallelism
@@ -33,7 +35,9 @@ def subnet_grad_kernel(
     x_ptr,  # [t, in], any strides
     out_idx_ptr,  # [k_out] int64, or None for all outputs
     in_idx_ptr,  # [k_in] int64, or None for all inputs
-    partials_ptr,  # [splits, rows, width] float32, contiguous
+    partials_ptr,  # [splits, rows, width] float32, contiguous, or turned: [splits, width, rows]
+    total_ptr,  # [k_out, k_in] float32, or turned; None: the partial sums are added elsewhere
+    arrived_ptr,  # [tiles] int32, zeros: programs of a tile that have written theirs
     tokens,
     tokens_per_split,
     k_out,
@@ -49,10 +53,13 @@ def subnet_grad_kernel(
     BLOCK_IN: tl.constexpr,
     ALIGN: tl.constexpr,
     PREFETCH: tl.constexpr,
+    TURNED: tl.constexpr,
+    AWAITED: tl.constexpr,  # by a launch that may begin while this one ends
 ):
     # Neighbouring programs differ in the inputs first: they read the same dy, from the cache.
     tiles_in = tl.cdiv(width, BLOCK_IN)
-    offs_out = tl.program_id(0) // tiles_in * BLOCK_OUT + tl.arange(0, BLOCK_OUT)  # [BLOCK_OUT]
+    first_out = tl.program_id(0) // tiles_in * BLOCK_OUT
+    offs_out = first_out + tl.arange(0, BLOCK_OUT)  # [BLOCK_OUT]
     offs_in = tl.program_id(0) % tiles_in * BLOCK_IN + tl.arange(0, BLOCK_IN)  # [BLOCK_IN]
     split = tl.program_id(1).to(tl.int64)
     mask_out = (offs_out < rows)[None, :]
@@ -89,8 +96,21 @@ def subnet_grad_kernel(
         x_sub = tl.load(x_ptrs + offs_t * stride_x_t, mask=(offs_t < end) & mask_in, other=0.0)
         acc = dot(tl.trans(dy_sub), x_sub, acc)  # [BLOCK_OUT, BLOCK_IN]
 
-    partials_ptrs = partials_ptr + (split * rows + offs_out)[:, None] * width + offs_in[None, :]
+    if AWAITED:
+        tl.extra.cuda.gdc_launch_dependents()
+    partials_ptrs = split_ptrs(partials_ptr, offs_out, offs_in, split, rows, width, TURNED)
     store_as(partials_ptrs, acc, (offs_out < rows)[:, None] & mask_in)
+    if total_ptr is not None:
+        tl.debug_barrier()  # all of this program's is written before it is counted
+        arrived = tl.atomic_add(arrived_ptr + tl.program_id(0), 1, sem="acq_rel")
+        splits = tl.num_programs(1)
+        if arrived == splits - 1:  # the last one adds, whichever it is
+            PIECE: tl.constexpr = BLOCK_OUT // 4  # in registers at once
+            for first in range(0, BLOCK_OUT, PIECE):
+                offs = first_out + first + tl.arange(0, PIECE)
+                sum_tile(
+                    partials_ptr, total_ptr, offs, offs_in, splits, rows, width, k_out, k_in, TURNED
+                )
 
 
 @tile_of("subnet_grad")
@@ -107,8 +127,11 @@ def choose_tile(problem: Problem) -> LaunchConfig:
         at_once, block_t, block_out, block_in, stages = 1, 16, 32, cover(k_in, 16, 128), 1
     elif dtype.itemsize > 2:
         at_once, block_t, block_out, block_in, stages = 2, 16, 64, 64, 1
+    elif variant == "fused_wide" and k_in <= 128:
+        at_once, block_t, block_out, block_in, stages = 2, 32, 64, 128, 3
     elif variant == "fused_wide":
-        at_once, block_t, block_out, block_in, stages = 1, 32, 64, cover(k_in, 128, 512), 3
+        at_once, block_t, stages = 1, 32, 3
+        block_out, block_in = choose_wide(problem)
     elif wide_loads and arch in ("sm_90", "sm_100") and k_in > 128:
         at_once, block_t, block_out, block_in, stages = 1, 64, 128, 256, 3
     elif wide_loads:
@@ -137,6 +160,19 @@ def choose_tile(problem: Problem) -> LaunchConfig:
     )
 
 
+def choose_wide(problem: Problem) -> tuple[int, int]:
+    """Of the tiles of "fused_wide" that fit the registers, the one for which the cores read least."""
+    tiles = [(64, cover(problem.n_in, 256, 512))]
+    if problem.arch in ("sm_90", "sm_100"):  # elsewhere it spills
+        tiles.append((128, 256))
+
+    def entries_a_token(tile: tuple[int, int]) -> int:
+        gathered = problem.chosen_from * cdiv(problem.n_in, tile[1])
+        return gathered + problem.n_in * cdiv(problem.n_out, tile[0])
+
+    return min(tiles, key=entries_a_token)
+
+
 def choose_variant(arch: str, dtype: torch.dtype, k_in: int, alignment: int) -> str:
     """The form of the subnet's gradient ``dy[:, out_idx].T @ x``.
 
@@ -163,25 +199,54 @@ def launch_subnet_grad(
     dy: Tensor, x: Tensor, out_idx: Tensor | None, in_idx: Tensor | None, alignment: int = 1
 ) -> Tensor:
     """``ops.subnet_grad`` on the device: the sums of the ranges of tokens, added in fixed order."""
-    partials = launch_partials(dy, x, out_idx, in_idx, alignment)
-    return partials[0].contiguous() if partials.shape[0] == 1 else partials.sum(0)
-
-
-def launch_partials(
-    dy: Tensor, x: Tensor, out_idx: Tensor | None, in_idx: Tensor | None, alignment: int = 1
-) -> Tensor:
-    """``[splits, k_out, k_in]`` float32, one summand per range of tokens."""
-    k_out = dy.shape[-1] if out_idx is None else out_idx.shape[0]
-    k_in = x.shape[-1] if in_idx is None else in_idx.shape[0]
-    tokens = dy.shape[:-1].numel()
+    k_out, k_in = _size(dy, out_idx), _size(x, in_idx)
+    sizes = {"n_out": k_out, "n_in": k_in, "chosen_from": dy.shape[-1]}
+    both = out_idx is not None and in_idx is not None
+    if turned := both and k_in > k_out:
+        # the shorter side is gathered first, and the longer one in the product, once
+        sizes = {"n_out": k_in, "n_in": k_out, "chosen_from": x.shape[-1]}
     config = launch_config(
         "subnet_grad",
         dy,
-        tokens=tokens,
-        n_out=k_out,
-        n_in=k_in,
+        tokens=dy.shape[:-1].numel(),
         alignment=MAX_VECTOR if out_idx is None else alignment,  # without a gather all is one run
+        **sizes,
     )
+    if config.sums not in SUMS:
+        raise ValueError(f"splits are added by {', '.join(SUMS)}, not {config.sums!r}")
+    total = None
+    if config.splits > 1 and config.sums != "launch" and config.variant != "gathered_library":
+        total = dy.new_empty(k_out, k_in, dtype=torch.float32)
+    if turned:
+        partials = launch_partials(x, dy, in_idx, out_idx, alignment, config, total, turned)
+    else:
+        partials = launch_partials(dy, x, out_idx, in_idx, alignment, config, total)
+    if total is None:
+        partials = partials[:, :k_out, :k_in]
+        return partials[0].contiguous() if partials.shape[0] == 1 else partials.sum(0)
+    if config.sums == "dependent":
+        launch_sum(partials, total)
+    return total
+
+
+def _size(tokens: Tensor, idx: Tensor | None) -> int:
+    return tokens.shape[-1] if idx is None else idx.shape[0]
+
+
+def launch_partials(
+    dy: Tensor,
+    x: Tensor,
+    out_idx: Tensor | None,
+    in_idx: Tensor | None,
+    alignment: int,
+    config: LaunchConfig,
+    total: Tensor | None = None,
+    turned: bool = False,
+) -> Tensor:
+    """``[splits, rows, width]`` float32, ``k_out`` and ``k_in`` and what fills them up, one summand
+    per range of tokens. ``total [k_out, k_in]`` gets their sum if the config has it added in the
+    same launch. ``turned``: both are transposed."""
+    tokens = dy.shape[:-1].numel()
     # copies only where the leading dimensions have no common stride
     dy = dy.reshape(tokens, dy.shape[-1])
     x = x.reshape(tokens, x.shape[-1])
@@ -191,8 +256,8 @@ def launch_partials(
     if out_idx is not None and config.variant.startswith("gathered"):
         dy, out_idx = launch_gather_features(dy, out_idx, alignment), None
     if config.variant == "gathered_library":
-        return _library_product(dy, x).unsqueeze(0)
-    return _launch_product(dy, x, out_idx, in_idx, alignment, config)[:, :k_out, :k_in]
+        return (_library_product(x, dy) if turned else _library_product(dy, x)).unsqueeze(0)
+    return _launch_product(dy, x, out_idx, in_idx, alignment, config, total, turned)
 
 
 def _multiplies_bfloat16(dy: Tensor) -> bool:
@@ -210,7 +275,7 @@ def _library_product(dy: Tensor, x: Tensor) -> Tensor:
 def _sizes(tokens: Tensor, idx: Tensor | None) -> tuple[int, int]:
     """How many neurons of ``tokens [t, n]`` there are, and padded (``launch.padded``). What is
     computed of the padding is cut off; it only has to be there to be read."""
-    size = tokens.shape[1] if idx is None else idx.shape[0]
+    size = _size(tokens, idx)
     width = padded(size)
     if idx is not None or width == size:
         return size, width if size else 0
@@ -229,24 +294,33 @@ def _launch_product(
     in_idx: Tensor | None,
     alignment: int,
     config: LaunchConfig,
+    total: Tensor | None,
+    turned: bool,
 ) -> Tensor:
     k_out, rows = _sizes(dy, out_idx)
     k_in, width = _sizes(x, in_idx)
-    partials = dy.new_empty(config.splits, rows, width, dtype=torch.float32)
+    shape = (width, rows) if turned else (rows, width)
+    partials = dy.new_empty(config.splits, *shape, dtype=torch.float32)
     if partials.numel() == 0:
         return partials
     out_idx = None if out_idx is None else out_idx.contiguous()
     in_idx = None if in_idx is None else in_idx.contiguous()
     tokens = dy.shape[0]
     tokens_per_split = cdiv(tokens, config.splits * config.block_t) * config.block_t
-    grid = (cdiv(rows, config.block_out) * cdiv(width, config.block_in), config.splits)
+    tiles = cdiv(rows, config.block_out) * cdiv(width, config.block_in)
+    arrived = None
+    if adds := total is not None and config.sums == "in_kernel":
+        # made anew, by a launch more: zeros that are kept would be those of another stream or graph
+        arrived = torch.zeros(tiles, device=dy.device, dtype=torch.int32)
     with torch.cuda.device_of(dy):
-        subnet_grad_kernel[grid](
+        subnet_grad_kernel[tiles, config.splits](
             dy,
             x,
             out_idx,
             in_idx,
             partials,
+            total if adds else None,
+            arrived,
             tokens,
             tokens_per_split,
             k_out,
@@ -260,6 +334,8 @@ def _launch_product(
             BLOCK_IN=config.block_in,
             ALIGN=alignment,
             PREFETCH=config.prefetch and out_idx is not None,
+            TURNED=turned,
+            AWAITED=total is not None and not adds and has_dependent_launches(dy.device),
             **config.compiler,
         )
     return partials

@@ -80,6 +80,13 @@ class SubnetModule(InAgreement):
     name: str
     adoptable = True  # a timeline may give a layer without membership one
 
+    @property
+    def in_alignment(self) -> int:
+        """Length of the runs of neighbours, each from a multiple of it, that ``in_idx`` is made
+        of: all of a row, where all inputs are used."""
+        whole = self.subnet.shape[1] == self.in_features
+        return self.in_features if whole else self.alignment
+
     def add_subnet_(
         self,
         rank_factor: float | tuple[float, float],

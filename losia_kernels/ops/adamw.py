@@ -42,6 +42,7 @@ class Update(NamedTuple):
     exp_avg_scale: Tensor | None = None  # [k_out, ceil(k_in / 256)] float32, of uint8 moments
     exp_avg_sq_scale: Tensor | None = None
     remainder: Tensor | None = None  # int16: what a bfloat16 subnet lacks of float32
+    alignment: int = 1  # of in_idx, as in gather_features
 
 
 def update_subnets_(
@@ -169,6 +170,7 @@ def subnets_adamw_(
     exp_avg_scales: list[Tensor],
     exp_avg_sq_scales: list[Tensor],
     remainders: list[Tensor],
+    alignments: list[int] | None = None,
 ) -> None:
     """``subnet_adamw_`` on many matrices, in one launch for each combination of dtypes; the same
     bits.
@@ -186,6 +188,8 @@ def subnets_adamw_(
         exp_avg_scales, exp_avg_sq_scales: ``[k_out, ceil(k_in / 256)]`` float32, of uint8 moments.
         remainders: ``[k_out, k_in]`` int16; a bfloat16 subnet and its remainder are the float32
             master, exactly, and the weight gets it rounded to nearest, ties away from zero.
+        alignments: promises of runs of that many neighbours in each ``in_idx``, as in
+            ``gather_features``; they are stored together.
 
     Raises:
         ValueError: what ``subnet_adamw_`` refuses, lists of unlike lengths, or state of another
@@ -196,7 +200,7 @@ def subnets_adamw_(
     if not weights:
         return
     needed = (weights, subnets, grads, exp_avgs, exp_avg_sqs, out_idx, in_idx, lr, step)
-    optional = (seeds, exp_avg_scales, exp_avg_sq_scales, remainders)
+    optional = (seeds, exp_avg_scales, exp_avg_sq_scales, remainders, alignments or [])
     if any(len(each) != len(weights) for each in needed) or any(
         len(each) not in (0, len(weights)) for each in optional
     ):
@@ -206,7 +210,8 @@ def subnets_adamw_(
             f"{[len(each) for each in (*needed[1:], *optional)]}",
         )
     none = [None] * len(weights)
-    updates = list(map(Update, *needed, *(each or none for each in optional)))
+    columns = *(each or none for each in optional[:-1]), alignments or [1] * len(weights)
+    updates = list(map(Update, *needed, *columns))
     for update in updates:
         _check_matrix(op, update)
         _check_state(op, update)
@@ -238,8 +243,8 @@ def subnets_adamw_plain_(
 def _update_plain_(
     update: Update, beta1: float, beta2: float, eps: float, weight_decay: float
 ) -> None:
-    weight, subnet, grad, exp_avg, exp_avg_sq, out_idx, in_idx, lr, step, seed, *extra = update
-    exp_avg_scale, exp_avg_sq_scale, remainder = extra
+    weight, subnet, grad, exp_avg, exp_avg_sq, out_idx, in_idx, lr, step, seed = update[:10]
+    exp_avg_scale, exp_avg_sq_scale, remainder = update[10:13]
     dtype = accumulate_dtype(weight.dtype)
     grad = grad.to(dtype)  # [k_out, k_in]
     first = _load_moment(exp_avg, exp_avg_scale, signed=True).lerp_(grad, 1 - beta1)
@@ -359,7 +364,7 @@ def _check_state(op: str, update: Update) -> None:
                 f"the remainder must be int16 {tuple(subnet.shape)}, got {remainder.dtype} "
                 f"{tuple(remainder.shape)}",
             )
-    for tensor in (*update[1:7], *update[10:]):
+    for tensor in (*update[1:7], *update[10:13]):
         if tensor is not None and not tensor.is_contiguous():
             raise invalid(
                 op,

@@ -226,6 +226,7 @@ class LoSiAAdamW(torch.optim.Optimizer):
             lr=lr * scale,
             step=step,
             seed=self._seed(layer) if self._form.stochastic(subnet) else None,
+            alignment=layer.in_alignment,
             **{key: here(state[key]) for key in SUBNET_STATE[1:] if key in state},
         )
         return update, options

@@ -1,33 +1,64 @@
 """What a layer should take: that the sum is of what a step runs, and what the promise rests on."""
 
+import dataclasses
 import json
 
 import pytest
 
 from bench.speed import predicted
-from bench.speed.models import shape_of
-from bench.speed.predicted import GPUS, Piece, added, gather, layer_us, over_floor
+from bench.speed.predicted import (
+    DEFAULT,
+    GPUS,
+    LAYERS,
+    PAPER,
+    Layer,
+    Piece,
+    added,
+    gather,
+    layer_us,
+    over_floor,
+)
+from losia_kernels import LoSiAConfig, LoSiALinear, apply_losia
 from tests.kernels.offline import OLDEST, run_offline
 
-MODEL, TOKENS = "llama-2-7b", 8192
-OVERLAPS = dict.fromkeys(shape_of(MODEL).linears, True)
+TOKENS = PAPER.tokens
+OVERLAPS = dict.fromkeys(PAPER.linears, True)
 
 
-def ratio(gpu: str, alignment: int, overlaps: dict[str, bool] = OVERLAPS) -> float:
-    pieces = added(MODEL, TOKENS, 1 / 8, alignment, overlaps, {})
-    return over_floor(MODEL, TOKENS, pieces, GPUS[gpu])
+def ratio(gpu: str, layer: Layer, overlaps: dict[str, bool] = OVERLAPS) -> float:
+    return over_floor(layer, added(layer, overlaps, {}), GPUS[gpu])
 
 
+@pytest.mark.parametrize("layer", [PAPER, DEFAULT], ids=str)
 @pytest.mark.parametrize("alignment, target", [(1, 1.05), (16, 1.02)])
-def test_the_layer_is_predicted_within_its_target(alignment, target):
+def test_the_layer_is_predicted_within_its_target(layer, alignment, target):
     """On an H200, where copies and products overlap; an H100 has less bandwidth for as many
     operations."""
-    assert 1.0 < ratio("H200", alignment) <= target
-    assert ratio("H100", alignment) <= target + 0.01
+    layer = dataclasses.replace(layer, alignment=alignment)
+    assert 1.0 < ratio("H200", layer) <= target
+    assert ratio("H100", layer) <= target + 0.01
+
+
+def test_the_default_layer_is_the_config_s():
+    """Its subnets, and which of its layers keep their input whole."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 64}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
+    config = LoSiAConfig()
+    assert (config.rank_factor, config.shape) == (DEFAULT.rank_factor, DEFAULT.shape)
+    apply_losia(model, config)
+    found = {n.split(".")[-1]: m for n, m in model.named_modules() if isinstance(m, LoSiALinear)}
+    for name, (out, inner) in DEFAULT.linears.items():
+        k_out, k_in = DEFAULT.subnets[name]
+        layer = found[name]
+        shares = [k / size for k, size in zip(layer.subnet.shape, layer.weight.shape, strict=True)]
+        assert shares == pytest.approx([k_out / out, k_in / inner], rel=0.1)
+        assert layer.keeps_input == DEFAULT.keeps_input(name)
 
 
 def test_products_that_wait_for_copies_cost_what_they_take():
-    assert ratio("H200", 1, dict.fromkeys(OVERLAPS, False)) > ratio("H200", 1) + 0.003
+    assert ratio("H200", PAPER, dict.fromkeys(OVERLAPS, False)) > ratio("H200", PAPER) + 0.003
 
 
 def test_what_a_kernel_takes():
@@ -46,15 +77,26 @@ def test_one_gather_for_three_reads_memory_once():
     assert three.to_cores == 3 * one.to_cores and three.launches == 1
 
 
-def test_every_launch_of_a_step_is_in_it():
-    pieces = added(MODEL, TOKENS, 1 / 8, 1, OVERLAPS, {})
-    launches = {name: 0 for name in layer_us(pieces, GPUS["H200"])}
+def launches(layer: Layer) -> dict[str, int]:
+    pieces = added(layer, OVERLAPS, {})
+    found = {name: 0 for name in layer_us(pieces, GPUS["H200"])}
     for piece in pieces:
-        launches[piece.name] += piece.launches
-    assert launches["gathers of x"] == 4  # q k v, o, gate up, down
-    assert launches["subnet gradients"] == launches["sums of splits"] == 7
-    assert launches["gathers of dy"] == 1  # down_proj's, past 512 inputs
-    assert launches["AdamW and scatter"] == 1 and launches["dx read in products"] == 0
+        found[piece.name] += piece.launches
+    return found
+
+
+def test_every_launch_of_a_step_is_in_it():
+    found = launches(PAPER)
+    assert found["gathers of x"] == 4  # q k v, o, gate up, down
+    assert found["subnet gradients"] == found["sums of splits"] == 7
+    assert found["gathers of dy"] == 1  # down_proj's, past 512 inputs
+    assert found["AdamW and scatter"] == 1 and found["dx read in products"] == 0
+
+
+def test_of_an_input_that_is_kept_whole_the_longer_side_is_read_in_the_product():
+    found = launches(DEFAULT)
+    assert found["gathers of x"] == 2  # o, down
+    assert found["gathers of dy"] == 5 and found["subnet gradients"] == 7
 
 
 @pytest.mark.slow
@@ -64,15 +106,15 @@ def test_the_machine_code_does_not_wait(oldest):
     if oldest and not OLDEST.exists():
         pytest.skip(f"no {OLDEST}; make test fetches it")
     script = (
-        "import json; from bench.speed.predicted import overlaps_of; "
-        f"print(json.dumps([overlaps_of({MODEL!r}, 1 / 8, {TOKENS}, a) for a in (1, 16)]))"
+        "import json; from bench.speed.predicted import LAYERS, overlaps_of; "
+        "print(json.dumps([overlaps_of(layer) for layer in LAYERS[:4]]))"
     )
     found = json.loads(run_offline("-c", script, oldest=oldest))
-    assert found == [OVERLAPS, OVERLAPS]
+    assert found == [OVERLAPS] * 4
 
 
 def test_the_report_says_what_it_is(monkeypatch):
-    monkeypatch.setattr(predicted, "machine_code", lambda *size: True)
+    monkeypatch.setattr(predicted, "machine_code", lambda *which: True)
     text = predicted.report()
     assert text.startswith("PREDICTED") and "not measured" in text
-    assert text.count("over the frozen floor") == 5
+    assert text.count("over the frozen floor") == len(LAYERS)

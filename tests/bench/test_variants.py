@@ -13,8 +13,9 @@ SHAPE, TOKENS = (64, 48), 40
 
 
 @pytest.mark.parametrize("alignment", [1, 4])
-def test_every_form_passes_the_gate(alignment):
-    case = variants.subnet_grad(SHAPE, 1 / 4, TOKENS, torch.float32, alignment)
+@pytest.mark.parametrize("factors, whole", [((1 / 4, 1 / 4), False), ((1 / 8, 1 / 2), True)])
+def test_every_form_passes_the_gate(alignment, factors, whole):
+    case = variants.subnet_grad(SHAPE, factors, TOKENS, torch.float32, alignment, whole)
     inputs = case.inputs(torch.Generator().manual_seed(0))
     assert {"ours", "eager"} < case.forms.keys() and len(case.forms) >= 6
     for form in case.forms:
@@ -24,7 +25,9 @@ def test_every_form_passes_the_gate(alignment):
 def test_without_a_gpu_there_is_nothing_to_time():
     assert list(variants.jobs(torch.device("cpu"), torch.float32)) == []
     timed = list(variants.jobs(torch.device("cuda"), torch.bfloat16))
-    assert len({str(job.key) for job in timed}) == len(timed) == 14
+    assert len({str(job.key) for job in timed}) == len(timed) == 22
+    subnets = [(job.settings["subnet"], job.settings["linear"]) for job in timed]
+    assert {("square", "down_proj"), ("wide", "o_proj"), ("wide", "q_proj")} < set(subnets)
 
 
 def test_what_the_forms_move():
@@ -39,6 +42,25 @@ def test_what_the_forms_move():
     assert (of("fused").launches, of("gathered").launches) == (1, 2)
     assert of("fused", alignment=16).memory < of("fused").memory / 2.5
     assert of("fused").flops == of("gathered").flops == 2 * 8192 * 1376 * 512
+
+
+def test_the_last_program_alone_is_slower_than_a_launch():
+    """What keeps sums where they are: one multiprocessor reads a small share of what L2 gives."""
+    for tokens, k_out, k_in, out in ((8192, 512, 512, 4096), (8192, 2048, 495, 4096)):
+        size = tokens, k_out, k_in
+        config = choose_config("subnet_grad", "sm_90", torch.bfloat16, *size, chosen_from=out)
+        took = counts.sums_us(config, k_out, k_in)
+        assert config.splits > 2 and took["dependent"] < took["launch"] < took["in_kernel"]
+        assert took["launch"] < min(took["tree"], took["cooperative"])
+
+
+def test_scattered_values_cost_their_sectors():
+    """A sector that is not filled is read, and written whole."""
+    single, together = (counts.scattered(10, 4096, 512, alignment) for alignment in (1, 16))
+    assert together == 2 * 10 * 512
+    assert single == pytest.approx(2 * 32 * 10 * 256 * counts.touched(1 / 8, 1))
+    assert counts.scattered(10, 4096, 4096) == 2 * 10 * 4096
+    assert counts.scattered(10, 4096, 4096, itemsize=4) == 4 * 10 * 4096
 
 
 @pytest.mark.parametrize("alignment", [1, 4, 16, 32])

@@ -36,14 +36,15 @@ def subnet_grad(
     alignment: int = 1,
     variant: str | None = None,
     shape: tuple[int, int] = (INTERMEDIATE, HIDDEN),
-    p: float = 1 / 8,
-    **fields: int,
+    p: float | tuple[float, float] = 1 / 8,
+    **fields: int | str,
 ) -> None:
     """``fields`` of the ``LaunchConfig``, beside ``variant``."""
     from losia_kernels.kernels.launch import override_config, padded
     from losia_kernels.kernels.subnet_grad import launch_subnet_grad
 
-    (out, inner), (k_out, k_in) = shape, (int(p * size) for size in shape)
+    (out, inner), factors = shape, (p if isinstance(p, tuple) else (p, p))
+    k_out, k_in = (int(factor * size) for factor, size in zip(factors, shape, strict=True))
     gathered = meta(TOKENS, padded(k_in), dtype=dtype)[:, :k_in]
     with override_config("subnet_grad", **fields, **({"variant": variant} if variant else {})):
         launch_subnet_grad(
@@ -181,6 +182,29 @@ for name, (shape, p) in ODD.items():
     CASES[f"subnet_grad-{name}"] = lambda shape=shape, p=p: subnet_grad(
         torch.bfloat16, shape=shape, p=p
     )
+# half of the residual stream and a thin other side, as the default config has it: layers that read
+# an input which is kept whole, or gathered with a sibling's; layers that write the stream
+WIDE = {
+    "q": ((HIDDEN, HIDDEN), (0.045, 1 / 2), True),
+    "up": ((INTERMEDIATE, HIDDEN), (0.045, 1 / 2), False),
+    "o": ((HIDDEN, HIDDEN), (1 / 2, 0.045), False),
+    "down": ((HIDDEN, INTERMEDIATE), (1 / 2, 0.045), False),
+    "thin": ((2048, 1024), (1 / 2, 0.045), False),
+}
+for name, (shape, factors, whole) in WIDE.items():
+    CASES[f"subnet_grad-wide-{name}"] = lambda shape=shape, factors=factors, whole=whole: (
+        subnet_grad(torch.bfloat16, gather_in=whole, shape=shape, p=factors)
+    )
+for sums in ("dependent", "in_kernel"):
+    for name, options in {
+        "": {},
+        "-wide": {"gather_in": True, "shape": (HIDDEN, HIDDEN), "p": (0.045, 1 / 2)},
+        "-gathered": {"variant": "gathered"},
+        "-aligned": {"gather_in": True, "alignment": 16},
+    }.items():
+        CASES[f"subnet_grad-{sums}{name}"] = lambda sums=sums, options=options: subnet_grad(
+            torch.bfloat16, sums=sums, splits=4, **options
+        )
 for alignment in (32, 64):
     CASES[f"gather_features-aligned-{alignment}"] = lambda alignment=alignment: gather_features(
         torch.bfloat16, alignment
@@ -224,7 +248,7 @@ CASES["cross_entropy_block_grad-softcap"] = lambda: cross_entropy_block_grad(
 
 # What stands for the rest where every kernel, not every dtype and option, is asked about.
 ESSENTIAL = (
-    *(name for name in CASES if name.endswith(("-bf16", "-smollm2", "-tenth"))),
+    *(name for name in CASES if name.endswith(("-bf16", "-smollm2", "-tenth", "-wide", "-wide-q"))),
     "subnets_adamw-float32-torch.uint8",
     "subnets_adamw-unaligned-float32-torch.float32",
     "subnet_grad-fp32",

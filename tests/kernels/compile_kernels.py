@@ -14,7 +14,12 @@ import triton
 from bench.harness.machine_code import accesses, facts, launches
 from tests.kernels import compile_cases
 
-READ = ("gather_features", "subnet_grad")  # whose accesses are looked at
+READ = (
+    "gather_features",
+    "subnet_grad",
+    "subnets_adamw-bf16",
+    "subnets_adamw-fp32",
+)  # whose accesses are looked at
 
 
 def main(words: list[str]) -> None:

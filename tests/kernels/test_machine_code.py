@@ -64,7 +64,7 @@ def named(facts: list[dict]) -> list[tuple]:
 
 
 def test_every_kernel_has_a_case(compiled):
-    left_out = {"subnet_grad_kernel"} if compiled.arch == "sm_75" else set()
+    left_out = {"subnet_grad_kernel", "sum_kernel"} if compiled.arch == "sm_75" else set()
     if not left_out:
         assert {fact["case"] for fact in compiled.kernels} == compiled.expected
     assert {fact["kernel"] for fact in compiled.kernels} | left_out == kernels_in_package(), (
@@ -124,12 +124,14 @@ def test_inside_the_loop_only_what_is_gathered_is_narrow(compiled):
 
 
 def test_all_is_written_16_bytes_at_a_time(compiled):
-    """gfx1100's matrix units leave rows that one thread holds a single entry of."""
+    """AMD's matrix units leave rows, or columns, that one thread holds a single entry of."""
     words = ("gather_features", "subnet_grad")
     for fact in compiled.kernels:
         if fact["case"].startswith(words) and "fp32" not in fact["case"]:
-            rows = compiled.arch == "gfx1100" and fact["product_of"]
-            assert fact["store"].keys() == {"4" if rows else "16"}, named([fact])
+            turned = not compiled.nvidia and fact["case"].endswith(("wide", "wide-q"))
+            single = (compiled.arch == "gfx1100" or turned) and fact["product_of"]
+            both = {"4", "16"} if "in_kernel" in fact["case"] else {"4"}
+            assert fact["store"].keys() == (both if single else {"16"}), named([fact])
 
 
 def test_runs_of_neighbours_are_read_16_bytes_at_a_time(compiled):
@@ -164,6 +166,35 @@ def test_gathering_first_leaves_a_dense_product(compiled):
     ]
     for fact in product:
         assert fact["load"].keys() | fact["copy"].keys() == {"16"}
+
+
+def test_runs_of_inputs_are_stored_together(compiled):
+    """A thread's four values in one store, where they lie together; elsewhere one by one. Memory is
+    bound by sectors, of which a warp then writes whole ones."""
+    for case, single, together in (("bf16", "2", "8"), ("fp32", "4", "16")):
+        for fact in compiled.of(f"subnets_adamw-{case}"):
+            state = 3 * (together == "16")  # of the subnet and its moments, four values each
+            assert fact["store"][single] == 4 and fact["store"][together] == 1 + state, named(
+                [fact]
+            )
+
+
+def test_sums_of_splits_wait_for_what_they_read(compiled):
+    """By the hardware's wait for the launch before, or counted with release and acquire; nothing
+    else has either."""
+    signals = {fact["kernel"]: set() for fact in compiled.kernels}
+    for fact in compiled.kernels:
+        signals[fact["kernel"]] |= {
+            (fact["case"].split("-")[1], s) for s in fact.get("signals", [])
+        }
+    counted = {("in_kernel", "atom.global.gpu.acq_rel.add.u32")}
+    dependent = compiled.nvidia and int(compiled.arch[3:]) >= 90
+    if compiled.nvidia and compiled.arch != "sm_75":
+        begun = {("dependent", "griddepcontrol.launch_dependents")} if dependent else set()
+        assert signals.pop("subnet_grad_kernel") == counted | begun
+        waits = {("dependent", "griddepcontrol.wait")} if dependent else set()
+        assert signals.pop("sum_kernel") == waits
+    assert not any(signals.values())
 
 
 def kernels_in_package() -> set[str]:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from csrc_ref.subnet_grad import subnet_grad_ref
-from losia_kernels.kernels.launch import override_config
+from losia_kernels.kernels.launch import launch_config, override_config
 from losia_kernels.kernels.subnet_grad import VARIANTS, launch_partials, launch_subnet_grad
 from losia_kernels.ops.subnet_grad import subnet_grad_plain
 from tests.tolerance import assert_within
@@ -29,6 +29,13 @@ def aligned_index(n: int, k: int, alignment: int, device: str) -> torch.Tensor:
     """Runs of ``alignment`` neighbours, each from a multiple of it."""
     starts = random_index(n // alignment, k // alignment, device) * alignment
     return (starts[:, None] + torch.arange(alignment, device=device)).flatten()
+
+
+def partials_of(dy, x, out_idx, in_idx) -> torch.Tensor:
+    k_out = dy.shape[-1] if out_idx is None else len(out_idx)
+    k_in = x.shape[-1] if in_idx is None else len(in_idx)
+    config = launch_config("subnet_grad", dy, tokens=len(dy), n_out=k_out, n_in=k_in)
+    return launch_partials(dy, x, out_idx, in_idx, 1, config)[:, :k_out, :k_in]
 
 
 def check(
@@ -63,6 +70,15 @@ def test_matches_oracle(device, dtype, tokens, n_out, k_out, n_in, k_in):
     check(dy, x[:, in_idx], out_idx, None)
     check(dy, x, None, in_idx)
     check(dy, x, None, None)
+
+
+def test_the_longer_side_may_be_either(device):
+    """Where both sides are gathered the kernel works on the transpose if that has fewer inputs."""
+    dy, x = torch.randn(37, 90, device=device), torch.randn(37, 64, device=device)
+    for k_out, k_in in ((5, 19), (19, 5), (1, 64)):
+        idx = random_index(90, k_out, device), random_index(64, k_in, device)
+        check(dy, x, *idx)
+        assert launch_subnet_grad(dy, x, *idx).is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -164,7 +180,7 @@ def test_splits_are_sums_over_ranges_of_tokens(device, splits, prefetch):
     with override_config(
         "subnet_grad", splits=splits, prefetch=prefetch, block_t=16, block_out=16, block_in=16
     ):
-        partials = launch_partials(dy, x, out_idx, in_idx)
+        partials = partials_of(dy, x, out_idx, in_idx)
         check(dy, x, out_idx, in_idx)
     assert partials.shape[0] == splits
     per_split = -(-53 // (splits * 16)) * 16
@@ -192,7 +208,7 @@ def test_same_bits_twice(device, variant):
 @pytest.mark.parametrize("tokens, k_out, k_in", [(0, 3, 4), (1, 1, 1), (700, 3, 5), (520, 40, 20)])
 def test_the_ranges_of_tokens_are_one_matrix(device, tokens, k_out, k_in):
     dy, x = torch.zeros(tokens, k_out, device=device), torch.zeros(tokens, k_in, device=device)
-    partials = launch_partials(dy, x, None, None)
+    partials = partials_of(dy, x, None, None)
     assert partials.shape[1:] == launch_subnet_grad(dy, x, None, None).shape == (k_out, k_in)
     assert len(partials) == 1 or tokens // len(partials) >= 256
 

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from csrc_ref.selection import block_sum, select_marginal_ref, select_ref
-from losia_kernels import LoSiALinear, Subnet, apply_losia, calibrate, select_subnet
+from losia_kernels import LoSiAAdamW, LoSiALinear, Subnet, apply_losia, calibrate, select_subnet
 from losia_kernels.layers.module import losia_layers
 from losia_kernels.layers.subnet import subnet_size
+from losia_kernels.training import optimizer
 from losia_kernels.training.calibrate import start_from_frequency
 from losia_kernels.training.selection import select_from_marginals
 from tests.tiny import paper
@@ -194,3 +195,17 @@ def test_a_model_keeps_to_runs_from_the_first_draw_on():
     check()
     assert {3, 9} <= set(layers["lm_head"].out_idx.tolist())
     assert 24 not in layers["lm_head"].out_idx.tolist()  # past the last whole run
+
+
+def test_the_update_is_told_of_runs(monkeypatch):
+    """Of every layer its own: a side taken whole is one run, whatever the config's are."""
+    given = []
+    monkeypatch.setattr(optimizer, "update_subnets_", lambda updates, *rates: given.extend(updates))
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 16))
+    config = paper(target_modules=["0", "1"], alignment=4, rank_pattern={"1": (0.5, 1.0)})
+    apply_losia(model, config)
+    stepper = LoSiAAdamW(model, lr=1e-3)
+    model(torch.randn(3, 64)).sum().backward()
+    stepper.step()
+    found = {update.weight.shape[1]: update.alignment for update in given}
+    assert found == {64: 4, 32: 32}
