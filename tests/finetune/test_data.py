@@ -92,18 +92,6 @@ def test_an_end_that_is_there_already_is_learned_and_not_doubled(tokenizer):
     assert learned(tokenizer, {"prompt": "a", "completion": "b"}) == ("ab<eos>", "b<eos>")
 
 
-@pytest.mark.parametrize("adds_end", [False, True])
-def test_the_end_of_a_prompt_is_read_and_the_samples_learned(tokenizer, adds_end):
-    if adds_end:
-        end = [("<eos>", tokenizer.eos_token_id)]
-        tokenizer._tokenizer.post_processor = processors.TemplateProcessing("$A <eos>", None, end)
-    for completion in ("b", "b<eos>", "b<eos>\n"):
-        row = {"prompt": "a<eos>", "completion": completion}
-        assert learned(tokenizer, row) == ("a<eos>b<eos>", "b<eos>")
-    row = {"prompt": "a<eos>", "completion": "<eos>"}
-    assert learned(tokenizer, row) == ("a<eos>", "<eos>")
-
-
 def test_a_token_that_the_tokenizer_puts_first_is_not_learned(tokenizer):
     end = tokenizer.convert_tokens_to_ids("<|end|>")
     tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
