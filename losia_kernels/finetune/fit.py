@@ -12,6 +12,7 @@ from typing import Any
 
 from ..config import LoSiAConfig
 from .estimate import GIB, LoSiA, ModelShape, Setting, estimate
+from .hub import offline_if_unreachable
 
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 CONTEXT = 2048  # of a sample, where the model reaches so far
@@ -59,7 +60,8 @@ def _config_from_hub(name: str) -> Path:
     if isinstance(cached, str):
         return Path(cached)
     try:
-        return Path(hf_hub_download(name, "config.json"))
+        with offline_if_unreachable():
+            return Path(hf_hub_download(name, "config.json"))
     except (OSError, ValueError) as error:
         problem = str(error).strip().partition("\n")[0]
         raise ValueError(

@@ -118,6 +118,8 @@ def check_resumes(folder: Path, record: dict) -> None:
     # what the data becomes is not known before the model is loaded
     known = {name for name in first if name in record or not name.endswith("tokens_sha256")}
     held = (record.keys() | known) - {*FREE_ON_RESUME, "versions"}
+    if (first.get("config") or {}).get("load_best_model_at_end"):
+        held.add("save_steps")  # the best is one of those that were saved
     changed = sorted(name for name in held if record.get(name) != first.get(name))
     tokens = [name for name in changed if name.endswith("tokens_sha256")]
     if tokens:
@@ -254,8 +256,8 @@ def write_failure(error: BaseException) -> str | None:
     text = str(error)
     if "PytorchStreamWriter" in text or "inline_container" in text:  # of torch.save
         return "no space left, or the disk failed"
-    failed = type(error).__name__ == "SafetensorError" and "os error" in text.lower()
-    return text if failed else None
+    failed = re.search(r"\(os error (\d+)\)", text)  # of safetensors and tokenizers
+    return os.strerror(int(failed[1])) if failed and int(failed[1]) in WRITE_ERRORS else None
 
 
 def save_model(

@@ -28,6 +28,7 @@ from .checkpoints import CheckpointCallback, Checkpoints, list_checkpoints, remo
 from .checks import check_options
 from .data import Data, check_rows, fingerprint, load_data
 from .folder import check_resumes, open_run, save_model, versions, write_failure
+from .hub import offline_if_unreachable
 from .idle import warn_idle, warn_idle_in_run
 from .model import (
     check_data,
@@ -127,7 +128,7 @@ def prepare(options: FinetuneOptions) -> Run | None:
         raise InputError(
             "samples need the whole model on one process, of which FSDP leaves each a part"
         )
-    with ExitStack() as held:
+    with ExitStack() as held, ExitStack() as loading:
         record, found = _open(options, processes, held)
         folder = Path(options.output)
         if (folder / "model").exists():
@@ -140,6 +141,8 @@ def prepare(options: FinetuneOptions) -> Run | None:
         elsewhere = names_on_hub(options)
         if first and elsewhere:
             print(f"no files here, so from the hub: {', '.join(elsewhere)}", flush=True)
+        if elsewhere:
+            loading.enter_context(offline_if_unreachable())
         check_rows(options, config)
         tokenizer = load_tokenizer(options, config)
         data = load_data(options, config, tokenizer)

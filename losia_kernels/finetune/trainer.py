@@ -161,14 +161,16 @@ class FinetuneTrainer(SFTTrainer):
         return output
 
     def _init_training_state(self, *args, **kwargs):
-        """What a resumed run may have otherwise is no mistake, and the best checkpoint is found by
-        ``CheckpointCallback``."""
+        """What a resumed run may have otherwise is no mistake and goes before what its checkpoint had,
+        and the best checkpoint is found by ``CheckpointCallback``."""
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()
         try:
-            return super()._init_training_state(*args, **kwargs)
+            begun = super()._init_training_state(*args, **kwargs)
         finally:
             logging.set_verbosity(verbosity)
+        self.state.compute_steps(self.args, self.state.max_steps)
+        return begun
 
     def _issue_warnings_after_load(self, load_result):
         """A weight that is also another's is saved once: under that name nothing is missing."""

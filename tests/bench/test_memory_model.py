@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -225,36 +224,6 @@ def test_peak_of_simulated_llama_7b_blocks(method, checkpointing):
     peft_or_skip(method)
     row = compare(model.Run(method, "llama-2-7b", 4, 2048, checkpointing), num_hidden_layers=2)
     assert row["predicted_bytes"] == pytest.approx(row["live_bytes"], rel=0.05)
-
-
-WITH_LIGER = {
-    "frozen": Setting(fused_loss=True),
-    "LoRA r 64, bfloat16 adapters": LoRA(fused_loss=True),
-    "LoSiA, the default": LoSiA(fused_loss=True, rank_factor=3 / 20, shape="wide", moves="random"),
-    "LoSiA, p = 1/8, the paper's": LoSiA(fused_loss=True),
-}
-
-
-@pytest.mark.parametrize("name", WITH_LIGER)
-def test_the_table_of_liger_in_the_documents(name):
-    text = (Path(__file__).parents[2] / "docs" / "memory.md").read_text()
-    (row,) = (line for line in text.splitlines() if line.startswith(f"| {name} |"))
-    plain = WITH_LIGER[name]
-    both = plain, dataclasses.replace(plain, liger=True)
-    kept = [f"{each.saved_by_block(LLAMA_7B, False) / 1e6:.0f}" for each in both]
-    runs = [
-        f"{estimate(LLAMA_7B, dataclasses.replace(each, checkpointing=how)).total / 1e9:.2f}"
-        for how in (False, True)
-        for each in both
-    ]
-    assert row.strip("| ").split(" | ")[1:] == kept + runs
-
-
-def test_with_liger_losia_keeps_less_than_the_frozen_model_without():
-    frozen, ours = WITH_LIGER["frozen"], WITH_LIGER["LoSiA, the default"]
-    with_liger = dataclasses.replace(ours, liger=True)
-    saved = [each.saved_by_block(LLAMA_7B, False) for each in (with_liger, frozen, ours)]
-    assert saved == sorted(saved)
 
 
 def test_the_sum_is_the_total_and_more_never_takes_less():

@@ -28,6 +28,7 @@ from tests.checkpoint.trained_pairs import assert_same_model
 from tests.finetune.doomed_process import SAVE_STEPS, STEPS
 from tests.finetune.killed_runs import Killed, Runs
 from tests.finetune.tiny_run import options
+from tests.integrations.tiny_llama import make_tokenizer
 
 
 def run_options(folder: Path, model: Path, **changes):
@@ -290,6 +291,14 @@ def test_what_torch_says_of_a_full_disk_is_known():
     assert write_failure(OSError(28, "No space left on device")) == "No space left on device"
     assert write_failure(OSError(2, "No such file")) is None
     assert write_failure(RuntimeError("size mismatch")) is None
+
+
+def test_what_tokenizers_say_of_a_full_disk_is_known():
+    tokenizer = make_tokenizer().backend_tokenizer
+    for path, said in (("/dev/full", "No space left on device"), ("/none/tokenizer.json", None)):
+        with pytest.raises(Exception) as caught:  # noqa: B017
+            tokenizer.save(path)
+        assert write_failure(caught.value) == said
 
 
 @pytest.mark.parametrize("output", ["/proc/run", "file/run", "denied/run"])

@@ -118,6 +118,20 @@ def test_resume_with_other_options_or_data_is_a_mistake(tmp_path, model_folder):
         finetune(options(tmp_path, model_folder, resume=True, eval_data=None))
 
 
+@pytest.mark.parametrize("best", [True, False])
+def test_when_the_best_checkpoint_is_the_result_what_is_saved_counts(tmp_path, best):
+    config = {"load_best_model_at_end": best}
+    record, _ = open_run(options(tmp_path, tmp_path, config=config, save_steps=5))
+    (tmp_path / "run").mkdir()
+    write_sealed(tmp_path / "run" / "run.json", record)
+    other = options(tmp_path, tmp_path, config=config, save_steps=10, resume=True)
+    if not best:
+        open_run(other)
+        return
+    with pytest.raises(InputError, match="with other options: save_steps was 5, now 10"):
+        open_run(other)
+
+
 def test_a_model_is_written_whole_or_not_at_all(tmp_path):
     class Full:
         def save_pretrained(self, folder):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from losia_kernels import cli
 from losia_kernels.checkpoint.checksums import write_sealed
@@ -92,6 +93,19 @@ def test_the_command_that_it_said_goes_on_to_the_same_bits(
     assert [e["step"] for e in read_log(folder / "run" / "log.jsonl") if "loss" in e] == list(
         range(1, STEPS + 1)
     )
+
+
+def test_a_resumed_run_saves_as_often_as_it_is_told(tmp_path, model_folder):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 6:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(options(tmp_path, model_folder), (Stop(),))
+    finetune(options(tmp_path, model_folder, resume=True, save_steps=5))
+    left = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert left == {"checkpoint-10", "checkpoint-14"}  # the last one at the end
 
 
 def test_ctrl_c_before_a_checkpoint_says_that_it_begins_anew(tmp_path, model_folder):
