@@ -91,9 +91,9 @@ def goes_round(name: str) -> str:
     """What is said of a loss that leaves the output layer ``name`` without its gradient."""
     return (
         f"{name}: the loss gave the output layer's subnet no gradient, so it reads {name}.weight past "
-        f"the layer, as fused losses do, SFTTrainer's and Liger's among them. Turn that off (Liger: "
-        f"fused_linear_cross_entropy=False; apply_losia's own fused loss needs no logits either), or "
-        f"set output_dim_factor=0 to leave the layer frozen"
+        f"the layer, as the losses of TRL's SFTTrainer, DPOTrainer, GRPOTrainer and others do, and "
+        f"Liger's. Turn that off if it can be (Liger: fused_linear_cross_entropy=False; apply_losia's "
+        f"own fused loss needs no logits either), or set output_dim_factor=0 to leave the layer frozen"
     )
 
 
