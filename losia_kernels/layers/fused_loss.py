@@ -107,6 +107,8 @@ def find_obstacle(model: nn.Module, head: Any) -> str | None:
         return f"{F.cross_entropy.__module__} has replaced torch's cross_entropy"
     if head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__:
         return "something is hooked to its output layer"
+    if head._compiled_call_impl is not None:
+        return "its output layer is compiled"
     if isinstance(head, LoSiALinear) and head.subnet.shape[1] != head.in_features:
         return "its output layer trains some of its inputs only"
     return None
