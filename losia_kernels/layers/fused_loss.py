@@ -91,9 +91,9 @@ def goes_round(name: str) -> str:
     """What is said of a loss that leaves the output layer ``name`` without its gradient."""
     return (
         f"{name}: the loss gave the output layer's subnet no gradient, so it reads {name}.weight past "
-        f"the layer, as fused losses do, SFTTrainer's and Liger's among them. Turn that off (Liger: "
-        f"fused_linear_cross_entropy=False; apply_losia's own fused loss needs no logits either), or "
-        f"set output_dim_factor=0 to leave the layer frozen"
+        f"the layer, as the losses of TRL's SFTTrainer, DPOTrainer, GRPOTrainer and others do, and "
+        f"Liger's. Turn that off if it can be (Liger: fused_linear_cross_entropy=False; apply_losia's "
+        f"own fused loss needs no logits either), or set output_dim_factor=0 to leave the layer frozen"
     )
 
 
@@ -107,6 +107,8 @@ def find_obstacle(model: nn.Module, head: Any) -> str | None:
         return f"{F.cross_entropy.__module__} has replaced torch's cross_entropy"
     if head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__:
         return "something is hooked to its output layer"
+    if head._compiled_call_impl is not None:
+        return "its output layer is compiled"
     if isinstance(head, LoSiALinear) and head.subnet.shape[1] != head.in_features:
         return "its output layer trains some of its inputs only"
     return None

@@ -211,14 +211,16 @@ def warn_of_unobserved(
     trained: Collection[SubnetModule],
 ) -> None:
     """Warn of layers that move now though no backward has shown their gradient. Gradients without a
-    backward that autograd has run show themselves by this alone: nothing would ever move."""
+    backward that autograd has run show themselves by this alone: nothing would ever move. Zeros are
+    none: those that ``zero_grad(set_to_none=False)`` leaves to a block that no batch uses."""
     unseen = [layer for layer in layers if layer not in seen]
     try:
         check_unchanged(model, unseen)
     except ValueError as error:
         warnings.warn(f"LoSiA: {error}", stacklevel=4)
     warn_of_frozen_since([layer for layer in unseen if layer in trained])
-    if not seen and any(layer.subnet.grad is not None for layer in layers):
+    given = (layer.subnet.grad for layer in layers if not seen)
+    if any(grad is not None and bool(local(grad).any()) for grad in given):
         warnings.warn(
             f"LoSiA: {group_name} got gradients, but no backward has observed it in its slot, and "
             f"its subnets stay where they are. A replayed CUDA graph shows nothing to those who "

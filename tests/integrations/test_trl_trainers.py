@@ -89,7 +89,7 @@ TRAINERS = {
 }
 
 
-def make_trainer(name, folder, model_folder, peft_config=None, **changes):
+def make_trainer(name, folder, model_folder, peft_config=None, output_dim_factor=0.0, **changes):
     module, rows, arguments, given, _ = TRAINERS[name]
     module = importlib.import_module(module)
     values = dict(
@@ -117,7 +117,7 @@ def make_trainer(name, folder, model_folder, peft_config=None, **changes):
         make_tokenizer().save_pretrained(folder / "teacher")
         teacher.config._name_or_path = str(folder / "teacher")
         given = {"teacher_model": teacher}
-    config = paper(rank_factor=1 / 4, period=1)
+    config = paper(rank_factor=1 / 4, period=1, output_dim_factor=output_dim_factor)
     if peft_config is not None:
         given = {**given, "peft_config": peft_config}
     return getattr(module, f"{name}Trainer")(
@@ -140,6 +140,24 @@ def test_as_a_peft_config(name, tmp_path, model_folder):
     timeline = trainer.optimizer.optimizer.timeline
     assert timeline.step == STEPS
     assert all(len(layer.block_values) > 1 for layer in timeline.layers)  # they have moved
+
+
+PAST_THE_HEAD = ("SFT", "DPO", "KTO", "GRPO", "RLOO", "Distillation")
+
+
+@pytest.mark.parametrize("name", [*PAST_THE_HEAD, "ORPO", "CPO", "GKD", "TPO"])
+def test_a_trained_output_layer(name, tmp_path, model_folder):
+    """Some losses read its weight past it, which its first forward tells."""
+    trainer = make_trainer(name, tmp_path, model_folder, output_dim_factor=1 / 4)
+    trainer.add_callback(LoSiACallback(trainer))
+    if name in PAST_THE_HEAD:
+        with pytest.raises(RuntimeError, match=r"reads lm_head.weight past the layer.*DPOTrainer"):
+            trainer.train()
+        assert trainer.state.global_step == 0
+        return
+    head = trainer.model.lm_head.weight.clone()
+    trainer.train()
+    assert not torch.equal(trainer.model.lm_head.weight, head)
 
 
 def places(model):

@@ -283,6 +283,10 @@ def test_a_custom_function_on_the_logits_is_told_rather_than_left_without_a_grad
             "something is hooked to its output layer",
         ),
         (
+            lambda m: m.lm_head.compile(backend="aot_eager"),
+            "its output layer is compiled",
+        ),
+        (
             lambda m: setattr(m, "lm_head", type("Fancy", (nn.Linear,), {})(8, 13)),
             "its output layer is a Fancy",
         ),

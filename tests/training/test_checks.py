@@ -126,6 +126,20 @@ def test_gradients_that_no_backward_has_brought_are_told_at_the_end_of_a_slot(
             take_step(model, optimizer, batch)
 
 
+@OPTIMIZERS
+def test_zeros_that_are_left_to_a_block_that_no_batch_uses_are_no_gradients(make_optimizer):
+    model, (first, *batches) = make(period=2), make_batches(7)
+    optimizer = make_optimizer(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for batch in (first, *batches):
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+            model.model.layers[1].forward = lambda hidden: hidden  # dropped, as at random
+    assert all(subnet.grad is not None for subnet in subnets(model))
+
+
 FORMS = pytest.mark.parametrize(
     "form", [{}, {"foreach": True}, {"fused": True}], ids=["for", "foreach", "fused"]
 )

@@ -1,6 +1,7 @@
 """What an optimizer keeps of a subnet belongs to a place: moved by others, it starts anew."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -164,3 +165,56 @@ def test_in_either_order_they_are_loaded_as_they_were(driven, first, load_model)
         take_step(model, optimizer, batch)
         take_step(other, of_other, batch)
     assert same_tensors(model.state_dict(), other.state_dict())
+
+
+class Branching(nn.Module):
+    """Two blocks, each with a linear that only some batches use."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"always": nn.Linear(16, 16), "sometimes": nn.Linear(16, 16)})
+            for _ in range(2)
+        )
+
+    def forward(self, x: torch.Tensor, whole: bool) -> torch.Tensor:
+        for layer in self.layers:
+            for name in ("always", "sometimes") if whole else ("always",):
+                x = x + layer[name](x).tanh()
+        return x.square().mean()
+
+
+@pytest.mark.filterwarnings("ignore:.*got no gradient in the first step")
+@pytest.mark.parametrize("driven", ["LoSiAAdamW", "attach"])
+@pytest.mark.parametrize("stays", ["not used in its slots", "all of the weight"])
+def test_state_of_a_place_that_was_never_left_is_kept(driven, stays):
+    """The places were loaded, and are those that were drawn: of an expert that got no token whenever
+    it observed, and of a subnet that has but one."""
+    config = paper(rank_factor=1.0 if stays == "all of the weight" else 0.5, period=2)
+
+    def start():
+        torch.manual_seed(0)
+        model = apply_losia(Branching(), config)
+        if driven == "LoSiAAdamW":
+            return model, LoSiAAdamW(model, lr=0.01)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        attach(optimizer, model)
+        return model, optimizer
+
+    def step(model, optimizer, x):
+        model(x, whole=0 not in optimizer.timeline.observing).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model, optimizer = start()
+    *batches, last = torch.randn(10, 4, 16)
+    for batch in batches:
+        step(model, optimizer, batch)
+    twin, resumed = start()
+    twin.load_state_dict(model.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*the optimizer's state was loaded")
+        for run in ((model, optimizer), (twin, resumed)):
+            step(*run, last)
+    assert same_tensors(model.state_dict(), twin.state_dict())
