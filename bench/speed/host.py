@@ -72,8 +72,8 @@ def graphs_stubbed() -> Iterator[None]:
             "CUDAGraph": NoGraph,
             "graph": lambda graph, **options: contextlib.nullcontext(),
             "graph_pool_handle": object,
-            "Stream": lambda: stream,
-            "current_stream": lambda: stream,
+            "Stream": lambda device: stream,
+            "current_stream": lambda device: stream,
             "stream": lambda stream: contextlib.nullcontext(),
         }.items():
             stack.enter_context(patch.object(torch.cuda, name, answer))

@@ -162,5 +162,4 @@ def report(archs: tuple[str, ...] = ARCHS, tokens: int = 8192, p: float = 1 / 8)
     for arch, alignment, variant in itertools.product(archs, (1, 16), VARIANTS):
         if variant != "gathered_library":  # the vendor's product is not ours to compile
             lines.append(_machine_code(arch, variant, alignment, tokens, shape, p))
-    counted = "Counted, not measured. Bytes of an average random choice."
-    return "\n\n".join(["\n".join(lines), counted, counts.report()])
+    return "\n\n".join(["\n".join(lines), counts.report()])

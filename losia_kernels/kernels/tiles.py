@@ -52,10 +52,10 @@ def store_tile_sums(
 
 @tile_of("subnets_adamw_", "importance_update_")
 def choose_elementwise(problem: Problem) -> LaunchConfig:
-    """Four entries a thread (64 threads a warp on AMD): 16-byte accesses in float32; more of them
-    spill on sm_80."""
+    """Four entries a thread (64 threads a warp on AMD's gfx9): 16-byte accesses in float32; more of
+    them spill on sm_80."""
     return LaunchConfig(
-        block_out=4 if problem.arch.startswith("gfx") else 2,
+        block_out=4 if problem.arch.startswith("gfx9") else 2,
         block_in=cover(problem.n_in, 16, 256),
         num_warps=4,
     )

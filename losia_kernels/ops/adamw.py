@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.codes import FIRST_MOMENT, SECOND_MOMENT
-from .registry import check, invalid, register
+from .registry import check, check_alignment, invalid, register
 from .rounding import (
     accumulate_dtype,
     code_blocks,
@@ -192,8 +192,8 @@ def subnets_adamw_(
             ``gather_features``; they are stored together.
 
     Raises:
-        ValueError: what ``subnet_adamw_`` refuses, lists of unlike lengths, or state of another
-            form. Nothing has changed then.
+        ValueError: what ``subnet_adamw_`` refuses, lists of unlike lengths, state of another form,
+            or an alignment that does not divide ``k_in``. Nothing has changed then.
         RuntimeError: as in ``subnet_adamw_``.
     """
     op = "subnets_adamw_"
@@ -215,6 +215,7 @@ def subnets_adamw_(
     for update in updates:
         _check_matrix(op, update)
         _check_state(op, update)
+        check_alignment(op, update.alignment, update.in_idx)
     if min(step) < 1:
         raise invalid(op, f"step counts from 1, got {min(step)}")
     _form_for(weights[0])(updates, beta1, beta2, eps, weight_decay)

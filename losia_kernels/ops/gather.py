@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..kernels.launch import padded
-from .registry import check, check_index, register
+from .registry import check, check_alignment, check_index, register
 
 
 @register("losia::gather_features", mutates_args=())
@@ -21,10 +21,12 @@ def gather_features(x: Tensor, idx: Tensor, alignment: int = 1) -> Tensor:
             for wide loads.
 
     Raises:
-        ValueError: an ``x`` without dimensions; an index that is not 1-D int64 on x's device.
+        ValueError: an ``x`` without dimensions; an index that is not 1-D int64 on x's device,
+            or whose length is no multiple of ``alignment``.
     """
     check(x.dim() >= 1, "gather_features", "x must have at least one dimension")
     check_index("gather_features", "idx", idx, x)
+    check_alignment("gather_features", alignment, idx)
     if x.is_cuda:
         from ..kernels.gather import launch_gather_features
 

@@ -84,6 +84,17 @@ def check_index(op: str, name: str, idx: Tensor | None, like: Tensor) -> None:
         raise invalid(op, f"{name} is on {idx.device}, the data on {like.device}")
 
 
+def check_alignment(op: str, alignment: int, *indices: Tensor | None) -> None:
+    """Lengths only, as ``check_index``: a device takes the promise at its word."""
+    if alignment == 1:
+        return
+    for size in (idx.shape[0] for idx in indices if idx is not None):
+        if alignment < 1 or size % alignment:
+            raise invalid(
+                op, f"{size} indices are no runs of {alignment}: alignment is 1 where they are none"
+            )
+
+
 def check_same(op: str, names: str, *tensors: Tensor, dtype: bool = True) -> None:
     first = tensors[0]
     for tensor in tensors[1:]:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .gather import select_last
-from .registry import check_index, invalid, register
+from .registry import check_alignment, check_index, invalid, register
 from .rounding import accumulate_dtype
 
 
@@ -33,7 +33,7 @@ def subnet_grad(
         ``[k_out, k_in]`` float32 (float64 for float64).
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit.
+        ValueError: shapes, dtypes, devices or an alignment that do not fit.
     """
     op = "subnet_grad"
     if dy.shape[:-1] != x.shape[:-1]:
@@ -47,6 +47,7 @@ def subnet_grad(
         raise invalid(op, f"dy is on {dy.device}, x on {x.device}")
     check_index(op, "out_idx", out_idx, dy)
     check_index(op, "in_idx", in_idx, x)
+    check_alignment(op, alignment, out_idx, in_idx)
     if dy.is_cuda and dy.dtype != torch.float64:
         from ..kernels.subnet_grad import launch_subnet_grad
 

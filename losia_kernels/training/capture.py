@@ -37,8 +37,9 @@ class CapturedBackward:
     Raises:
         TypeError: the optimizer drives no model; a call: something in the batch is neither tensor
             nor number, or a tensor requires a gradient.
-        ValueError: the model is cut by fully_shard, or inside DistributedDataParallel, which reduce
-            gradients inside the backward; a call: the loss is no scalar that requires a gradient.
+        ValueError: a call: the model is cut by fully_shard, or inside DistributedDataParallel, which
+            reduce gradients inside the backward; its layers are on several devices; the loss is no
+            scalar that requires a gradient.
         RuntimeError: a call: ``loss`` does what no graph can hold.
     """
 
@@ -62,6 +63,7 @@ class CapturedBackward:
         self._made_for: tuple = ()
         self._parameters: list[Tensor] = []
         self._pool: Any = None
+        self._stream: Any = None
         self._uncapturable = False  # for the time being
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -81,7 +83,7 @@ class CapturedBackward:
         if not _has_graphs(device):
             return self._run(leaves, structure, device)
         if self._situation() != self._made_for:
-            self._start_anew()
+            self._start_anew(device)
         if shape not in self._graphs:
             if self._uncapturable or len(self._graphs) == self._shapes:
                 self._warn_of_shapes(shape)
@@ -127,13 +129,20 @@ class CapturedBackward:
             torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
         )
 
-    def _start_anew(self) -> None:
+    def _start_anew(self, device: torch.device) -> None:
+        devices = {layer.out_idx.device for layer in self._timeline.layers}
+        if len(devices) > 1:
+            raise ValueError(
+                f"CapturedBackward: the model's layers are on {', '.join(sorted(map(str, devices)))}: a "
+                f"graph is captured on one device; put the model on one, or call loss().backward()"
+            )
         self._graphs.clear()  # before a new pool: their memory is free then
         self._uncapturable = False
         found = [*self._timeline.model.parameters(), *parameters_of(self._optimizer)]
         self._parameters = list(dict.fromkeys(found))
         self._made_for = self._situation()
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)  # torch's own would be the current device's
 
     def _capture(
         self, shape: tuple, leaves: list[Any], structure: TreeSpec, device: torch.device
@@ -149,10 +158,10 @@ class CapturedBackward:
         torch.set_autocast_cache_enabled(False)  # a cast kept from before would not be replayed
         try:
             graph = _Graph(self._loss, leaves, structure, device)
-            graph.warm_up()
+            graph.warm_up(self._stream)
             self._uncapturable = bool(direct)
             if not direct:
-                graph.capture(self._pool)
+                graph.capture(self._pool, self._stream)
                 self._graphs[shape] = graph
                 self.captures += 1
         finally:
@@ -187,19 +196,20 @@ class _Graph:
             for each in leaves
         ]
 
-    def warm_up(self) -> None:
+    def warm_up(self, beside: Any) -> None:
         """Compile kernels, and let libraries make what they make once."""
-        beside, now = torch.cuda.Stream(), torch.cuda.current_stream()
+        now = torch.cuda.current_stream(self._device)
         beside.wait_stream(now)
         with torch.random.fork_rng(devices=[self._device]), torch.cuda.stream(beside):
             self._differentiate()
         now.wait_stream(beside)
 
-    def capture(self, pool: Any) -> None:
+    def capture(self, pool: Any, stream: Any) -> None:
         self._graph = torch.cuda.CUDAGraph()
+        # a loader's thread that pins memory does not break the capture
+        how = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
         try:
-            # a loader's thread that pins memory does not break the capture
-            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self._graph, **how):
                 self._loss, self._leaves, self._grads = self._differentiate()
         except torch.OutOfMemoryError:
             raise

@@ -95,3 +95,7 @@ def test_programs_that_fit_a_multiprocessor():
     assert variants.programs_at_once("sm_90", registers=32, shared=100_000, warps=8) == 2
     assert variants.programs_at_once("sm_90", registers=32, shared=0, warps=16) == 4
     assert variants.programs_at_once("gfx942", registers=32, shared=0, warps=8) is None
+
+
+def test_counts_say_that_they_are_counted():
+    assert counts.report().startswith("Counted, not measured.")

@@ -10,6 +10,7 @@ from losia_kernels.ops.adamw import Update, subnets_adamw_plain_
 from tests.kernels.updates import (
     BF16,
     OPTIONS,
+    WRITTEN,
     assert_same,
     copy,
     in_bf16,
@@ -138,3 +139,20 @@ def test_the_op_takes_the_promise(device):
     assert torch.equal(with_promise[0].weight.nan_to_num(), without[0].weight.nan_to_num())
     with pytest.raises(ValueError, match="one entry for each of the 1 weights"):
         ops.subnets_adamw_(*columns[:9], [], *OPTIONS.values(), [], [], [], [4, 4])
+
+
+@pytest.mark.parametrize("alignment", [0, -4, 8])
+def test_what_cannot_be_runs_is_refused_and_nothing_has_changed(alignment):
+    """On a device it would be taken at its word, and other places read and written."""
+    update = update_of_runs((7, 64), (3, 12), 4, "cpu")
+    (before,), columns = copy([update]), [[each] for each in update]
+    refused = pytest.raises(ValueError, match=f"12 indices are no runs of {alignment}")
+    with refused:
+        ops.subnets_adamw_(*columns[:9], [], *OPTIONS.values(), [], [], [], [alignment])
+    assert_same([update], [before], WRITTEN[1:])
+    assert torch.equal(update.weight.nan_to_num(), before.weight.nan_to_num())
+    x = torch.randn(5, 64)
+    with refused:
+        ops.gather_features(x, update.in_idx, alignment)
+    with refused:
+        ops.subnet_grad(x, x, update.in_idx, update.in_idx, alignment)

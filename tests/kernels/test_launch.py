@@ -84,7 +84,7 @@ def test_the_form_of_the_subnets_gradient():
     assert choose_variant("sm_90", bf16, 1376, alignment=1) == "gathered"
     assert choose_variant("sm_90", bf16, 512, alignment=16) == "fused"
     assert choose_variant("sm_90", torch.float32, 512, alignment=1) == "fused"
-    sizes = {"tokens": 8192, "n_out": 1376, "n_in": 512}
+    sizes = {"tokens": 8192, "n_out": 1376, "n_in": 512, "chosen_from": 11008}
     like = torch.zeros(1, dtype=bf16)
     with override_arch("sm_90"):
         assert launch_config("subnet_grad", like, **sizes).block_in == 512

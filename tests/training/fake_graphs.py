@@ -58,6 +58,9 @@ class Graph(TorchDispatchMode):
 
 
 class Stream:
+    def __init__(self, device: torch.device):
+        self.device = device
+
     def wait_stream(self, other: "Stream") -> None: ...
 
 
@@ -81,8 +84,9 @@ def graphs(monkeypatch) -> list[Graph]:
     capturing: list[Graph] = []
 
     @contextlib.contextmanager
-    def graph(graph: Graph, pool: Any, capture_error_mode: str) -> Iterator[None]:
+    def graph(graph: Graph, pool: Any, stream: Stream, capture_error_mode: str) -> Iterator[None]:
         assert capture_error_mode == "thread_local" and pool is not None and not capturing
+        assert stream.device == torch.device("cpu")  # the model's, not the current one
         capturing.append(graph)
         try:
             with torch.random.fork_rng(devices=[]), graph:

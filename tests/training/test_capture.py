@@ -304,6 +304,16 @@ def test_engines_that_reduce_inside_the_backward_are_refused(monkeypatch):
         backward(make_batches(1)[0])
 
 
+def test_layers_on_several_devices_are_refused(graphs):
+    model, optimizer = make()
+    layer = model.model.layers[1].up_proj
+    layer._buffers["out_idx"] = layer.out_idx.to("meta")
+    with pytest.raises(
+        ValueError, match="layers are on cpu, meta: a graph is captured on one device"
+    ):
+        CapturedBackward(lambda ids: model(ids, ids).loss, optimizer)(torch.zeros(2, 3).long())
+
+
 def test_a_capture_by_hand_of_layers_that_observe_is_refused(graphs):
     """Its replays would show them nothing."""
     model, optimizer = make(BY_IMPORTANCE)
@@ -312,7 +322,7 @@ def test_a_capture_by_hand_of_layers_that_observe_is_refused(graphs):
     graph = torch.cuda.CUDAGraph()
     with (
         pytest.raises(RuntimeError, match="observes, and a captured backward .*CapturedBackward"),
-        torch.cuda.graph(graph, pool=0, capture_error_mode="thread_local"),
+        torch.cuda.graph(graph, 0, torch.cuda.Stream(torch.device("cpu")), "thread_local"),
     ):
         model(**make_batches(1)[0]).loss.backward()
 
@@ -326,7 +336,7 @@ def test_captured_by_hand_a_default_run_needs_one_graph(graphs):
     captured(**static).loss.backward()  # the warm-up
     first.zero_grad(set_to_none=True)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=0, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, 0, torch.cuda.Stream(torch.device("cpu")), "thread_local"):
         captured(**static).loss.backward()
     for batch in batches:
         for name, value in batch.items():
