@@ -170,13 +170,16 @@ def test_gathering_first_leaves_a_dense_product(compiled):
 
 def test_runs_of_inputs_are_stored_together(compiled):
     """A thread's four values in one store, where they lie together; elsewhere one by one. Memory is
-    bound by sectors, of which a warp then writes whole ones."""
+    bound by sectors, of which a warp then writes whole ones. (gfx942 stores both ways too, but not
+    everywhere four values a thread.)"""
     for case, single, together in (("bf16", "2", "8"), ("fp32", "4", "16")):
         for fact in compiled.of(f"subnets_adamw-{case}"):
             state = 3 * (together == "16")  # of the subnet and its moments, four values each
-            assert fact["store"][single] == 4 and fact["store"][together] == 1 + state, named(
-                [fact]
-            )
+            stores = fact["store"]
+            if compiled.nvidia:
+                assert stores[single] == 4 and stores[together] == 1 + state, named([fact])
+            else:
+                assert stores[single] and stores[together], named([fact])
 
 
 def test_sums_of_splits_wait_for_what_they_read(compiled):

@@ -26,5 +26,6 @@ def test_every_launch_has_a_row():
         name.removeprefix("launch_")
         for word in ("gather", "subnet_grad", "adamw", "importance", "scores", "cross_entropy")
         for name in vars(table.import_module(f"losia_kernels.kernels.{word}"))
-        if name.startswith("launch_") and name not in ("launch_config", "launch_partials")
+        if name.startswith("launch_")
+        and name not in ("launch_config", "launch_partials", "launch_sum")  # parts of another
     }
