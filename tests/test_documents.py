@@ -81,7 +81,7 @@ def test_the_figures_of_the_readme_are_those_that_were_measured():
     results = json.loads(text)["results"]
     rows = {
         "untrained": results["untrained"],
-        "LoSiA p = 1/8": results["losia"],
+        "LoSiA": results["losia"],
         "LoRA r = 8": results["lora-8"],
         "LoRA r = 64": results["lora-64"],
     }
