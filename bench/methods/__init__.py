@@ -8,7 +8,7 @@ from .galore import GALORE, GALORE_PER_LAYER
 from .liger import FROZEN_LIGER, LORA_LIGER, PRO_LIGER, PRO_LIGER_OFF
 from .losia import DENSE, DENSE_OFF, PRO, PRO_CAPTURED, PRO_FUSED, PRO_LEAN, PRO_OFF
 from .plain import FROZEN, FULL
-from .study import STUDY, VARIANTS
+from .study import STUDY
 
 _ALL = (FROZEN, PRO, LORA, LORA_FLOAT32, PRO_FUSED, DORA, PRO_LIGER, LORA_LIGER, FROZEN_LIGER)
 _ALL += (DENSE, FUSED_LORA, FULL, GALORE, PISSA, LORA_DEFAULTS, PRO_LEAN, GALORE_PER_LAYER)
@@ -30,5 +30,5 @@ def get_method(name: str) -> Method:
     return METHODS[name]
 
 
-__all__ = ["DEFAULTS", "LATE", "LAYER_METHODS", "METHODS", "MODEL_METHODS", "STUDY", "VARIANTS"]
+__all__ = ["DEFAULTS", "LATE", "LAYER_METHODS", "METHODS", "MODEL_METHODS", "STUDY"]
 __all__ += ["Method", "MissingPeer", "Options", "Prepared", "UnknownMethod", "get_method"]

@@ -21,7 +21,7 @@ class Options:
     """Sizes that methods differ by, and a run of the study; each method reads its own.
 
     ``batches()`` starts the run's own batches anew, ``generic()`` those of English that is not scored; ``changes`` are
-    a variant's."""
+    a method's of the study to the paper's settings."""
 
     rank_factor: float = 1 / 8
     output_dim_factor: float = 0.0

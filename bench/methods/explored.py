@@ -88,7 +88,7 @@ def _explored(
     name: str, title: str, text: str, lrs: tuple[float, ...], changes: dict, after: Change | None
 ) -> Method:
     def prepare(model: nn.Module, options: Options) -> Prepared:
-        trained = prepare_study(model, replace(options, changes=changes | options.changes))
+        trained = prepare_study(model, replace(options, changes=changes))
         if after is not None:
             after(trained, model, options)
         return trained

@@ -2,10 +2,7 @@
 of the study."""
 
 import functools
-import inspect
 import itertools
-from collections import Counter
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +22,6 @@ from losia_kernels.layers.module import losia_layers
 from losia_kernels.training.calibrate import start_from_frequency
 
 from .base import Method, MissingPeer, Options, Prepared, count, trained_parameters
-from .importance import rank_pattern_of
 
 NEVER = 10**9  # steps
 LEAN_CONFIG: dict[str, Any] = {"master": "split", "importance": "sensitivity_bfloat16"}
@@ -96,15 +92,11 @@ def prepare(
 CALIBRATION_BATCHES = 4
 COUNTED_BATCHES = 64  # whose labels say which tokens are taught most often
 CYCLES = 1  # how often every group moves in a run; the period follows from the number of steps
-OF_THE_STUDY = ("cycles", "nearest", "bfloat16", "budget")  # changes, but no fields of LoSiAConfig
+OF_THE_STUDY = ("cycles", "nearest", "bfloat16")  # changes, but no fields of LoSiAConfig
 
 
 def study_config(model: nn.Module, options: Options) -> LoSiAConfig:
-    """The config of a run. Raises MissingPeer for a field that this version of the package does not have."""
     changes = {name: v for name, v in options.changes.items() if name not in OF_THE_STUDY}
-    unknown = sorted(set(changes) - set(inspect.signature(LoSiAConfig).parameters))
-    if unknown:
-        raise MissingPeer(f"LoSiAConfig has no field {', '.join(unknown)}")
     turns = model.config.num_hidden_layers * options.changes.get("cycles", CYCLES)
     values = {"rank_factor": options.rank_factor, "period": max(1, int(options.steps / turns))}
     values |= {"warmup_steps": options.warmup, "seed": options.seed, "importance": "sensitivity"}
@@ -116,10 +108,9 @@ def study_config(model: nn.Module, options: Options) -> LoSiAConfig:
 
 def prepare_study(model: nn.Module, options: Options) -> Prepared:
     """The paper's settings, but one cycle a run and a calibrated start."""
+    if options.changes.get("bfloat16"):
+        model.to(torch.bfloat16)
     config = study_config(model, options)
-    if options.changes.get("budget"):
-        batches = itertools.islice(options.batches(), CALIBRATION_BATCHES)
-        config = replace(config, rank_pattern=rank_pattern_of(model, batches, options.rank_factor))
     apply_losia(model, config)
     calibrated = config.init_subnet == "calibrated"
     made: dict[str, Any] = {
@@ -136,9 +127,6 @@ def prepare_study(model: nn.Module, options: Options) -> Prepared:
         attach(optimizer, model)
     else:
         optimizer = LoSiAAdamW(model, lr=options.lr)
-    if config.rank_pattern:
-        factors = Counter(map(str, config.rank_pattern.values()))
-        made["layers_by_rank_factor"] = dict(sorted(factors.items()))
     trained = count(trained_parameters(model))
     return Prepared(model, optimizer, trained, lambda: remove_losia(model), made=made)
 

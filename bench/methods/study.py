@@ -1,9 +1,9 @@
-"""The methods of the quality study, each from its real library, and the variants of LoSiA p 1/8.
+"""The methods of the quality study, each from its real library and with a search of its own.
 
 The rivals' settings are those that the LoSiA paper gave them (A.3; alpha = 2r on all linears), PiSSA's alpha its
 library's; the learning rate is searched."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from . import blocks, galore, losia, plain
@@ -35,28 +35,19 @@ def _peft(
     return Method(name, title, prepare, settings=f"peft, {text}, {PLAIN}", lrs=lrs)
 
 
-def _losia(part: int, text: str = "as of p 1/8") -> Method:
-    def prepare(model, options):
-        return losia.prepare_study(model, replace(options, rank_factor=1 / part))
-
-    return Method(
-        f"losia-p{part}", f"LoSiA calibrated, p 1/{part}", prepare, settings=text, lrs=RATES
-    )
-
-
 def _placed(
     name: str, title: str, text: str, lrs: tuple[float, ...] = RATES[1:], **changes: Any
 ) -> Method:
     """A choice of shape, places and moves, with a learning rate of its own."""
 
     def prepare(model, options):
-        return losia.prepare_study(model, replace(options, changes=changes | options.changes))
+        return losia.prepare_study(model, replace(options, changes=changes))
 
     return Method(f"losia-{name}", title, prepare, settings=text, lrs=lrs, chooses=True)
 
 
 EVERYTHING = "all parameters, torch AdamW"
-OURS = "this package; the paper's settings, but one cycle a run, calibrated start"
+CALIBRATED = "this package; the paper's settings, but one cycle a run, calibrated start"
 DORA = "peft, LoRA r 64 with use_dora"
 PISSA_RATES, PISSA_INIT = (3e-5, 1e-4, 3e-4, 1e-3), "pissa_niter_4"
 PISSA = "as LoRA r 64, init_lora_weights=pissa_niter_4; alpha 64, as in peft's example"
@@ -64,8 +55,6 @@ GALORE = (
     "galore-torch, rank 1/8 of the hidden size, scale 2, gap 200 (in a run shorter than that one "
     "projection); embeddings and norms by AdamW"
 )
-SAME_BYTES = "peft, alpha 22: adds as many bytes as LoSiA p 1/8"
-SAME_VALUES = "peft, alpha 34: as many values as LoSiA p 1/8 with 1/8 of the output layer's outputs (5.19M, 5.20M)"
 AS_LORA = "as many values as LoRA r 8"
 SHIRA = f"ShiraConfig(r=8): random single weights, {AS_LORA}"
 MISS = f"MissConfig(r=16), its defaults otherwise: {AS_LORA}, and 2 % more"
@@ -79,16 +68,32 @@ _PEERS = (
     _peft("miss", "MiSS r 16", MISS, RATES[:3], "MissConfig", r=16),
     blocks.method("blocks-64", "DiaBlo-like, 64", blocks.random_blocks, 64, DIABLO, RATES[1:]),
     blocks.method("columns-16", "PaCA-like, 16", blocks.random_columns, 16, PACA, RATES[1:]),
-    _lora("lora-r17", "LoRA r 17", SAME_VALUES, RATES[:3], 17, 34),
 )
 WIDE = {"shape": "wide", "init_subnet": "random", "moves": "random", "cycles": 2}
 SQUARE = WIDE | {"shape": "square"}
+DEFAULT_CHOICES = WIDE | {"rank_factor": 3 / 20}
 STILL = {"moves": "none"}
 SCORED = {"shape": "wide", "cycles": 2}
 HEAD = {"output_dim_factor": 1 / 8, "output_init": "frequency", "lr_of": "full"}
 DEFAULT = "the default: wide, at random, moved at random twice in the run; p 3/20, as many values as LoRA r 8"
+NO_MASTER = {"bfloat16": True, "master": "none"}
+IN_BFLOAT16 = (
+    (
+        "bf16",
+        "bfloat16",
+        "as LoSiA, bfloat16 weights, float32 master of the subnets",
+        {"bfloat16": True},
+    ),
+    ("bf16-stochastic", "bfloat16, no master", "rounded stochastically", NO_MASTER),
+    (
+        "bf16-nearest",
+        "bfloat16, to nearest",
+        "no master, torch's AdamW attached",
+        NO_MASTER | {"nearest": True},
+    ),
+)
 _PLACED = (
-    _placed("wide-r8", "LoSiA", DEFAULT, **WIDE, rank_factor=3 / 20),
+    _placed("wide-r8", "LoSiA", DEFAULT, **DEFAULT_CHOICES),
     _placed("wide", "LoSiA p 1/8", "as LoSiA, of the paper's p", **WIDE),
     _placed("wide-still", "LoSiA p 1/8, never moved", "wide, at random", **WIDE | STILL),
     _placed("square", "LoSiA p 1/8, square", "square, at random, moved at random twice", **SQUARE),
@@ -106,6 +111,10 @@ _PLACED = (
         *("wide-head", "LoSiA p 1/8 and 1/8 of the output layer"),
         "never moved; rates are full fine-tuning's, as for every share",
         **{**WIDE, **STILL, **HEAD, "lrs": LOWEST[:3]},
+    ),
+    *(
+        _placed(f"wide-{name}", f"LoSiA, {title}", text, **DEFAULT_CHOICES | changes)
+        for name, title, text, changes in IN_BFLOAT16
     ),
     *(
         _placed(
@@ -129,73 +138,16 @@ PAPER = _placed(
 _METHODS = (
     Method("fft", "full fine-tuning", plain.prepare_full, settings=EVERYTHING, lrs=LOWEST),
     _lora("lora-r8", "LoRA r 8", f"peft, alpha 16, {PLAIN}", RATES, 8, 16),
-    _losia(8, OURS),
+    Method(
+        "losia-p8", "LoSiA calibrated, p 1/8", losia.prepare_study, settings=CALIBRATED, lrs=RATES
+    ),
     _lora("lora-r64", "LoRA r 64", f"peft, alpha 128, {PLAIN}", LOWER, 64, 128),
-    _losia(4),
     _lora("dora-r64", "DoRA r 64", DORA, LOWER, 64, 128, use_dora=True),
     _lora("pissa-r64", "PiSSA r 64", PISSA, PISSA_RATES, 64, 64, init_lora_weights=PISSA_INIT),
     Method("galore", "GaLore", galore.prepare_whole, settings=GALORE, lrs=LOWER),
-    _losia(16),
-    _lora("lora-r11", "LoRA r 11", SAME_BYTES, RATES, 11, 22),
-    _losia(2),
     PAPER,
     *_PEERS,
     *_PLACED,
-    *explored(WIDE | {"rank_factor": 3 / 20}, RATES[1:]),
+    *explored(DEFAULT_CHOICES, RATES[1:]),
 )
 STUDY: dict[str, Method] = {method.name: method for method in _METHODS}
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One choice of LoSiA p 1/8 changed, at the learning rate that was found for it unchanged:
-    what happens if that alone is changed, and no verdict on the choice."""
-
-    title: str
-    changes: dict[str, Any]
-
-
-SYNC = {"update_type": "sync", "period": 100}
-NO_MASTER = {"bfloat16": True, "master": "none"}
-VARIANTS: dict[str, Variant] = {}
-for _name, _title, _changes in (
-    ("random", "random first subnets (the paper)", {"init_subnet": "random"}),
-    (
-        "marginal",
-        "importance: sums only, no state of the weight's size",
-        {"importance": "marginal"},
-    ),
-    ("importance-bf16", "importance kept in bfloat16", {"importance": "sensitivity_bfloat16"}),
-    ("gl", "GL: size of the gradient instead of importance", {"importance": "gradient"}),
-    ("sl", "SL: all layers move together", {"update_type": "sync"}),
-    ("no-wds", "w/o WDS: no rewarming", {"rewarm": False}),
-    ("no-reset", "Adam's step count kept", {"reset_step": False}),
-    ("ffto", "FFTO: the output layer trained in full", {"output_dim_factor": 1.0}),
-    ("head", "1/8 of the output layer's outputs too", {"output_dim_factor": 1 / 8}),
-    (
-        *("head-frequency", "the same, first those of the tokens that the data teach most often"),
-        {"output_dim_factor": 1 / 8, "output_init": "frequency"},
-    ),
-    ("alignment-16", "neurons in runs of 16", {"alignment": 16}),
-    ("budget", "rank factors by importance, as many values in all", {"budget": True}),
-    ("period-100", "the paper's period of 100: in fewer steps nothing moves", {"period": 100}),
-    ("cycles-quarter", "coverage: a quarter of the groups gets a turn", {"cycles": 0.25}),
-    (
-        *("cycles-quarter-random", "the same from random subnets"),
-        {"cycles": 0.25, "init_subnet": "random"},
-    ),
-    ("cycles-half", "twice the period", {"cycles": 0.5}),
-    ("cycles-2", "half the period", {"cycles": 2}),
-    ("together-100", "all layers move together, every 100 steps", SYNC),
-    (
-        *("together-100-marginal", "the same, importance: sums only"),
-        {**SYNC, "importance": "marginal"},
-    ),
-    ("bf16", "bf16 model, float32 master", {"bfloat16": True}),
-    ("bf16-stochastic", "bf16 model, no master, stochastic rounding", NO_MASTER),
-    (
-        *("bf16-nearest", "bf16 model, no master, rounded to nearest (the authors' code)"),
-        {**NO_MASTER, "nearest": True},
-    ),
-):
-    VARIANTS[_name] = Variant(_title, _changes)

@@ -4,9 +4,8 @@ from itertools import product
 
 from ..methods import STUDY
 from .store import Store
-from .study import BATCH_16, LONG, SMALL, Scale
+from .study import BATCH_16, LONG, OURS, SMALL, Scale
 from .tables import (
-    OURS,
     Results,
     compared,
     english_after,

@@ -8,8 +8,8 @@ from ..harness.pictures import draw
 from ..methods import STUDY
 from ..methods.study import TRAINED_SHARE
 from .analyses import SHARES
-from .study import LOSIA
-from .tables import OURS, Results, of, title, trials_of
+from .study import OURS
+from .tables import Results, of, title, trials_of
 
 OTHERS = tuple(name for name in STUDY if not name.startswith("losia"))
 OUR_STYLE = {"color": "black", "linewidth": 2, "zorder": 3}
@@ -18,8 +18,7 @@ OUR_STYLE = {"color": "black", "linewidth": 2, "zorder": 3}
 def draw_plots(results: Results, tasks: list[str], scale: str, folder: Path) -> list[Path]:
     from matplotlib import colormaps, cycler
 
-    of_all = {"lengths": _lengths, "selection": _selection, "gradients": _gradients}
-    of_all["masked"] = _masked
+    of_all = {"selection": _selection, "gradients": _gradients, "masked": _masked}
     pictures = {f"all-{name}": functools.partial(each, results) for name, each in of_all.items()}
     of_task = {"learned-and-lost": _learned_and_lost, "search": _search, "loss": _loss}
     of_task["one-rate"] = _one_rate
@@ -65,24 +64,6 @@ def _learned_and_lost(results: Results, task: str, axes) -> None:
     axes.set(xlabel=x, ylabel=y, title=task)
 
 
-def _lengths(results: Results, axes) -> None:
-    """Cost by number of steps: does what LoSiA lacks or has over the others grow with longer runs?"""
-    same = of(results, task="pronunciation", variant="")
-    found = [r for r in same if r["run"]["kind"].startswith(("main", "scale-"))]
-    for method in STUDY:
-        mine = of(found, method=method)
-        steps = sorted({r["run"]["steps"] for r in mine})
-        costs = [[_nll(r) for r in of(mine, steps=length)] for length in steps]
-        if len(steps) > 1:
-            means = [sum(values) / len(values) for values in costs]
-            axes.plot(steps, means, "o-", label=title(method))
-    ticks = sorted({r["run"]["steps"] for r in found})
-    y = "nats a token, held out"
-    axes.set(xlabel="steps", ylabel=y, title="pronunciation", xscale="log")
-    axes.set_xticks(ticks, labels=map(str, ticks))
-    axes.minorticks_off()
-
-
 def _search(results: Results, task: str, axes) -> None:
     """Cost on the search split by learning rate: how sensitive each method is."""
     for method in (OURS, *OTHERS):
@@ -123,7 +104,7 @@ def _loss(results: Results, task: str, axes, window: int = 8) -> None:
 
 def _selection(results: Results, axes) -> None:
     """How often an input neuron was selected (the paper's Figure 7)."""
-    for result in of(results, kind="analysis", method=LOSIA):
+    for result in of(results, kind="analysis", method=OURS):
         for name, counts in result["selected"].items():
             shares = [count / sum(counts) for count in counts]
             axes.plot(range(len(counts)), shares, "o-", label=name.removeprefix("model.layers."))
@@ -134,7 +115,7 @@ def _gradients(results: Results, axes) -> None:
     """How much of the gradient few neurons hold, all lines being straight if it were spread evenly (Figures 2, 9)."""
     from matplotlib import colormaps
 
-    for result in of(results, kind="analysis", method=LOSIA):
+    for result in of(results, kind="analysis", method=OURS):
         for place, (name, held) in enumerate(result["gradients"].items()):
             color, short = colormaps["tab20"](place), name.removeprefix("model.layers.")
             for side, style in (("out", "o-"), ("in", "s--")):

@@ -13,7 +13,7 @@ from .choice import choice
 from .plots import draw_plots
 from .sections import SECTIONS
 from .store import RESULTS, Store
-from .study import SCALES, SEEDS, Run, Scale, study, timings
+from .study import NEAR, SCALES, SEEDS, Run, Scale, study, timings
 from .tables import Results, of
 from .tasks import TASKS
 
@@ -37,9 +37,10 @@ into pieces. Each run is one line of JSON, written when it ends; a run that is s
 
 **How.** Every method sees the same batches in the same order. Its learning rate is the best on a search split that is
 in no other table, tried with a seed of its own, by the cost of right answers alone; rates are tried beyond those below
-until the best has a worse one on both sides. The other settings stand below. The rate warms up over 10 % of the steps
-and falls to zero on a line. Weight decay is 0. Where LoSiA is calibrated, it is on the first {calibration} batches,
-which cost it as many forward and backward passes more. No item (verb, word, problem, file) is in two splits.
+until the best has one on both sides that costs at least {near} more. The other settings stand below. The rate warms up
+over 10 % of the steps and falls to zero on a line. Weight decay is 0. Where LoSiA is calibrated, it is on the first
+{calibration} batches, which cost it as many forward and backward passes more. No item (verb, word, problem, file) is in
+two splits.
 
 **What is counted.** *Exact match*: greedy decoding would give the whole answer, to its newline; of several right
 answers any counts. *Lines right*: the same of each line of code, given the right code before it. *Tokens right*: the
@@ -81,7 +82,7 @@ def render(store: Store) -> str:
     parts = [
         TITLE,
         choice(store),
-        HEAD.format(calibration=CALIBRATION_BATCHES, seeds=len(SEEDS)),
+        HEAD.format(calibration=CALIBRATION_BATCHES, seeds=len(SEEDS), near=NEAR),
         words(["task", "data"], tasks),
         words(["method", "settings", "learning rates tried first"], methods),
     ]
@@ -140,8 +141,7 @@ def remaining(scale: Scale, store: Store) -> str:
 
 
 def _part(run: Run) -> str:
-    kind = "data scales" if run.kind.startswith("scale-") else run.kind
-    return f"{run.task} {kind}" if run.kind in ("search", "main") else kind
+    return f"{run.task} {run.kind}" if run.kind in ("search", "main") else run.kind
 
 
 def origin(results: Results) -> str:

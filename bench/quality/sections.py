@@ -1,92 +1,15 @@
 """Sections of the report beyond the comparison of methods, each from results alone."""
 
-import functools
 from collections.abc import Callable
 
 from ..harness.markdown import table
-from ..methods import STUDY, VARIANTS
+from ..methods import STUDY
 from .lost import learned_and_lost
-from .paired import paired
 from .rates import one_rate
 from .sequence import measures, single_task
-from .study import LOSIA, SCALES
-from .tables import OURS, Results, fewer, held_out, nats, of, other_text, show, show_p, title
+from .study import OURS, SCALES
+from .tables import Results, nats, of, show, title
 from .tasks import TASKS
-
-
-def ablations(results: Results, task: str = "pronunciation") -> str:
-    """One choice changed, the same seeds, the same learning rate."""
-
-    def three(found: Results) -> list[str]:
-        return [nats(found), held_out(found, "tokens", 1), other_text(found, "english")]
-
-    base = of(results, task=task, kind="main", method=LOSIA)
-    rows = [["nothing", *three(base), "", "", ""]]
-    for name, variant in VARIANTS.items():
-        found = of(results, task=task, kind="ablation", variant=name)
-        if more := paired(found, base, "nll"):
-            rows.append([variant.title, *three(found), str(more), show_p(more.p), fewer(more)])
-    head = (
-        "changed | nats a token | tokens right, % | english, nats a token"
-        " | nats an item more than unchanged, 95 % | p (of one test) | seeds in which it costs less"
-    )
-    note = (
-        "Every row has the learning rate that was found for the first; none was searched again, so a row says what "
-        "happens if this alone is changed, and gives no verdict on the choice."
-    )
-    return f"{table(head, rows)}\n\n{note}" if rows[1:] else ""
-
-
-CYCLES = {"cycles-half": "1/2 cycle", "": "1 cycle", "cycles-2": "2 cycles"}
-CYCLES |= {"period-100": "period 100"}
-
-
-def data_scales(results: Results) -> str:
-    """Cost by number of steps, of LoSiA with several cycles (the paper's Table 4) and of others."""
-    longer = [r for r in results if r["run"]["kind"].startswith("scale-")]
-    if not longer:
-        return ""
-    kinds = (of(results, task="pronunciation", kind=kind) for kind in ("main", "ablation"))
-    found, lengths = sum(kinds, longer), {r["run"]["steps"] for r in longer}
-    columns = {f"{title(LOSIA)}, {name}": (LOSIA, variant) for variant, name in CYCLES.items()}
-    for name in STUDY:
-        if name != LOSIA and of(found, method=name, steps=max(lengths)):
-            columns[title(name)] = name, ""
-    rows = []
-    for steps in sorted(lengths | {SCALES[found[0]["run"]["scale"]].steps}):
-        cells = [of(found, steps=steps, method=m, variant=v) for m, v in columns.values()]
-        one, two = cells[1:3]
-        if one and two and one[0]["made"]["period"] == two[0]["made"]["period"]:
-            two.clear()  # too short for two: the same run
-        rows.append([str(steps), *map(nats, cells)])
-    note = "Nats a token. Learning rates are those found for the scale's own number of steps."
-    return f"{table(['steps', *columns], rows)}\n\n{note}"
-
-
-FORMS = {"marginal": "", "together-100-marginal": "together-100"}
-
-
-def importance_forms(results: Results) -> str:
-    """Importance by sums only against the paper's, wherever both were run, by length of the slots."""
-    rows = []
-    for result in of(results, method=LOSIA, seed=0):
-        run = result["run"]
-        if run["variant"] not in FORMS:
-            continue
-        same = {key: run[key] for key in ("method", "task", "steps", "kind")}
-        found = of(results, **same, variant=run["variant"])
-        whole = "main" if run["kind"] == "ablation" else run["kind"]
-        base = of(results, **same | {"kind": whole}, variant=FORMS[run["variant"]])
-        if more := paired(found, base, "nll"):
-            seeds = {r["run"]["seed"] for r in found} & {r["run"]["seed"] for r in base}
-            means = (nats([r for r in s if r["run"]["seed"] in seeds]) for s in (base, found))
-            size = TASKS[run["task"]].title, run["steps"], result["made"]["period"]
-            rows.append([*size, *means, str(more), show_p(more.p), fewer(more)])
-    head = (
-        "task | steps | steps of a slot | the paper's importance, nats a token | sums only"
-        " | nats an item more, 95 % | p (of one test) | seeds in which sums cost less"
-    )
-    return table(head, [map(str, row) for row in sorted(rows, key=lambda row: row[:3])])
 
 
 def costs(results: Results, task: str = "pronunciation") -> str:
@@ -112,7 +35,7 @@ def costs(results: Results, task: str = "pronunciation") -> str:
     )
     steps = SCALES[results[0]["run"]["scale"]].steps
     note = (
-        "\n\nLoRA r 11 adds as many bytes as LoSiA p 1/8. Seconds are of one process and good to about a tenth. In "
+        "\n\nSeconds are of one process and good to about a tenth. In "
         f"full fine-tuning's time: that of its {steps} steps, preparation included, at the learning rate found for "
         f"{steps}."
     )
@@ -188,7 +111,7 @@ def oracle(results: Results) -> str:
 
 
 def captured(results: Results) -> str:
-    found = of(results, kind="analysis", method=LOSIA)
+    found = of(results, kind="analysis", method=OURS)
     if not found:
         return ""
     result, rows = found[0], []
@@ -218,7 +141,7 @@ def singular(results: Results) -> str:
         means = (f"{each[name]['mean']:.4f}" for each in found.values())
         rows.append([name.removeprefix("model."), *means])
     steps = analysed[0]["run"]["steps"]
-    note = f"After {steps} steps (LoSiA: two cycles), one seed; of the 100 leading left singular vectors."
+    note = f"After {steps} steps (LoSiA moves twice), one seed; of the 100 leading left singular vectors."
     return f"{table(['mean cosine, before and after', *map(title, found)], rows)}\n\n{note}"
 
 
@@ -254,18 +177,10 @@ OUTSIDE = {
     "untrained": "All other weights set back to what they were before training, so that only the change of the subnets "
     "is kept; scores of the untrained model",
 }
-ABLATED = {"past tense": "past-tense", "spelling to sounds": "pronunciation"}
-ABLATED |= {"arithmetic": "arithmetic", "completing code": "code", "plurals": "plural"}
 SECTIONS: dict[str, Callable[[Results], str]] = {
     "Learned against lost": learned_and_lost,
     "One rate for every p": one_rate,
     "What else was tried, spelling to sounds": tried,
-    **{
-        f"One choice of {title(LOSIA)} changed, {name}": functools.partial(ablations, task=task)
-        for name, task in ABLATED.items()
-    },
-    "Number of steps and cycles, spelling to sounds": data_scales,
-    "Importance by sums only": importance_forms,
     "Memory and time, spelling to sounds": costs,
     "Five tasks in sequence": continual,
     "The same run by the dense-gradient reference": oracle,

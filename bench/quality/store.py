@@ -9,7 +9,7 @@ from ..harness.jobs import NotReady
 from ..harness.provenance import ROOT
 from ..harness.store import append, load
 from ..methods import STUDY
-from .study import RATES, SCALES, Run, searches, timings, trial_of
+from .study import NEAR, RATES, SCALES, Run, searches, timings, trial_of
 
 RESULTS = ROOT / "bench" / "quality" / "results"
 
@@ -34,7 +34,7 @@ class Store:
     def is_done(self, run: Run) -> bool:
         """Whether there is a result, and what it depends on has not changed since."""
         result = self.read(run)
-        if result is None or not _says_what_was_lost(result):
+        if result is None:
             return False
         try:
             return result["run"] == asdict(self.resolve(run))
@@ -54,8 +54,8 @@ class Store:
         return run
 
     def best_lr(self, scale: str, task: str, method: str) -> float:
-        """The rate of least cost on the search split, once rates on both sides of it cost more; of trials that diverged
-        none. Raises NotReady."""
+        """The rate of least cost on the search split, once rates on both sides of it cost notably more; of trials that
+        diverged none. Raises NotReady."""
         costs = self.trials(scale, task, method)
         missing = [rate for rate, cost in costs.items() if cost is None]
         if missing:
@@ -90,18 +90,18 @@ class Store:
         """Every learning rate that the search needs, with its cost on the search split: infinite where the run
         diverged, None where it has not run.
 
-        ``first_rates`` come first, then the next beyond the least or the greatest as long as that one is the
-        best."""
+        ``first_rates`` come first, then the next beyond the least or the greatest as long as that one is the best, or
+        as good (NEAR)."""
         costs = {
             lr: self._cost(trial_of(SCALES[scale], task, method, lr))
             for lr in self.first_rates(scale, task, method)
         }
         while None not in costs.values():
-            best, place = min(costs, key=costs.__getitem__), sorted(costs)
-            if best == place[0] and best > RATES[0]:
-                lr = RATES[RATES.index(best) - 1]
-            elif best == place[-1] and best < RATES[-1]:
-                lr = RATES[RATES.index(best) + 1]
+            least, greatest, good = min(costs), max(costs), min(costs.values()) + NEAR
+            if costs[least] <= good and least > RATES[0]:
+                lr = RATES[RATES.index(least) - 1]
+            elif costs[greatest] <= good and greatest < RATES[-1]:
+                lr = RATES[RATES.index(greatest) + 1]
             else:
                 break
             costs[lr] = self._cost(trial_of(SCALES[scale], task, method, lr))
@@ -129,9 +129,3 @@ class Store:
                 raise NotReady(f"no timing of {needed} on a quiet machine")
         whole = before["fft"] + SCALES[scale].steps * step["fft"]
         return max(1, round((whole - before[method]) / step[method]))
-
-
-def _says_what_was_lost(result: dict[str, Any]) -> bool:
-    """Trials, and the untrained model that they are held against."""
-    needed = {"search": "english", "untrained": "search"}.get(result["run"]["kind"])
-    return result["status"] != "ok" or needed is None or needed in result["scores"]

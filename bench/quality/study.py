@@ -4,14 +4,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
-from ..methods import STUDY, VARIANTS
+from ..methods import STUDY
 from .tasks import TASKS
 
 SEARCH_SEED = 100  # its order of batches is in no final run
 SEEDS = (0, 1, 2)
 TOKENS_PER_MINUTE = 4000  # of one CPU core, forward and backward, float32
 TOKENS = {"past-tense": 12, "plural": 12, "pronunciation": 16, "arithmetic": 14, "code": 80}
-LOSIA = "losia-p8"
+OURS, LOSIA = "losia-wide-r8", "losia-p8"  # the default; the paper's settings, calibrated
 
 
 @dataclass(frozen=True)
@@ -43,20 +43,19 @@ class Run:
     """One result. ``lr`` None: the best of the method's search on the task; ``steps`` None: as many as take the time of
     full fine-tuning's."""
 
-    kind: str  # untrained, search, main, ablation, oracle, sequence, analysis, masked, timing, equal-time
+    kind: str  # untrained, search, main, oracle, sequence, analysis, masked, timing, equal-time
     scale: str
     task: str
     method: str
     seed: int = 0
     lr: float | None = None
     steps: int | None = 0
-    variant: str = ""
 
     @property
     def id(self) -> str:
         last = f"lr{self.lr:.0e}" if self.kind == "search" else f"seed{self.seed}"
-        parts = self.scale, self.task, self.kind, self.method, self.variant, last
-        return "_".join(filter(None, parts))
+        parts = self.scale, self.task, self.kind, self.method, last
+        return "_".join(parts)
 
     @property
     def minutes(self) -> float:
@@ -70,6 +69,7 @@ class Run:
         return (work * (3 if self.kind == "oracle" else 1) + evaluation) * (1 if scale.few else 3)
 
 
+NEAR = 0.01  # nats a token between two trials of a search that tell nothing: seeds differ by more
 # the rates that a search may try
 RATES = tuple(float(f"{digit}e{power}") for power in range(-7, 0) for digit in (1, 3))
 
@@ -91,37 +91,28 @@ def finals(scale: Scale, task: str, *methods: str) -> Iterator[Run]:
         yield Run("main", scale.name, task, method, seed, None, scale.steps)
 
 
-def ablations(scale: Scale, task: str, names: tuple[str, ...]) -> Iterator[Run]:
-    for seed, name in product(SEEDS, names):
-        yield Run("ablation", scale.name, task, LOSIA, seed, None, scale.steps, name)
-
-
 def several(scale: Scale, task: str, *methods: str) -> list[Run]:
     return [*searches(scale, task, *methods), *finals(scale, task, *methods)]
 
 
-PLACED = tuple(name for name in STUDY if STUDY[name].chooses)
+PAPER = "losia-paper"  # many cycles: where there are steps for them
+PLACED = tuple(name for name in STUDY if STUDY[name].chooses and name != PAPER)
 EXPLORED = tuple(name for name in STUDY if STUDY[name].explored)
-CANDIDATES = ("losia-wide-r8", "losia-wide")  # on all tasks
+CANDIDATES = (OURS, "losia-wide")  # on all tasks
 SIZES = ("losia-wide-p4", "losia-wide-p16", "losia-wide-p2")  # for which rate goes with which p
 FIRST = ("fft", "lora-r8", LOSIA, "lora-r64")
-EQUAL_MEMORY = "lora-r11"
-REST = tuple(n for n in STUDY if n not in (*FIRST, *PLACED, *EXPLORED, EQUAL_MEMORY))
-OUTPUT_LAYER = ("head", "head-frequency")
-TELLING = ("random", "marginal", "alignment-16", "no-wds", "sl", "gl", "period-100", "budget")
-LONG_SLOTS = ("together-100", "together-100-marginal")
-DEFAULTS = ("marginal", "alignment-16", "cycles-2", "period-100")  # what might become one
+RIVALS = ("dora-r64", "pissa-r64", "galore")
+PEERS = ("shira", "miss", "blocks-64", "columns-16")
 BRIEF = ("pronunciation", "past-tense", "arithmetic", "plural")  # tasks with short answers
 SEQUENCE = ("past-tense", "pronunciation", "arithmetic", "code", "plural")
 
 
-CONFIRMED = ("losia-wide-r8", "lora-r8", "fft", "lora-r64")
+CONFIRMED = (OURS, "lora-r8", "fft", "lora-r64")
 
 
 def confirmation(scale: Scale) -> list[Run]:
     """The methods that matter, on one task."""
-    methods = (*CONFIRMED, "losia-paper") if scale == LONG else CONFIRMED
-    runs = finals(scale, "pronunciation", *methods)
+    runs = finals(scale, "pronunciation", *CONFIRMED, *((PAPER,) if scale == LONG else ()))
     return [Run("untrained", scale.name, "pronunciation", "fft"), *runs]
 
 
@@ -129,79 +120,45 @@ def study(scale: Scale) -> list[Run]:
     """All runs of one scale."""
     if scale.near:
         return confirmation(scale)
-
-    def oracle(task: str) -> Run:
-        return Run("oracle", scale.name, task, LOSIA, 0, None, scale.steps)
-
     runs = [Run("untrained", scale.name, task, "fft") for task in TASKS]
-    for method in CANDIDATES:
-        for task in BRIEF:
-            runs += several(scale, task, method)
+    for method, task in product(CANDIDATES, BRIEF):
+        runs += several(scale, task, method)
     for method, task in product(SIZES, BRIEF[:3]):
         runs += searches(scale, task, method)
-    for method in (*CANDIDATES, *FIRST):
+    for method in (OURS, *FIRST):
         runs += several(scale, "code", method)
     for task in BRIEF:
         runs += several(scale, task, *FIRST)
-    for method in (name for name in PLACED if name not in (*CANDIDATES, *SIZES)):
-        runs += several(scale, "pronunciation", method)
-    for method in SIZES:
+    for method in (name for name in PLACED if name not in CANDIDATES):
         runs += several(scale, "pronunciation", method)
     runs += searches(scale, "pronunciation", *EXPLORED)
-    for task, changed in (
-        ("past-tense", (*DEFAULTS, *OUTPUT_LAYER)),
-        ("pronunciation", TELLING),
-    ):
-        runs += [*several(scale, task, *FIRST), oracle(task), *ablations(scale, task, changed)]
-    runs += several(scale, "pronunciation", EQUAL_MEMORY)
-    for method, variant in ((LOSIA, "cycles-2"), ("lora-r64", ""), ("fft", "")):
+    runs += several(scale, "pronunciation", *RIVALS, *PEERS)
+    for method in (OURS, "lora-r64", "fft"):
         where = scale.name, "pronunciation", method, 0, None, 2 * scale.steps
-        runs.append(Run("analysis", *where, variant))
+        runs.append(Run("analysis", *where))
     runs.append(Run("masked", scale.name, "past-tense", "fft", 0, None, scale.steps))
-    runs += [*several(scale, "arithmetic", *FIRST), *ablations(scale, "arithmetic", DEFAULTS)]
-    runs.append(oracle("arithmetic"))
-    for method in REST:
-        runs += several(scale, "pronunciation", method)
-    rest = tuple(name for name in VARIANTS if name not in (*TELLING, *LONG_SLOTS))
-    runs += [*ablations(scale, "pronunciation", rest), *data_scales(scale)]
-    runs += [*several(scale, "code", *FIRST), *ablations(scale, "code", ("marginal",))]
-    # five tasks one after another, with the searches and single-task runs that the fifth still lacks
-    runs += [*several(scale, "plural", *FIRST), *ablations(scale, "plural", DEFAULTS)]
-    for seed, method in product(SEEDS, ("lora-r8", LOSIA, "lora-r64")):
-        where = scale.name, "+".join(SEQUENCE), method, seed
-        runs.append(Run("sequence", *where, None, scale.steps))
-    for task, method in product(("past-tense", "arithmetic", "code"), REST):
+    for task in ("past-tense", "pronunciation", "arithmetic"):
+        runs.append(Run("oracle", scale.name, task, LOSIA, 0, None, scale.steps))
+    for seed, method in product(SEEDS, (OURS, "lora-r8", "lora-r64")):
+        runs.append(
+            Run("sequence", scale.name, "+".join(SEQUENCE), method, seed, None, scale.steps)
+        )
+    for task, method in product(("past-tense", "arithmetic", "code"), RIVALS):
+        runs += several(scale, task, method)
+    for task, method in product(("past-tense", "arithmetic"), PEERS):
         runs += several(scale, task, method)
     return list(dict.fromkeys(runs))
 
 
-def data_scales(scale: Scale) -> Iterator[Run]:
-    """The paper's Table 4: does the best period grow with the number of samples? And does what LoSiA lacks or has over
-    the others?"""
-
-    def one(steps: int, method: str, variant: str, seed: int = 0) -> Run:
-        kind = f"scale-{steps}"
-        return Run(kind, scale.name, "pronunciation", method, seed, None, steps, variant)
-
-    for steps in (int(scale.steps * factor) for factor in (0.5, 2, 4)):
-        for variant in ("cycles-half", "", "cycles-2", "period-100", "marginal"):
-            yield one(steps, LOSIA, variant)
-        yield from (one(steps, method, "") for method in FIRST if method != LOSIA)
-    # as long as the paper's, which no run of so few steps has for each layer in turn
-    for seed in SEEDS:
-        for variant in (*LONG_SLOTS, "", "marginal") if seed else LONG_SLOTS:
-            yield one(steps, LOSIA, variant, seed)
-
-
 def timings(scale: Scale) -> list[Run]:
-    """Seconds a step of every method, and runs as long as full fine-tuning's: only where nothing else runs."""
+    """Seconds a step, and runs as long as full fine-tuning's: only where nothing else runs."""
     if scale.near:
         return []
-    where = scale.name, "pronunciation"
-    names = [name for name in STUDY if name not in EXPLORED]
+    where, names = (scale.name, "pronunciation"), ("fft", OURS, *FIRST[1:], *RIVALS)
     timed = [Run("timing", *where, name, 0, STUDY[name].lrs[0], 12) for name in names]
-    others = (name for name in names if name != "fft")
-    return timed + [Run("equal-time", *where, *each, None, None) for each in product(others, SEEDS)]
+    return timed + [
+        Run("equal-time", *where, *each, None, None) for each in product(names[1:], SEEDS)
+    ]
 
 
 def ten_minutes() -> list[Run]:

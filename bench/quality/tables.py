@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..harness.markdown import table
-from ..methods import STUDY, VARIANTS
+from ..methods import STUDY
 from .paired import SIGNIFICANT, Paired, holm, mean_and_spread, paired
+from .study import NEAR, OURS
 from .tasks import TASKS
 
-OURS = "losia-wide-r8"  # the default
-NEAR = 0.01  # nats a token between two trials of a search that tell nothing: seeds differ by more
 NOTABLE = 0.01  # nats a token on other text below which no difference is spoken of
 Results = list[dict[str, Any]]
 
@@ -52,8 +51,8 @@ def fewer(found: Paired) -> str:
     return f"{sum(seed < 0 for seed in found.seeds)} of {len(found.seeds)}"
 
 
-def title(method: str, variant: str = "") -> str:
-    return VARIANTS[variant].title if variant else STUDY[method].title
+def title(method: str) -> str:
+    return STUDY[method].title
 
 
 def groups_of(results: Results, task: str) -> list[str]:
@@ -76,7 +75,7 @@ def usable(results: Results) -> tuple[Results, list[str]]:
     kept, dropped = [], []
     for result in results:
         run, status = result["run"], result["status"]
-        named = f"{run['task']} {run['kind']}, {title(run['method'], run['variant'])}"
+        named = f"{run['task']} {run['kind']}, {title(run['method'])}"
         where = f"{named}, seed {run['seed']}"
         costs = trials.get((run["scale"], run["task"], run["method"]))
         chosen = min(costs, key=costs.__getitem__) if costs else None

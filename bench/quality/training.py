@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..methods import STUDY, VARIANTS, Options, Prepared
+from losia_kernels.training.importance import OBSERVERS
+from losia_kernels.training.optimizer import LoSiAAdamW
+
+from ..methods import STUDY, Options, Prepared
 from ..methods.base import count, trained_parameters
 from .evaluate import score_items, summary
 from .items import Item, batches, fingerprint
@@ -21,7 +24,6 @@ from .tasks import TASKS, Task, english
 
 WARMUP = 0.1  # share of the steps, as in the paper; then the rate falls to zero on a line
 CURVE_POINTS = 60
-OBSERVED = {"marginal": 0, "bf16-nearest": 0, "importance-bf16": 4, "gl": 4}  # others: Ī and Ū
 SCORED_ENGLISH = max(scale.other_text for scale in SCALES.values())
 
 
@@ -39,10 +41,8 @@ class Base:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
         return cls(model, AutoTokenizer.from_pretrained(folder))
 
-    def fresh(self, variant: str = "") -> nn.Module:
-        model = copy.deepcopy(self.model)
-        bfloat16 = variant and VARIANTS[variant].changes.get("bfloat16")
-        return model.to(torch.bfloat16) if bfloat16 else model
+    def fresh(self) -> nn.Module:
+        return copy.deepcopy(self.model)
 
 
 class Diverged(Exception):
@@ -62,7 +62,6 @@ def options_of(run: Run, task: Task, base: Base) -> Options:
     sizes = scale.batch, run.steps, run.seed, task.max_length
     made: dict[str, Any] = {"batches": lambda: batches(items, base.tokenizer, *sizes, device)}
     made["generic"] = lambda: generic_batches(base, scale.batch)
-    made["changes"] = dict(VARIANTS[run.variant].changes) if run.variant else {}
     warmup = max(1, int(WARMUP * run.steps))
     return Options(lr=run.lr, seed=run.seed, steps=run.steps, warmup=warmup, **made)
 
@@ -144,7 +143,7 @@ def score(model: nn.Module, base: Base, task: Task, run: Run) -> dict[str, Any]:
     return {"scores": scores, **prints, "each": each, "groups": counts}
 
 
-def memory(trained: Prepared, run: Run) -> dict[str, int]:
+def memory(trained: Prepared) -> dict[str, int]:
     """Bytes that the method adds to the weights, counted from its tensors: they are the same on every machine."""
     parameters, optimizer = trained_parameters(trained.module), trained.optimizer
     values = [value for values in optimizer.state.values() for value in values.values()]
@@ -155,10 +154,11 @@ def memory(trained: Prepared, run: Run) -> dict[str, int]:
         "gradient_bytes": sum(p.nbytes for p in parameters),
         "optimizer_bytes": sum(value.nbytes for value in values if isinstance(value, Tensor)),
     }
-    if run.method.startswith("losia"):
-        groups = optimizer.timeline.groups if hasattr(optimizer, "timeline") else []
-        sizes = (sum(layer.weight.numel() for layer in layers) for layers in groups)
-        counted["observing_bytes"] = OBSERVED.get(run.variant, 8) * max(sizes, default=0)
+    if isinstance(optimizer, LoSiAAdamW) and optimizer.timeline.config.moves == "importance":
+        timeline = optimizer.timeline
+        sizes = (sum(layer.weight.numel() for layer in layers) for layers in timeline.groups)
+        each = OBSERVERS[timeline.config.importance].bytes_per_weight
+        counted["observing_bytes"] = each * max(sizes)
     if torch.cuda.is_available():
         counted["peak_bytes"] = torch.cuda.max_memory_allocated()
     return counted
@@ -169,7 +169,7 @@ def carry_out(run: Run, base: Base) -> dict[str, Any]:
     task = TASKS[run.task]
     result: dict[str, Any] = {"run": asdict(run), "status": "ok"}
     started = time.perf_counter()
-    model = base.fresh(run.variant)
+    model = base.fresh()
     if run.kind == "untrained":
         return result | score(model, base, task, run)
     if torch.cuda.is_available():
@@ -181,7 +181,7 @@ def carry_out(run: Run, base: Base) -> dict[str, Any]:
     except Diverged as error:
         return result | {"status": "diverged", "reason": str(error)}
     result["curve"] = thinned(progress["losses"])
-    result |= {"memory": memory(trained, run), "made": trained.made}
+    result |= {"memory": memory(trained), "made": trained.made}
     after = time.perf_counter()
     if run.kind != "timing":
         result |= score(trained.finish().float(), base, task, run)
