@@ -2,6 +2,7 @@
 
 from ..harness.markdown import table
 from ..methods.study import TRAINED_SHARE
+from .study import best_rate
 from .tables import Results, title, trials_of
 from .tasks import TASKS
 
@@ -14,7 +15,7 @@ def one_rate(results: Results) -> str:
         rows = []
         for method, trials in costs.items():
             if len(trials) > 1:
-                best = min(trials, key=trials.__getitem__)
+                best = best_rate(trials)
                 tried = (
                     f"{lr * TRAINED_SHARE[method]:.1e}: {trials[lr]:.3f}" for lr in sorted(trials)
                 )

@@ -36,11 +36,11 @@ so small a model leaves most of a GPU idle, so share it, `--jobs 12`; `--minutes
 into pieces. Each run is one line of JSON, written when it ends; a run that is stopped is run again.
 
 **How.** Every method sees the same batches in the same order. Its learning rate is the best on a search split that is
-in no other table, tried with a seed of its own, by the cost of right answers alone; rates are tried beyond those below
-until the best has one on both sides that costs at least {near} more. The other settings stand below. The rate warms up
-over 10 % of the steps and falls to zero on a line. Weight decay is 0. Where LoSiA is calibrated, it is on the first
-{calibration} batches, which cost it as many forward and backward passes more. No item (verb, word, problem, file) is in
-two splits.
+in no other table, tried with a seed of its own, by the cost of right answers alone: of those within {near} of the least
+the smallest, which learn alike while it loses least. Rates are tried beyond those below until the best has one on both
+sides that costs more than that. The other settings stand below. The rate warms up over 10 % of the steps and falls to
+zero on a line. Weight decay is 0. Where LoSiA is calibrated, it is on the first {calibration} batches, which cost it as
+many forward and backward passes more. No item (verb, word, problem, file) is in two splits.
 
 **What is counted.** *Exact match*: greedy decoding would give the whole answer, to its newline; of several right
 answers any counts. *Lines right*: the same of each line of code, given the right code before it. *Tokens right*: the

@@ -7,8 +7,8 @@ from ..methods import STUDY
 from .lost import learned_and_lost
 from .rates import one_rate
 from .sequence import measures, single_task
-from .study import OURS, SCALES
-from .tables import Results, nats, of, show, title
+from .study import OURS, SCALES, best_rate
+from .tables import Results, nats, of, show, title, trials_of
 from .tasks import TASKS
 
 
@@ -48,7 +48,8 @@ def tried(results: Results, task: str = "pronunciation") -> str:
     for method in (OURS, *(name for name in STUDY if STUDY[name].explored)):
         trials = of(results, task=task, kind="search", method=method)
         if trials:
-            best = min(trials, key=lambda trial: trial["scores"]["search"][""]["nll"])
+            rate = best_rate(trials_of(results, task, method))
+            (best,) = of(trials, lr=rate)
             costs = [
                 best["scores"][name][""]["nll"]
                 for name in ("search", "english")
@@ -76,7 +77,7 @@ def continual(results: Results) -> str:
         for result in of(results, kind="sequence", method=method):
             same = {"kind": "main", "method": method, "seed": result["run"]["seed"]}
             alone = [of(results, task=name, **same) for name in result["run"]["task"].split("+")]
-            if all(alone):
+            if all(alone) and [each[0]["run"]["lr"] for each in alone] == result["lrs"]:
                 ones = [single_task(singles[0]) for singles in alone]
                 keys = ((result[after], [one[key] for one in ones]) for key, after, _ in UNITS)
                 found.append([measures(*each) for each in keys])
@@ -84,6 +85,8 @@ def continual(results: Results) -> str:
             places = [(place, digits, m) for place, digits in ((0, 1), (1, 3)) for m in MEASURES]
             cells = (show([pair[place][m] for pair in found], d) for place, d, m in places)
             rows.append([title(method), *cells])
+    if not of(results, kind="sequence", method=OURS):
+        return ""
     head = ["method", *(f"{name}, {unit}" for *_, unit in UNITS for name in MEASURES)]
     note = (
         "\n\nPercent right, and nats a token of right answers, in which less is better and a positive BWT is what was "

@@ -16,7 +16,7 @@ def carry_out_sequence(run: Run, base: Base, store) -> dict[str, Any]:
     """``after[i][j]``: percent right on task j after training on the tasks up to i, ``after_nats`` the cost of a token
     of its right answers. Raises NotReady."""
     names = run.task.split("+")
-    rates = [store.best_lr(run.scale, name, run.method) for name in names]
+    rates = store.sequence_lrs(run)
     model, after = base.fresh(), []
     for name, lr in zip(names, rates, strict=True):
         trained, options = prepare(replace(run, task=name, lr=lr), TASKS[name], model, base)

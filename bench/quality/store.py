@@ -9,7 +9,7 @@ from ..harness.jobs import NotReady
 from ..harness.provenance import ROOT
 from ..harness.store import append, load
 from ..methods import STUDY
-from .study import NEAR, RATES, SCALES, Run, searches, timings, trial_of
+from .study import NEAR, RATES, SCALES, Run, best_rate, searches, timings, trial_of
 
 RESULTS = ROOT / "bench" / "quality" / "results"
 
@@ -37,7 +37,8 @@ class Store:
         if result is None:
             return False
         try:
-            return result["run"] == asdict(self.resolve(run))
+            same = result["run"] == asdict(self.resolve(run))
+            return same and result.get("lrs") == self.sequence_lrs(run)
         except NotReady:
             return False
 
@@ -47,21 +48,26 @@ class Store:
         if run.steps is None:
             run = replace(run, steps=self.equal_steps(run.scale, run.method))
         if run.kind == "sequence":
-            for task in run.task.split("+"):
-                self.best_lr(run.scale, task, run.method)
+            self.sequence_lrs(run)
         elif run.lr is None and run.kind != "untrained":
             run = replace(run, lr=self.best_lr(run.scale, run.task, run.method))
         return run
 
+    def sequence_lrs(self, run: Run) -> list[float] | None:
+        """The best rate on each task of a sequence; None for other runs. Raises NotReady."""
+        if run.kind != "sequence":
+            return None
+        return [self.best_lr(run.scale, task, run.method) for task in run.task.split("+")]
+
     def best_lr(self, scale: str, task: str, method: str) -> float:
-        """The rate of least cost on the search split, once rates on both sides of it cost notably more; of trials that
-        diverged none. Raises NotReady."""
+        """The best on the search split, once rates on both sides of it cost notably more; of trials that diverged none.
+        Raises NotReady."""
         costs = self.trials(scale, task, method)
         missing = [rate for rate, cost in costs.items() if cost is None]
         if missing:
             named = ", ".join(f"{rate:.0e}" for rate in missing)
             raise NotReady(f"{STUDY[method].title} on {task} has not been tried at {named}")
-        best = min(costs, key=costs.__getitem__)
+        best = best_rate(costs)
         if costs[best] == math.inf:
             raise NotReady(f"no trial of {STUDY[method].title} on {task} came to an end")
         return best
@@ -83,7 +89,7 @@ class Store:
         costs = self.trials(near, task, method) if near else {}
         if not costs or None in costs.values():
             return STUDY[method].lrs
-        place = RATES.index(min(costs, key=costs.__getitem__))
+        place = RATES.index(best_rate(costs))
         return RATES[max(0, place - 1) : place + 2]
 
     def trials(self, scale: str, task: str, method: str) -> dict[float, float | None]:

@@ -74,6 +74,11 @@ NEAR = 0.01  # nats a token between two trials of a search that tell nothing: se
 RATES = tuple(float(f"{digit}e{power}") for power in range(-7, 0) for digit in (1, 3))
 
 
+def best_rate(costs: dict[float, float]) -> float:
+    """Of the rates that cost at most NEAR more than the least the smallest: they learn alike, and it loses least."""
+    return min(rate for rate, cost in costs.items() if cost <= min(costs.values()) + NEAR)
+
+
 def trial_of(scale: Scale, task: str, method: str, lr: float) -> Run:
     return Run("search", scale.name, task, method, SEARCH_SEED, lr, scale.steps)
 

@@ -7,7 +7,7 @@ from typing import Any
 from ..harness.markdown import table
 from ..methods import STUDY
 from .paired import SIGNIFICANT, Paired, holm, mean_and_spread, paired
-from .study import NEAR, OURS
+from .study import NEAR, OURS, best_rate
 from .tasks import TASKS
 
 NOTABLE = 0.01  # nats a token on other text below which no difference is spoken of
@@ -78,7 +78,7 @@ def usable(results: Results) -> tuple[Results, list[str]]:
         named = f"{run['task']} {run['kind']}, {title(run['method'])}"
         where = f"{named}, seed {run['seed']}"
         costs = trials.get((run["scale"], run["task"], run["method"]))
-        chosen = min(costs, key=costs.__getitem__) if costs else None
+        chosen = best_rate(costs) if costs else None
         searched = run["kind"] not in ("search", "timing", "untrained", "sequence")
         if status != "ok":
             dropped.append(f"{where}, lr {run['lr']}: {status}, {result.get('reason', '')}")
@@ -161,7 +161,7 @@ def searched(results: Results, task: str) -> str:
     rates, rows = sorted({rate for costs in trials.values() for rate in costs}), []
     for method, costs in trials.items():
         if costs:
-            best = min(costs, key=costs.__getitem__)
+            best = best_rate(costs)
             inside = best not in (min(costs), max(costs))
             whole = inside or set(STUDY[method].lrs) <= costs.keys()
             cells = [f"{costs[rate]:.3f}" if rate in costs else "" for rate in rates]

@@ -168,7 +168,7 @@ def test_all_methods_and_tasks_stand_in_one_table(filled, no_plots):
     for trial in searches(SMALL, "plural", "fft"):
         filled.write(trial, result(trial, 1 + (trial.lr > 3e-5) + 0.005 * (trial.lr < 3e-5)))
     for run in finals(SMALL, "plural", "fft"):
-        filled.write(run, result(replace(run, lr=3e-5), 2.0, english=4.0))
+        filled.write(run, result(replace(run, lr=1e-5), 2.0, english=4.0))
     head, *rows = table_under(report.render(filled), "At a glance", part=2)
     assert head[2:] == ["spelling to sounds", "plural of nouns", "english after, mean over tasks"]
     assert rows[0] == ["full fine-tuning", "1.00", "0.500 ± 0.000", "2.000 ± 0.000 †", "3.500"]

@@ -213,6 +213,27 @@ def test_a_search_goes_on_while_its_edge_is_as_good_as_the_best(tmp_path):
     assert kept.trials("small", "past-tense", "fft").keys() == costs.keys()
 
 
+def test_of_rates_that_are_as_good_the_smallest_is_taken(tmp_path):
+    kept = Store(tmp_path)
+    for lr, nll in {1e-5: 0.9, 3e-5: 0.6 + 0.9 * NEAR, 1e-4: 0.6, 3e-4: 0.8}.items():
+        trial = trial_of(SMALL, "past-tense", "fft", lr)
+        kept.write(trial, fake_result(trial, nll))
+    assert kept.best_lr("small", "past-tense", "fft") == 3e-5
+
+
+def test_a_sequence_is_run_again_when_a_search_finds_another_rate(tmp_path):
+    kept, tasks = Store(tmp_path), ("past-tense", "plural")
+    for task in tasks:
+        for trial in searches(SMALL, task, "fft"):
+            kept.write(trial, fake_result(trial))
+    run = Run("sequence", "small", "+".join(tasks), "fft", 0, None, 4)
+    row = {"run": asdict(run), "status": "ok", "provenance": ORIGIN}
+    kept.write(run, row | {"lrs": kept.sequence_lrs(run)})
+    assert kept.is_done(run)
+    kept.write(run, row | {"lrs": [1e-4, 3e-4]})
+    assert not kept.is_done(run)
+
+
 def test_stopped_and_started_again(tmp_path, ran, monkeypatch):
     runs = [*searches(SMALL, "past-tense", "fft"), *finals(SMALL, "past-tense", "fft")]
     carry_out = runner._carry_out

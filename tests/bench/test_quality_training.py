@@ -223,8 +223,8 @@ def test_the_reference_would_notice_another_start(base, monkeypatch):
 
 def test_a_sequence_is_scored_after_each_task(base):
     class Searched:
-        def best_lr(self, scale, task, method):
-            return 3e-3
+        def sequence_lrs(self, run):
+            return [3e-3, 3e-3]
 
     run = Run("sequence", "small", "past-tense+plural", "lora-r8", 0, None, 4)
     result = sequence.carry_out_sequence(run, base, Searched())
