@@ -23,22 +23,21 @@ from losia_kernels.ops.subnet_grad import subnet_grad_plain
 from ..harness.gates import gate_relative, gate_rule
 from ..harness.jobs import Job, first_line
 from ..harness.timing import measure, measure_roof, rotation
-from .counts import UPDATE_BYTES, scattered
 from .models import name_of, shape_of
+from .sectors import UPDATE_BYTES, scattered
 
 LR, BETA1, BETA2, EPS, STEP = 1e-2, 0.9, 0.999, 1e-8, 10
 
 
 @dataclass(frozen=True)
 class OpCase:
-    """One operation at one size. ``inputs(generator)`` makes its arguments; ``truth`` is float64."""
+    """One operation at one size. ``inputs(generator)`` makes its arguments; ``truth`` is float64; ``moved_bytes``: each
+    input read once, each output written once, of what is scattered whole sectors."""
 
     inputs: Callable[[torch.Generator], tuple]
     forms: dict[str, Callable[..., Any]]
     truth: Callable[..., Any]
-    moved_bytes: (
-        int  # each input read once, each output written once; of what is scattered, whole sectors
-    )
+    moved_bytes: int
     flops: int = 0
 
 
