@@ -21,6 +21,10 @@ from .models import DEFAULT, PAPER, QUARTER, Layer, shape_of
 from .sectors import BF16, FLOAT32, UPDATE_BYTES, scattered, touched
 
 GPUS = {"H200": H200, "H100": replace(H200, copy=3000)}
+LAYERS = (
+    *(replace(layer, alignment=a) for layer in (DEFAULT, PAPER, QUARTER) for a in (1, 16)),
+    *(replace(PAPER, alignment=a) for a in (32, 64)),
+)
 
 
 class Piece(NamedTuple):
@@ -49,12 +53,6 @@ def gather(tokens: int, size: int, ks: list[int], alignment: int, name: str) -> 
         none *= 1 - touched(k / size, alignment)
     read = [row * touched(k / size, alignment) for k in ks]
     return Piece(name, tokens * (row * (1 - none) + rows), tokens * (sum(read) + rows))
-
-
-LAYERS = (
-    *(replace(layer, alignment=a) for layer in (DEFAULT, PAPER, QUARTER) for a in (1, 16)),
-    *(replace(PAPER, alignment=a) for a in (32, 64)),
-)
 
 
 def gradient(layer: Layer, name: str, overlaps: bool) -> list[Piece]:

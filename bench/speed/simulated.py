@@ -36,31 +36,30 @@ def _convert(module: nn.Module, *arguments: Any, **keywords: Any) -> nn.Module:
     return module
 
 
-@contextlib.contextmanager
-def without_kernels() -> Iterator[None]:
-    """What launches kernels of Triton's makes its tensors and launches nothing; values that it asks for are 1."""
+def launch_nothing(kernel: Any, grid: Any) -> Callable[..., None]:
+    return lambda *arguments, **keywords: None
+
+
+def launching_nothing() -> contextlib.AbstractContextManager:
+    """What launches kernels of Triton's makes its tensors, and leaves them as they are."""
     try:
         from triton.runtime.jit import KernelInterface
     except ImportError:
-        yield
-        return
-
-    def launch_nothing(kernel: Any, grid: Any) -> Callable[..., None]:
-        return lambda *arguments, **keywords: None
-
-    with (
-        mock.patch.object(KernelInterface, "__getitem__", launch_nothing),
-        mock.patch.object(torch.Tensor, "item", lambda tensor: 1),
-        mock.patch.object(torch, "equal", lambda one, other: True),
-    ):
-        yield
+        return contextlib.nullcontext()
+    return mock.patch.object(KernelInterface, "__getitem__", launch_nothing)
 
 
 @contextlib.contextmanager
 def simulated() -> Iterator[LiveBytes]:
-    """Tensors without storage, counted as if they had one."""
-    converts = mock.patch.object(nn.Module, "to", _convert)
-    with converts, without_kernels(), FakeTensorMode(), LiveBytes() as live:
+    """Tensors without storage, counted as if they had one; values that are asked for are 1."""
+    with (
+        mock.patch.object(nn.Module, "to", _convert),
+        mock.patch.object(torch.Tensor, "item", lambda tensor: 1),
+        mock.patch.object(torch, "equal", lambda one, other: True),
+        launching_nothing(),
+        FakeTensorMode(),
+        LiveBytes() as live,
+    ):
         yield live
 
 
