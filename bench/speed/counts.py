@@ -15,7 +15,7 @@ from .models import shape_of
 from .sectors import BF16, FLOAT32, UPDATE_BYTES, scattered, touched
 
 # of the tables
-MODEL, TOKENS, P, TOLD = "llama-2-7b", 8192, 1 / 8, ("q_proj", "up_proj", "down_proj")
+MODEL, TOKENS, P, LINEARS = "llama-2-7b", 8192, 1 / 8, ("q_proj", "up_proj", "down_proj")
 LLAMA = shape_of(MODEL)
 CORE_GBS = 112.0  # from L2 to one multiprocessor: 64 bytes a clock at 1.75 GHz
 REACHED = 0.92  # of a rate, by a kernel that is bound by it
@@ -125,7 +125,7 @@ def table_subnet_grad() -> str:
         "linear     alignment form              memory MB  to cores MB  GFLOP  launches  least us  over one dy"
     ]
     forms = ("fused", "fused_wide", "gathered")
-    for name, alignment, variant in itertools.product(TOLD, (1, 16), forms):
+    for name, alignment, variant in itertools.product(LINEARS, (1, 16), forms):
         out, inner = LLAMA.linears[name]
         size = int(P * out), int(P * inner), alignment
         config = choose(*size, variant=variant, chosen_from=out)
@@ -145,7 +145,7 @@ def table_sums() -> str:
     chosen = [
         (f"{name}, p = {p}", LLAMA.linears[name][0], *(int(p * n) for n in LLAMA.linears[name]))
         for p in (1 / 8, 1 / 4)
-        for name in TOLD
+        for name in LINEARS
     ]
     chosen += [("q_proj and o_proj, default", 4096, 2048, 184)]
     chosen += [("up_proj and down_proj, default", 4096, 2048, 495)]
