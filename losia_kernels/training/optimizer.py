@@ -2,7 +2,7 @@
 and the timeline."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
 import torch
@@ -82,7 +82,8 @@ class LoSiAAdamW(torch.optim.Optimizer):
                 f"LoSiAAdamW: lr must be a number, got {type(lr).__name__}; a LoSiAConfig is given "
                 f"as config="
             )
-        two, finite = isinstance(betas, Sequence) and len(betas) == 2, "finite and at least 0"
+        two = isinstance(betas, (tuple, list)) and len(betas) == 2
+        finite = "finite and at least 0"
         for name, value, good, expected in (
             ("lr", lr, 0 <= lr < math.inf, finite),
             ("betas", betas, two and all(0 <= b < 1 for b in betas), "two numbers in [0, 1)"),
