@@ -16,6 +16,7 @@ from typing import Any
 
 from .harness.markdown import table
 from .harness.pictures import draw
+from .speed.counts import H200
 from .speed.models import shape_of
 
 GIB = 2**30
@@ -61,8 +62,8 @@ class Setting:
     period: int = 100
     tokens: int = 8192  # of one GPU's micro-batch
     weight_bytes: int = 2  # bfloat16
-    matmul: float = 790e12  # dense bf16 FLOP/s of one GPU
-    copy: float = 4.3e12  # bytes/s read and written
+    matmul: float = 1e12 * H200.matmul  # dense bf16 FLOP/s of one GPU
+    copy: float = 1e9 * H200.copy  # bytes/s read and written
     inside: float = 450e9  # bytes/s of one GPU to its neighbours in a machine of 8 (NVLink)
     outside: float = 50e9  # bytes/s of one GPU to other machines (400 Gbit/s each)
     latency: float = 10e-6  # seconds for each doubling of the ranks
