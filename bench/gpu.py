@@ -14,10 +14,12 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,12 +123,12 @@ def run(step: Step) -> dict[str, Any]:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """With its workers: they are of its own group."""
-    os.killpg(process.pid, 15)
-    try:
+    """With its workers: they are of its own group, and one that stays would keep its output open."""
+    os.killpg(process.pid, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
         process.wait(timeout=5)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
+    with suppress(ProcessLookupError):  # all have ended
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def run_steps(steps: Sequence[Step], results: Path) -> int:

@@ -63,8 +63,9 @@ def simulated() -> Iterator[LiveBytes]:
         yield live
 
 
-def simulate(run: Run, steps: int = 2, **changes: Any) -> dict[str, int]:
-    """Peak bytes of the last of ``steps`` steps of ``run`` in bfloat16; ``changes`` to the model's config."""
+def simulate(run: Run, **changes: Any) -> dict[str, int]:
+    """Peak bytes of a step of ``run`` in bfloat16, the optimizer's state being there; ``changes`` to the model's
+    config."""
     with simulated() as live:
         model = build_model(run.model, torch.device("cpu"), torch.bfloat16, **changes)
         # Under a GPU's SDPA there is no mask; transformers makes one when it sees tensors that it
@@ -73,7 +74,7 @@ def simulate(run: Run, steps: int = 2, **changes: Any) -> dict[str, int]:
         with mock.patch.object(modeling, "create_causal_mask", lambda *a, **k: None):
             prepared = prepare(run, model)
             phases = step_phases(prepared, torch.zeros(run.batch, run.context, dtype=torch.long))
-            for _ in range(steps):
+            for _ in range(2):
                 live.restart_peak()
                 run_step(phases)
     return {"live_bytes": live.peak, "trained": prepared.trained}
