@@ -8,6 +8,7 @@ import pytest
 from bench.speed import predicted
 from bench.speed.models import DEFAULT, PAPER, Layer
 from bench.speed.predicted import GPUS, LAYERS, Piece, added, gather, layer_us, over_floor
+from bench.speed.results import RESULTS
 from losia_kernels import LoSiAConfig, LoSiALinear, apply_losia
 from tests.kernels.offline import OLDEST, run_offline
 
@@ -108,3 +109,5 @@ def test_the_report_says_what_it_is(monkeypatch):
     text = predicted.report()
     assert text.startswith("PREDICTED") and "not measured" in text
     assert text.count("over the frozen floor") == len(LAYERS)
+    committed = (RESULTS / "predicted.txt").read_text()
+    assert committed == f"{text}\n", "run python -m bench predicted > bench/results/predicted.txt"
