@@ -47,6 +47,7 @@ from .harness.jobs import (
 from .harness.provenance import clocks, provenance
 from .methods import METHODS, get_method
 from .speed import (
+    compiled,
     counts,
     host,
     layer,
@@ -95,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.suite == "quick":
             return quick.main(device, arguments.output)
         if arguments.suite == "variants" and device.type != "cuda":
-            print(variants.report())
+            print(compiled.report())
             return 0
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         jobs = list(select(arguments.suite, arguments.methods, device, dtype))

@@ -1,18 +1,23 @@
 """Plan to scale: step time, memory and traffic of LoSiA on many GPUs, from one GPU's figures and the links' speeds.
 
-    python -m bench.cluster [FOLDER]     writes cluster.md and cluster.png (default: bench/results)
+    python -m bench.cluster [FOLDER]     writes cluster.md and cluster.svg (default: bench/results)
 
 A model, not a measurement: compute runs at the given rate of dense matmuls, links at their stated rates, a collective
 takes the ring's share of its bytes at the slowest link it crosses plus a latency for each doubling of the ranks. Its
 byte counts and its memory are held to real processes by tests/parallel/test_cluster.py."""
 
+import functools
 import itertools
 import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from .harness.markdown import table
+from .harness.pictures import draw
+from .speed.counts import H200
+from .speed.models import shape_of
 
 GIB = 2**30
 
@@ -25,6 +30,12 @@ class Model:
     blocks: int
     linears: tuple[tuple[int, int], ...]
     frozen: int = 0  # values outside the blocks: embedding and output layer
+
+    @classmethod
+    def of(cls, name: str) -> "Model":
+        shape = shape_of(name.lower().replace(" ", "-"))
+        outside = 2 * shape.vocabulary * shape.hidden
+        return cls(name, shape.layers, tuple(shape.linears.values()), outside)
 
     @property
     def block(self) -> int:
@@ -39,17 +50,7 @@ class Model:
         return sum(int(p * out) * int(p * in_) for out, in_ in self.linears)
 
 
-def llama(name: str, blocks: int, hidden: int, wide: int, kv: int) -> Model:
-    attention = ((hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden))
-    mlp = ((wide, hidden), (wide, hidden), (hidden, wide))
-    return Model(name, blocks, (*attention, *mlp), 2 * 32000 * hidden)
-
-
-MODELS = (
-    llama("LLaMA-2 7B", 32, 4096, 11008, 4096),
-    llama("LLaMA-2 13B", 40, 5120, 13824, 5120),
-    llama("LLaMA-2 70B", 80, 8192, 28672, 1024),
-)
+MODELS = tuple(Model.of(name) for name in ("LLaMA-2 7B", "LLaMA-2 13B", "LLaMA-2 70B"))
 ENGINES = ("ddp", "fsdp")
 
 
@@ -61,8 +62,8 @@ class Setting:
     period: int = 100
     tokens: int = 8192  # of one GPU's micro-batch
     weight_bytes: int = 2  # bfloat16
-    matmul: float = 790e12  # dense bf16 FLOP/s of one GPU
-    copy: float = 4.3e12  # bytes/s read and written
+    matmul: float = 1e12 * H200.matmul  # dense bf16 FLOP/s of one GPU
+    copy: float = 1e9 * H200.copy  # bytes/s read and written
     inside: float = 450e9  # bytes/s of one GPU to its neighbours in a machine of 8 (NVLink)
     outside: float = 50e9  # bytes/s of one GPU to other machines (400 Gbit/s each)
     latency: float = 10e-6  # seconds for each doubling of the ranks
@@ -176,17 +177,12 @@ def main(folder: Path) -> None:
     beginning = __doc__.split("\n\n")[0]
     text = f"{beginning}\n\nAssumed: {asdict(setting)}\n\n{table(HEAD, body)}\n"
     (folder / "cluster.md").write_text(text)
-    draw(rows, folder / "cluster.png")
+    draw({"cluster": functools.partial(picture, rows)}, folder, **{"figure.figsize": (11, 4.5)})
     print(text)
 
 
-def draw(rows: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+def picture(rows: list[dict], figure: Any) -> bool:
+    left, right = figure.subplots(1, 2)
     for number, (model, engine) in enumerate(itertools.product(MODELS, ENGINES)):
         points = [row for row in rows if (row["model"], row["engine"]) == (model.name, engine)]
         look = {"color": f"C{number // 2}", "linestyle": "--" if engine == "ddp" else "-"}
@@ -198,8 +194,7 @@ def draw(rows: list[dict], path: Path) -> None:
     left.set_title("Weak scaling, modelled")
     right.set_title("Memory, modelled")
     left.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    return True
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python -m bench.gpu                  tests of the kernels, the most telling figures, traffic: nine minutes
     python -m bench.gpu --part rest      a second call: all other tests that need a GPU
     python -m bench.gpu --part sanitizer a third one: compute-sanitizer on one test of each kernel
+    ncu [OPTIONS] python -m bench.gpu --traffic    launches for a profiler that counts bytes, and nothing else
 
 Every step is a process with a limit of its own, and is recorded in ``gpu.jsonl`` as it ends; rows of figures go to
 ``speed.jsonl`` beside it as they are measured. No step keeps the next from running. Exit status 1 if any failed; where
@@ -13,10 +14,12 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +39,9 @@ MINUTES = {"layer": 1.7, "variants": 2.0, "ops": 1.3, "model": 0.7}
 TELLING = "frozen,losia-pro-off,losia-pro,lora,dora,losia-liger-off,lora-liger,frozen-liger"
 OPS = "subnet_grad,gather_features,subnet_adamw_,importance_update_"
 TRAFFIC = "dram__bytes_read.sum,dram__bytes_write.sum,lts__t_bytes.sum,gpu__time_duration.sum"
+MEMORY_BOUND = ("gather_features", "subnet_grad", "subnet_adamw_", "importance_update_")
 TAIL = 2000  # characters of output that are recorded
+NO_TESTS = 5  # pytest: none was selected, as without a GPU
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ def first(python: Sequence[str], results: Path, commit: Sequence[str]) -> list[S
         figures("layer", TELLING),
         figures("variants"),
         figures("ops", OPS),
-        Step("traffic", (*traffic, *python, "-m", "bench.traffic"), 35, tool="ncu"),
+        Step("traffic", (*traffic, *python, "-m", "bench.gpu", "--traffic"), 35, tool="ncu"),
         figures("model", "frozen,losia-pro-fused"),
     ]
 
@@ -104,12 +109,7 @@ def run(step: Step) -> dict[str, Any]:
     if step.tool is not None and shutil.which(step.tool) is None:
         return {"step": step.name, "status": "not installed", "seconds": 0.0, "output": ""}
     environment = {**os.environ, **step.environment}
-    how = {
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.STDOUT,
-        "text": True,
-        "errors": "replace",
-    }
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "errors": "replace"}
     process = subprocess.Popen(step.words, env=environment, start_new_session=True, **how)
     try:
         output, _ = process.communicate(timeout=step.seconds)
@@ -122,16 +122,13 @@ def run(step: Step) -> dict[str, Any]:
     return {**found, "output": output[-TAIL:]}
 
 
-NO_TESTS = 5  # pytest: none was selected, as without a GPU
-
-
 def _end(process: subprocess.Popen) -> None:
-    """With its workers: they are of its own group."""
-    os.killpg(process.pid, 15)
-    try:
+    """With its workers: they are of its own group, and one that stays would keep its output open."""
+    os.killpg(process.pid, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
         process.wait(timeout=5)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
+    with suppress(ProcessLookupError):  # all have ended
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def run_steps(steps: Sequence[Step], results: Path) -> int:
@@ -144,11 +141,8 @@ def run_steps(steps: Sequence[Step], results: Path) -> int:
             file.write(json.dumps(outcome) + "\n")
         print(f"{outcome['output']}\n{outcome['status']}, {outcome['seconds']} s", flush=True)
         outcomes.append(outcome)
-    print(
-        "\n".join(
-            f"{each['step']:24} {each['status']:14} {each['seconds']:6.1f} s" for each in outcomes
-        )
-    )
+    for each in outcomes:
+        print(f"{each['step']:24} {each['status']:14} {each['seconds']:6.1f} s")
     return int(any(each["status"] in ("failed", "too long") for each in outcomes))
 
 
@@ -159,6 +153,26 @@ def versions() -> str:
     from .harness.provenance import provenance
 
     return json.dumps(provenance(torch.device("cuda")))
+
+
+def launch_memory_bound() -> None:
+    """Each kernel that memory binds, twice, at LLaMA-2 7B's up_proj. What L2 gives the cores is the guess that most
+    predictions rest on (``speed/predicted.py``)."""
+    import torch
+
+    from .speed import ops
+    from .speed.models import shape_of
+
+    shape, device = shape_of("llama-2-7b").linears["up_proj"], torch.device("cuda")
+    generator = torch.Generator(device).manual_seed(0)
+    for name in MEMORY_BOUND:
+        case = ops.CASES[name](shape, 1 / 8, 8192, torch.bfloat16)
+        inputs = case.inputs(generator)
+        with torch.no_grad():
+            for _ in range(2):  # the first one compiles
+                case.forms["ours"](*inputs)
+        print(name, flush=True)
+    torch.cuda.synchronize(device)
 
 
 def main(argv: Sequence[str] | None = None, python: Sequence[str] = (sys.executable,)) -> int:
@@ -173,9 +187,13 @@ def main(argv: Sequence[str] | None = None, python: Sequence[str] = (sys.executa
         "--commit", metavar="HASH", help="of a copy of the tree that has no history"
     )
     parser.add_argument("--versions", action="store_true", help="print them, and stop")
+    parser.add_argument("--traffic", action="store_true", help="launch for a profiler, and stop")
     chosen = parser.parse_args(argv)
     if chosen.versions:
         print(versions())
+        return 0
+    if chosen.traffic:
+        launch_memory_bound()
         return 0
     commit = ("--commit", chosen.commit) if chosen.commit else ()
     steps = {

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 IMPORTANCES: list[str] = []  # the kinds that training/importance.py defines, as they are defined
+MASTERS = ("float32", "split", "none")
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class LoSiAConfig:
         _check_choice("importance", self.importance, IMPORTANCES)
         _check_choice("init_subnet", self.init_subnet, ("calibrated", "random"))
         _check_choice("output_init", self.output_init, ("random", "frequency"))
-        _check_choice("master", self.master, ("float32", "split", "none"))
+        _check_choice("master", self.master, MASTERS)
         for name in ("importance_beta1", "importance_beta2"):
             value = getattr(self, name)
             _check(name, value, _is_number(value) and 0 <= value < 1, "a number in [0, 1)")

@@ -15,6 +15,7 @@ TRUTH = torch.zeros(3, dtype=torch.float64)
         (2e-6, 0.0, False),
         (torch.nan, 1.0, False),
         (torch.nan, torch.nan, False),
+        (1.0, torch.inf, False),
     ],
 )
 def test_twice_the_error_of_plain_torch_and_no_more(kernel, plain, passes):

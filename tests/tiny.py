@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from losia_kernels import LoSiAConfig
+from losia_kernels import LoSiAConfig, losia_layers
 
 VOCAB, HIDDEN = 13, 8
 
@@ -90,6 +90,18 @@ def take_step(
     optimizer.step()
     optimizer.zero_grad()
     return loss.item()
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """What an optimizer is given."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def places(model: nn.Module) -> dict[str, tuple[list[int], list[int]]]:
+    """Where each layer's subnet is: its outputs and its inputs."""
+    return {
+        name: (layer.out_idx.tolist(), layer.in_idx.tolist()) for name, layer in losia_layers(model)
+    }
 
 
 def same_tensors(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:

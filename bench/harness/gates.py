@@ -13,15 +13,23 @@ class RedGate(Exception):
     """A result is wrong; its time is not reported."""
 
 
-def max_error(value: Tensor, truth: Tensor) -> float:
-    error = (value.double() - truth.double()).abs().max().item() if value.numel() else 0.0
+def _difference(what: str, value: Tensor, truth: Tensor) -> Tensor:
+    """In float64. Raises RedGate for another shape, which a subtraction would spread over the truth's."""
+    if value.shape != truth.shape:
+        raise RedGate(f"{what}: a result of {tuple(value.shape)}, expected {tuple(truth.shape)}")
+    return value.double() - truth.double()
+
+
+def _max_error(what: str, value: Tensor, truth: Tensor) -> float:
+    error = _difference(what, value, truth).abs().max().item() if truth.numel() else 0.0
     return error if error == error else float("inf")
 
 
 def gate_rule(what: str, value: Tensor, eager: Tensor, truth: Tensor) -> dict[str, float]:
     """The kernels' rule: at most twice the error of plain torch in the same dtype, plus 1e-6. Raises RedGate."""
-    error, allowed = max_error(value, truth), 2 * max_error(eager, truth) + SLACK
-    if not error <= allowed:
+    error = _max_error(what, value, truth)
+    allowed = 2 * _max_error(f"{what}, eager", eager, truth) + SLACK
+    if not error <= allowed < float("inf"):  # of a broken eager form nothing follows
         raise RedGate(f"{what}: error {error:.3e}, allowed {allowed:.3e}")
     return {"error": error, "allowed": allowed}
 
@@ -29,7 +37,7 @@ def gate_rule(what: str, value: Tensor, eager: Tensor, truth: Tensor) -> dict[st
 def gate_relative(what: str, value: Tensor, truth: Tensor, allowed: float) -> dict[str, float]:
     """``|value - truth| / |truth|``, Frobenius norms: for a peer, that may round where it likes. Raises RedGate."""
     norm = truth.double().norm().item()
-    error = (value.double() - truth.double()).norm().item() / max(norm, 1e-30)
+    error = _difference(what, value, truth).norm().item() / max(norm, 1e-30)
     if not error <= allowed:
         raise RedGate(f"{what}: relative error {error:.3e}, allowed {allowed:.3e}")
     return {"error": error, "allowed": allowed}

@@ -4,23 +4,35 @@
 rates only turn counts into the least time they can take."""
 
 import itertools
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
 from losia_kernels.kernels.launch import LaunchConfig, choose_config
 
 from .models import shape_of
+from .sectors import BF16, FLOAT32, UPDATE_BYTES, scattered, touched
 
-SECTOR = 32  # bytes that memory hands out at least
-BF16, FLOAT32 = 2, 4
-COPY_GBS, MATMUL_TFLOPS = 4300.0, 790.0  # of an H200: what an earlier run measured
-TO_CORES_GBS = 6000.0  # from L2, to all multiprocessors: a guess
-CORE_GBS = 112.0  # to one of them: 64 bytes a clock at 1.75 GHz
+# of the tables
+MODEL, TOKENS, P, LINEARS = "llama-2-7b", 8192, 1 / 8, ("q_proj", "up_proj", "down_proj")
+LLAMA = shape_of(MODEL)
+CORE_GBS = 112.0  # from L2 to one multiprocessor: 64 bytes a clock at 1.75 GHz
 REACHED = 0.92  # of a rate, by a kernel that is bound by it
 LAUNCH_US = 2.0  # to fill the device and to drain it
 AWAIT_US = 1.0  # until what one program has written is seen by another that waits for it
-UPDATE_BYTES = 16 + 12  # a value: weight, gradient and moments read; weight and moments written
+
+
+@dataclass(frozen=True)
+class Rates:
+    """GB/s of memory and from L2 to the cores, TFLOP/s of dense bfloat16."""
+
+    copy: float
+    to_cores: float
+    matmul: float
+
+
+H200 = Rates(4300, 6000, 790)  # memory and products: what an earlier run measured; from L2: a guess
 
 
 class Counts(NamedTuple):
@@ -35,16 +47,17 @@ class Counts(NamedTuple):
     @property
     def least_us(self) -> float:
         """No faster on an H200: the larger of bytes at copy bandwidth and operations at the matrix units' rate."""
-        return max(copy_us(self.memory), self.flops / MATMUL_TFLOPS / 1e6)
+        return max(copy_us(self.memory), self.flops / H200.matmul / 1e6)
 
 
 def copy_us(size: float) -> float:
-    return size / COPY_GBS / 1e3
+    return size / H200.copy / 1e3
 
 
-def touched(p: float, alignment: int, itemsize: int = BF16) -> float:
-    """Share of a row's sectors that a choice of a share ``p`` of its entries touches, on average."""
-    return 1 - (1 - p) ** max(1, SECTOR // (itemsize * alignment))
+def choose(k_out: int, k_in: int, alignment: int = 1, **more: Any) -> LaunchConfig:
+    """What the package would launch for a gradient on an H200."""
+    size = TOKENS, k_out, k_in, alignment
+    return choose_config("subnet_grad", "sm_90", torch.bfloat16, *size, **more)
 
 
 def subnet_grad(
@@ -62,22 +75,12 @@ def subnet_grad(
     return Counts(dy + x + partials, dy * tiles_in + x_read, flops, 1)
 
 
-def scattered(k_out: int, inner: int, k_in: int, alignment: int = 1, itemsize: int = BF16) -> float:
-    """Bytes that ``k_in`` values in each of ``k_out`` rows of ``inner`` cost: memory is written in whole sectors, and
-    one that is not full is read before."""
-    alignment = inner if k_in == inner else alignment  # all of a row is one run
-    sectors = k_out * inner * itemsize / SECTOR * touched(k_in / inner, alignment, itemsize)
-    return (1 if alignment * itemsize >= SECTOR else 2) * SECTOR * sectors
-
-
 def sums_us(config: LaunchConfig, k_out: int, k_in: int) -> dict[str, float]:
     """What it takes to add the splits' partial sums, once they are written: each is in L2, and a program holds a whole
     tile. The last two forms are not built."""
-    tile, moved = (
-        FLOAT32 * config.block_out * config.block_in,
-        FLOAT32 * (config.splits + 1) * k_out * k_in,
-    )
-    shared, alone = moved / TO_CORES_GBS / REACHED / 1e3, tile / CORE_GBS / REACHED / 1e3
+    tile = FLOAT32 * config.block_out * config.block_in
+    moved = FLOAT32 * (config.splits + 1) * k_out * k_in
+    shared, alone = moved / H200.to_cores / REACHED / 1e3, tile / CORE_GBS / REACHED / 1e3
     levels = (config.splits - 1).bit_length()
     return {
         "launch": LAUNCH_US + shared,
@@ -103,32 +106,31 @@ def observing(tokens: int, out: int, inner: int, epilogue: bool) -> Counts:
     return Counts(moved, moved, 2 * tokens * out * inner, 1 if epilogue else 2)
 
 
-def floor_us(model: str, tokens: int) -> float:
-    shape = shape_of(model)
-    return 4 * tokens * shape.layers * shape.block_weights / MATMUL_TFLOPS / 1e6
+def floor_us() -> float:
+    """Of a step's linears with frozen weights: two products each."""
+    return 4 * TOKENS * LLAMA.layers * LLAMA.block_weights / H200.matmul / 1e6
 
 
-def localization_share(model: str, tokens: int, epilogue: bool) -> float:
+def localization_share(epilogue: bool) -> float:
     """Least time that observing adds to a step, over that of the step's frozen floor: one block of L observes. The pass
     over the states is not hidden by the product."""
-    each = [observing(tokens, *size, epilogue) for size in shape_of(model).linears.values()]
-    extra = sum(found.flops / MATMUL_TFLOPS / 1e6 + copy_us(found.memory) for found in each)
-    return extra / floor_us(model, tokens)
+    each = [observing(TOKENS, *size, epilogue) for size in LLAMA.linears.values()]
+    return (
+        sum(found.flops / H200.matmul / 1e6 + copy_us(found.memory) for found in each) / floor_us()
+    )
 
 
-def table_subnet_grad(arch: str = "sm_90", tokens: int = 8192, p: float = 1 / 8) -> str:
+def table_subnet_grad() -> str:
     lines = [
         "linear     alignment form              memory MB  to cores MB  GFLOP  launches  least us  over one dy"
     ]
-    linears, forms = ("q_proj", "up_proj", "down_proj"), ("fused", "fused_wide", "gathered")
-    for name, alignment, variant in itertools.product(linears, (1, 16), forms):
-        out, inner = shape_of("llama-2-7b").linears[name]
-        size = tokens, int(p * out), int(p * inner), alignment
-        config = choose_config(
-            "subnet_grad", arch, torch.bfloat16, *size, variant=variant, chosen_from=out
-        )
-        counts = subnet_grad(config, tokens, out, *size[1:])
-        over = counts.least_us / copy_us(BF16 * tokens * out)
+    forms = ("fused", "fused_wide", "gathered")
+    for name, alignment, variant in itertools.product(LINEARS, (1, 16), forms):
+        out, inner = LLAMA.linears[name]
+        size = int(P * out), int(P * inner), alignment
+        config = choose(*size, variant=variant, chosen_from=out)
+        counts = subnet_grad(config, TOKENS, out, *size)
+        over = counts.least_us / copy_us(BF16 * TOKENS * out)
         lines.append(
             f"{name:10} {alignment:9} {variant:16} {counts.memory / 1e6:11.1f} {counts.to_cores / 1e6:12.1f} "
             f"{counts.flops / 1e9:6.1f} {counts.launches:9} {counts.least_us:9.1f} {over:12.2f}"
@@ -136,22 +138,19 @@ def table_subnet_grad(arch: str = "sm_90", tokens: int = 8192, p: float = 1 / 8)
     return "\n".join(lines)
 
 
-def table_sums(arch: str = "sm_90", tokens: int = 8192) -> str:
+def table_sums() -> str:
     """The paper's subnets at p = 1/8 and 1/4, and the wide ones of the default."""
-    llama = shape_of("llama-2-7b").linears
     lines = ["who adds the splits: us of a gradient's sum   splits  MB"]
-    names = list(sums_us(LaunchConfig(splits=2), 1, 1))
-    lines[0] += "".join(f"{name:>12}" for name in names)
+    lines[0] += "".join(f"{name:>12}" for name in sums_us(LaunchConfig(splits=2), 1, 1))
     chosen = [
-        (f"{name}, p = {p}", llama[name][0], *(int(p * size) for size in llama[name]))
+        (f"{name}, p = {p}", LLAMA.linears[name][0], *(int(p * n) for n in LLAMA.linears[name]))
         for p in (1 / 8, 1 / 4)
-        for name in ("q_proj", "up_proj", "down_proj")
+        for name in LINEARS
     ]
     chosen += [("q_proj and o_proj, default", 4096, 2048, 184)]
     chosen += [("up_proj and down_proj, default", 4096, 2048, 495)]
     for name, out, k_out, k_in in chosen:
-        size = tokens, k_out, k_in
-        config = choose_config("subnet_grad", arch, torch.bfloat16, *size, chosen_from=out)
+        config = choose(k_out, k_in, chosen_from=out)
         if config.splits > 1:
             times = "".join(f"{us:12.1f}" for us in sums_us(config, k_out, k_in).values())
             size = FLOAT32 * config.splits * k_out * k_in / 1e6
@@ -159,10 +158,10 @@ def table_sums(arch: str = "sm_90", tokens: int = 8192) -> str:
     return "\n".join(lines)
 
 
-def table_update(model: str = "llama-2-7b") -> str:
+def table_update() -> str:
     """AdamW's bytes a value: the state, and the sectors of the weight that its new values lie in."""
-    lines = [f"AdamW, {model}: bytes a value, {UPDATE_BYTES} of them state"]
-    inner, names = shape_of(model).hidden, ("single", "in runs of 4", "of 16")
+    lines = [f"AdamW, {MODEL}: bytes a value, {UPDATE_BYTES} of them state"]
+    inner, names = LLAMA.hidden, ("single", "in runs of 4", "of 16")
     for name, k_in in (("p = 1/8", 512), ("half", 2048), ("thin", 184), ("all inputs", inner)):
         each = (UPDATE_BYTES + scattered(1, inner, k_in, a) / k_in for a in (1, 4, 16))
         said = ", ".join(f"{b:5.1f} {w}" for b, w in zip(each, names, strict=True))
@@ -170,40 +169,34 @@ def table_update(model: str = "llama-2-7b") -> str:
     return "\n".join(lines)
 
 
-def table_observing(model: str = "llama-2-7b", tokens: int = 8192) -> str:
+def table_observing() -> str:
     """The fused pass beside an epilogue: bytes a weight, and the share of a step at the model's number of layers."""
-    where = f"observing, {model}, {tokens} tokens, L = {shape_of(model).layers}"
+    where = f"observing, {MODEL}, {TOKENS} tokens, L = {LLAMA.layers}"
     lines = [f"{where}: share of the frozen floor of a step (linears)"]
     for name, epilogue in (("gradient, then fused pass", False), ("importance as epilogue", True)):
-        share = 100 * localization_share(model, tokens, epilogue)
+        share = 100 * localization_share(epilogue)
         lines.append(f"  {name:26} {weight_bytes(epilogue)} bytes a weight, {share:.2f} %")
     return "\n".join(lines)
 
 
-def table_fusions(model: str = "llama-2-7b", tokens: int = 8192, p: float = 1 / 8) -> str:
-    """What a fusion that the package does without could save at most, over the floor of a step."""
-    shape = shape_of(model)
-    values = sum(int(p * out) * int(p * inner) for out, inner in shape.linears.values())
-    fusions = {  # the gradient, written and read
-        "partial sums straight into AdamW": (copy_us(2 * FLOAT32 * values), 7),
-    }
-    lines = [
-        f"left out, {model}, {tokens} tokens, p = {p}: what it could save at most of the frozen floor (linears)"
-    ]
-    for name, (saved, launches) in fusions.items():
-        us = shape.layers * saved
-        share = f"{100 * us / floor_us(model, tokens):.2f} %"
-        lines.append(f"  {name:40} {us:7.0f} us a step, {share}, {launches} launches a block")
-    return "\n".join(lines)
+def table_fusions() -> str:
+    """What a fusion that the package does without could save at most, over the floor of a step: the gradient, written
+    and read."""
+    values = sum(int(P * out) * int(P * inner) for out, inner in LLAMA.linears.values())
+    us, launches = LLAMA.layers * copy_us(2 * FLOAT32 * values), len(LLAMA.linears)
+    return (
+        f"left out, {MODEL}, {TOKENS} tokens, p = {P}: what it could save at most of the frozen floor (linears)\n"
+        f"  {'partial sums straight into AdamW':40} {us:7.0f} us a step, {100 * us / floor_us():.2f} %, "
+        f"{launches} launches a block"
+    )
 
 
-def table_saved_inputs(model: str = "llama-2-7b", tokens: int = 8192) -> str:
+def table_saved_inputs() -> str:
     """What q, k, v (and gate, up), which share an input, keep of it: gathered pieces or the input itself."""
-    hidden = shape_of(model).hidden
-    whole = BF16 * tokens * hidden / 1e6
-    lines = [f"kept of a shared input, {model}, {tokens} tokens, MB a block; the smaller is kept"]
+    whole = BF16 * TOKENS * LLAMA.hidden / 1e6
+    lines = [f"kept of a shared input, {MODEL}, {TOKENS} tokens, MB a block; the smaller is kept"]
     for p in (1 / 16, 1 / 8, 1 / 4, 1 / 3, 1 / 2):
-        pieces = (BF16 * tokens * sharers * int(p * hidden) / 1e6 for sharers in (3, 2))
+        pieces = (BF16 * TOKENS * sharers * int(p * LLAMA.hidden) / 1e6 for sharers in (3, 2))
         qkv, gate_up = (f"{size:6.1f} of {whole:.1f}" for size in pieces)
         lines.append(f"  p = {p:.4f}: q, k, v {qkv}; gate, up {gate_up}")
     return "\n".join(lines)

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from losia_kernels import CapturedBackward, LoSiAAdamW, LoSiAConfig, apply_losia
 
+from .simulated import launching_nothing
+
 LAYERS, FEATURES, TOKENS = 210, 16, 4  # as many linears as SmolLM2-135M's blocks have
 WARM_UP, REPEATS = 5, 30
 KINDS = ("frozen", "full", "losia", "losia, in backward")
@@ -83,27 +85,18 @@ def graphs_stubbed() -> Iterator[None]:
         yield
 
 
-class NoKernel:
-    """``kernel[grid](...)`` that launches nothing."""
-
-    def __getitem__(self, grid: tuple) -> Callable[..., None]:
-        return lambda *args, **constants: None
-
-
 @contextlib.contextmanager
 def launches_stubbed() -> Iterator[None]:
     """The ops take the way of a GPU's tensors, up to the launch: outputs are not filled, and nothing is updated."""
     from losia_kernels.kernels import adamw, gather, subnet_grad
 
-    with contextlib.ExitStack() as stack:
-        for plain, launcher, file in (
-            ("gather.gather_features_plain", "launch_gather_features", gather),
-            ("subnet_grad.subnet_grad_plain", "launch_subnet_grad", subnet_grad),
-            ("adamw.subnets_adamw_plain_", "launch_subnets_adamw_", adamw),
+    with launching_nothing(), contextlib.ExitStack() as stack:
+        for plain, launch in (
+            ("gather.gather_features_plain", gather.launch_gather_features),
+            ("subnet_grad.subnet_grad_plain", subnet_grad.launch_subnet_grad),
+            ("adamw.subnets_adamw_plain_", adamw.launch_subnets_adamw_),
         ):
-            kernel = next(each for each in vars(file) if each.endswith("_kernel"))
-            stack.enter_context(patch.object(file, kernel, NoKernel()))
-            stack.enter_context(patch(f"losia_kernels.ops.{plain}", getattr(file, launcher)))
+            stack.enter_context(patch(f"losia_kernels.ops.{plain}", launch))
         yield
 
 

@@ -1,11 +1,15 @@
-"""The models that are timed: their public configs, with random weights, which time like trained ones."""
+"""The models that are timed: their public configs, with random weights, which time like trained ones; and which subnets
+a layer of them trains."""
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from losia_kernels.finetune.estimate import ModelShape
+from losia_kernels import LoSiAConfig
+from losia_kernels.finetune.estimate import LoSiA, ModelShape
+from losia_kernels.layers.convert import SHARED_INPUTS
 
 from ..harness.jobs import MissingPeer
 
@@ -37,6 +41,57 @@ def name_of(dtype: torch.dtype) -> str:
 
 def shape_of(name: str) -> ModelShape:
     return ModelShape.from_config(CONFIGS[name])
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A decoder layer outside of its slot; the first two fields say where, the others are LoSiAConfig's."""
+
+    model: str = "llama-2-7b"
+    tokens: int = 8192
+    rank_factor: float = 1 / 8
+    shape: str = "square"
+    alignment: int = 1
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        return shape_of(self.model).linears
+
+    @property
+    def subnets(self) -> dict[str, tuple[int, int]]:
+        """``(k_out, k_in)`` of each linear."""
+        chosen = LoSiA(rank_factor=self.rank_factor, shape=self.shape)
+        runs = self.alignment
+        sizes = chosen.sizes(shape_of(self.model)).items()
+        return {name: (out // runs * runs, inner // runs * runs) for name, (out, inner) in sizes}
+
+    @property
+    def sharers(self) -> list[tuple[str, ...]]:
+        """The linears that read one input, for each input."""
+        shared = [names for names in SHARED_INPUTS if self.linears.keys() >= set(names)]
+        alone = [name for name in self.linears if not any(name in names for names in shared)]
+        return [*shared, *((name,) for name in alone)]
+
+    def keeps_input(self, name: str) -> bool:
+        """Whether it is kept whole, the parts that would be gathered of it being no smaller."""
+        names = next(each for each in self.sharers if name in each)
+        parts = sum(self.subnets[each][1] for each in names)
+        return len(names) > 1 and parts >= self.linears[name][1]
+
+    def turned(self, name: str) -> bool:
+        """Whether the kernel works on the transposed gradient: both sides are gathered in the backward, and the longer
+        one in the product."""
+        k_out, k_in = self.subnets[name]
+        return self.keeps_input(name) and k_in > k_out
+
+    def __str__(self) -> str:
+        chosen = "single neurons" if self.alignment == 1 else f"runs of {self.alignment}"
+        return f"{self.model}, {self.tokens} tokens, p = {self.rank_factor:.3f}, {self.shape}, {chosen}"
+
+
+PAPER = Layer()
+DEFAULT = replace(PAPER, rank_factor=LoSiAConfig().rank_factor, shape=LoSiAConfig().shape)
+QUARTER = replace(PAPER, rank_factor=1 / 4)
 
 
 def build_model(name: str, device: torch.device, dtype: torch.dtype, **changes: Any) -> nn.Module:

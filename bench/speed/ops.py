@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
+from torch.utils._pytree import tree_leaves, tree_map
 
 from losia_kernels import ops
 from losia_kernels.ops.adamw import Update, subnets_adamw_plain_, update_subnets_
@@ -23,22 +24,21 @@ from losia_kernels.ops.subnet_grad import subnet_grad_plain
 from ..harness.gates import gate_relative, gate_rule
 from ..harness.jobs import Job, first_line
 from ..harness.timing import measure, measure_roof, rotation
-from .counts import UPDATE_BYTES, scattered
 from .models import name_of, shape_of
+from .sectors import UPDATE_BYTES, scattered
 
 LR, BETA1, BETA2, EPS, STEP = 1e-2, 0.9, 0.999, 1e-8, 10
 
 
 @dataclass(frozen=True)
 class OpCase:
-    """One operation at one size. ``inputs(generator)`` makes its arguments; ``truth`` is float64."""
+    """One operation at one size. ``inputs(generator)`` makes its arguments; ``truth`` is float64; ``moved_bytes``: each
+    input read once, each output written once, of what is scattered whole sectors."""
 
     inputs: Callable[[torch.Generator], tuple]
     forms: dict[str, Callable[..., Any]]
     truth: Callable[..., Any]
-    moved_bytes: (
-        int  # each input read once, each output written once; of what is scattered, whole sectors
-    )
+    moved_bytes: int
     flops: int = 0
 
 
@@ -133,8 +133,7 @@ def subnet_adamw(shape, p, tokens, dtype, matrices: int = 1) -> OpCase:
         return run
 
     def truth(*matrices: tuple) -> list[Tensor]:
-        exact = (map(_double, matrix) for matrix in matrices)
-        return by(subnets_adamw_plain_)(*map(tuple, exact))
+        return by(subnets_adamw_plain_)(*tree_map(_double, matrices))
 
     forms = {"ours": by(update_subnets_), "ours, a launch each": by(_adamw_one_by_one)}
     forms |= {"eager": by(subnets_adamw_plain_)}
@@ -208,30 +207,23 @@ USE_TOKENS = ("subnet_grad", "gather_features")
 USE_P = (*USE_TOKENS, "subnet_adamw_", "subnet_adamw_ x 32")
 
 
-def _flat(outputs: Any) -> list[Tensor]:
-    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
-
-
 def _copy(arguments: tuple) -> tuple:
-    return tuple(_copy(a) if isinstance(a, tuple) else a.clone() for a in arguments)
-
-
-def _bytes(arguments: tuple) -> int:
-    return sum(_bytes(a) if isinstance(a, tuple) else a.nbytes for a in arguments)
+    return tree_map(torch.clone, arguments)
 
 
 def input_sets(case: OpCase, device: torch.device) -> list[tuple]:
     """So many that none is found in the cache when its turn comes again."""
     generator = torch.Generator(device).manual_seed(0)
     sets = [case.inputs(generator)]
-    return sets + [case.inputs(generator) for _ in range(rotation(_bytes(sets[0]), device) - 1)]
+    size = sum(tensor.nbytes for tensor in tree_leaves(sets))
+    return sets + [case.inputs(generator) for _ in range(rotation(size, device) - 1)]
 
 
 def gate(case: OpCase, name: str, form: Callable, arguments: tuple) -> dict[str, float]:
-    truth = _flat(case.truth(*_copy(arguments)))
-    values = _flat(form(*_copy(arguments)))
+    truth = tree_leaves(case.truth(*_copy(arguments)))
+    values = tree_leaves(form(*_copy(arguments)))
     if name.startswith("ours"):
-        eager = _flat(case.forms["eager"](*_copy(arguments)))
+        eager = tree_leaves(case.forms["eager"](*_copy(arguments)))
         found = [gate_rule(name, v, e, t) for v, e, t in zip(values, eager, truth, strict=True)]
     else:
         found = [gate_relative(name, v, t, 0.02) for v, t in zip(values, truth, strict=True)]

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..harness.pictures import draw
-from ..methods import METHODS
 from .slopes import PERIODS, UNITS, fit_line, localization_share, scaled, series
-from .tables import is_default
+from .tables import is_default, select
 
 
 def draw_plots(groups: list[dict[str, Any]], folder: Path) -> list[Path]:
@@ -31,12 +30,10 @@ def picture_paths(groups: list[dict[str, Any]], folder: Path) -> list[Path]:
 
 
 def _model_rows(rows: list[dict], checkpointing: bool) -> list[dict]:
-    wanted = {"suite": "model", "checkpointing": checkpointing}
-    chosen = [row for row in rows if all(row["id"].get(k) == v for k, v in wanted.items())]
-    same = [[row["id"][key] for key in ("model", "batch")] for row in chosen]
-    chosen = [row for row, size in zip(chosen, same, strict=True) if size == same[0]]
-    order = list(METHODS)
-    return sorted(filter(is_default, chosen), key=lambda row: order.index(row["id"]["name"]))
+    """Of the first model and batch that there are."""
+    chosen = list(filter(is_default, select(rows, "model", checkpointing=checkpointing)))
+    sizes = [(row["id"]["model"], row["id"]["batch"]) for row in chosen]
+    return [row for row, size in zip(chosen, sizes, strict=True) if size == sizes[0]]
 
 
 def _bars(figure, rows: list[dict], fill: Callable) -> bool:
@@ -69,7 +66,7 @@ def _memory(axes, names: list[str], chosen: list[dict]) -> None:
 
 
 def _scaling(figure, rows: list[dict]) -> bool:
-    chosen = [row for row in rows if row["id"]["suite"] == "scaling"]
+    chosen = select(rows, "scaling")
     sweeps = [name for name in ("p", "tokens", "layers") if len(series(chosen, name)[0]) > 1]
     located = [row for row in chosen if row["id"]["name"] == "relocalization"]
     places = len(sweeps) + bool(located)

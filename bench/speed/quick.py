@@ -4,20 +4,19 @@ Every row's steps are timed in turn with those of its own floor, behind the gate
 
 import functools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..harness.jobs import Clock, Job, describe, free_memory, run_all
-from ..harness.markdown import table
 from ..harness.provenance import origin, provenance
 from ..harness.store import append
-from ..methods import METHODS
 from .layer import place, run_layer
 from .models import name_of, shape_of
 from .ops import run_op
-from .tables import mean_over_floor, over_floor
+from .tables import layer_title, mean_over_floor, over_floor
 
 # those of the verdict first
 METHODS_SHOWN = ("losia-pro-off", "lora", "losia-pro", "frozen", "full")
@@ -67,22 +66,21 @@ def report(rows: list[dict[str, Any]], layers: int) -> str:
     body, kernels = [], []
     for row in rows:
         name = row["id"]["name"]
-        title = METHODS[name].title if name in METHODS else name
-        title += ", in its slot" if name == "losia-pro" else ""
         if row["status"] != "ok":
-            body.append([title, row["status"], *[""] * 4])
+            body.append([layer_title(name), row["status"], *[""] * 4])
         elif row["id"]["suite"] == "layer":
             ratio, total = row["over_floor"], row["total"]
             over = f"{ratio['median']:.3f}", f"{ratio['low']:.3f}-{ratio['high']:.3f}"
-            body.append([title, *over, *_with_spread(total), f"{row['floor_ms']:.4g}"])
+            cells = *over, *_with_spread(total), f"{row['floor_ms']:.4g}"
+            body.append([layer_title(name), *cells])
         else:
             for form, entry in row["forms"].items():
                 if entry["status"] == "ok":
                     share = f"{entry['share_of_roof']:.2f}"
                     kernels.append([name, form, *_with_spread(entry), share])
-    parts = [aligned(table(HEAD, body)), verdict(rows, layers)]
     head = ("kernel", "form", "ms", "20-80 %", "share of the roof")
-    return "\n\n".join(filter(None, [aligned(table(head, kernels)), *parts]))
+    parts = [aligned(head, kernels), aligned(HEAD, body), verdict(rows, layers)]
+    return "\n\n".join(filter(None, parts))
 
 
 def _with_spread(timing: dict[str, Any]) -> tuple[str, str]:
@@ -111,13 +109,12 @@ def spread_of(row: dict[str, Any]) -> float:
     return (ratio["high"] - ratio["low"]) / 2 / ratio["median"]
 
 
-def aligned(markdown: str) -> str:
-    """A Markdown table with columns as wide as their cells, for a terminal."""
-    lines = [line.split("|")[1:-1] for line in markdown.splitlines()]
-    rows = [[cell.strip() for cell in line] for line in lines[:1] + lines[2:]]
+def aligned(head: Sequence[str], body: list[list[str]]) -> str:
+    """A table for a terminal, its columns as wide as their cells, the first to the left; empty without a body."""
+    rows = [list(head), *body] if body else []
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *others in rows:
         cells = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
-        lines.append("  ".join([first.ljust(widths[0]), *cells]) if widths else "")
+        lines.append("  ".join([first.ljust(widths[0]), *cells]))
     return "\n".join(lines)

@@ -36,36 +36,36 @@ def _convert(module: nn.Module, *arguments: Any, **keywords: Any) -> nn.Module:
     return module
 
 
-@contextlib.contextmanager
-def without_kernels() -> Iterator[None]:
-    """What launches kernels of Triton's makes its tensors and launches nothing; values that it asks for are 1."""
+def launch_nothing(kernel: Any, grid: Any) -> Callable[..., None]:
+    return lambda *arguments, **keywords: None
+
+
+def launching_nothing() -> contextlib.AbstractContextManager:
+    """What launches kernels of Triton's makes its tensors, and leaves them as they are."""
     try:
         from triton.runtime.jit import KernelInterface
     except ImportError:
-        yield
-        return
-
-    def launch_nothing(kernel: Any, grid: Any) -> Callable[..., None]:
-        return lambda *arguments, **keywords: None
-
-    with (
-        mock.patch.object(KernelInterface, "__getitem__", launch_nothing),
-        mock.patch.object(torch.Tensor, "item", lambda tensor: 1),
-        mock.patch.object(torch, "equal", lambda one, other: True),
-    ):
-        yield
+        return contextlib.nullcontext()
+    return mock.patch.object(KernelInterface, "__getitem__", launch_nothing)
 
 
 @contextlib.contextmanager
 def simulated() -> Iterator[LiveBytes]:
-    """Tensors without storage, counted as if they had one."""
-    converts = mock.patch.object(nn.Module, "to", _convert)
-    with converts, without_kernels(), FakeTensorMode(), LiveBytes() as live:
+    """Tensors without storage, counted as if they had one; values that are asked for are 1."""
+    with (
+        mock.patch.object(nn.Module, "to", _convert),
+        mock.patch.object(torch.Tensor, "item", lambda tensor: 1),
+        mock.patch.object(torch, "equal", lambda one, other: True),
+        launching_nothing(),
+        FakeTensorMode(),
+        LiveBytes() as live,
+    ):
         yield live
 
 
-def simulate(run: Run, steps: int = 2, **changes: Any) -> dict[str, int]:
-    """Peak bytes of the last of ``steps`` steps of ``run`` in bfloat16; ``changes`` to the model's config."""
+def simulate(run: Run, **changes: Any) -> dict[str, int]:
+    """Peak bytes of a step of ``run`` in bfloat16, the optimizer's state being there; ``changes`` to the model's
+    config."""
     with simulated() as live:
         model = build_model(run.model, torch.device("cpu"), torch.bfloat16, **changes)
         # Under a GPU's SDPA there is no mask; transformers makes one when it sees tensors that it
@@ -74,7 +74,7 @@ def simulate(run: Run, steps: int = 2, **changes: Any) -> dict[str, int]:
         with mock.patch.object(modeling, "create_causal_mask", lambda *a, **k: None):
             prepared = prepare(run, model)
             phases = step_phases(prepared, torch.zeros(run.batch, run.context, dtype=torch.long))
-            for _ in range(steps):
+            for _ in range(2):
                 live.restart_peak()
                 run_step(phases)
     return {"live_bytes": live.peak, "trained": prepared.trained}

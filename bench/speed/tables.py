@@ -13,15 +13,10 @@ from .slopes import describe_slopes
 
 Row = dict[str, Any]
 Rows = list[Row]
-HAVE_SLOTS = (
-    "losia-pro",
-    "losia-dense",
-    "losia-liger",
-)  # at layer level each has a row outside its slot too
 WHY_NOT = {"missing": "not run", "red": "wrong result", "failed": "failed"}
 
 
-def _select(rows: Rows, suite: str, name: str | None = None, **fields: Any) -> Rows:
+def select(rows: Rows, suite: str, name: str | None = None, **fields: Any) -> Rows:
     """Rows of a suite whose id has these fields, in the methods' order."""
     wanted = {"suite": suite, **({"name": name} if name else {}), **fields}
     order = {name: place for place, name in enumerate(METHODS)}
@@ -36,6 +31,11 @@ def _values(rows: Rows, suite: str, field: str) -> list[Any]:
 
 def _title(name: str) -> str:
     return METHODS[name].title if name in METHODS else name
+
+
+def layer_title(name: str) -> str:
+    """Of a lone layer: what has a row outside its slot is in it here."""
+    return _title(name) + (", in its slot" if f"{name}-off" in METHODS else "")
 
 
 def _gb(value: int | None) -> str:
@@ -82,7 +82,7 @@ def layer(rows: Rows) -> str:
     parts = []
     for model in _values(rows, "layer", "model"):
         for stack, what in (("linears", "a decoder layer's linears"), ("block", "a decoder layer")):
-            if chosen := _select(rows, "layer", model=model, stack=stack):
+            if chosen := select(rows, "layer", model=model, stack=stack):
                 text = layer_table(chosen, model, _svd_ms(rows, model))
                 parts.append(f"{what} of {model}, {_size_of(chosen[0])}\n\n{text}")
     return "\n\n".join(parts)
@@ -104,8 +104,7 @@ def layer_table(chosen: Rows, model: str, svd_ms: float | None) -> str:
             layers = CONFIGS[model]["num_hidden_layers"]
             mean = f"{mean_over_floor(row, off, layers):.3f}"
             body.append([f"{_title(name)}, mean of {layers} layers", mean] + [""] * 8)
-        title = _title(name) + (", in its slot" if name in HAVE_SLOTS else "")
-        body.append([title, *_layer_cells(row)])
+        body.append([layer_title(name), *_layer_cells(row)])
         if off is not None:
             body.append([_title(f"{name}-off"), *_layer_cells(off)])
         if name == "galore" and svd_ms is not None and row["status"] == "ok":
@@ -127,7 +126,7 @@ def _layer_cells(row: Row) -> list[str]:
 
 def _svd_ms(rows: Rows, model: str) -> float | None:
     """Of a layer's SVDs, if they were measured."""
-    found = _select(rows, "layer", "galore-svd", model=model)
+    found = select(rows, "layer", "galore-svd", model=model)
     return found[0]["total"]["ms"] if found and found[0]["status"] == "ok" else None
 
 
@@ -136,7 +135,7 @@ def model(rows: Rows) -> str:
     parts, batch = [], 4 if 4 in _values(rows, "model", "batch") else 1
     for name in _values(rows, "model", "model"):
         for checkpointing in (True, False):
-            sized = _select(rows, "model", model=name, checkpointing=checkpointing, batch=batch)
+            sized = select(rows, "model", model=name, checkpointing=checkpointing, batch=batch)
             if chosen := list(filter(is_default, sized)):
                 how = "with" if checkpointing else "without"
                 text = _model_table(chosen, name, checkpointing, _svd_ms(rows, name))
@@ -190,7 +189,7 @@ def table14(rows: Rows) -> str:
 
     body: list[list[str]] = []
     for suite, key in (("model", "peak_bytes"), ("memory", "live_bytes")):
-        chosen = _select(rows, suite, model="llama-2-7b", checkpointing=True, batch=4)
+        chosen = select(rows, suite, model="llama-2-7b", checkpointing=True, batch=4)
         for row in sorted([] if body else chosen, key=by_size):
             found, title = row["id"], _title(row["id"]["name"])
             if found["name"] in ("losia-pro", "losia-pro-lean") and found["output_dim_factor"] > 0:
@@ -211,7 +210,7 @@ def table14(rows: Rows) -> str:
 def memory(rows: Rows) -> str:
     """The memory model against what was measured: the allocator on a GPU, live tensors of a simulated run elsewhere."""
     body = []
-    for row in [*_select(rows, "model"), *_select(rows, "memory")]:
+    for row in [*select(rows, "model"), *select(rows, "memory")]:
         if row["status"] == "ok" and (predicted := row.get("predicted_bytes")):
             found, measured = row["id"], row.get("live_bytes") or row["peak_bytes"]
             title = (
@@ -226,7 +225,7 @@ def memory(rows: Rows) -> str:
 
 def ops(rows: Rows) -> str:
     """On a CPU without a roof, which forms that stay in the cache exceed, and without a verdict: ours is eager."""
-    chosen, body = [*_select(rows, "ops"), *_select(rows, "variants")], []
+    chosen, body = [*select(rows, "ops"), *select(rows, "variants")], []
     gpu = any(row.get("kind") != "CPU" for row in chosen)
     head = ["op", "size", "form", "ms", "GB/s", "TFLOP/s"]
     head += ["share of the roof", "ours is faster by"] if gpu else []
@@ -255,7 +254,7 @@ def ops(rows: Rows) -> str:
 
 def output_layer(rows: Rows) -> str:
     body = []
-    for row in _select(rows, "output_layer"):
+    for row in select(rows, "output_layer"):
         found, cells = row["id"], _no_figures(row, 2)
         size = f"{found['vocabulary']} x {found['hidden']}, {found['tokens']} tokens"
         cells = cells or [number(row["total"]["ms"]), _gb(row["extra_bytes"])]
@@ -264,7 +263,7 @@ def output_layer(rows: Rows) -> str:
 
 
 def scaling(rows: Rows) -> str:
-    return describe_slopes([row for row in _select(rows, "scaling") if row["status"] == "ok"])
+    return describe_slopes([row for row in select(rows, "scaling") if row["status"] == "ok"])
 
 
 def trouble(rows: Rows) -> str:

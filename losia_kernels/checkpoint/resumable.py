@@ -17,6 +17,7 @@ from ..layers.convert import export_state_dict
 from ..layers.module import losia_layers
 from ..parallel.placement import empty_placed_as, whole
 from ..parallel.ranks import Ranks
+from ..training.checks import parameters_of
 from ..training.importance import OBSERVERS
 from ..training.timeline import Timeline
 from .checksums import FILES, all_files, checksums, find_damage, read_sealed, write_sealed
@@ -122,7 +123,7 @@ def load_checkpoint(
         raise ValueError(
             f"{folder} is of another model or of other parameter groups; one side lacks {others[:4]}"
         )
-    parameters = dict(zip(names, _parameters(optimizer), strict=True))
+    parameters = dict(zip(names, parameters_of(optimizer), strict=True))
     for key, entry in saved.items():
         if key.startswith("optimizer."):
             name, _, kind = key.removeprefix("optimizer.").rpartition(":")
@@ -207,11 +208,7 @@ def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
 def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
     """Names of the optimizer's parameters, in its order."""
     named = {id(parameter): _plain(name) for name, parameter in model.named_parameters()}
-    return [named[id(parameter)] for parameter in _parameters(optimizer)]
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return [named[id(parameter)] for parameter in parameters_of(optimizer)]
 
 
 def _plain(name: str) -> str:

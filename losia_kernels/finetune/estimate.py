@@ -8,6 +8,7 @@ CUDA context's share. T is the number of tokens in a micro-batch, batch * contex
 
 from dataclasses import dataclass
 
+from ..config import MASTERS
 from ..kernels.codes import CODE_BLOCK
 from ..layers.cross_entropy import CHUNK_BYTES
 from ..layers.shapes import WIDE, WRITERS, wide_factors
@@ -19,7 +20,6 @@ SIZES = "hidden_size intermediate_size num_hidden_layers num_attention_heads voc
 MODEL_TYPES = ("llama", "mistral", "qwen2", "gemma")
 GIB = 2**30
 FLOAT32 = 4
-MASTERS = ("float32", "split", "none")
 
 
 @dataclass(frozen=True)

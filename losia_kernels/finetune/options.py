@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from ..config import IMPORTANCES, LoSiAConfig
+from ..config import IMPORTANCES, MASTERS, LoSiAConfig
 from ..training.adam_state import MOMENTS
 from .declare import InputError, option, option_value, parse_config, parse_fraction, parse_period
 
@@ -182,7 +182,7 @@ class FinetuneOptions:
         "how the trained values are kept: in float32, in bfloat16 with the missing bits beside them, in bfloat16 alone "
         "with stochastic rounding",
         "float32",
-        choices=("float32", "split", "none"),
+        choices=MASTERS,
     )
     in_backward: bool = option(
         "memory of the optimizer", "update inside the backward, keep no gradients", False

@@ -20,8 +20,8 @@ NO_DEEPSPEED = (
 )
 
 
-class Indices(Protocol):
-    """A subnet's place."""
+class Neurons(Protocol):
+    """Which outputs and inputs a subnet has."""
 
     @property
     def out_idx(self) -> Tensor: ...
@@ -51,7 +51,7 @@ class Layer(Protocol):
     def move_subnet_(self, subnet: Any) -> None: ...
 
 
-Moves = Sequence[tuple[Layer, Indices]]
+Moves = Sequence[tuple[Layer, Neurons]]
 
 
 class Whole:

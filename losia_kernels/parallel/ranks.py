@@ -107,8 +107,12 @@ class Ranks:
             return
         mine = fingerprints or {}
         everyone = self._all_gather_objects((values, mine))
-        if any(theirs[1].keys() != mine.keys() for theirs in everyone):
-            raise RanksDifferError("the ranks hold models of different layers")
+        names = [set(theirs[1]) for theirs in everyone]
+        for name in sorted(set.union(*names) - set.intersection(*names)):
+            lacking = ", ".join(str(rank) for rank, held in enumerate(names) if name not in held)
+            raise RanksDifferError(
+                f"the ranks hold models of different layers: {name} is not on rank {lacking}"
+            )
         problems = []
         for name in values:
             held = [theirs[0].get(name) for theirs in everyone]

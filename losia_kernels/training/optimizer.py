@@ -82,14 +82,16 @@ class LoSiAAdamW(torch.optim.Optimizer):
                 f"LoSiAAdamW: lr must be a number, got {type(lr).__name__}; a LoSiAConfig is given "
                 f"as config="
             )
-        for name, value, good in (
-            ("lr", lr, 0 <= lr < math.inf),
-            ("betas", betas, len(betas) == 2 and all(0 <= beta < 1 for beta in betas)),
-            ("eps", eps, 0 <= eps < math.inf),
-            ("weight_decay", weight_decay, 0 <= weight_decay < math.inf),
+        two = isinstance(betas, (tuple, list)) and len(betas) == 2
+        finite = "finite and at least 0"
+        for name, value, good, expected in (
+            ("lr", lr, 0 <= lr < math.inf, finite),
+            ("betas", betas, two and all(0 <= b < 1 for b in betas), "two numbers in [0, 1)"),
+            ("eps", eps, 0 <= eps < math.inf, finite),
+            ("weight_decay", weight_decay, 0 <= weight_decay < math.inf, finite),
         ):
             if not good:
-                raise ValueError(f"LoSiAAdamW: {name} is out of range: {value!r}")
+                raise ValueError(f"LoSiAAdamW: {name} must be {expected}, got {value!r}")
         members = find_members(model, config)
         split = all(member.config.master == "split" for member in members.values())
         self._form = AdamState(moments, split)

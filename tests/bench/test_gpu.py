@@ -115,8 +115,9 @@ def test_of_every_kernel_one_test_is_sanitized():
 
 
 def test_nothing_stops_what_comes_after(tools, tmp_path, monkeypatch, capsys):
-    """A red step, one that hangs with its children, one whose tool is missing."""
-    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    """A red step, one that hangs with a child that does not end when it is asked to, one whose tool is missing."""
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    sleep = [sys.executable, "-c", deaf]
     child = f"import subprocess; subprocess.run({sleep!r})"
     steps = [
         Step("red", (sys.executable, "-c", "print('why'); raise SystemExit(1)"), 20),

@@ -76,8 +76,20 @@ def test_gates_refuse_what_is_not_a_number():
     broken = torch.tensor([1.0, float("nan"), 1.0])
     with pytest.raises(RedGate, match="x: error inf"):
         gate_rule("x", broken, torch.ones(3), truth)
+    with pytest.raises(RedGate, match="x: error inf, allowed inf"):
+        gate_rule("x", broken, broken, truth)
     with pytest.raises(RedGate, match="x: relative error"):
         gate_relative("x", broken, truth, 0.1)
+
+
+@pytest.mark.parametrize("gate", [gate_rule, gate_relative])
+def test_gates_refuse_another_shape(gate):
+    """Which a subtraction would spread over the truth's."""
+    truth = torch.ones(3, dtype=torch.float64)
+    eager = (torch.ones(3),) if gate is gate_rule else ()
+    allowed = () if gate is gate_rule else (0.1,)
+    with pytest.raises(RedGate, match=r"x: a result of \(1,\), expected \(3,\)"):
+        gate("x", torch.ones(1), *eager, truth, *allowed)
 
 
 def test_out_of_memory_is_a_row_and_the_run_goes_on():

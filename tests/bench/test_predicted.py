@@ -6,18 +6,9 @@ import json
 import pytest
 
 from bench.speed import predicted
-from bench.speed.predicted import (
-    DEFAULT,
-    GPUS,
-    LAYERS,
-    PAPER,
-    Layer,
-    Piece,
-    added,
-    gather,
-    layer_us,
-    over_floor,
-)
+from bench.speed.models import DEFAULT, PAPER, Layer
+from bench.speed.predicted import GPUS, LAYERS, Piece, added, gather, layer_us, over_floor
+from bench.speed.results import RESULTS
 from losia_kernels import LoSiAConfig, LoSiALinear, apply_losia
 from tests.kernels.offline import OLDEST, run_offline
 
@@ -26,7 +17,7 @@ OVERLAPS = dict.fromkeys(PAPER.linears, True)
 
 
 def ratio(gpu: str, layer: Layer, overlaps: dict[str, bool] = OVERLAPS) -> float:
-    return over_floor(layer, added(layer, overlaps, {}), GPUS[gpu])
+    return over_floor(layer, added(layer, overlaps), GPUS[gpu])
 
 
 @pytest.mark.parametrize("layer", [PAPER, DEFAULT], ids=str)
@@ -78,7 +69,7 @@ def test_one_gather_for_three_reads_memory_once():
 
 
 def launches(layer: Layer) -> dict[str, int]:
-    pieces = added(layer, OVERLAPS, {})
+    pieces = added(layer, OVERLAPS)
     found = {name: 0 for name in layer_us(pieces, GPUS["H200"])}
     for piece in pieces:
         found[piece.name] += piece.launches
@@ -114,7 +105,9 @@ def test_the_machine_code_does_not_wait(oldest):
 
 
 def test_the_report_says_what_it_is(monkeypatch):
-    monkeypatch.setattr(predicted, "machine_code", lambda *which: True)
+    monkeypatch.setattr(predicted, "code_overlaps", lambda *which: True)
     text = predicted.report()
     assert text.startswith("PREDICTED") and "not measured" in text
     assert text.count("over the frozen floor") == len(LAYERS)
+    committed = (RESULTS / "predicted.txt").read_text()
+    assert committed == f"{text}\n", "run python -m bench predicted > bench/results/predicted.txt"

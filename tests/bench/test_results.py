@@ -1,12 +1,13 @@
 """Rows that are whole at any moment, and runs that go on where the last one stopped."""
 
+import ast
 import json
 
 import pytest
 import torch
 
 from bench import __main__ as command
-from bench.harness import store
+from bench.harness import provenance, store
 from bench.harness.jobs import Clock, DeviceLost, Job, describe, free_memory, run_all
 from bench.speed.results import Results, load
 
@@ -95,6 +96,21 @@ def test_a_run_goes_on_where_it_stopped_and_failures_come_last(tmp_path):
     run_all(command.not_measured(jobs, results), keep(results), Clock(), lambda line: None)
     assert order == ["new", "failed", "missing"]
     assert {results.status_of(job.key) for job in jobs} == {"ok", "oom"}
+
+
+def test_what_no_row_depends_on_is_imported_by_nothing_that_measures():
+    """Else a change of it would leave rows of other code standing, unseen."""
+    found = []
+    for file in (provenance.ROOT / "bench").rglob("*.py"):
+        name = str(file.relative_to(provenance.ROOT / "bench").with_suffix(""))
+        reports = file.stem in provenance.REPORTING or name.startswith("quality/")
+        if reports or name == "__main__":  # which starts both kinds
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                parts = {*(node.module or "").split("."), *(alias.name for alias in node.names)}
+                found += [(name, each) for each in parts if each in provenance.REPORTING]
+    assert found == [("methods/__init__", "study")], "whose methods are none of METHODS"
 
 
 @pytest.fixture

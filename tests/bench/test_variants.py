@@ -1,11 +1,13 @@
 """Forms of one kernel side by side: all give the same result, and the counts are those of the shapes."""
 
+import dataclasses
 import re
 
 import pytest
 import torch
 
-from bench.speed import counts, variants
+from bench.speed import compiled, counts, sectors, variants
+from bench.speed.models import DEFAULT
 from bench.speed.ops import gate
 from losia_kernels.kernels.launch import choose_config
 
@@ -13,13 +15,20 @@ SHAPE, TOKENS = (64, 48), 40
 
 
 @pytest.mark.parametrize("alignment", [1, 4])
-@pytest.mark.parametrize("factors, whole", [((1 / 4, 1 / 4), False), ((1 / 8, 1 / 2), True)])
-def test_every_form_passes_the_gate(alignment, factors, whole):
-    case = variants.subnet_grad(SHAPE, factors, TOKENS, torch.float32, alignment, whole)
+@pytest.mark.parametrize("sizes, whole", [((16, 12), False), ((8, 24), True)])
+def test_every_form_passes_the_gate(alignment, sizes, whole):
+    case = variants.subnet_grad(SHAPE, sizes, TOKENS, torch.float32, alignment, whole)
     inputs = case.inputs(torch.Generator().manual_seed(0))
     assert {"ours", "eager"} < case.forms.keys() and len(case.forms) >= 6
     for form in case.forms:
         gate(case, form, case.forms[form], inputs)
+
+
+@pytest.mark.parametrize("linear", DEFAULT.linears)
+def test_what_is_timed_is_the_layer_s_own_subnet(linear):
+    case = variants.case_of(dataclasses.replace(DEFAULT, tokens=2), linear, torch.float32)
+    inputs = case.inputs(torch.Generator().manual_seed(0))
+    assert tuple(case.truth(*inputs).shape) == DEFAULT.subnets[linear]
 
 
 def test_without_a_gpu_there_is_nothing_to_time():
@@ -56,11 +65,11 @@ def test_the_last_program_alone_is_slower_than_a_launch():
 
 def test_scattered_values_cost_their_sectors():
     """A sector that is not filled is read, and written whole."""
-    single, together = (counts.scattered(10, 4096, 512, alignment) for alignment in (1, 16))
+    single, together = (sectors.scattered(10, 4096, 512, alignment) for alignment in (1, 16))
     assert together == 2 * 10 * 512
-    assert single == pytest.approx(2 * 32 * 10 * 256 * counts.touched(1 / 8, 1))
-    assert counts.scattered(10, 4096, 4096) == 2 * 10 * 4096
-    assert counts.scattered(10, 4096, 4096, itemsize=4) == 4 * 10 * 4096
+    assert single == pytest.approx(2 * 32 * 10 * 256 * sectors.touched(1 / 8, 1))
+    assert sectors.scattered(10, 4096, 4096) == 2 * 10 * 4096
+    assert sectors.scattered(10, 4096, 4096, itemsize=4) == 4 * 10 * 4096
 
 
 @pytest.mark.parametrize("alignment", [1, 4, 16, 32])
@@ -70,13 +79,13 @@ def test_touched_sectors_of_random_runs(alignment):
     runs = torch.randperm(size // alignment, generator=torch.Generator().manual_seed(0))[
         : int(p * size) // alignment
     ]
-    sectors = (
+    found = (
         (runs[:, None] * alignment + torch.arange(alignment))
         .flatten()
         .div(16, rounding_mode="floor")
         .unique()
     )
-    assert counts.touched(p, alignment) == pytest.approx(len(sectors) / (size / 16), rel=0.02)
+    assert sectors.touched(p, alignment) == pytest.approx(len(found) / (size / 16), rel=0.02)
 
 
 def test_an_epilogue_saves_the_gradients_two_passes():
@@ -91,10 +100,10 @@ def test_what_further_fusions_could_save_is_little():
 
 
 def test_programs_that_fit_a_multiprocessor():
-    assert variants.programs_at_once("sm_90", registers=128, shared=60_000, warps=8) == 2
-    assert variants.programs_at_once("sm_90", registers=32, shared=100_000, warps=8) == 2
-    assert variants.programs_at_once("sm_90", registers=32, shared=0, warps=16) == 4
-    assert variants.programs_at_once("gfx942", registers=32, shared=0, warps=8) is None
+    assert compiled.programs_at_once("sm_90", registers=128, shared=60_000, warps=8) == 2
+    assert compiled.programs_at_once("sm_90", registers=32, shared=100_000, warps=8) == 2
+    assert compiled.programs_at_once("sm_90", registers=32, shared=0, warps=16) == 4
+    assert compiled.programs_at_once("gfx942", registers=32, shared=0, warps=8) is None
 
 
 def test_counts_say_that_they_are_counted():

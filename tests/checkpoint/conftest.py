@@ -5,7 +5,15 @@ import resource
 import pytest
 
 from losia_kernels import cli
+from losia_kernels.checkpoint.delta import make_delta
 from tests.integrations.conftest import model_folder, tokenizer, without_a_gpu  # noqa: F401
+
+
+@pytest.fixture
+def made(pair, tmp_path):
+    """The delta between the models that the file's ``pair`` has."""
+    make_delta(pair.base, pair.trained, tmp_path / "delta")
+    return tmp_path / "delta"
 
 
 @pytest.fixture

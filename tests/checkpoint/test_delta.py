@@ -24,12 +24,6 @@ def pair(tmp_path_factory):
     return make_pair(tmp_path_factory.mktemp("pair"))
 
 
-@pytest.fixture
-def made(pair, tmp_path):
-    delta.make_delta(pair.base, pair.trained, tmp_path / "delta")
-    return tmp_path / "delta"
-
-
 def read_blocks(folder, side="trained"):
     """Name -> [(out_idx, in_idx, values [out, in]), ...]: a second reader, written from the
     format's description."""

@@ -20,12 +20,6 @@ def pair(tmp_path_factory):
     return make_pair(tmp_path_factory.mktemp("pair"))
 
 
-@pytest.fixture
-def made(pair, tmp_path):
-    delta.make_delta(pair.base, pair.trained, tmp_path / "delta")
-    return tmp_path / "delta"
-
-
 def test_folders_that_are_no_models(pair, tmp_path, capsys):
     index = "model.safetensors.index.json"
     torn = {

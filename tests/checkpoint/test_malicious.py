@@ -40,12 +40,6 @@ def pair(tmp_path_factory):
     return make_pair(tmp_path_factory.mktemp("pair"), steps=2, output_dim_factor=0.0)
 
 
-@pytest.fixture
-def made(pair, tmp_path):
-    delta.make_delta(pair.base, pair.trained, tmp_path / "delta")
-    return tmp_path / "delta"
-
-
 def rewrite(folder: Path, change) -> None:
     """Change a delta's record as someone would who knows the format: checksums fit."""
     record = read_sealed(folder / "delta.json", {})

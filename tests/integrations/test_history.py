@@ -6,18 +6,12 @@ import struct
 import pytest
 
 from losia_kernels.integrations.history import SubnetHistory, rewind_log
-from losia_kernels.layers.module import losia_layers
+from tests import tiny
 from tests.integrations.test_trainer_features import Watch, logged, make_trainer
 from tests.tiny import paper
 
 STEPS = 9
 CONFIG = paper(rank_factor=1 / 4, output_dim_factor=1 / 8, period=2, warmup_steps=1)
-
-
-def places_now(model):
-    return {
-        name: (layer.out_idx.tolist(), layer.in_idx.tolist()) for name, layer in losia_layers(model)
-    }
 
 
 def read_events(folder):
@@ -76,7 +70,7 @@ def test_tensorboard_gets_rates_moves_and_who_observes(tmp_path, monkeypatch):
 
 def test_the_history_is_where_the_subnets_were(tmp_path):
     path = tmp_path / "run" / "subnets.jsonl"
-    watch = Watch(lambda optimizer, model: places_now(model))
+    watch = Watch(lambda optimizer, model: tiny.places(model))
     trainer = make_trainer(tmp_path, config=CONFIG, callbacks=[watch])
     trainer.callback_handler.callbacks[-1].history = path
     trainer.train()

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from losia_kernels import LoSiAAdamW, apply_losia
 from losia_kernels.integrations.transformers import LoSiACallback, LoSiAOptimizerFactory
 from losia_kernels.layers import linear
-from losia_kernels.layers.module import losia_layers
 from losia_kernels.ops import gather
 from tests.conftest import INTERPRETED
 from tests.integrations.tiny_llama import make_model, make_tokenizer
 from tests.integrations.tiny_models import FAMILIES
 from tests.liger import in_this_process_no_more, interpreted
-from tests.tiny import paper
+from tests.tiny import paper, places
 
 liger = pytest.importorskip("liger_kernel.transformers")
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="kernels are compiled in this process")
@@ -109,10 +108,6 @@ def test_subnets_move_as_in_the_plain_model(together, checkpointing):
         train(model, 3)
     assert places(model) == places(plain) != before
     torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=1e-3, atol=1e-4)
-
-
-def places(model: nn.Module) -> list[tuple[list[int], list[int]]]:
-    return [(layer.out_idx.tolist(), layer.in_idx.tolist()) for _, layer in losia_layers(model)]
 
 
 # the output layer ---------------------------------------------------------------------------------

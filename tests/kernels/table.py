@@ -133,7 +133,7 @@ CASES = (
 
 def ratio(judged: tuple[float, float]) -> float:
     error, allowed = judged
-    return error / allowed if error == error else torch.inf
+    return error / allowed if error < torch.inf and allowed < torch.inf else torch.inf
 
 
 def judge_all() -> int:

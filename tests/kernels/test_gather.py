@@ -4,16 +4,9 @@ import torch
 from csrc_ref.gather import gather_features_ref
 from losia_kernels.kernels.gather import launch_gather_features
 from losia_kernels.kernels.launch import override_config
+from tests.kernels.updates import choose
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def random_index(n: int, k: int, device: str) -> torch.Tensor:
-    return (
-        torch.randperm(n, generator=torch.Generator().manual_seed(n * k))[:k]
-        .sort()
-        .values.to(device)
-    )
 
 
 def check(x: torch.Tensor, idx: torch.Tensor, alignment: int = 1) -> None:
@@ -44,12 +37,12 @@ def check(x: torch.Tensor, idx: torch.Tensor, alignment: int = 1) -> None:
 )
 def test_matches_oracle(device, dtype, shape, k):
     x = torch.randn(shape, device=device).to(dtype)
-    check(x, random_index(shape[-1], k, device))
+    check(x, choose(shape[-1], k, device))
 
 
 def test_any_strides(device):
     n, k = 23, 9
-    idx = random_index(n, k, device)
+    idx = choose(n, k, device)
     base = torch.randn(2 * n, 40, device=device)
     check(base[:n].T, idx)  # transposed
     check(base[::2, :].T, idx)  # transposed, every second feature
@@ -59,7 +52,7 @@ def test_any_strides(device):
     # leading dimensions without a common stride
     check(torch.randn(3, 4, n, device=device).transpose(0, 1), idx)
     # start that is not aligned
-    check(torch.randn(6, 7, device=device)[:, 1:], random_index(6, 3, device))
+    check(torch.randn(6, 7, device=device)[:, 1:], choose(6, 3, device))
 
 
 def test_index_may_be_strided_repeated_and_unsorted(device):
@@ -72,7 +65,7 @@ def test_index_may_be_strided_repeated_and_unsorted(device):
 @pytest.mark.parametrize("alignment", [2, 4, 16])
 def test_runs_of_neighbours(device, dtype, alignment):
     idx = (
-        random_index(96 // alignment, 48 // alignment, device)[:, None] * alignment
+        choose(96 // alignment, 48 // alignment, device)[:, None] * alignment
         + torch.arange(alignment, device=device)
     ).flatten()
     check(torch.randn(2, 9, 96, device=device).to(dtype), idx, alignment)
@@ -83,7 +76,7 @@ def test_runs_of_neighbours(device, dtype, alignment):
 
 
 def test_empty(device):
-    idx = random_index(8, 3, device)
+    idx = choose(8, 3, device)
     assert launch_gather_features(torch.randn(0, 8, device=device), idx).shape == (0, 3)
     assert launch_gather_features(torch.randn(2, 0, 8, device=device), idx).shape == (2, 0, 3)
     assert launch_gather_features(torch.randn(4, 8, device=device), idx[:0]).shape == (4, 0)
@@ -91,7 +84,7 @@ def test_empty(device):
 
 def test_tiles_need_not_divide_the_shape(device):
     with override_config("gather_features", block_t=2, block_in=16):
-        check(torch.randn(7, 41, device=device), random_index(41, 33, device))
+        check(torch.randn(7, 41, device=device), choose(41, 33, device))
 
 
 def test_offsets_past_two_to_the_31(device, sparse_zeros):

@@ -3,6 +3,7 @@ import torch
 
 from csrc_ref.scores import score_marginals_ref
 from losia_kernels.ops.scores import score_marginals_plain
+from tests.kernels.updates import choose
 from tests.tolerance import assert_within
 
 SHAPES = [(1, 1), (1, 7), (13, 1), (37, 53), (5, 300), (67, 131)]
@@ -18,10 +19,6 @@ def launch(*args):
 def make_state(shape, dtype, device):
     torch.manual_seed(0)
     return [torch.rand(shape, device=device).to(dtype) for _ in range(2)]
-
-
-def choose(size, k, device):
-    return torch.randperm(size)[:k].sort().values.to(device)
 
 
 def check(*args):

@@ -5,6 +5,7 @@ from csrc_ref.subnet_grad import subnet_grad_ref
 from losia_kernels.kernels.launch import launch_config, override_config
 from losia_kernels.kernels.subnet_grad import VARIANTS, launch_partials, launch_subnet_grad
 from losia_kernels.ops.subnet_grad import subnet_grad_plain
+from tests.kernels.updates import choose
 from tests.tolerance import assert_within
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -17,17 +18,9 @@ def variant(request):
         yield request.param
 
 
-def random_index(n: int, k: int, device: str) -> torch.Tensor:
-    return (
-        torch.randperm(n, generator=torch.Generator().manual_seed(n * k))[:k]
-        .sort()
-        .values.to(device)
-    )
-
-
 def aligned_index(n: int, k: int, alignment: int, device: str) -> torch.Tensor:
     """Runs of ``alignment`` neighbours, each from a multiple of it."""
-    starts = random_index(n // alignment, k // alignment, device) * alignment
+    starts = choose(n // alignment, k // alignment, device) * alignment
     return (starts[:, None] + torch.arange(alignment, device=device)).flatten()
 
 
@@ -65,7 +58,7 @@ def check(
 def test_matches_oracle(device, dtype, tokens, n_out, k_out, n_in, k_in):
     dy = torch.randn(tokens, n_out, device=device).to(dtype)
     x = torch.randn(tokens, n_in, device=device).to(dtype)
-    out_idx, in_idx = random_index(n_out, k_out, device), random_index(n_in, k_in, device)
+    out_idx, in_idx = choose(n_out, k_out, device), choose(n_in, k_in, device)
     check(dy, x, out_idx, in_idx)
     check(dy, x[:, in_idx], out_idx, None)
     check(dy, x, None, in_idx)
@@ -76,7 +69,7 @@ def test_the_longer_side_may_be_either(device):
     """Where both sides are gathered the kernel works on the transpose if that has fewer inputs."""
     dy, x = torch.randn(37, 90, device=device), torch.randn(37, 64, device=device)
     for k_out, k_in in ((5, 19), (19, 5), (1, 64)):
-        idx = random_index(90, k_out, device), random_index(64, k_in, device)
+        idx = choose(90, k_out, device), choose(64, k_in, device)
         check(dy, x, *idx)
         assert launch_subnet_grad(dy, x, *idx).is_contiguous()
 
@@ -111,7 +104,7 @@ def test_the_index_of_a_run_is_that_of_its_start(device):
 
 def test_any_strides(device):
     tokens, n_out, n_in = 12, 17, 23
-    out_idx, in_idx = random_index(n_out, 5, device), random_index(n_in, 7, device)
+    out_idx, in_idx = choose(n_out, 5, device), choose(n_in, 7, device)
     dy, x = torch.randn(tokens, n_out, device=device), torch.randn(tokens, n_in, device=device)
     check(torch.randn(n_out, tokens, device=device).T, x, out_idx, in_idx)  # transposed dy
     # transposed x with gaps
@@ -148,7 +141,7 @@ def test_128k_tokens(device):
     """
     tokens = 2**17 + 5
     dy, x = (torch.randint(-3, 4, (tokens, n), device=device).bfloat16() for n in (64, 17))
-    out_idx = random_index(64, 32, device)
+    out_idx = choose(64, 32, device)
     with override_config("subnet_grad", **{"block_t": 8192} if device == "cpu" else {}):
         result = launch_subnet_grad(dy, x, out_idx, None)
     assert torch.equal(result.double().cpu(), subnet_grad_ref(dy, x, out_idx, None).cpu())
@@ -156,7 +149,7 @@ def test_128k_tokens(device):
 
 def test_no_tokens_give_zeros(device):
     dy, x = torch.randn(2, 0, 9, device=device), torch.randn(2, 0, 11, device=device)
-    grad = launch_subnet_grad(dy, x, random_index(9, 4, device), None)
+    grad = launch_subnet_grad(dy, x, choose(9, 4, device), None)
     assert torch.equal(grad, torch.zeros(4, 11, device=device))
 
 
@@ -176,7 +169,7 @@ def test_what_lies_beyond_the_tokens_is_not_read(device):
 def test_splits_are_sums_over_ranges_of_tokens(device, splits, prefetch):
     """Also when the tokens do not divide evenly, and when a split gets none."""
     dy, x = torch.randn(53, 19, device=device), torch.randn(53, 21, device=device)
-    out_idx, in_idx = random_index(19, 6, device), random_index(21, 8, device)
+    out_idx, in_idx = choose(19, 6, device), choose(21, 8, device)
     with override_config(
         "subnet_grad", splits=splits, prefetch=prefetch, block_t=16, block_out=16, block_in=16
     ):
@@ -199,7 +192,7 @@ def test_same_bits_twice(device, variant):
         torch.randn(200, 33, device=device).bfloat16(),
         torch.randn(200, 35, device=device).bfloat16(),
     )
-    out_idx = random_index(33, 17, device)
+    out_idx = choose(33, 17, device)
     with override_config("subnet_grad", splits=1 if variant == "gathered_library" else 4):
         first, second = (launch_subnet_grad(dy, x, out_idx, None) for _ in range(2))
     assert torch.equal(first, second)
@@ -231,7 +224,7 @@ def test_rows_that_are_filled_up_give_the_bits_of_rows_that_are_not(device, k_ou
     rows = torch.full((67, width), torch.nan, device=device).bfloat16()
     x = rows[:, :k_in]
     x.copy_(torch.randn(67, k_in, device=device))
-    out_idx = random_index(300, k_out, device)
+    out_idx = choose(300, k_out, device)
     filled = launch_subnet_grad(dy, x, out_idx, None)
     assert filled.is_contiguous() and filled.shape == (k_out, k_in)
     check(dy, x, out_idx, None)
@@ -247,7 +240,7 @@ def test_rows_that_are_filled_up_give_the_bits_of_rows_that_are_not(device, k_ou
 @pytest.mark.gpu
 def test_the_same_bits_in_a_hundred_runs(variant):
     dy, x = (torch.randn(8192, n, device="cuda").bfloat16() for n in (1024, 512))
-    out_idx = random_index(1024, 409, "cuda")
+    out_idx = choose(1024, 409, "cuda")
     first = launch_subnet_grad(dy, x, out_idx, None)
     assert all(torch.equal(launch_subnet_grad(dy, x, out_idx, None), first) for _ in range(100))
 
@@ -259,4 +252,4 @@ def test_long_sums_beside_a_library_that_splits_them_further(dtype, k_out, k_in)
     """The allowance is twice the error of that library's product. Of float32 it may split the tokens
     into more ranges than we do, and err less: red here is then that, and no mistake of the kernel."""
     dy, x = (torch.randn(8192, n, device="cuda").to(dtype) for n in (2 * k_out, k_in))
-    check(dy, x, random_index(2 * k_out, k_out, "cuda"), None)
+    check(dy, x, choose(2 * k_out, k_out, "cuda"), None)

@@ -12,7 +12,7 @@ from losia_kernels.kernels.launch import launch_config, override_config
 from losia_kernels.kernels.subnet_grad import VARIANTS, launch_partials, launch_subnet_grad
 from losia_kernels.kernels.sums import SUMS
 from losia_kernels.ops.subnet_grad import subnet_grad_plain
-from tests.kernels.test_subnet_grad import random_index
+from tests.kernels.updates import choose
 from tests.tolerance import assert_within
 
 OURS = [each for each in VARIANTS if each != "gathered_library"]
@@ -28,7 +28,7 @@ def operands(device, out, inner, tokens=120, dtype=torch.float32):
     torch.manual_seed(0)
     (n_out, k_out), (n_in, k_in) = out, inner
     dy, x = (torch.randn(tokens, n, device=device).to(dtype) for n in (n_out, n_in))
-    return dy, x, random_index(n_out, k_out, device), random_index(n_in, k_in, device)
+    return dy, x, choose(n_out, k_out, device), choose(n_in, k_in, device)
 
 
 def in_order(dy, x, out_idx, in_idx) -> torch.Tensor:

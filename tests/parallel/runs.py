@@ -16,9 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from losia_kernels import LoSiAAdamW, apply_losia, attach, calibrate
 from losia_kernels.checkpoint.resumable import full_state_dict, load_checkpoint, save_checkpoint
-from losia_kernels.layers.module import losia_layers
 from losia_kernels.parallel.ranks import Ranks
-from tests.tiny import HIDDEN, make_batches, paper, tiny_lm
+from tests.tiny import HIDDEN, make_batches, paper, places, tiny_lm
 
 BLOCKS, PERIOD = 3, 2
 CYCLE = BLOCKS * PERIOD
@@ -118,16 +117,10 @@ def train(device: torch.device, run: Run) -> Outcome:
             losses.append(loss.item())
             optimizer.step()
             optimizer.zero_grad()
-            subnets.append(subnets_of(model))
+            subnets.append(places(model))
     return Outcome(
         subnets, {key: value.cpu() for key, value in model.state_dict().items()}, sent, losses
     )
-
-
-def subnets_of(model: nn.Module) -> dict[str, tuple[list[int], list[int]]]:
-    return {
-        name: (layer.out_idx.tolist(), layer.in_idx.tolist()) for name, layer in losia_layers(model)
-    }
 
 
 def count_bucket(sent: dict[str, int], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -272,7 +265,7 @@ def train_sharded(
         losses.append(loss.item())
         optimizer.step()
         optimizer.zero_grad()
-        subnets.append(subnets_of(model))
+        subnets.append(places(model))
     return Outcome(subnets, whole_state(model), {}, losses)
 
 

@@ -10,9 +10,11 @@ from bench.cluster import (
     ddp_bytes,
     fsdp_bytes,
     held_bytes,
+    main,
     peak_bytes,
     plan,
 )
+from bench.speed.results import RESULTS
 from tests.parallel import runs, sharding
 
 TINY = Model("tiny", runs.BLOCKS, ((12, 8), (8, 12)))
@@ -56,6 +58,14 @@ def test_memory_of_two_shards(two):
 
 def test_memory_of_four_shards(four):
     check_memory(four, 4)
+
+
+def test_the_committed_plan_is_what_the_command_writes(tmp_path):
+    pytest.importorskip("matplotlib")
+    main(tmp_path)
+    committed = (RESULTS / "cluster.md").read_bytes()
+    assert (tmp_path / "cluster.md").read_bytes() == committed, "run python -m bench.cluster"
+    assert (tmp_path / "cluster.svg").stat().st_size > 10_000 and (RESULTS / "cluster.svg").exists()
 
 
 def test_a_plan():

@@ -83,7 +83,7 @@ TOLD = {
     "config": "LoSiAConfig.period is 2 (rank 0), 3 (rank 1)",
     "length": "LoSiAConfig.period is 1 (rank 0), 2 (rank 1)",
     "seed": "LoSiAConfig.seed is 0 (rank 0), 1 (rank 1)",
-    "layers": "models of different layers",
+    "layers": "models of different layers: lm.model.layers.0.down_proj.subnet is not on rank 1",
     "subnet": "lm.model.layers.0.up_proj.subnet of rank 1 is not that of rank 0",
     "lr": "LoSiAAdamW.lr is 0.01 (rank 0), 0.02 (rank 1)",
     "resumed step": "the step is 0 (rank 0), 1 (rank 1)",

@@ -10,21 +10,20 @@ from torch import nn
 
 from losia_kernels import LoSiAAdamW, apply_losia, attach
 from losia_kernels.layers.module import losia_layers
-from tests.tiny import make_batches, paper, same_tensors, snapshot, take_step, tiny_lm
+from tests.tiny import (
+    make_batches,
+    paper,
+    places,
+    same_tensors,
+    snapshot,
+    take_step,
+    tiny_lm,
+    trainable,
+)
 
 
 def make_model(dtype=torch.float32, **options) -> nn.Module:
     return apply_losia(tiny_lm().to(dtype), paper(**{"rank_factor": 0.5, "period": 2} | options))
-
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def subnets(model: nn.Module) -> dict[str, tuple[list[int], list[int]]]:
-    return {
-        name: (layer.out_idx.tolist(), layer.in_idx.tolist()) for name, layer in losia_layers(model)
-    }
 
 
 FAMILY = {
@@ -53,7 +52,7 @@ def test_any_optimizer_gets_the_timeline_and_the_write_back(kind, options, confi
     timeline = attach(optimizer, model)
     for batch in make_batches(2 * timeline.schedule.cycle):
         before, trained = (
-            subnets(model),
+            places(model),
             {name: layer.subnet.clone() for name, layer in losia_layers(model)},
         )
         moving = {
@@ -75,7 +74,7 @@ def test_any_optimizer_gets_the_timeline_and_the_write_back(kind, options, confi
             elif name in moving:
                 assert not optimizer.state.get(layer.subnet)
             else:
-                assert subnets(model)[name] == before[name] and not torch.equal(
+                assert places(model)[name] == before[name] and not torch.equal(
                     layer.subnet, trained[name]
                 )
     assert {group["lr"] for group in optimizer.param_groups} == {0.01}
@@ -104,7 +103,7 @@ def test_attached_to_adamw_it_is_losia_adamw(dtype, config):
     schedulers = [
         torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.95) for optimizer in (one, other)
     ]
-    start = subnets(ours)
+    start = places(ours)
     tolerance = (
         {"rtol": 1e-11, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
     )
@@ -113,9 +112,9 @@ def test_attached_to_adamw_it_is_losia_adamw(dtype, config):
         take_step(theirs, other, batch)
         for scheduler in schedulers:
             scheduler.step()
-        assert subnets(ours) == subnets(theirs)
+        assert places(ours) == places(theirs)
         torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), **tolerance)
-    assert subnets(ours) != start
+    assert places(ours) != start
 
 
 def test_the_users_parameter_groups_keep_their_options():
@@ -263,10 +262,10 @@ def test_detached_it_is_the_plain_optimizer_again():
     take_step(model, optimizer, *make_batches(1))
     timeline.detach()
     assert all(layer.observe_callback is None for _, layer in losia_layers(model))
-    weight, before = model.model.layers[0].up_proj.weight.clone(), subnets(model)
+    weight, before = model.model.layers[0].up_proj.weight.clone(), places(model)
     first, second = make_batches(2)
     take_step(model, optimizer, first)
-    assert timeline.step == 1 and subnets(model) == before
+    assert timeline.step == 1 and places(model) == before
     assert torch.equal(model.model.layers[0].up_proj.weight, weight)  # nobody writes back
     with pytest.raises(RuntimeError, match="layers.0.up_proj: an optimizer has stepped the subnet"):
         model(**second)

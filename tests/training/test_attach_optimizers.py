@@ -9,7 +9,7 @@ import torch
 
 from losia_kernels import LoSiAAdamW, apply_losia, attach
 from losia_kernels.layers.module import losia_layers
-from tests.tiny import make_batches, paper, same_tensors, take_step, tiny_lm
+from tests.tiny import make_batches, paper, places, same_tensors, take_step, tiny_lm
 
 ADAFACTOR = {"relative_step": False, "scale_parameter": False, "warmup_init": False}
 OPTIMIZERS = {  # module, name, options
@@ -28,12 +28,6 @@ def make(kind: str, lr: float = 0.01, **config):
     model = apply_losia(tiny_lm(), paper(**{"rank_factor": 0.5, "period": 2} | config))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return model, getattr(importlib.import_module(module), name)(parameters, lr=lr, **options)
-
-
-def places(model) -> dict[str, tuple[list[int], list[int]]]:
-    return {
-        name: (layer.out_idx.tolist(), layer.in_idx.tolist()) for name, layer in losia_layers(model)
-    }
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)

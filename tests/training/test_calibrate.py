@@ -20,18 +20,12 @@ from losia_kernels import (
     calibrate,
 )
 from losia_kernels.layers.module import losia_layers
-from tests.tiny import make_batches, paper, same_tensors, snapshot, take_step, tiny_lm
+from tests.tiny import make_batches, paper, places, same_tensors, snapshot, take_step, tiny_lm
 
 
 def make_model(dtype=torch.float64, dropout=0.0, **options) -> nn.Module:
     config = paper(**{"rank_factor": 0.5, "period": 2} | options)
     return apply_losia(tiny_lm(dropout=dropout).to(dtype), config)
-
-
-def subnets(model: nn.Module) -> dict[str, tuple[list[int], list[int]]]:
-    return {
-        name: (layer.out_idx.tolist(), layer.in_idx.tolist()) for name, layer in losia_layers(model)
-    }
 
 
 def top_marginals(
@@ -56,12 +50,12 @@ def top_marginals(
 def test_the_neurons_of_largest_marginals_of_the_first_batches(options, steps):
     model, batches = make_model(**options), make_batches(5)
     before, weights = (
-        subnets(model),
+        places(model),
         {name: layer.weight.clone() for name, layer in losia_layers(model)},
     )
     sizes = {name: tuple(layer.subnet.shape) for name, layer in losia_layers(model)}
     assert calibrate(model, batches, steps=steps) is model
-    chosen = subnets(model)
+    chosen = places(model)
     assert chosen == top_marginals(batches[:steps], sizes) and chosen != before
     # the other batches would have said something else
     assert chosen != top_marginals(batches, sizes)
@@ -81,7 +75,7 @@ def test_a_scaled_loss_is_scaled_back():
         loss_divisor=2**-20,
     )
     calibrate(untold, make_batches(2), loss_fn=lambda model, batch: 2**20 * model(**batch).loss)
-    assert subnets(plain) == subnets(scaled) != subnets(untold)
+    assert places(plain) == places(scaled) != places(untold)
 
 
 def test_the_batches_are_as_many_as_there_are_at_most_steps_and_no_more_is_drawn():
@@ -92,7 +86,7 @@ def test_the_batches_are_as_many_as_there_are_at_most_steps_and_no_more_is_drawn
     short = make_model()
     calibrate(short, make_batches(2), steps=4)
     sizes = {name: tuple(layer.subnet.shape) for name, layer in losia_layers(short)}
-    assert subnets(short) == top_marginals(make_batches(2), sizes)
+    assert places(short) == top_marginals(make_batches(2), sizes)
 
 
 def test_another_loss():
@@ -105,7 +99,7 @@ def test_another_loss():
             model.lm_head.weight.mul_(50)  # large gradients: the second-order term of Eq. 3 decides
     calibrate(one, batches)
     calibrate(other, batches, loss_fn=halved)
-    assert subnets(one) != subnets(other)
+    assert places(one) != places(other)
 
 
 def living_tensors() -> int:
@@ -237,7 +231,7 @@ def test_an_optimizer_made_before_goes_on_observing(drive):
             calibrate(model, make_batches(2))
         for batch in make_batches(5, seed=1):
             take_step(model, optimizer, batch)
-        runs.append(subnets(model))
+        runs.append(places(model))
     assert same_tensors(before.state_dict(), after.state_dict()) and runs[0] == runs[1]
 
 

@@ -8,15 +8,11 @@ from torch import nn
 
 from losia_kernels import LoSiAAdamW, apply_losia, attach
 from losia_kernels.layers.module import losia_layers
-from tests.tiny import make_batches, paper, same_tensors, snapshot, take_step, tiny_lm
+from tests.tiny import make_batches, paper, same_tensors, snapshot, take_step, tiny_lm, trainable
 
 
 def make_model(blocks=2, **options) -> nn.Module:
     return apply_losia(tiny_lm(blocks=blocks), paper(**{"rank_factor": 0.5} | options))
-
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def observers(model: nn.Module) -> list[str]:
