@@ -180,9 +180,11 @@ class LoSiAAdamW(torch.optim.Optimizer):
                 for layer in layers:
                     layer.sync_(finish=True)
                 for layer in layers:
+                    if layer.held("subnet").grad is None:  # of a place that it has left
+                        continue
                     update, mine = self._update_of(layer, lr, options)
                     alike.setdefault(mine, []).append(update)
-                updated += layers
+                    updated.append(layer)
         for options, updates in alike.items():
             update_subnets_(updates, *options)
         self.timeline.placement.finish_(updated)
