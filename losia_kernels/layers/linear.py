@@ -48,9 +48,9 @@ class _SubnetLinear(torch.autograd.Function):
             kept = ops.gather_features(x, in_idx, alignment)
         ctx.save_for_backward(kept, weight, out_idx, in_idx)
         y = F.linear(x, weight, bias)
-        # a view made here could not be written in place, as activations are
-        alone = layer is None or not y._is_view()
-        return y if alone else torch.ops.aten._unsafe_view(y, y.shape)
+        if layer is not None and y._is_view():  # as with a bias: nobody could write it in place
+            (y,) = y.unsafe_chunk(1)
+        return y
 
     @staticmethod
     def backward(ctx, dy):
