@@ -163,7 +163,7 @@ class InAgreement(nn.Module):
         """
         if torch.compiler.is_compiling():
             return False
-        if "subnet" not in self._parameters:
+        if "subnet" not in self._parameters and not hasattr(self, "_is_replica"):  # DataParallel's
             raise RuntimeError(computed(self.name, "subnet"))
         return self._agreement.subnet_stands_in(self.held("weight"), subnet)
 

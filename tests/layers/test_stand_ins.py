@@ -99,6 +99,18 @@ def test_a_subnet_that_is_computed_is_refused():
         layer(torch.randn(3, 10))
 
 
+def test_a_replica_of_data_parallel_computes_with_what_it_is_sent():
+    layer, x = make_layer(), torch.randn(3, 10)
+    replica = layer._replicate_for_data_parallel()
+    for name, tensor in [*layer.named_parameters(), *layer.named_buffers(recurse=False)]:
+        setattr(replica, name, tensor.clone())
+    assert torch.equal(replica(x), layer(x))
+    replica(x).sum().backward()
+    grad, layer.subnet.grad = layer.subnet.grad, None
+    layer(x).sum().backward()
+    assert torch.equal(grad, layer.subnet.grad)
+
+
 COMPUTED = pytest.mark.parametrize(
     "compute", [parametrizations.spectral_norm, lambda m: prune.l1_unstructured(m, "weight", 0.5)]
 )
