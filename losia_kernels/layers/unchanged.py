@@ -80,8 +80,8 @@ def _shared(layers: list[SubnetModule]) -> Iterator[str]:
         first = owner.setdefault(id(layer.weight), layer)
         if first is not layer:
             yield (
-                f"{first.name} and {layer.name} share one weight since, which the subnets of both "
-                f"would be written into: {AGAIN}"
+                f"{first.name!r} and {layer.name!r} share one weight, which the subnets of both would "
+                f"be written into: share the module, or {AGAIN} with one in exclude_modules"
             )
 
 

@@ -73,7 +73,7 @@ CHANGES = {
     "replaced": (replace, "layers.0.up_proj: apply_losia gave it a subnet, but a plain Linear has"),
     "head replaced": (replace_head, "lm_head: apply_losia gave it a subnet, but a plain Linear"),
     "another shape": (widen, r"layers.0.up_proj: its weight is \(24, 8\), .* made for \(12, 8\)"),
-    "shared": (share, "layers.0.up_proj and model.layers.1.up_proj share one weight since"),
+    "shared": (share, "layers.0.up_proj' and 'model.layers.1.up_proj' share one weight"),
     "offloaded": (offload, "layers.0.up_proj: its weight is offloaded"),
     **{
         name: (change, "layers.0.up_proj: its weight is computed")
