@@ -64,11 +64,6 @@ class Agreement:
         then, now = self._counts, self._count(subnet, subnet)
         return then is not None and now is not None and then[:3] == now[:3]
 
-    def subnet_stands_in(self, weight: Tensor, subnet: Tensor) -> bool:
-        """Whether the subnet is another one, beside the layer's own weight."""
-        then = self._counts
-        return then is not None and then[0] != id(subnet) and then[3] == id(weight)
-
     def indices_written(self, weight: Tensor, subnet: Tensor) -> bool:
         """Whether the indices were, by somebody who is none of the layer's methods."""
         then, now = self._counts, self._count(weight, subnet)
@@ -156,8 +151,8 @@ class InAgreement(nn.Module):
         self._agreement.stepped_by = optimizer
 
     def stands_in(self, subnet: Tensor) -> bool:
-        """Whether ``subnet`` has taken the own one's place for a while, alone, as
-        ``functional_call`` gives it: then the weight does not have its values.
+        """Whether ``subnet``, a tensor that is no parameter, has taken the own one's place for a while,
+        alone, as ``functional_call`` gives it: then the weight does not have its values.
 
         Raises RuntimeError if the layer has none of its own any more. Compiled code asks nothing.
         """
@@ -165,7 +160,7 @@ class InAgreement(nn.Module):
             return False
         if "subnet" not in self._parameters and not hasattr(self, "_is_replica"):  # DataParallel's
             raise RuntimeError(computed(self.name, "subnet"))
-        return self._agreement.subnet_stands_in(self.held("weight"), subnet)
+        return type(subnet) is Tensor and type(self.held("weight")) is not Tensor
 
     def matrix_with(self, subnet: Tensor) -> Tensor:
         """``matrix`` with ``subnet`` in its place, differentiable for it as often as asked."""
