@@ -2,6 +2,7 @@
 them since, and what the next use is to see."""
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,8 +13,24 @@ from ..ops.adamw import write_subnet_
 from ..parallel.placement import bit_sum, holds_values
 from .subnet import Subnet
 
-# which subnet, where it lies, writes to it; the same of the weight
-Counts = tuple[int, int, int, int, int, int]
+# which subnet, where it lies, writes to it; the same of the weight; which indices, writes to them
+Counts = tuple[int, ...]
+
+
+def trained_beside(name: str) -> str:
+    """What is said of a weight that was set to train beside its subnet."""
+    return (
+        f"{name}: its weight requires a gradient, as after requires_grad_(True), and would be trained "
+        f"beside its subnet: set weight.requires_grad_(False); modules_to_save trains modules in full"
+    )
+
+
+def computed(name: str, what: str = "weight") -> str:
+    """What is said of a weight, or a subnet, that is no parameter any more."""
+    return (
+        f"{name}: its {what} is computed (by a parametrization such as spectral_norm, by weight_norm "
+        f"or pruning), so that no subnet of it can be trained; remove that first"
+    )
 
 
 class Agreement:
@@ -24,15 +41,19 @@ class Agreement:
     ``before_access``: whether they agreed when somebody reached for the subnet's ``.data``, a bool
     tensor that nobody has waited for. ``left``: right after a move, where the subnet was and what
     it has left there.
+
+    Args:
+        buffers: the layer's, which have the indices.
     """
 
-    def __init__(self, weight: Tensor, subnet: Tensor):
+    def __init__(self, weight: Tensor, subnet: Tensor, buffers: Mapping[str, Any]):
+        self._buffers = buffers
         self.note(weight, subnet)
         self.unsure = True
 
     def note(self, weight: Tensor, subnet: Tensor) -> None:
         """They agree now."""
-        self._counts = _count(weight, subnet)
+        self._counts = self._count(weight, subnet)
         self._subnet_written = self._weight_written = self.unsure = False
         self.stepped_by: str | None = None
         self.before_access: Tensor | None = None
@@ -40,18 +61,23 @@ class Agreement:
 
     def subnet_holds(self, subnet: Tensor) -> bool:
         """Whether the subnet has not been written."""
-        then, now = self._counts, _count(subnet, subnet)
+        then, now = self._counts, self._count(subnet, subnet)
         return then is not None and now is not None and then[:3] == now[:3]
+
+    def indices_written(self, weight: Tensor, subnet: Tensor) -> bool:
+        """Whether the indices were, by somebody who is none of the layer's methods."""
+        then, now = self._counts, self._count(weight, subnet)
+        return then is not None and now is not None and then[6:] != now[6:]
 
     def holds(self, weight: Tensor, subnet: Tensor) -> bool:
         """Whether neither has been written."""
-        return not self.unsure and self._counts == _count(weight, subnet)
+        return not self.unsure and self._counts == self._count(weight, subnet)
 
     def written(self, weight: Tensor, subnet: Tensor) -> tuple[bool, bool] | None:
-        """Whether the subnet, and whether the weight; None of tensors that stand in for the layer's
+        """Whether the subnet, and whether the weight or the place in it; None of tensors that stand in for the layer's
         own for a while: those that FSDP gathers, ``functional_call``'s, and what is made in
         inference mode, where nothing is counted."""
-        then, now = self._counts, _count(weight, subnet)
+        then, now = self._counts, self._count(weight, subnet)
         if then is None or now is None or then[0] != now[0] or not isinstance(weight, nn.Parameter):
             return None
         return (
@@ -67,6 +93,17 @@ class Agreement:
         self._subnet_written, self._weight_written = written or (False, False)
         self.unsure, self.stepped_by = True, stepped_by
 
+    def _count(self, weight: Tensor, subnet: Tensor) -> Counts | None:
+        out_idx, in_idx = self._buffers["out_idx"], self._buffers["in_idx"]
+        try:
+            return (
+                *(id(subnet), _place(subnet), subnet._version),
+                *(id(weight), _place(weight), weight._version),
+                *(id(out_idx), out_idx._version, id(in_idx), in_idx._version),
+            )
+        except RuntimeError:  # inference tensors
+            return None
+
 
 class InAgreement(nn.Module):
     """The half of a SubnetModule that keeps ``weight`` and ``subnet`` in agreement."""
@@ -77,7 +114,11 @@ class InAgreement(nn.Module):
     in_idx: Tensor
     subnet: nn.Parameter
     name: str
+    alignment: int
+    out_features: int
+    in_features: int
     used_in: int
+    moves: int
     _agreement: Agreement
 
     def held(self, name: str) -> Any:
@@ -106,7 +147,29 @@ class InAgreement(nn.Module):
 
     def note_stepped_(self, optimizer: str) -> None:
         """An optimizer of that name has stepped the subnet, and nobody has written it back."""
+        self._check_not_computed()
         self._agreement.stepped_by = optimizer
+
+    def stands_in(self, subnet: Tensor) -> bool:
+        """Whether ``subnet``, a tensor that is no parameter, has taken the own one's place for a while,
+        alone, as ``functional_call`` gives it: then the weight does not have its values.
+
+        Raises RuntimeError if the layer has none of its own any more. Compiled code asks nothing.
+        """
+        if torch.compiler.is_compiling():
+            return False
+        if "subnet" not in self._parameters and not hasattr(self, "_is_replica"):  # DataParallel's
+            raise RuntimeError(computed(self.name, "subnet"))
+        return type(subnet) is Tensor and type(self.held("weight")) is not Tensor
+
+    def matrix_with(self, subnet: Tensor) -> Tensor:
+        """``matrix`` with ``subnet`` in its place, differentiable for it as often as asked."""
+        matrix = self.matrix.detach()
+        return matrix.index_put((self.out_idx[:, None], self.in_idx), subnet.to(matrix.dtype))
+
+    def _check_not_computed(self) -> None:
+        if type(self.held("weight")) is Tensor:
+            raise ValueError(computed(self.name))
 
     @torch.no_grad()
     def note_access_(self) -> None:
@@ -146,18 +209,25 @@ class InAgreement(nn.Module):
         return written == (True, False) and (agreed is None or bool(agreed))
 
     def sync_(self, finish: bool = False) -> None:
-        """Make weight and subnet agree where others have written one of them.
+        """Make weight and subnet agree where others have written one of them, or moved the subnet
+        by writing its indices.
 
         Args:
             finish: also write back what an optimizer has stepped that does not do so itself.
 
         Raises:
             RuntimeError: there is such a step, without ``finish``.
+            ValueError: the indices are none.
         """
         subnet_counts, optimizer = self._subnet_counts(), self._agreement.stepped_by
         if subnet_counts is None:
             return
         if not subnet_counts:
+            if self._agreement.indices_written(self.held("weight"), self.held("subnet")):
+                features = self.out_features, self.in_features
+                self.current_subnet.check(features, self.name, self.alignment)
+                self.moves += 1
+                self.subnet.grad = None  # of the old place
             self.read_subnet_()
         elif finish or optimizer is None:
             self.write_back_()
@@ -205,7 +275,8 @@ class InAgreement(nn.Module):
     @torch.no_grad()
     def write_back_(self) -> None:
         """Round ``subnet`` into ``weight``: after the step of an optimizer that knows nothing of
-        the weight."""
+        the weight. Raises ValueError for a weight that is computed."""
+        self._check_not_computed()
         write_subnet_(self.matrix, self.out_idx, self.in_idx, self.subnet)
         self.note_agreement_()
 
@@ -214,16 +285,6 @@ class InAgreement(nn.Module):
         """Fill ``subnet`` from ``weight``: after something else has written the weight."""
         self.subnet.copy_(self.current_subnet.gather(self.matrix))
         self.note_agreement_()
-
-
-def _count(weight: Tensor, subnet: Tensor) -> Counts | None:
-    try:
-        return (
-            *(id(subnet), _place(subnet), subnet._version),
-            *(id(weight), _place(weight), weight._version),
-        )
-    except RuntimeError:  # inference tensors
-        return None
 
 
 def _place(tensor: Tensor) -> int:

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import ops
 from ..ops.rounding import accumulate_dtype
+from .first_order import without_derivative
 
 CHUNK_BYTES = 128 * 2**20  # 1,024 tokens of a vocabulary of 32,000
 
@@ -72,6 +72,8 @@ def losia_linear_cross_entropy(
     if chunk_bytes < 1:
         raise ValueError(f"linear_cross_entropy: chunk_bytes must be at least 1, got {chunk_bytes}")
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    # all that a second derivative, which there is none of, must know of hidden
+    source = None if torch.compiler.is_compiling() else hidden[:0].clone()
     # a FakeTensor has no values
     readable = type(labels) is Tensor and not torch.compiler.is_compiling()
     if labels.device.type == "cpu" and readable:
@@ -97,6 +99,7 @@ def losia_linear_cross_entropy(
         chunk_bytes,
         on_gradient,
         torch.is_grad_enabled(),
+        (source, bias, subnet),
     )
     return total if reduction == "sum" else total / (labels != ignore_index).sum()
 
@@ -133,6 +136,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk_bytes,
         on_gradient,
         differentiable,
+        sources,
     ):
         wanted = [differentiable and needed for needed in ctx.needs_input_grad]
         dtype = accumulate_dtype(hidden.dtype)
@@ -158,11 +162,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         observed = (hidden, weight, bias, lse) if on_gradient is not None else (None,) * 4
         ctx.save_for_backward(labels, d_hidden, d_bias, d_subnet, *observed)
         ctx.formula, ctx.chunk_bytes, ctx.on_gradient = formula, chunk_bytes, on_gradient
+        ctx.sources = sources
         return losses.sum()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_loss):
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return _LinearCrossEntropy.gradients(ctx, d_loss)
+        with torch.no_grad():
+            grads = _LinearCrossEntropy.gradients(ctx, d_loss)
+        return without_derivative(grads, (d_loss, *ctx.sources))
+
+    @staticmethod
+    def gradients(ctx, d_loss):
         labels, d_hidden, d_bias, d_subnet, hidden, weight, bias, lse = ctx.saved_tensors
         learned = (labels != ctx.formula["ignore_index"]).any()
         # as in torch: nothing learned, no gradient, though 1/0 came in
@@ -178,7 +190,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden, d_bias, d_subnet = (
             _scaled(grad, d_loss) for grad in (d_hidden, d_bias, d_subnet)
         )
-        return d_hidden, None, d_bias, d_subnet, *(None,) * 6
+        return d_hidden, None, d_bias, d_subnet, *(None,) * 7
 
 
 @dataclass(eq=False)

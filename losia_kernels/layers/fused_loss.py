@@ -109,6 +109,8 @@ def find_obstacle(model: nn.Module, head: Any) -> str | None:
         return "something is hooked to its output layer"
     if head._compiled_call_impl is not None:
         return "its output layer is compiled"
+    if isinstance(head, LoSiALinear) and head.stands_in(head.subnet):
+        return "another subnet stands in for its output layer's"
     if isinstance(head, LoSiALinear) and head.subnet.shape[1] != head.in_features:
         return "its output layer trains some of its inputs only"
     return None

@@ -5,12 +5,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .. import ops
 from ..parallel.placement import check_whole
+from .agreement import trained_beside
+from .first_order import without_derivative
 from .inputs import SharedInput, is_recomputed, pays, stand_in
 from .module import SubnetModule, carry_hooks_
+from .writers import SubnetParameter
 
 
 class _SubnetLinear(torch.autograd.Function):
@@ -31,6 +33,7 @@ class _SubnetLinear(torch.autograd.Function):
         # weight is current
         ctx.whole = probe is not None or in_idx is None or keeps_input
         ctx.observing, ctx.alignment = probe is not None, alignment
+        ctx.subnet = None if layer is None else subnet
         shared = None if layer is None else layer.shared_input
         ctx.use = shared.use(x) if shared is not None and pays(x) else None
         if ctx.use is not None and ctx.needs_input_grad[0]:
@@ -44,18 +47,19 @@ class _SubnetLinear(torch.autograd.Function):
         else:
             kept = ops.gather_features(x, in_idx, alignment)
         ctx.save_for_backward(kept, weight, out_idx, in_idx)
-        return F.linear(x, weight, bias)
+        y = F.linear(x, weight, bias)
+        if layer is not None and y._is_view():  # as with a bias: nobody could write it in place
+            (y,) = y.unsafe_chunk(1)
+        return y
 
     @staticmethod
     def backward(ctx, dy):
-        if torch.is_grad_enabled():
-            return _SubnetLinear.last_backward(ctx, dy)
-        return _SubnetLinear.gradients(ctx, dy)
-
-    @staticmethod
-    @once_differentiable  # a second derivative would miss dx's dependence on the subnet, silently
-    def last_backward(ctx, dy):
-        return _SubnetLinear.gradients(ctx, dy)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return _SubnetLinear.gradients(ctx, dy)
+        # a second derivative would miss dx's dependence on the subnet
+        with torch.no_grad():
+            grads = _SubnetLinear.gradients(ctx, dy)
+        return without_derivative(grads, (dy, ctx.subnet, ctx.saved_tensors[0]))
 
     @staticmethod
     def gradients(ctx, dy):
@@ -174,13 +178,18 @@ class LoSiALinear(SubnetModule, nn.Linear):
         swapped in for evaluation, SAM).
 
         Raises:
-            RuntimeError: an optimizer has stepped the subnet, and nobody has written it back.
+            RuntimeError: an optimizer has stepped the subnet, and nobody has written it back; or the
+                weight requires a gradient, which it would not get.
         """
         matrix, bias, subnet = self.matrix, self.held("bias"), self.held("subnet")
         training = torch.is_grad_enabled() and subnet.requires_grad
         self.sync_before_use_(training)
+        if type(subnet) is not SubnetParameter and self.stands_in(subnet):
+            return F.linear(x, self.matrix_with(subnet), bias)
         if not training:
             return F.linear(x, matrix, bias)
+        if matrix.requires_grad:
+            raise RuntimeError(trained_beside(self.name))
         device = x.device.type
         # "meta" has no autocast, and asking raises
         autocast = device != "meta" and torch.is_autocast_enabled(device)

@@ -136,11 +136,11 @@ class SubnetModule(InAgreement):
         self.moves = 0  # how often the subnet was put somewhere, by whomever
         self.calibrated = False
         self.fingerprint: int | None = None  # of the weight it was made with, if that can be read
-        self._agreement = Agreement(self.weight, self.subnet)
+        self._count_subnet_()
+        self._agreement = Agreement(self.weight, self.subnet, self._buffers)
         self._probe: Tensor | None = None
         self.used_in = -1  # torch's number of the backward in which the last forward ran, -1: none
         self.observe_callback: Callable[..., None] | None = None
-        self._count_subnet_()
         watch(self)
 
     @property
@@ -171,8 +171,8 @@ class SubnetModule(InAgreement):
     def set_subnet_(self, out_idx: Tensor, in_idx: Tensor) -> None:
         """Move the subnet: write the old one back, then train ``weight[out_idx][:, in_idx]``.
 
-        The optimizer's moments for ``subnet`` belong to the old weights: whoever calls this resets
-        them. Only between a backward and the next forward.
+        Its gradient, which belongs to the old weights, is dropped. So do an optimizer's moments:
+        whoever calls this resets them. Only between a backward and the next forward.
 
         Args:
             out_idx: int64 ``[k_out]``, sorted, unique, as many as now.
@@ -189,6 +189,7 @@ class SubnetModule(InAgreement):
                 f"{subnet.shape}"
             )
         self.move_subnet_(subnet)
+        self.subnet.grad = None
 
     @torch.no_grad()
     def move_subnet_(self, subnet: Subnet) -> None:
@@ -234,7 +235,7 @@ class SubnetModule(InAgreement):
             grad, leaf.grad = leaf.grad, None
             layer = owner()
             if layer is not None and layer.observe_callback is not None:  # else: an old graph
-                layer.observe_callback(grad)
+                layer.observe_callback(None if grad is None else grad.detach())
 
         probe.register_post_accumulate_grad_hook(hand_over)
         return probe
@@ -285,7 +286,7 @@ class SubnetModule(InAgreement):
         super().__setstate__(state)
         written, stepped_by = state["_agreement"]
         self._count_subnet_()
-        self._agreement = Agreement(self.weight, self.subnet)
+        self._agreement = Agreement(self.weight, self.subnet, self._buffers)
         self._agreement.carry(written, self.weight, self.subnet)
         self._agreement.stepped_by = stepped_by
         watch(self)

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
+from .agreement import computed
 from .foreign import is_offloaded
 from .module import SubnetModule
 from .targets import named_modules
@@ -25,12 +26,14 @@ def forget_converted_(model: nn.Module) -> None:
 
 def check_unchanged(model: nn.Module, layers: Iterable[SubnetModule]) -> None:
     """Raise ValueError, naming it, for a layer that cannot be trained as it was made: another
-    module has taken its place, its weight is computed or offloaded now, or has another shape."""
+    module has taken its place, its weight is computed, offloaded or shared now, or has another
+    shape."""
     layers = list(layers)
     for problem in (
         *_replaced(model),
         *_missing(model, layers),
         *_copied(layers),
+        *_shared(layers),
         *_unlike(layers),
     ):
         raise ValueError(problem)
@@ -71,15 +74,22 @@ def _copied(layers: list[SubnetModule]) -> Iterator[str]:
             )
 
 
+def _shared(layers: list[SubnetModule]) -> Iterator[str]:
+    owner: dict[int, SubnetModule] = {}
+    for layer in layers:
+        first = owner.setdefault(id(layer.weight), layer)
+        if first is not layer:
+            yield (
+                f"{first.name!r} and {layer.name!r} share one weight, which the subnets of both would "
+                f"be written into: share the module, or {AGAIN} with one in exclude_modules"
+            )
+
+
 def _unlike(layers: list[SubnetModule]) -> Iterator[str]:
     for layer in layers:
         weight = layer.weight
         if not isinstance(weight, nn.Parameter):
-            yield (
-                f"{layer.name}: its weight is computed (by a parametrization such as spectral_norm, "
-                f"by weight_norm or pruning), so that no subnet of it can be trained; remove that "
-                f"first"
-            )
+            yield computed(layer.name)
         elif tuple(layer.matrix.shape) != layer.made_for:
             yield (
                 f"{layer.name}: its weight is {tuple(layer.matrix.shape)}, but its subnet was made "

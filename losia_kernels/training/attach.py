@@ -64,7 +64,7 @@ def attach(
             stacklevel=2,
         )
     optimizer.timeline = timeline  # type: ignore[attr-defined]
-    _split_groups(optimizer, timeline)
+    optimizer.param_groups[:] = _split_groups(optimizer.param_groups, timeline)
 
     made_state_alone = False
     blank: dict[Tensor, dict] = {}  # zeros in place of what is forgotten until the next step
@@ -125,6 +125,16 @@ def attach(
         plain_zero_grad(*args, **kwargs)
         timeline.drop_gradients()
 
+    plain_add = optimizer.add_param_group
+
+    @functools.wraps(plain_add)
+    def add_param_group(param_group: dict) -> None:
+        """Subnets that are unfrozen later move, are rewarmed and scaled as the others."""
+        known = len(optimizer.param_groups)
+        plain_add(param_group)
+        added = optimizer.param_groups[known:]
+        optimizer.param_groups[known:] = _split_groups(added, timeline)
+
     plain_step = type(optimizer).step
 
     @torch._disable_dynamo  # what it does differs from step to step
@@ -140,7 +150,8 @@ def attach(
 
     def undo() -> None:
         begin_anew()
-        optimizer.__dict__.pop("zero_grad", None)
+        for name in ("zero_grad", "add_param_group"):
+            optimizer.__dict__.pop(name, None)
         if optimizer.__dict__.get("step") is step:  # no scheduler has wrapped it
             del optimizer.step
         for group in optimizer.param_groups:
@@ -148,6 +159,7 @@ def attach(
             group.pop("subnet_lr_scale", None)
 
     optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
+    optimizer.add_param_group = add_param_group  # type: ignore[method-assign]
     optimizer.step = step  # type: ignore[method-assign]
     state = TimelineState(timeline, optimizer)
     if type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict:
@@ -232,16 +244,16 @@ def _give_back(group: dict) -> None:
             group[name] = group.pop(kept)
 
 
-def _split_groups(optimizer: torch.optim.Optimizer, timeline: Timeline) -> None:
-    """A parameter group for each layer group in it and each scale of the learning rate there, and
-    one for the rest."""
+def _split_groups(groups: list[dict], timeline: Timeline) -> list[dict]:
+    """Of each parameter group one for each layer group in it and each scale of the learning rate
+    there, and one for the rest."""
     place_of = {
         id(layer.subnet): (number, timeline.scale_of(layer))
         for number, layers in enumerate(timeline.groups)
         for layer in layers
     }
     split: list[dict] = []
-    for group in optimizer.param_groups:
+    for group in groups:
         places = [place_of.get(id(parameter), (None, 1.0)) for parameter in group["params"]]
         for number, scale in [*dict.fromkeys(sorted(place_of.values())), (None, 1.0)]:
             here = [i for i, place in enumerate(places) if place == (number, scale)]
@@ -254,10 +266,10 @@ def _split_groups(optimizer: torch.optim.Optimizer, timeline: Timeline) -> None:
                 split.append(
                     {**group, **per_parameter, "layer_group": number, "subnet_lr_scale": scale}
                 )
-    optimizer.param_groups[:] = split
-    for group in optimizer.param_groups:
+    for group in split:
         if isinstance(group["lr"], Tensor):  # torchao's: schedulers fill it in place
             group["lr"] = group["lr"].clone()
+    return split
 
 
 def _forget(

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LoSiAConfig
+from ..layers.agreement import computed, trained_beside
 from ..layers.fused_loss import goes_round
 from ..layers.module import Membership, SubnetModule
 from ..layers.unchanged import check_unchanged
 from ..parallel.placement import NO_DEEPSPEED, local, owned_by_deepspeed
+from .importance import Observer
 
 SELECTING = ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern")  # of a config
 SCALED_THOUGH_CALIBRATED = (
@@ -46,11 +48,7 @@ def check_flags(layers: Sequence[SubnetModule]) -> None:
     is frozen; warn of some that are. ``requires_grad_`` after the conversion does that."""
     for layer in layers:
         if layer.weight.requires_grad:
-            raise ValueError(
-                f"{layer.name}: its weight requires a gradient, as after requires_grad_(True), "
-                f"and would be trained beside its subnet: set weight.requires_grad_(False); "
-                f"modules_to_save trains modules in full"
-            )
+            raise ValueError(trained_beside(layer.name))
     frozen = [layer.name for layer in layers if not layer.subnet.requires_grad]
     if len(frozen) == len(layers):
         raise ValueError(
@@ -77,10 +75,13 @@ def warn_of_frozen_since(trained: Iterable[SubnetModule]) -> None:
 
 
 def check_held(optimizer: torch.optim.Optimizer, layers: Iterable[SubnetModule]) -> None:
-    """Raise RuntimeError if the optimizer would step subnets that the model no longer has."""
+    """Raise RuntimeError if the optimizer would step subnets that the model no longer has, ValueError
+    if their weights are computed now, so that no update would last."""
     held = {id(parameter) for parameter in parameters_of(optimizer)}
     for layer in layers:
         subnet = layer.held("subnet")
+        if type(layer.held("weight")) is Tensor:
+            raise ValueError(computed(layer.name))
         if layer.membership is None and subnet.grad is not None:
             raise RuntimeError(
                 f"{layer.name}: its subnet has a gradient, but its adapter is not in the weight: "
@@ -207,19 +208,26 @@ def warn_of_unobserved(
     model: nn.Module,
     group_name: str,
     layers: Collection[SubnetModule],
-    seen: Collection[SubnetModule],
+    observers: Mapping[SubnetModule, Observer],
     trained: Collection[SubnetModule],
 ) -> None:
-    """Warn of layers that move now though no backward has shown their gradient. Gradients without a
+    """Warn of layers that move now though no backward has shown their gradient (nobody observes where
+    they move at random: though they have none in this step). Gradients without a
     backward that autograd has run show themselves by this alone: nothing would ever move. Zeros are
     none: those that ``zero_grad(set_to_none=False)`` leaves to a block that no batch uses."""
-    unseen = [layer for layer in layers if layer not in seen]
+    seen = [
+        observers[layer].seen if layer in observers else layer.held("subnet").grad is not None
+        for layer in layers
+    ]
+    unseen = [layer for layer, used in zip(layers, seen, strict=True) if not used]
+    if not unseen:
+        return
     try:
         check_unchanged(model, unseen)
     except ValueError as error:
         warnings.warn(f"LoSiA: {error}", stacklevel=4)
     warn_of_frozen_since([layer for layer in unseen if layer in trained])
-    given = (layer.subnet.grad for layer in layers if not seen)
+    given = (layer.subnet.grad for layer in layers if not any(seen))
     if any(grad is not None and bool(local(grad).any()) for grad in given):
         warnings.warn(
             f"LoSiA: {group_name} got gradients, but no backward has observed it in its slot, and "

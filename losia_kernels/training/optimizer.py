@@ -2,6 +2,7 @@
 and the timeline."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
@@ -117,8 +118,8 @@ class LoSiAAdamW(torch.optim.Optimizer):
         TimelineState(self.timeline, self)
         self.timeline.ranks.check_same({"LoSiAAdamW's state": str(self._form)})
         self.register_state_dict_pre_hook(_complete_state)
-        self._dense_writes: dict[Tensor, int] = {}  # torch's count after our last write
         self.in_backward = in_backward
+        self._used_inside: dict[int, tuple[float, Options]] = {}  # by the parameter group's number
         self._in_backward = InBackward(self.timeline, self._update_inside) if in_backward else None
 
     @torch._disable_dynamo  # what it does differs from step to step
@@ -146,6 +147,7 @@ class LoSiAAdamW(torch.optim.Optimizer):
             return loss
         timeline.forget_moved(self._forget, timeline.layers)
         timeline.check_first_step(self._in_backward.take_updated() if self._in_backward else ())
+        self._warn_of_late_options()
         numbers = range(len(self._groups))
         timeline.observe()
         # of shards group by group: what travels together is in memory at once
@@ -180,9 +182,11 @@ class LoSiAAdamW(torch.optim.Optimizer):
                 for layer in layers:
                     layer.sync_(finish=True)
                 for layer in layers:
+                    if layer.held("subnet").grad is None:  # of a place that it has left
+                        continue
                     update, mine = self._update_of(layer, lr, options)
                     alike.setdefault(mine, []).append(update)
-                updated += layers
+                    updated.append(layer)
         for options, updates in alike.items():
             update_subnets_(updates, *options)
         self.timeline.placement.finish_(updated)
@@ -191,11 +195,23 @@ class LoSiAAdamW(torch.optim.Optimizer):
         """One layer inside the backward."""
         check_dtypes(self, [layer], self.timeline.dtypes)
         self.timeline.forget_moved(self._forget, [layer])
-        lr, options = self._hyperparameters(number)
+        lr, options = self._used_inside[number] = self._hyperparameters(number)
         layer.sync_(finish=True)
         update, options = self._update_of(layer, lr, options)
         update_subnets_([update], *options)
         self.timeline.placement.finish_([layer])
+
+    def _warn_of_late_options(self) -> None:
+        """Of a step whose updates were made inside the backward, by other options than now."""
+        used = self._used_inside.items()
+        if any(options != self._hyperparameters(number) for number, options in used):
+            warnings.warn(
+                "LoSiA: the learning rate, or another option of a parameter group, was changed between "
+                "backward and step(), but with in_backward=True the subnets were updated inside the "
+                "backward, by what it was then: change it before the backward",
+                stacklevel=3,
+            )
+        self._used_inside.clear()
 
     def _hyperparameters(self, number: int) -> tuple[float, Options]:
         """Of a group of layers: this step's learning rate, rewarmed (Eq. 8), and what AdamW takes
@@ -287,18 +303,15 @@ class LoSiAAdamW(torch.optim.Optimizer):
         )
         for parameter, value in zip(used, values, strict=True):
             parameter.copy_(value)
-            self._dense_writes[parameter] = parameter._version
 
     def _dense_values(self, parameter: Tensor, state: dict[str, Tensor]) -> Tensor:
         """The master copy if there is one, read anew where something else has written the parameter
-        since."""
+        since: also through ``.data``, which torch does not count."""
         master = state.get("master")
         if master is None:
             return parameter
-        if self._dense_writes.get(parameter, parameter._version) != parameter._version:
-            now, then = local(parameter), local(master)
-            if not torch.equal(now, then.to(now.dtype)):
-                master.copy_(parameter)
+        now, then = local(parameter), local(master)
+        torch.where(then.to(now.dtype) == now, then, now, out=then)
         return master
 
     def _dense_state(self, parameter: Tensor) -> dict[str, Tensor]:
@@ -330,6 +343,7 @@ class LoSiAAdamW(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         if self._in_backward:
             self._in_backward.take_updated()  # of a step that is not taken any more
+            self._used_inside.clear()
         # torch has cast the state to the parameter's dtype; ours keeps the one it was saved with
         for i, parameter in zip(saved, held, strict=True):
             for key, value in state_dict["state"].get(i, {}).items():

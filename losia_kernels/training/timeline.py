@@ -309,10 +309,9 @@ class Timeline:
         return new_subnet(layer, self.observers[layer], self.placement.rows(layer))
 
     def _warn_of_unobserved(self) -> None:
-        for group in self.clock.moving if self.config.moves == "importance" else ():
-            layers = self.groups[group]
-            seen = {layer for layer in layers if self.observers[layer].seen}
-            warn_of_unobserved(self.model, self.group_names[group], layers, seen, self._trained)
+        for group in self.clock.moving:
+            name, layers = self.group_names[group], self.groups[group]
+            warn_of_unobserved(self.model, name, layers, self.observers, self._trained)
 
     def _next_step(self, freed: list[SubnetModule]) -> None:
         for layer in freed:

@@ -354,13 +354,26 @@ def test_a_wider_weight_takes_what_the_master_has_collected():
     assert not torch.equal(master, master.bfloat16().float())
 
 
-def test_a_dense_parameter_that_was_loaded_is_not_taken_back():
+def by_load(model, state):
+    model.load_state_dict(state)
+
+
+def by_copying_data(model, state):
+    model.model.embed_tokens.weight.data.copy_(state["model.embed_tokens.weight"])
+
+
+def by_exchanging_data(model, state):
+    model.model.embed_tokens.weight.data = state["model.embed_tokens.weight"].clone()
+
+
+@pytest.mark.parametrize("write", [by_load, by_copying_data, by_exchanging_data])
+def test_a_dense_parameter_that_was_written_is_not_taken_back(write):
     """16-bit parameters have a float32 copy in the optimizer's state."""
     model, batches = make(dtype=torch.bfloat16, modules_to_save=["embed_tokens"]), make_batches(5)
     optimizer, best = LoSiAAdamW(model, lr=0.1), copy.deepcopy(model.state_dict())
     for batch in batches[:4]:
         take_step(model, optimizer, batch)
-    model.load_state_dict(best)
+    write(model, best)
     for group in optimizer.param_groups:
         group["lr"] = 1e-7
     take_step(model, optimizer, batches[4])

@@ -130,6 +130,17 @@ def test_a_trained_bias_gets_its_gradient():
     torch.testing.assert_close(layer.bias.grad, torch.full((7,), 6.0))
 
 
+@pytest.mark.parametrize("leading", LEADING)
+def test_its_output_may_be_written_in_place(leading):
+    """As activations and dropout do, and hooks."""
+    for bias in (True, False):
+        layer = make_layer(bias=bias)
+        twin, x = dense_twin(layer), torch.randn(*leading, 10)
+        for linear in (layer, twin):
+            F.relu(linear(x), inplace=True).sum().backward()
+        torch.testing.assert_close(layer.subnet.grad, cut(layer, twin.weight.grad))
+
+
 def test_functional_call_trains_what_it_is_given():
     layer, x = make_layer(), torch.randn(3, 10)
     other = {

@@ -5,6 +5,7 @@ import ast
 import copy
 import re
 import warnings
+from dataclasses import replace as replace_field
 
 import pytest
 import torch
@@ -52,6 +53,11 @@ def widen(model):
     up_proj(model).weight = nn.Parameter(torch.cat([weight, weight]), requires_grad=False)
 
 
+def share(model):
+    first, second = model.model.layers
+    second.up_proj.weight = first.up_proj.weight
+
+
 def offload(model):
     accelerate = pytest.importorskip("accelerate")
     accelerate.cpu_offload(model, execution_device="cpu")
@@ -67,6 +73,7 @@ CHANGES = {
     "replaced": (replace, "layers.0.up_proj: apply_losia gave it a subnet, but a plain Linear has"),
     "head replaced": (replace_head, "lm_head: apply_losia gave it a subnet, but a plain Linear"),
     "another shape": (widen, r"layers.0.up_proj: its weight is \(24, 8\), .* made for \(12, 8\)"),
+    "shared": (share, "layers.0.up_proj' and 'model.layers.1.up_proj' share one weight"),
     "offloaded": (offload, "layers.0.up_proj: its weight is offloaded"),
     **{
         name: (change, "layers.0.up_proj: its weight is computed")
@@ -103,8 +110,9 @@ def test_a_change_after_it_is_refused_at_the_first_step(make_optimizer, name):
 
 
 @OPTIMIZERS
-def test_a_layer_that_goes_later_is_told_at_the_end_of_its_slot(make_optimizer):
-    model = apply_losia(tiny_lm(), CONFIG)
+@pytest.mark.parametrize("moves", ["importance", "random"])
+def test_a_layer_that_goes_later_is_told_at_the_end_of_its_slot(make_optimizer, moves):
+    model = apply_losia(tiny_lm(), replace_field(CONFIG, moves=moves))
     optimizer = make_optimizer(model)
     first, *batches = make_batches(3)
     take_step(model, optimizer, first)
@@ -116,8 +124,9 @@ def test_a_layer_that_goes_later_is_told_at_the_end_of_its_slot(make_optimizer):
 
 @OPTIMIZERS
 @pytest.mark.parametrize("steps", [0, 1])
-def test_layers_that_are_frozen_later_are_told(make_optimizer, steps):
-    model = apply_losia(tiny_lm(), CONFIG)
+@pytest.mark.parametrize("moves", ["importance", "random"])
+def test_layers_that_are_frozen_later_are_told(make_optimizer, steps, moves):
+    model = apply_losia(tiny_lm(), replace_field(CONFIG, moves=moves))
     optimizer = make_optimizer(model)
     batches = make_batches(4)
     for batch in batches[:steps]:

@@ -67,6 +67,39 @@ def test_a_parameter_group_added_later_is_trained_beside_what_was(attached, outp
     )
 
 
+def test_subnets_that_are_unfrozen_later_have_the_rate_of_the_others():
+    """Scaled, rewarmed, and in parameter groups that go their ways when they are detached."""
+
+    def make(unfrozen: bool):
+        model = make_model(period=3, moves="random", init_subnet="random")
+        late = model.model.layers[1].requires_grad_(False)
+        for name in ("up_proj", "down_proj"):
+            getattr(late, name).subnet.requires_grad_(unfrozen)
+        optimizer = torch.optim.SGD(trainable(model), lr=1e-3)
+        timeline = attach(optimizer, model)
+        return model, optimizer, timeline, [late.up_proj.subnet, late.down_proj.subnet]
+
+    with pytest.warns(UserWarning, match="frozen, for 2 of 4"):
+        model, optimizer, timeline, late = make(unfrozen=False)
+    expected, control, _, others = make(unfrozen=True)
+    for number, batch in enumerate(make_batches(8)):
+        if number == 1:
+            for subnet in late:
+                subnet.requires_grad_(True)
+            optimizer.add_param_group({"params": late})
+        for run in ((model, optimizer), (expected, control)):
+            run[0](**batch).loss.backward()
+        for subnet in others if number == 0 else ():
+            subnet.grad = None
+        for each in (optimizer, control):
+            each.step()
+            each.zero_grad()
+    assert same_tensors(model.state_dict(), expected.state_dict())
+    timeline.detach()
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    assert not any("layer_group" in group for group in optimizer.param_groups)
+
+
 @pytest.mark.parametrize("attached", [False, True])
 def test_an_edit_of_a_layer_that_a_step_leaves_out_stays(attached):
     model, batches = make_model(period=100), make_batches(3)

@@ -1,5 +1,7 @@
 """Updates inside the backward: the same run, with no gradient left."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -159,3 +161,20 @@ def test_a_backward_that_ran_out_of_memory_is_tried_again(drop):
     with pytest.raises(RuntimeError, match="a second gradient before step"):
         for batch in batches[:2]:
             model(**batch).loss.backward()
+
+
+def test_a_rate_that_is_set_after_the_updates_is_told():
+    (batch,) = make_batches(1)
+    for late in (False, True):
+        model, optimizer = make_run({"in_backward": True}, output_dim_factor=0.0)
+        for when in ("before", "after"):
+            if when == "after":
+                model(**batch).loss.backward()
+            if late == (when == "after"):
+                for group in optimizer.param_groups:
+                    group["lr"] *= 0.5
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            optimizer.step()
+        said = [str(each.message) for each in told]
+        assert any("changed between backward and step()" in each for each in said) == late

@@ -58,8 +58,21 @@ def calibrate_late(model, saved):
     calibrate(model, make_batches(2, seed=5), steps=2)
 
 
+def copy_indices(model, saved):
+    for _, layer in losia_layers(model):
+        for name, idx in zip(("out_idx", "in_idx"), elsewhere(layer), strict=True):
+            getattr(layer, name).copy_(idx)
+
+
+def assign_indices(model, saved):
+    for _, layer in losia_layers(model):
+        layer.out_idx, layer.in_idx = elsewhere(layer)
+
+
 @pytest.mark.parametrize("driven", ["LoSiAAdamW", "in_backward", "attach"])
-@pytest.mark.parametrize("move", [load_back, set_elsewhere, calibrate_late])
+@pytest.mark.parametrize(
+    "move", [load_back, set_elsewhere, calibrate_late, copy_indices, assign_indices]
+)
 @pytest.mark.parametrize("steps", [6, 7])  # each group is once the one that observes
 def test_moved_by_others_it_starts_anew(driven, move, steps):
     first, *batches, last = make_batches(steps)
@@ -77,6 +90,33 @@ def test_moved_by_others_it_starts_anew(driven, move, steps):
     for each, driver in ((model, optimizer), (twin, control)):
         take_step(each, driver, last)
     assert same_tensors(model.state_dict(), twin.state_dict())
+
+
+@pytest.mark.parametrize("driven", ["LoSiAAdamW", "attach"])
+@pytest.mark.parametrize("move", [set_elsewhere, copy_indices, assign_indices])
+def test_a_gradient_is_of_the_place_that_it_came_from(driven, move):
+    """Moved between backward and step, a subnet takes no step with it, and the next is its first."""
+    model, optimizer = make_run(driven, NEVER)
+    first, second, third = make_batches(3)
+    take_step(model, optimizer, first)
+    model(**second).loss.backward()
+    move(model, None)
+    before = {name: layer.weight.clone() for name, layer in losia_layers(model)}
+    optimizer.step()
+    optimizer.zero_grad()
+    assert all(torch.equal(layer.weight, before[name]) for name, layer in losia_layers(model))
+    take_step(model, optimizer, third)
+    assert all(optimizer.state[layer.subnet]["step"] == 1 for _, layer in losia_layers(model))
+
+
+def test_indices_that_are_none_are_refused_before_they_are_used():
+    model, optimizer = make_run("LoSiAAdamW", NEVER)
+    (first,) = make_batches(1)
+    take_step(model, optimizer, first)
+    layer = model.model.layers[0].up_proj
+    layer.in_idx.copy_(layer.in_idx.flip(0))
+    with pytest.raises(ValueError, match="layers.0.up_proj: in_idx must be sorted"):
+        model(**first)
 
 
 @pytest.mark.parametrize("driven", ["LoSiAAdamW", "attach"])
