@@ -6,9 +6,9 @@ Exit codes: 0 done; 1 training broke off; 2 a mistake in the arguments or the da
 
 import argparse
 import difflib
+import io
 import os
 import re
-import shlex
 import sys
 import traceback
 import warnings
@@ -21,11 +21,13 @@ from typing import Any, NoReturn
 
 from . import NonFiniteScoreError, __version__
 from .finetune.declare import Help
+from .finetune.left import check_output, how_to_go_on
 from .finetune.options import PICTURES, FinetuneOptions, InputError, with_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit code."""
+    _settle_streams()
     arguments = vars(command_parser().parse_args(argv))
     command = arguments.pop("command")
     warnings.showwarning = _show_warning
@@ -46,12 +48,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") != "0":
             return 130  # the first process says it for all
-        code, problem = 130, f"interrupted{_how_to_go_on(command, arguments)}"
+        code, problem = 130, f"interrupted{how_to_go_on(command, arguments)}"
     except BrokenPipeError:  # whoever reads the output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     print(f"losia-kernels: {problem}", file=sys.stderr)
     return code
+
+
+def _settle_streams() -> None:
+    """What a terminal's encoding has not is written as escapes; of a closed stream nothing is
+    missed. No word that is printed ends a run."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _first_cause(error: BaseException) -> BaseException:
@@ -78,24 +91,6 @@ def _what_is_missing(error: BaseException) -> str:
     return f"cannot import {library}, broken or of another version ({problem}); {install}"
 
 
-def _how_to_go_on(command: str, arguments: dict[str, Any]) -> str:
-    """What an interrupted ``finetune`` has left, and the command that goes on from there."""
-    output = with_config(arguments).get("output") if command == "finetune" else None
-    if output is None:
-        return ""
-    folder = Path(output)
-    if (folder / "model").exists():
-        return f": the run is finished, the model is in {folder / 'model'}"
-    if not (folder / "run.json").exists():
-        return ": nothing was written yet"
-    from .checkpoint.folder import MARKER
-
-    whole = (folder / "checkpoints").glob(f"checkpoint-*/{MARKER}")
-    steps = [int(path.parent.name.rpartition("-")[2]) for path in whole]
-    start = f"step {max(steps)}" if steps else "the beginning, for there is no checkpoint yet"
-    return f": losia-kernels finetune --resume --output {shlex.quote(output)} goes on from {start}"
-
-
 def _finetune(**given: Any) -> None:
     from .finetune.checks import check_options
 
@@ -118,6 +113,7 @@ def _finetune(**given: Any) -> None:
 
 def _export(checkpoint: str, output: str) -> None:
     with _as_input_errors():
+        check_output(output)
         if (Path(checkpoint) / "run.json").exists():
             from .finetune.result import export_run
 
@@ -149,6 +145,7 @@ def _delta(action: str, **folders: Any) -> None:
     from .checkpoint import delta
 
     with _as_input_errors():
+        check_output(folders.get("output", "new"))
         if action == "make":
             delta.make_delta(**folders, track=_track)
             print(delta.describe_delta(folders["output"]))
@@ -168,6 +165,7 @@ def _lora(base: str, trained: str, output: str, rank: int | None) -> None:
     from .checkpoint.lora import describe_lora, export_lora
 
     with _as_input_errors():
+        check_output(output)
         export_lora(base, trained, output, rank, _track)
         print(describe_lora(output))
 

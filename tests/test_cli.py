@@ -1,6 +1,7 @@
 """Mistakes are said in one line with exit code 2; what help and subcommands say."""
 
 import ast
+import io
 import re
 import subprocess
 import sys
@@ -65,6 +66,7 @@ def check_mistake(result, problem):
             ["finetune", "--rank-factor", "1/0"],
             "expected a number or a fraction such as 1/8, got '1/0'",
         ),
+        (["finetune", "--rank-factor", "1e400"], "expected a number or a fraction such as 1/8"),
         (
             ["finetune", "--period", "often"],
             "--period: expected a number of steps or 'auto', got 'often'",
@@ -368,3 +370,14 @@ def test_a_reader_that_has_seen_enough_is_no_mistake(model_folder):
     )
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() == 141
+
+
+def test_no_word_that_is_printed_ends_a_command(tmp_path, monkeypatch):
+    """A terminal of another encoding, and none at all."""
+    written = io.BytesIO()
+    monkeypatch.setitem(cli.COMMANDS, "inspect", lambda folder: print(folder))
+    for stream in (io.TextIOWrapper(written, encoding="ascii"), None):
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert cli.main(["inspect", "é"]) == 0
+    assert written.getvalue() == rb"\xe9" + b"\n"

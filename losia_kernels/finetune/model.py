@@ -42,7 +42,8 @@ def load_tokenizer(options: FinetuneOptions, config: SFTConfig) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(name, **_trust(config))
     path = config.chat_template_path and os.path.expanduser(config.chat_template_path)
     if path is not None and os.path.isfile(path):
-        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+        with _as_input_error(f"chat_template_path: cannot read {path}"):
+            tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
     elif path is not None:
         with _as_input_error(f"chat_template_path: cannot load {path}"):
             source = AutoTokenizer.from_pretrained(path)
@@ -195,6 +196,21 @@ def check_lengths(model, dataset) -> None:
         raise InputError(
             f"a sample has {longest} tokens, but {type(model).__name__} has learned {positions} "
             f"positions: set max_length to {positions} or less"
+        )
+
+
+@torch.no_grad()
+def check_causal(model) -> None:
+    """Raises InputError for an encoder that was loaded as if it were a decoder."""
+    if getattr(model.config, "is_decoder", True):  # of others the config has no such word
+        return
+    model.eval()
+    pair = torch.tensor([[1, 2, 3], [1, 2, 4]], device=model.device)
+    first, second = model(input_ids=pair).logits[:, :2].float()
+    if (first - second).abs().max() > 1e-4 * first.abs().max():
+        raise InputError(
+            f"{type(model).__name__} of {model.config.model_type} is no causal language model: each token sees those "
+            f"after it, so it would learn to copy them (is_decoder true in its config.json makes it causal)"
         )
 
 
