@@ -1,7 +1,8 @@
 """The command line: ``python -m losia_kernels`` or ``losia-kernels``.
 
 Exit codes: 0 done; 1 training broke off; 2 a mistake in the arguments or the data, said in one line;
-130 interrupted. A command imports what it needs when it runs, so that help comes at once.
+130 interrupted; 141 nobody reads the output any more. A command imports what it needs when it runs, so
+that help comes at once.
 """
 
 import argparse
@@ -10,10 +11,9 @@ import io
 import os
 import re
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import Field, fields
 from itertools import groupby
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from . import NonFiniteScoreError, __version__
 from .finetune.declare import Help
-from .finetune.left import check_output, how_to_go_on
+from .finetune.left import check_output, first_cause, how_to_go_on, what_is_missing
 from .finetune.options import PICTURES, FinetuneOptions, InputError, with_config
 
 
@@ -39,10 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         code, problem = 2, error
     except (ImportError, RuntimeError) as error:
-        cause = _first_cause(error)
+        cause = first_cause(error)
         if not isinstance(error, ImportError) and not isinstance(cause, ImportError):
             raise
-        code, problem = 2, f"{command} {_what_is_missing(cause)}"
+        code, problem = 2, f"{command} {what_is_missing(cause)}"
     except (FloatingPointError, NonFiniteScoreError) as error:
         code, problem = 1, error
     except KeyboardInterrupt:
@@ -51,8 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, problem = 130, f"interrupted{how_to_go_on(command, arguments)}"
     except BrokenPipeError:  # whoever reads the output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    print(f"losia-kernels: {problem}", file=sys.stderr)
+        if command != "finetune":
+            return 141
+        code, problem = 141, f"whoever reads the output is gone{how_to_go_on(command, arguments)}"
+    with suppress(BrokenPipeError):
+        print(f"losia-kernels: {problem}", file=sys.stderr)
     return code
 
 
@@ -64,31 +67,8 @@ def _settle_streams() -> None:
         if stream is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
         elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def _first_cause(error: BaseException) -> BaseException:
-    """Of an import that failed: libraries that import late hide it behind errors of their own."""
-    while reason := error.__cause__ or (not error.__suppress_context__ and error.__context__):
-        error = reason
-    return error
-
-
-def _what_is_missing(error: BaseException) -> str:
-    """What to tell of the first cause of an import that failed."""
-    modules = [
-        frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)
-    ]
-    foreign = [name for name in modules if not name.startswith(("importlib.", "losia_kernels"))]
-    module = getattr(error, "name", None) or next(reversed(foreign), "a library")
-    library, install = (
-        module.partition(".")[0],
-        "in a checkout of losia_kernels: pip install -e '.[finetune]'",
-    )
-    if isinstance(error, ModuleNotFoundError):
-        return f"needs {library}, which is not installed; {install}"
-    problem = str(error).strip().partition("\n")[0]
-    return f"cannot import {library}, broken or of another version ({problem}); {install}"
+            with suppress(OSError):  # it writes what has been printed before
+                stream.reconfigure(errors="backslashreplace")
 
 
 def _finetune(**given: Any) -> None:

@@ -145,7 +145,7 @@ def test_a_missing_and_a_wrong_model_folder(run, data, tmp_path):
             checkpoint,
             "is a checkpoint of a LoSiA run: --resume goes on with the run, losia-kernels export makes a",
         ),
-        ("", "no model folder"),
+        ("", "model is empty"),
     ):
         result = run("finetune", "--model", folder, "--data", data, "--output", tmp_path / "out")
         check_mistake(result, problem)
@@ -287,6 +287,7 @@ def test_beyond_the_package_it_imports_the_standard_library_alone():
         "losia_kernels.cli",
         "losia_kernels.finetune",
         "losia_kernels.finetune.declare",
+        "losia_kernels.finetune.left",
         "losia_kernels.finetune.options",
     }
     others = {name.partition(".")[0] for name in result.stdout.split()} - {"losia_kernels"}

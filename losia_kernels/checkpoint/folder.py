@@ -85,6 +85,8 @@ class ModelFolder:
             return "; it is a run that is not finished: finetune --resume goes on with it"
         if any(self.path.glob(f"checkpoint-*/{MARKER}")):
             return "; it holds checkpoints: name one of them, or the run"
+        if (self.path / "delta.json").exists():
+            return "; it is a delta: apply it to its base first"
         if (self.path / "adapter_config.json").exists():
             return "; it holds an adapter of PEFT, which is no model"
         if any(self.path.glob("pytorch_model*.bin")):

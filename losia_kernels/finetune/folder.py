@@ -131,6 +131,11 @@ def check_resumes(folder: Path, record: dict) -> None:
         )
     for name in changed:
         data = name.removesuffix("_sha256")
+        if data != name and first.get(name) and not os.path.exists(record.get(data) or folder):
+            raise InputError(
+                f"cannot resume {folder}: there is no {record[data]}, the {data} that it was begun with; "
+                f"--{data.replace('_', '-')} FILE says where it is now"
+            )
         if data != name and None not in (first.get(data), record.get(data)):
             raise InputError(
                 f"cannot resume {folder}: {record[data]} is not the {data} that it was begun with, {first[data]} as "

@@ -104,8 +104,10 @@ def finetune(options: FinetuneOptions, callbacks: tuple[TrainerCallback, ...] = 
                 problem = write_failure(error)
                 if problem is None:
                     raise
+                begun = (run.folder / "run.json").exists()
+                left = "what was there before is whole, --resume goes on from it"
                 raise InputError(
-                    f"cannot write {run.folder}: {problem}; what was there before is whole, --resume goes on from it"
+                    f"cannot write {run.folder}: {problem}; {left if begun else 'nothing was begun'}"
                 ) from None
     return Path(options.output) / "model"
 

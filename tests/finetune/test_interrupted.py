@@ -239,3 +239,20 @@ def test_left_says_the_truth_from_the_first_line(tmp_path, model_folder, capsys,
     entry = read_log(tmp_path / "run" / "log.jsonl")[0]
     assert entry["seconds"] < 1.5 and entry["tokens_per_second"] > 100
     assert "placing the first subnets: 100%" in printed.err and "4/4" in printed.err
+
+
+def test_a_run_whose_output_nobody_reads_any_more_says_how_to_go_on(tmp_path):
+    """As of ``finetune | tee log`` whose tee was killed."""
+    (tmp_path / "run.json").write_text("{}")
+    code = (
+        "import sys; from losia_kernels import cli\n"
+        "cli.COMMANDS['finetune'] = lambda **given: [print('x' * 999, flush=True) for _ in range(999)]\n"
+        f"sys.exit(cli.main(['finetune', '--resume', '--output', {str(tmp_path)!r}]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    said = process.stderr.read().decode()
+    assert process.wait() == 141 and said.count("\n") == 1, said
+    assert "whoever reads the output is gone: losia-kernels finetune --resume" in said

@@ -85,6 +85,8 @@ def test_nothing_else_is_written_where_a_run_puts_its_model(unfinished, capsys):
 def test_folders_that_are_nearly_a_model_say_what_they_are(unfinished, tmp_path, capsys):
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    (tmp_path / "delta").mkdir()
+    (tmp_path / "delta" / "delta.json").write_text("{}")
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "pytorch_model-00001-of-00002.bin").write_text("")
     (tmp_path / "dcp").mkdir()
@@ -97,6 +99,8 @@ def test_folders_that_are_nearly_a_model_say_what_they_are(unfinished, tmp_path,
     ):
         assert cli.main(["inspect", str(folder)]) == 2
         assert hint in capsys.readouterr().err
+    assert cli.main(["export", str(tmp_path / "delta"), str(tmp_path / "plain")]) == 2
+    assert "it is a delta: apply it to its base first" in capsys.readouterr().err
 
 
 def test_a_run_that_has_come_to_nothing_yet_says_so(unfinished, tmp_path, capsys):
