@@ -3,6 +3,7 @@
 import ast
 import io
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -124,7 +125,9 @@ def test_bad_values(run, data, model_folder, tmp_path, options, problem):
     check_mistake(result, problem)
 
 
-def test_a_missing_and_a_wrong_model_folder(run, data, tmp_path):
+def test_a_missing_and_a_wrong_model_folder(run, data, tmp_path, model_folder):
+    ignored = shutil.ignore_patterns("tokenizer*")
+    model_folder = shutil.copytree(model_folder, tmp_path / "model", ignore=ignored)
     absent, empty, finished, checkpoint = (
         tmp_path / name for name in ("absent", "empty", "finished", "checkpoint")
     )
@@ -140,6 +143,7 @@ def test_a_missing_and_a_wrong_model_folder(run, data, tmp_path):
         (absent, f"no model folder {absent}"),
         (data, f"no model folder {data}"),
         (empty, f"{empty} is no model folder: it has no config.json"),
+        (model_folder, f"{model_folder} has no tokenizer: save it there too"),
         (finished, f"it has no config.json; there is one in {finished / 'model'}"),
         (
             checkpoint,

@@ -29,6 +29,8 @@ LOAD_ERRORS = (
     AttributeError,
     EOFError,
 )
+# In the names of a tokenizer's files, whichever it is.
+OF_TOKENIZERS = re.compile(r"tok|tekken|vocab|merges|spiece|sentencepiece|\.(spm|model|codes)$")
 FROM_HUB = " from the hub (there is no such folder)"
 
 
@@ -39,7 +41,14 @@ def load_tokenizer(options: FinetuneOptions, config: SFTConfig) -> Any:
     with _as_input_error(f"cannot load the model {name}{'' if local else FROM_HUB}"):
         if local:
             _check_model_folder(name)
-        tokenizer = AutoTokenizer.from_pretrained(name, **_trust(config))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, **_trust(config))
+        except LOAD_ERRORS:
+            if local and not any(OF_TOKENIZERS.search(path.name) for path in Path(name).iterdir()):
+                raise InputError(
+                    f"{name} has no tokenizer: save it there too (tokenizer.save_pretrained)"
+                ) from None
+            raise
     path = config.chat_template_path and os.path.expanduser(config.chat_template_path)
     if path is not None and os.path.isfile(path):
         with _as_input_error(f"chat_template_path: cannot read {path}"):

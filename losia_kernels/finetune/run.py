@@ -267,6 +267,8 @@ def train(run: Run, callbacks: tuple[TrainerCallback, ...] = ()) -> None:
     ):
         trainer.add_callback(callback)
     last = run.found.last
+    if last:  # which is no start
+        trainer.args.eval_on_start = False
     try:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     except AllStepsTaken:  # only the model was not written

@@ -2,6 +2,7 @@
 whatever batch they stand in."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -164,3 +165,14 @@ def test_a_run_that_was_interrupted_at_its_end_answers_its_samples(
     entries = read_log(tmp_path / "run" / "samples.jsonl")
     assert [entry["step"] for entry in entries] == [4, 4]
     assert entries[0]["prompt"] != entries[1]["prompt"]
+
+
+def test_a_resumed_run_is_not_evaluated_as_if_it_began(tmp_path, model_folder):
+    changes = {"steps": 4, "save_steps": 2, "eval_steps": 2, "config": {"eval_on_start": True}}
+    finetune(options(tmp_path, model_folder, **changes))
+    run = tmp_path / "run"
+    for folder in ("model", "checkpoints/checkpoint-4"):
+        shutil.rmtree(run / folder)
+    finetune(options(tmp_path, model_folder, **changes, resume=True))
+    evaluated = [each["step"] for each in read_log(run / "log.jsonl") if "eval_loss" in each]
+    assert evaluated == [0, 2, 4]
