@@ -42,6 +42,7 @@ def _check_names(options: FinetuneOptions) -> None:
         value = getattr(options, name)
         if value is None:
             continue
+        value = os.fspath(value)
         if not value.strip():
             raise InputError(f"{name} is empty")
         try:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from losia_kernels.cli import command_parser, main
+from losia_kernels.finetune.checks import check_options
 from losia_kernels.finetune.options import FinetuneOptions, InputError, with_config
 
 REQUIRED = {"model": "m", "data": "d", "output": "o"}
@@ -96,3 +97,7 @@ def test_a_place_that_may_not_be_looked_at(capsys, monkeypatch):
     given = ["--model", "m", "--data", "d.jsonl", "--output", "o"]
     assert main(["finetune", *given]) == 2
     assert "model: cannot look at m: Permission denied\n" in capsys.readouterr().err
+
+
+def test_names_may_be_paths():
+    check_options(FinetuneOptions(**{name: Path(value) for name, value in REQUIRED.items()}))
