@@ -1,19 +1,19 @@
 """The command line: ``python -m losia_kernels`` or ``losia-kernels``.
 
 Exit codes: 0 done; 1 training broke off; 2 a mistake in the arguments or the data, said in one line;
-130 interrupted. A command imports what it needs when it runs, so that help comes at once.
+130 interrupted; 141 nobody reads the output any more. A command imports what it needs when it runs, so
+that help comes at once.
 """
 
 import argparse
 import difflib
+import io
 import os
 import re
-import shlex
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import Field, fields
 from itertools import groupby
 from pathlib import Path
@@ -21,11 +21,13 @@ from typing import Any, NoReturn
 
 from . import NonFiniteScoreError, __version__
 from .finetune.declare import Help
+from .finetune.left import check_output, first_cause, how_to_go_on, what_is_missing
 from .finetune.options import PICTURES, FinetuneOptions, InputError, with_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit code."""
+    _settle_streams()
     arguments = vars(command_parser().parse_args(argv))
     command = arguments.pop("command")
     warnings.showwarning = _show_warning
@@ -37,63 +39,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         code, problem = 2, error
     except (ImportError, RuntimeError) as error:
-        cause = _first_cause(error)
+        cause = first_cause(error)
         if not isinstance(error, ImportError) and not isinstance(cause, ImportError):
             raise
-        code, problem = 2, f"{command} {_what_is_missing(cause)}"
+        code, problem = 2, f"{command} {what_is_missing(cause)}"
     except (FloatingPointError, NonFiniteScoreError) as error:
         code, problem = 1, error
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") != "0":
             return 130  # the first process says it for all
-        code, problem = 130, f"interrupted{_how_to_go_on(command, arguments)}"
+        code, problem = 130, f"interrupted{how_to_go_on(command, arguments)}"
     except BrokenPipeError:  # whoever reads the output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    print(f"losia-kernels: {problem}", file=sys.stderr)
+        if command != "finetune":
+            return 141
+        code, problem = 141, f"whoever reads the output is gone{how_to_go_on(command, arguments)}"
+    with suppress(BrokenPipeError):
+        print(f"losia-kernels: {problem}", file=sys.stderr)
     return code
 
 
-def _first_cause(error: BaseException) -> BaseException:
-    """Of an import that failed: libraries that import late hide it behind errors of their own."""
-    while reason := error.__cause__ or (not error.__suppress_context__ and error.__context__):
-        error = reason
-    return error
-
-
-def _what_is_missing(error: BaseException) -> str:
-    """What to tell of the first cause of an import that failed."""
-    modules = [
-        frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)
-    ]
-    foreign = [name for name in modules if not name.startswith(("importlib.", "losia_kernels"))]
-    module = getattr(error, "name", None) or next(reversed(foreign), "a library")
-    library, install = (
-        module.partition(".")[0],
-        "in a checkout of losia_kernels: pip install -e '.[finetune]'",
-    )
-    if isinstance(error, ModuleNotFoundError):
-        return f"needs {library}, which is not installed; {install}"
-    problem = str(error).strip().partition("\n")[0]
-    return f"cannot import {library}, broken or of another version ({problem}); {install}"
-
-
-def _how_to_go_on(command: str, arguments: dict[str, Any]) -> str:
-    """What an interrupted ``finetune`` has left, and the command that goes on from there."""
-    output = with_config(arguments).get("output") if command == "finetune" else None
-    if output is None:
-        return ""
-    folder = Path(output)
-    if (folder / "model").exists():
-        return f": the run is finished, the model is in {folder / 'model'}"
-    if not (folder / "run.json").exists():
-        return ": nothing was written yet"
-    from .checkpoint.folder import MARKER
-
-    whole = (folder / "checkpoints").glob(f"checkpoint-*/{MARKER}")
-    steps = [int(path.parent.name.rpartition("-")[2]) for path in whole]
-    start = f"step {max(steps)}" if steps else "the beginning, for there is no checkpoint yet"
-    return f": losia-kernels finetune --resume --output {shlex.quote(output)} goes on from {start}"
+def _settle_streams() -> None:
+    """What a terminal's encoding has not is written as escapes; of a closed stream nothing is
+    missed. No word that is printed ends a run."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper):
+            with suppress(OSError):  # it writes what has been printed before
+                stream.reconfigure(errors="backslashreplace")
 
 
 def _finetune(**given: Any) -> None:
@@ -118,6 +93,7 @@ def _finetune(**given: Any) -> None:
 
 def _export(checkpoint: str, output: str) -> None:
     with _as_input_errors():
+        check_output(output)
         if (Path(checkpoint) / "run.json").exists():
             from .finetune.result import export_run
 
@@ -149,6 +125,7 @@ def _delta(action: str, **folders: Any) -> None:
     from .checkpoint import delta
 
     with _as_input_errors():
+        check_output(folders.get("output", "new"))
         if action == "make":
             delta.make_delta(**folders, track=_track)
             print(delta.describe_delta(folders["output"]))
@@ -168,6 +145,7 @@ def _lora(base: str, trained: str, output: str, rank: int | None) -> None:
     from .checkpoint.lora import describe_lora, export_lora
 
     with _as_input_errors():
+        check_output(output)
         export_lora(base, trained, output, rank, _track)
         print(describe_lora(output))
 

@@ -1,7 +1,9 @@
 """Mistakes are said in one line with exit code 2; what help and subcommands say."""
 
 import ast
+import io
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -65,6 +67,7 @@ def check_mistake(result, problem):
             ["finetune", "--rank-factor", "1/0"],
             "expected a number or a fraction such as 1/8, got '1/0'",
         ),
+        (["finetune", "--rank-factor", "1e400"], "expected a number or a fraction such as 1/8"),
         (
             ["finetune", "--period", "often"],
             "--period: expected a number of steps or 'auto', got 'often'",
@@ -122,7 +125,9 @@ def test_bad_values(run, data, model_folder, tmp_path, options, problem):
     check_mistake(result, problem)
 
 
-def test_a_missing_and_a_wrong_model_folder(run, data, tmp_path):
+def test_a_missing_and_a_wrong_model_folder(run, data, tmp_path, model_folder):
+    ignored = shutil.ignore_patterns("tokenizer*")
+    model_folder = shutil.copytree(model_folder, tmp_path / "model", ignore=ignored)
     absent, empty, finished, checkpoint = (
         tmp_path / name for name in ("absent", "empty", "finished", "checkpoint")
     )
@@ -138,12 +143,13 @@ def test_a_missing_and_a_wrong_model_folder(run, data, tmp_path):
         (absent, f"no model folder {absent}"),
         (data, f"no model folder {data}"),
         (empty, f"{empty} is no model folder: it has no config.json"),
+        (model_folder, f"{model_folder} has no tokenizer: save it there too"),
         (finished, f"it has no config.json; there is one in {finished / 'model'}"),
         (
             checkpoint,
             "is a checkpoint of a LoSiA run: --resume goes on with the run, losia-kernels export makes a",
         ),
-        ("", "no model folder"),
+        ("", "model is empty"),
     ):
         result = run("finetune", "--model", folder, "--data", data, "--output", tmp_path / "out")
         check_mistake(result, problem)
@@ -285,6 +291,7 @@ def test_beyond_the_package_it_imports_the_standard_library_alone():
         "losia_kernels.cli",
         "losia_kernels.finetune",
         "losia_kernels.finetune.declare",
+        "losia_kernels.finetune.left",
         "losia_kernels.finetune.options",
     }
     others = {name.partition(".")[0] for name in result.stdout.split()} - {"losia_kernels"}
@@ -368,3 +375,14 @@ def test_a_reader_that_has_seen_enough_is_no_mistake(model_folder):
     )
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() == 141
+
+
+def test_no_word_that_is_printed_ends_a_command(tmp_path, monkeypatch):
+    """A terminal of another encoding, and none at all."""
+    written = io.BytesIO()
+    monkeypatch.setitem(cli.COMMANDS, "inspect", lambda folder: print(folder))
+    for stream in (io.TextIOWrapper(written, encoding="ascii"), None):
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert cli.main(["inspect", "é"]) == 0
+    assert written.getvalue() == rb"\xe9" + b"\n"

@@ -11,6 +11,8 @@ inputs form one block. So every entry is stored once, and for every tensor
 Any tensor is taken as a matrix [all but the last dimension, last dimension].
 """
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,7 +24,8 @@ INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def bits(tensor: Tensor) -> Tensor:
     """A view of the tensor as a matrix [all but the last dimension, last dimension] of integers:
     NaN equals itself."""
-    matrix = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor.reshape(1, 1)
+    *outer, inner = tensor.shape or (1,)
+    matrix = tensor.reshape(math.prod(outer), inner)  # also of no values
     return matrix.view(INTEGERS[tensor.element_size()])
 
 

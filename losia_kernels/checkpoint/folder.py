@@ -83,6 +83,16 @@ class ModelFolder:
             if (self.path / "model").is_dir():
                 return f"; it is a run, whose model is {self.path / 'model'}"
             return "; it is a run that is not finished: finetune --resume goes on with it"
+        if any(self.path.glob(f"checkpoint-*/{MARKER}")):
+            return "; it holds checkpoints: name one of them, or the run"
+        if (self.path / "delta.json").exists():
+            return "; it is a delta: apply it to its base first"
+        if (self.path / "adapter_config.json").exists():
+            return "; it holds an adapter of PEFT, which is no model"
+        if any(self.path.glob("pytorch_model*.bin")):
+            return "; its weights are torch's: load and save it once with transformers"
+        if (self.path / ".metadata").exists():
+            return "; it is a checkpoint that load_checkpoint reads"
         if any(self.path.glob("*/.metadata")):  # of torch.distributed.checkpoint
             return (
                 "; it holds several processes' shards: finetune --resume makes a model of the run"

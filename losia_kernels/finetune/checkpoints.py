@@ -31,11 +31,13 @@ class Checkpoints:
 
     ``last``: the newest whole one, to go on from; None to begin. ``damaged``: those that were whole
     once, each with what is wrong. ``unfinished``: whose saving or removal was interrupted.
+    ``reached``: the last step that the run took, by its log.
     """
 
     last: Path | None = None
     damaged: dict[Path, str] = field(default_factory=dict)
     unfinished: list[Path] = field(default_factory=list)
+    reached: int = 0
 
     def settle(self) -> None:
         """Set aside the damaged, remove the unfinished. Only after ``last`` has been loaded: until
@@ -128,7 +130,7 @@ def find_checkpoints(folder: Path, reached: int = 0) -> Checkpoints:
     ``reached``: the last step that the run took, by its log. The next step is taken when a
     checkpoint is whole, so that one of an earlier step without its marker has lost it.
     """
-    found = Checkpoints()
+    found = Checkpoints(reached=reached)
     for path in sorted(list_checkpoints(folder), key=_step, reverse=True):
         if (path / MARKER).exists() and found.last is None:
             problem = damage_of(path)

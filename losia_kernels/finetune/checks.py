@@ -15,6 +15,7 @@ METRICS = ("eval_loss", "eval_mean_token_accuracy")
 def check_options(options: FinetuneOptions) -> None:
     """Raises InputError for a value out of range, two that exclude each other, or one without which
     the run would be another than was asked for."""
+    _check_names(options)
     _check_ranges(options)
     if not options.resume:  # which is held to the options of the first run, one by one
         _check_exclusive(options)
@@ -33,6 +34,28 @@ def check_options(options: FinetuneOptions) -> None:
     _check_parts(options)
     _check_evaluation(options)
     options.losia_config()
+
+
+def _check_names(options: FinetuneOptions) -> None:
+    """Names that no file can have, or that ``run.json`` could not hold for ``--resume``."""
+    for name in ("model", "data", "eval_data", "output"):
+        value = getattr(options, name)
+        if value is None:
+            continue
+        value = os.fspath(value)
+        if not value.strip():
+            raise InputError(f"{name} is empty")
+        try:
+            path = Path(value).expanduser()
+            os.path.realpath(path).encode()
+            path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            pass  # a name on the hub, or said with its neighbours
+        except UnicodeEncodeError:
+            raise InputError(f"{name} must be a name in UTF-8, got {ascii(value):.80}") from None
+        except (OSError, RuntimeError, ValueError) as error:
+            problem = getattr(error, "strerror", None) or error
+            raise InputError(f"{name}: cannot look at {value:.80}: {problem}") from None
 
 
 def _check_ranges(options: FinetuneOptions) -> None:

@@ -149,7 +149,7 @@ class Encoder:
     def encode_all(self, rows: Iterable[Row], data: str) -> Dataset:
         """All rows as a data set of ``input_ids`` and ``labels``, cut to ``max_length``; it says how
         many had nothing left to learn."""
-        config, samples, dropped = self.config, [], 0
+        config, samples, dropped, cut = self.config, [], 0, 0
         most = config.max_length
         if config.packing and config.packing_strategy != "bfd":  # which cut rows, not samples
             most = None
@@ -160,10 +160,14 @@ class Encoder:
             taught[0] = False  # its beginning may have been cut off
             if taught.any():
                 samples.append((tokens, np.where(taught, tokens, np.int32(IGNORE))))
+                cut += len(tokens) < len(ids)
             else:
                 dropped += 1
         if dropped and samples:
             print(f"{data}: {dropped} samples have nothing to learn within {most} tokens, left out")
+        if cut:
+            side = "beginning" if config.truncation_mode == "keep_end" else "end"
+            print(f"{data}: {cut} samples are longer than {most} tokens and lose their {side}")
         if not samples and not dropped:
             raise InputError(f"{data}: no samples; expected one a line, {FORMS}")
         if not samples:

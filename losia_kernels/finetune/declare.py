@@ -36,7 +36,7 @@ def parse_fraction(text: str) -> float:
     """A number, or a fraction such as 1/8."""
     try:
         return float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, OverflowError):
         raise argparse.ArgumentTypeError(
             f"expected a number or a fraction such as 1/8, got {text!r}"
         ) from None

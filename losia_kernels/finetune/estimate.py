@@ -17,6 +17,7 @@ from ..training.adam_state import MOMENTS
 from ..training.importance import OBSERVERS
 
 SIZES = "hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size".split()
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 MODEL_TYPES = ("llama", "mistral", "qwen2", "gemma")
 GIB = 2**30
 FLOAT32 = 4
@@ -48,6 +49,10 @@ class ModelShape:
         for name in SIZES:
             size = config.get(name, 1)
             if type(size) is not int or size < 1:
+                raise ValueError(f"the config's {name} is {size!r:.40}, expected a whole number")
+        for name in OPTIONAL_SIZES:
+            size = config.get(name)
+            if size is not None and (type(size) is not int or size < 1):
                 raise ValueError(f"the config's {name} is {size!r:.40}, expected a whole number")
         kind = config.get("model_type")
         if kind not in MODEL_TYPES:

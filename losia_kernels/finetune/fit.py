@@ -25,7 +25,7 @@ def shape_of(model: str) -> ModelShape:
     if not path.exists() and not path.parent.exists() and HUB_NAME.fullmatch(model):
         path = _config_from_hub(model)
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         missing = f"{path} does not exist; give the folder of a Hugging Face model, or its name on the hub"
         raise ValueError(missing) from None

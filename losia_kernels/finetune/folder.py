@@ -40,7 +40,8 @@ from .options import FinetuneOptions, InputError
 
 # Options that do not change the result; data is known by its checksum, what it became by another.
 FREE_ON_RESUME = ("data", "eval_data", "save_steps", "print_every", "report_to", "samples", "env")
-# Of a config file: what is for no file of the run, and what names a file.
+# What is for no file of the run: a field of SFTConfig, variables of the environment. What names a file.
+SECRET_FIELDS = ("hub_token",)
 SECRET = re.compile(r"TOKEN$|KEY$|SECRET|PASSWORD|CREDENTIALS", re.IGNORECASE)
 PATHS = ("chat_template_path", "fsdp_config", "deepspeed", "accelerator_config")
 # What a write fails with that the user can do something about.
@@ -63,7 +64,7 @@ def open_run(options: FinetuneOptions, processes: int = 1) -> tuple[dict, Checkp
     folder = Path(options.output)
     record = asdict(options)
     del record["output"], record["resume"]
-    config = {k: v for k, v in (record["config"] or {}).items() if not SECRET.search(k)}
+    config = {k: v for k, v in (record["config"] or {}).items() if k not in SECRET_FIELDS}
     env = config.pop("env", None) or {}
     record["env"] = {name: value for name, value in env.items() if not SECRET.search(name)}
     for name in PATHS:
@@ -130,6 +131,11 @@ def check_resumes(folder: Path, record: dict) -> None:
         )
     for name in changed:
         data = name.removesuffix("_sha256")
+        if data != name and first.get(name) and not os.path.exists(record.get(data) or folder):
+            raise InputError(
+                f"cannot resume {folder}: there is no {record[data]}, the {data} that it was begun with; "
+                f"--{data.replace('_', '-')} FILE says where it is now"
+            )
         if data != name and None not in (first.get(data), record.get(data)):
             raise InputError(
                 f"cannot resume {folder}: {record[data]} is not the {data} that it was begun with, {first[data]} as "
@@ -188,7 +194,7 @@ def resumed_options(given: dict[str, Any]) -> FinetuneOptions:
 
 
 def _check_holds_run(folder: Path) -> None:
-    if not (folder / "run.json").exists():
+    if not os.path.exists(folder / "run.json"):  # which may not be looked for either
         raise InputError(f"nothing to resume: {folder} holds no run (no run.json)")
 
 

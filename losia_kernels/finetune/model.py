@@ -29,6 +29,8 @@ LOAD_ERRORS = (
     AttributeError,
     EOFError,
 )
+# In the names of a tokenizer's files, whichever it is.
+OF_TOKENIZERS = re.compile(r"tok|tekken|vocab|merges|spiece|sentencepiece|\.(spm|model|codes)$")
 FROM_HUB = " from the hub (there is no such folder)"
 
 
@@ -39,10 +41,18 @@ def load_tokenizer(options: FinetuneOptions, config: SFTConfig) -> Any:
     with _as_input_error(f"cannot load the model {name}{'' if local else FROM_HUB}"):
         if local:
             _check_model_folder(name)
-        tokenizer = AutoTokenizer.from_pretrained(name, **_trust(config))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, **_trust(config))
+        except LOAD_ERRORS:
+            if local and not any(OF_TOKENIZERS.search(path.name) for path in Path(name).iterdir()):
+                raise InputError(
+                    f"{name} has no tokenizer: save it there too (tokenizer.save_pretrained)"
+                ) from None
+            raise
     path = config.chat_template_path and os.path.expanduser(config.chat_template_path)
     if path is not None and os.path.isfile(path):
-        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+        with _as_input_error(f"chat_template_path: cannot read {path}"):
+            tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
     elif path is not None:
         with _as_input_error(f"chat_template_path: cannot load {path}"):
             source = AutoTokenizer.from_pretrained(path)
@@ -195,6 +205,21 @@ def check_lengths(model, dataset) -> None:
         raise InputError(
             f"a sample has {longest} tokens, but {type(model).__name__} has learned {positions} "
             f"positions: set max_length to {positions} or less"
+        )
+
+
+@torch.no_grad()
+def check_causal(model) -> None:
+    """Raises InputError for an encoder that was loaded as if it were a decoder."""
+    if getattr(model.config, "is_decoder", True):  # of others the config has no such word
+        return
+    model.eval()
+    pair = torch.tensor([[1, 2, 3], [1, 2, 4]], device=model.device)
+    first, second = model(input_ids=pair).logits[:, :2].float()
+    if (first - second).abs().max() > 1e-4 * first.abs().max():
+        raise InputError(
+            f"{type(model).__name__} of {model.config.model_type} is no causal language model: each token sees those "
+            f"after it, so it would learn to copy them (is_decoder true in its config.json makes it causal)"
         )
 
 

@@ -57,7 +57,7 @@ def plot_run(
     """
     if vectors < 1:
         raise InputError(f"--vectors must be at least 1, got {vectors}")
-    if not (run / "log.jsonl").exists() and not (run / "subnets.jsonl").exists():
+    if not any(os.path.exists(run / name) for name in ("log.jsonl", "subnets.jsonl")):
         raise InputError(f"{run} holds no run: it has neither log.jsonl nor subnets.jsonl")
     logging.disable_progress_bar()
     names = only or [
@@ -89,6 +89,7 @@ def _draw_all(run: Path, names: Sequence[str], vectors: int, base: str | None) -
     for name in names:
         picture = run / "plots" / f"{name}.png"
         if name == "loss":
+            picture.unlink(missing_ok=True)  # of no loss none is drawn
             draw_loss_curve(run / "log.jsonl", picture)
         elif name in OF_HISTORY:
             history = _history(run)
@@ -97,9 +98,11 @@ def _draw_all(run: Path, names: Sequence[str], vectors: int, base: str | None) -
             draw_gradients(_gradients(run, base)).savefig(picture, dpi=110)
         else:
             draw_singular_vectors(_similarity(run, base, vectors)).savefig(picture, dpi=110)
-        if picture.exists():
-            print(picture, flush=True)
-            drawn.append(picture)
+        if not picture.exists():
+            warnings.warn(f"{run / 'log.jsonl'} has no loss yet: no picture of it", stacklevel=3)
+            continue
+        print(picture, flush=True)
+        drawn.append(picture)
     return drawn
 
 

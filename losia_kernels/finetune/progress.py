@@ -3,6 +3,7 @@ curve as a picture."""
 
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -95,11 +96,18 @@ class ProgressCallback(TrainerCallback):
         self.step_started = time.perf_counter()  # the next step's speed is without the evaluation
 
     def on_save(self, args, state, control, **kwargs):
-        draw_loss_curve(self.log_path, self.picture_path)
+        self.draw()
         self.step_started = time.perf_counter()
 
     def on_train_end(self, args, state, control, **kwargs):
-        draw_loss_curve(self.log_path, self.picture_path)
+        self.draw()
+
+    def draw(self) -> None:
+        """The loss curve. A run does not end for want of a picture: why there is none is said."""
+        try:
+            draw_loss_curve(self.log_path, self.picture_path)
+        except Exception as error:  # of the disk, or of a library that draws
+            warnings.warn(f"cannot draw {self.picture_path}: {error}", stacklevel=2)
 
     def _line(self, entry: dict, state) -> str:
         done = state.global_step - self.first_step
@@ -164,7 +172,7 @@ def _clock(seconds: float) -> str:
 def draw_loss_curve(log_path: Path, picture_path: Path) -> None:
     """Loss by step with its moving average, evaluation losses, and a mark where subnets moved."""
     entries = read_log(log_path)
-    losses = [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
+    losses = [(entry["step"], entry["loss"]) for entry in entries if _is_number(entry, "loss")]
     if not losses:
         return
     steps, values = zip(*losses, strict=True)
@@ -174,7 +182,9 @@ def draw_loss_curve(log_path: Path, picture_path: Path) -> None:
     axes = figure.subplots()
     axes.plot(steps, values, color="C0", alpha=0.35, linewidth=1, label="loss of the step")
     axes.plot(steps, smooth, color="C0", label="moving average")
-    evaluated = [(entry["step"], entry["eval_loss"]) for entry in entries if "eval_loss" in entry]
+    evaluated = [
+        (entry["step"], entry["eval_loss"]) for entry in entries if _is_number(entry, "eval_loss")
+    ]
     if evaluated:
         axes.plot(*zip(*evaluated, strict=True), "o-", color="C1", label="evaluation loss")
     moves = [entry["step"] for entry in entries if "relocalized" in entry]
@@ -194,8 +204,12 @@ def draw_loss_curve(log_path: Path, picture_path: Path) -> None:
         title="Loss while training",
     )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend()
+    axes.legend(loc="upper right")
     figure.savefig(picture_path, dpi=120)
+
+
+def _is_number(entry: dict, key: str) -> bool:
+    return isinstance(entry.get(key), (int, float))
 
 
 def moving_average(values: Sequence[float], window: int) -> list[float]:

@@ -7,15 +7,22 @@ the line; a table's columns would give every message the keys of all. The rest i
 
 import csv
 import difflib
+import glob
 import json
+import shutil
+import sys
+import tempfile
 import warnings
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import fsspec
 import pandas
+from fsspec.utils import infer_compression
 from trl.trainer.utils import remove_none_values
 
 from .options import InputError
@@ -30,6 +37,7 @@ TABLES: dict[
     ".arrow": ("arrow", {}),
 }
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
+NEEDED = {".zst": "zstandard", ".lz4": "lz4"}  # to read these; the others are Python's own
 # Columns that tables hold as JSON, for no type of theirs fits.
 NESTED = ("messages", "conversations", "tools", "chat_template_kwargs")
 
@@ -100,6 +108,7 @@ def _read_file(path: Path) -> Iterator[Row]:
         near = _find_near(path)
         hint = f"; did you mean {near}?" if near else ""
         raise InputError(f"cannot read {path}: No such file or directory{hint}")
+    _check_compression(path)
     suffix = _suffix(path)
     if suffix in JSON_SUFFIXES:
         yield from _read_json(path)
@@ -108,12 +117,49 @@ def _read_file(path: Path) -> Iterator[Row]:
         if reader == "csv":  # all of it is text, also 007 and NA
             how = {**how, "features": _text_columns(path, **how), "keep_default_na": False}
             how["index_col"] = False  # a longer row is no row with a name
-        yield from _read_table(reader, str(path), data_files=str(path), split="train", **how)
+            yield from _read_local_table(reader, path, path, **how)
+        else:
+            with _unpacked(path) as plain:
+                yield from _read_local_table(reader, path, plain, **how)
     else:
         known = ", ".join((*JSON_SUFFIXES, *TABLES))
         raise InputError(
             f"{path}: the name does not say what it holds; known are {known}, and compressed ones"
         )
+
+
+def _check_compression(path: Path) -> None:
+    """Raises InputError for what cannot be unpacked here, and for an archive of several files."""
+    kind = path.suffix.lower()
+    if kind in NEEDED and infer_compression(str(path).lower()) is None:
+        raise InputError(
+            f"cannot read {path}: {kind} needs {NEEDED[kind]}, which is not installed: pip install {NEEDED[kind]}"
+        )
+    if kind == ".zip":
+        try:
+            with zipfile.ZipFile(path) as archive:
+                held = [name for name in archive.namelist() if not name.startswith("__MACOSX/")]
+        except (OSError, zipfile.BadZipFile) as error:
+            raise InputError(f"cannot read {path}: {error}") from None
+        if len(held) != 1:
+            raise InputError(f"{path} holds {len(held)} files, expected one: unpack it in a folder")
+
+
+@contextmanager
+def _unpacked(path: Path) -> Iterator[Path]:
+    """The file without its compression, for readers that look at its end first."""
+    if path.suffix.lower() not in COMPRESSED:
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder) / path.stem
+        try:
+            with fsspec.open(str(path), "rb", compression="infer") as packed:
+                with open(plain, "wb") as file:
+                    shutil.copyfileobj(packed, file)
+        except Exception as error:  # of a decompressor
+            raise InputError(f"cannot read {path}: {_first_line(error)}") from None
+        yield plain
 
 
 def _text_columns(path: Path, sep: str) -> datasets.Features:
@@ -122,14 +168,16 @@ def _text_columns(path: Path, sep: str) -> datasets.Features:
         _check_lengths(path, sep, len(names))
     except InputError:
         raise
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, csv.Error) as error:
         raise InputError(f"cannot read {path}: {_first_line(error)}") from None
     return datasets.Features({name: datasets.Value("string") for name in names})
 
 
 def _check_lengths(path: Path, sep: str, columns: int) -> None:
     """Raise InputError for a row with more fields than the header has names: pandas cuts it."""
-    with fsspec.open(str(path), "rt", compression="infer", newline="") as file:
+    csv.field_size_limit(sys.maxsize)  # a text may be long
+    how = {"compression": "infer", "newline": "", "encoding": "utf-8"}
+    with fsspec.open(str(path), "rt", **how) as file:
         for number, fields in enumerate(csv.reader(file, delimiter=sep), start=1):
             if len(fields) > columns:
                 raise InputError(
@@ -181,6 +229,8 @@ def _read_json(path: Path) -> Iterator[Row]:
     except Exception as error:  # of a decompressor
         raise InputError(f"cannot read {path}: {_first_line(error)}") from None
     text = text.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
+    if text[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise InputError(f"{path} is UTF-16: write it as UTF-8")
     if text.lstrip()[:1] == b"[":
         values = _parse(text, str(path))
         for number, each in enumerate(values, start=1):
@@ -211,28 +261,46 @@ def _is_one_object(text: bytes) -> bool:
 
 def _parse(text: bytes, where: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except ValueError as error:  # UnicodeDecodeError is one too
         raise InputError(f"{where}: not valid JSON: {error}") from None
     except RecursionError:
         raise InputError(f"{where}: not valid JSON: nested too deep") from None
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of a JSON object; the first of two values of a key would be lost without a word."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in an object")
+    return values
+
+
+def _read_local_table(reader: str, path: Path, plain: Path, **how: Any) -> Iterator[Row]:
+    """The rows of the file ``path``, whose contents lie in ``plain``: streamed, for the cache of
+    ``datasets`` tells files apart by name and time and may hold what stood in it before."""
+    files = glob.escape(str(plain))
+    yield from _read_table(
+        reader, str(path), data_files=files, split="train", streaming=True, **how
+    )
+
+
 def _read_table(reader: str, what: str, **how: Any) -> Iterator[Row]:
     try:
-        table = datasets.load_dataset(reader, **how)
+        yield from _rows_of(datasets.load_dataset(reader, **how), what)
+    except InputError:
+        raise
     except Exception as error:  # whatever a library raises about the user's files
         cause = error.__cause__ or error
-        if "corresponds to no data" in str(cause):  # names of columns alone
-            return
         origin = (
             "" if reader != what else " as a data set of the hub (there is no such file or folder)"
         )
         raise InputError(f"cannot read {what}{origin}: {_first_line(cause)}") from None
-    yield from _rows_of(table, what)
 
 
-def _rows_of(table: datasets.Dataset, what: str) -> Iterator[Row]:
+def _rows_of(table: Iterable[dict[str, Any]], what: str) -> Iterator[Row]:
     for number, values in enumerate(table, start=1):
         where = f"{what}: row {number}"
         values = remove_none_values(values)  # a table has every key in every row

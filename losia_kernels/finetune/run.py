@@ -31,6 +31,7 @@ from .folder import check_resumes, open_run, save_model, versions, write_failure
 from .hub import offline_if_unreachable
 from .idle import warn_idle, warn_idle_in_run
 from .model import (
+    check_causal,
     check_data,
     check_packing,
     convert_model,
@@ -40,7 +41,7 @@ from .model import (
     names_on_hub,
 )
 from .options import FinetuneOptions, InputError
-from .progress import ProgressCallback, draw_loss_curve
+from .progress import ProgressCallback
 from .samples import SampleCallback
 from .trainer import AllStepsTaken, FinetuneTrainer, NoStepTooMany, one_line, sft_config
 
@@ -103,8 +104,10 @@ def finetune(options: FinetuneOptions, callbacks: tuple[TrainerCallback, ...] = 
                 problem = write_failure(error)
                 if problem is None:
                     raise
+                begun = (run.folder / "run.json").exists()
+                left = "what was there before is whole, --resume goes on from it"
                 raise InputError(
-                    f"cannot write {run.folder}: {problem}; what was there before is whole, --resume goes on from it"
+                    f"cannot write {run.folder}: {problem}; {left if begun else 'nothing was begun'}"
                 ) from None
     return Path(options.output) / "model"
 
@@ -154,6 +157,7 @@ def prepare(options: FinetuneOptions) -> Run | None:
         steps = options.total_steps(len(data.train), processes.num_processes)
         warn_idle_in_run(options, data, steps, processes.num_processes)
         model = load_model(options, config)
+        check_causal(model)
         check_data(model, data, tokenizer)
         packs = options.packing and config.packing_strategy != "wrapped"
         if packs or config.padding_free:
@@ -204,6 +208,11 @@ def _say_what_was_found(found: Checkpoints) -> None:
         print(f"{path.name} was not finished and will be removed")
     if found.last:
         print(f"resuming from {found.last}", flush=True)
+    elif found.reached:
+        print(
+            f"no checkpoint of the {found.reached} steps that were taken: starting from the beginning",
+            flush=True,
+        )
     else:
         print("no checkpoint yet: starting from the beginning", flush=True)
 
@@ -236,14 +245,15 @@ def train(run: Run, callbacks: tuple[TrainerCallback, ...] = ()) -> None:
     options, folder, trainer = run.options, run.folder, run.trainer
     run.processes.wait_for_everyone()  # all have found the folder as it was
     completing = CheckpointCallback(run.tokenizer, run.use_cache, run.found)
-    callbacks = (completing, *callbacks)
+    progress = ProgressCallback(folder, options, run.data.train)
+    asking = SampleCallback(folder, run.data.single, options.samples, run.tokenizer)
+    own: tuple[TrainerCallback, ...] = (completing,)  # first: a checkpoint waits for no picture
     if run.first:
         folder.mkdir(parents=True, exist_ok=True)
         write_sealed(folder / "run.json", run.record)
-        callbacks = (ProgressCallback(folder, options, run.data.train), *callbacks)
-    if run.first and options.samples:
-        callbacks += (SampleCallback(folder, run.data.single, options.samples, run.tokenizer),)
+        own += (progress, asking) if options.samples else (progress,)
     for callback in (
+        *own,
         *callbacks,
         LoSiACallback(
             trainer,
@@ -257,14 +267,17 @@ def train(run: Run, callbacks: tuple[TrainerCallback, ...] = ()) -> None:
     ):
         trainer.add_callback(callback)
     last = run.found.last
+    if last:  # which is no start
+        trainer.args.eval_on_start = False
     try:
         trainer.train(resume_from_checkpoint=str(last) if last else None)
     except AllStepsTaken:  # only the model was not written
         completing.settle(run.first)
         if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
             trainer._load_best_model()
-        if run.first:  # it may have been interrupted while it was drawn
-            draw_loss_curve(folder / "log.jsonl", folder / "loss_curve.png")
+        if run.first:  # what comes after the last checkpoint may have been interrupted
+            progress.draw()
+            asking.complete(trainer.model, trainer.state.global_step)
     except Exception as error:
         if last and not completing.loaded and write_failure(error) is None:
             problem = str(error).strip().partition("\n")[0]
@@ -292,7 +305,13 @@ def save(run: Run) -> None:
                 f"the model is that of step {best}, the best by {run.trainer.args.metric_for_best_model}"
             )
         print(f"model in {output}, loss curve in {run.folder / 'loss_curve.png'}")
-        push_to_hub(output, run.config)
+        try:
+            push_to_hub(output, run.config)
+        except Exception as error:  # of the network, or of the hub
+            raise InputError(
+                f"the model is whole in {output} and was not pushed: {one_line(error)}; "
+                f"hf upload NAME {output} does it"
+            ) from None
     run.processes.wait_for_everyone()
 
 

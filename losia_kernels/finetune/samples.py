@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from ..integrations.history import append_log, rewind_log
+from ..integrations.history import append_log, read_log, rewind_log
 from .data import IGNORE
 
 NEW_TOKENS, PROMPT_TOKENS = 128, 32
@@ -36,6 +36,12 @@ class SampleCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         self._answer(model, state.global_step)
+
+    def complete(self, model, step: int) -> None:
+        """Ask again what the end of a run, at ``step``, was interrupted in."""
+        if sum(entry["step"] == step for entry in read_log(self.path)) < len(self.samples):
+            rewind_log(self.path, step - 1)
+            self._answer(model, step)
 
     def _answer(self, model, step: int) -> None:
         if step == self.answered_at:

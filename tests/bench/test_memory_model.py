@@ -333,6 +333,8 @@ def test_values_that_cannot_be_are_refused(model_folder, capsys, given):
         ('{"model_type": "llama", "hidden_size": "x"}', "hidden_size is 'x', expected a whole"),
         ('{"model_type": "llama", "num_attention_heads": 0}', "num_attention_heads is 0"),
         ('{"model_type": "llama", "num_hidden_layers": -3}', "num_hidden_layers is -3"),
+        ('{"model_type": "llama", "max_position_embeddings": "4096"}', "embeddings is '4096'"),
+        ('{"model_type": "llama", "head_dim": 0.5}', "head_dim is 0.5, expected a whole number"),
     ],
 )
 def test_configs_that_cannot_be_estimated(tmp_path, capsys, content, problem):

@@ -157,6 +157,8 @@ def test_bits_count_and_not_values(tmp_path):
         "scalar": torch.tensor(1.0),
         "ids": torch.arange(3),
         "none": torch.zeros(0, 4),
+        "empty": torch.zeros(0),
+        "thin": torch.zeros(3, 0),
     }
     trained = {name: tensor.clone() for name, tensor in base.items()}
     trained["a"].view(torch.int32)[0, 1] += 1

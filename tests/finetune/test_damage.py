@@ -262,6 +262,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(tmp_path
         assert "No space left on device" in said and "\n" not in said, said
         started = (folder / "run" / "run.json").exists()
         assert started or not list((folder).glob("run/*")), number
+        assert ("--resume goes on" in said) == started, said
         for checkpoint in folder.glob("run/checkpoints/*"):
             assert (checkpoint / MARKER).exists(), (number, checkpoint)
         assert runs.run(folder, model_folder, "", started) == 0

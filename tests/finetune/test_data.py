@@ -173,11 +173,15 @@ def test_a_chat_template_that_raises_names_the_line(tokenizer):
         learned(tokenizer, {"messages": [{"role": "assistant", "content": "x"}]})
 
 
-def test_a_long_sample_loses_its_end_and_learns_no_end(tokenizer, tmp_path):
+def test_a_long_sample_loses_its_end_and_learns_no_end(tokenizer, tmp_path, capsys):
     path = write(tmp_path / "d.jsonl", {"prompt": "abc", "completion": "defgh"})
     (row,) = load(tokenizer, path, max_length=5).train
     assert tokenizer.decode(row["input_ids"]) == "abcde"
     assert tokenizer.decode([label for label in row["labels"] if label != IGNORE]) == "de"
+    said = capsys.readouterr().out
+    assert "d.jsonl: 1 samples are longer than 5 tokens and lose their end" in said
+    load(tokenizer, path, max_length=9)
+    assert not capsys.readouterr().out  # the end of the sequence is the ninth
 
 
 def test_a_sample_whose_prompt_fills_it_is_dropped_and_counted(tokenizer, tmp_path, capsys):

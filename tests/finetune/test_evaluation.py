@@ -2,6 +2,7 @@
 whatever batch they stand in."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from losia_kernels import apply_losia
+from losia_kernels.finetune import samples
 from losia_kernels.finetune.data import load_data
 from losia_kernels.finetune.options import InputError
 from losia_kernels.finetune.run import finetune
@@ -141,3 +143,36 @@ def test_samples_are_answered_at_each_evaluation_and_at_the_end(
     )
     assert first["answer"] and "->" in capsys.readouterr().out
     assert not (tmp_path / "0" / "run" / "samples.jsonl").exists()
+
+
+@pytest.mark.parametrize("answered", [0, 1])
+def test_a_run_that_was_interrupted_at_its_end_answers_its_samples(
+    tmp_path, model_folder, monkeypatch, answered
+):
+    """After its last checkpoint, with nothing or some of it answered."""
+    count = iter(range(answered + 1))
+
+    def answer(*arguments):
+        if next(count) == answered:
+            raise KeyboardInterrupt
+        return [1]
+
+    changes = {"steps": 4, "save_steps": 2, "eval_data": None, "samples": 2}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(samples, "generate", answer)
+        finetune(options(tmp_path, model_folder, **changes))
+    finetune(options(tmp_path, model_folder, **changes, resume=True))
+    entries = read_log(tmp_path / "run" / "samples.jsonl")
+    assert [entry["step"] for entry in entries] == [4, 4]
+    assert entries[0]["prompt"] != entries[1]["prompt"]
+
+
+def test_a_resumed_run_is_not_evaluated_as_if_it_began(tmp_path, model_folder):
+    changes = {"steps": 4, "save_steps": 2, "eval_steps": 2, "config": {"eval_on_start": True}}
+    finetune(options(tmp_path, model_folder, **changes))
+    run = tmp_path / "run"
+    for folder in ("model", "checkpoints/checkpoint-4"):
+        shutil.rmtree(run / folder)
+    finetune(options(tmp_path, model_folder, **changes, resume=True))
+    evaluated = [each["step"] for each in read_log(run / "log.jsonl") if "eval_loss" in each]
+    assert evaluated == [0, 2, 4]

@@ -114,6 +114,11 @@ def test_resume_with_other_options_or_data_is_a_mistake(tmp_path, model_folder):
         file.write('{"text": "more"}\n')
     with pytest.raises(InputError, match="train.jsonl is not the data that it was begun with"):
         finetune(changed)
+    (tmp_path / "train.jsonl").unlink()
+    with pytest.raises(
+        InputError, match="there is no .*train.jsonl, the data .*; --data FILE says"
+    ):
+        finetune(changed)
     with pytest.raises(InputError, match="with other options: eval_data was '.*', now None"):
         finetune(options(tmp_path, model_folder, resume=True, eval_data=None))
 

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from losia_kernels import cli
 from losia_kernels.checkpoint.checksums import write_sealed
+from losia_kernels.checkpoint.folder import MARKER
 from losia_kernels.cli import main
 from losia_kernels.finetune.folder import read_options, resumed_options
 from losia_kernels.finetune.options import InputError
@@ -114,6 +115,31 @@ def test_ctrl_c_before_a_checkpoint_says_that_it_begins_anew(tmp_path, model_fol
     assert said.endswith("goes on from the beginning, for there is no checkpoint yet")
 
 
+def test_a_copy_of_a_checkpoint_is_no_step_to_go_on_from(tmp_path, monkeypatch, capsys):
+    for name in ("checkpoint-4", "checkpoint-keep", "checkpoint-8-copy"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / MARKER).write_text("{}")
+    (tmp_path / "run.json").write_text("{}")
+
+    def interrupted(**given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "finetune", interrupted)
+    assert cli.main(["finetune", "--resume", "--output", str(tmp_path)]) == 130
+    assert "goes on from step 4\n" in capsys.readouterr().err
+
+
+def test_checkpoints_that_are_gone_are_missed(tmp_path, model_folder, capsys):
+    changes = {"steps": 4, "save_steps": 2, "eval_data": None}
+    finetune(options(tmp_path, model_folder, **changes))
+    for name in ("model", "checkpoints"):
+        shutil.rmtree(tmp_path / "run" / name)
+    capsys.readouterr()
+    finetune(options(tmp_path, model_folder, **changes, resume=True))
+    said = capsys.readouterr().out
+    assert "no checkpoint of the 4 steps that were taken: starting from the beginning" in said
+
+
 @pytest.mark.parametrize(
     "command, said",
     [
@@ -163,14 +189,15 @@ def test_the_environment_of_the_file_is_the_runs(tmp_path, model_folder, monkeyp
     (work / "t.jinja").write_text(make_tokenizer().chat_template)
     (work / "run.yaml").write_text(
         f"model: {model_folder}\ndata: {given.data}\noutput: run\nsteps: 2\nsave_steps: 1\n"
-        "chat_template_path: t.jinja\nenv:\n  LOSIA_TEST: 7\n  LOSIA_API_TOKEN: secret\n"
+        "chat_template_path: t.jinja\neos_token: <|end|>\nenv:\n  LOSIA_TEST: 7\n  LOSIA_API_TOKEN: secret\n"
     )
     monkeypatch.chdir(work)
     assert main(["finetune", "--config", "run.yaml"]) == 0
     text = (work / "run" / "run.json").read_text()
     record = json.loads(text)
     assert record["env"] == {"LOSIA_TEST": "7"} and "secret" not in text
-    assert record["config"] == {"chat_template_path": str(work / "t.jinja")}
+    template = str(work / "t.jinja")
+    assert record["config"] == {"chat_template_path": template, "eos_token": "<|end|>"}
     shutil.rmtree("run/model")
     monkeypatch.setenv("LOSIA_TEST", "before")
     monkeypatch.chdir(elsewhere)
@@ -212,3 +239,20 @@ def test_left_says_the_truth_from_the_first_line(tmp_path, model_folder, capsys,
     entry = read_log(tmp_path / "run" / "log.jsonl")[0]
     assert entry["seconds"] < 1.5 and entry["tokens_per_second"] > 100
     assert "placing the first subnets: 100%" in printed.err and "4/4" in printed.err
+
+
+def test_a_run_whose_output_nobody_reads_any_more_says_how_to_go_on(tmp_path):
+    """As of ``finetune | tee log`` whose tee was killed."""
+    (tmp_path / "run.json").write_text("{}")
+    code = (
+        "import sys; from losia_kernels import cli\n"
+        "cli.COMMANDS['finetune'] = lambda **given: [print('x' * 999, flush=True) for _ in range(999)]\n"
+        f"sys.exit(cli.main(['finetune', '--resume', '--output', {str(tmp_path)!r}]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    said = process.stderr.read().decode()
+    assert process.wait() == 141 and said.count("\n") == 1, said
+    assert "whoever reads the output is gone: losia-kernels finetune --resume" in said

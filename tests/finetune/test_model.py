@@ -11,7 +11,14 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertLMHeadModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from losia_kernels.checkpoint.export import export_checkpoint
 from losia_kernels.cli import main
@@ -129,6 +136,24 @@ def test_a_base_that_lacks_a_weight_is_told_before_the_run(tmp_path):
     ):
         finetune(options(tmp_path, folder, **SHORT))
     assert not (tmp_path / "run").exists()
+
+
+def test_an_encoder_is_told_before_the_run(tmp_path):
+    """Whose tokens see what they are to guess: its loss would fall to nothing, and it learns to copy."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for decoder in (True, False):
+        config = BertConfig(vocab_size=261, intermediate_size=48, is_decoder=decoder, **sizes)
+        folder = tmp_path / f"bert-{decoder}"
+        BertLMHeadModel(config).save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
+        given = options(tmp_path, folder, **SHORT, output=str(tmp_path / f"run-{decoder}"))
+        if decoder:
+            finetune(given)
+            continue
+        with pytest.raises(InputError, match="BertLMHeadModel of bert is no causal language model"):
+            finetune(given)
+        assert not (tmp_path / "run-False").exists()
 
 
 # where a model stops ------------------------------------------------------------------------------
@@ -349,3 +374,27 @@ def test_a_push_that_cannot_be_is_told_before_the_run(tmp_path, model_folder, mo
         "losia-kernels: push_to_hub: the hub does not know you: Token is required\n"
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_a_push_that_fails_after_the_run_says_where_the_model_is(
+    tmp_path, model_folder, monkeypatch
+):
+    def refuse(self, *arguments, **options):
+        raise OSError("503 Server Error\nmore")
+
+    monkeypatch.setattr(HfApi, "whoami", lambda self: {})
+    monkeypatch.setattr(HfApi, "create_repo", refuse)
+    given = options(tmp_path, model_folder, config={"push_to_hub": True}, **SHORT)
+    folder = tmp_path / "run" / "model"
+    with pytest.raises(InputError, match=f"{folder} and was not pushed: 503 .*hf upload NAME"):
+        finetune(given)
+    assert (folder / "config.json").exists()
+
+
+def test_a_template_that_is_no_text_is_named(tmp_path, model_folder):
+    (tmp_path / "t.jinja").write_bytes(b"\xff\xfe")
+    config = {"chat_template_path": str(tmp_path / "t.jinja")}
+    with pytest.raises(
+        InputError, match="chat_template_path: cannot read .*t.jinja: 'utf-8' codec"
+    ):
+        finetune(options(tmp_path, model_folder, config=config, **SHORT))

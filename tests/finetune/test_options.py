@@ -1,11 +1,13 @@
 """Options are declared once: what the command line parses is what they default to."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from losia_kernels.cli import command_parser
+from losia_kernels.cli import command_parser, main
+from losia_kernels.finetune.checks import check_options
 from losia_kernels.finetune.options import FinetuneOptions, InputError, with_config
 
 REQUIRED = {"model": "m", "data": "d", "output": "o"}
@@ -67,3 +69,35 @@ def test_a_last_batch_that_is_dropped_must_not_be_the_only_one():
     assert given.total_steps(4) == 3
     with pytest.raises(InputError, match="dataloader_drop_last leaves nothing of 3 samples"):
         given.total_steps(3)
+
+
+NAMES = [
+    ("data", "", "data is empty"),
+    ("output", " ", "output is empty"),
+    ("data", "caf\udce9.jsonl", "data must be a name in UTF-8, got 'caf\\udce9.jsonl'"),
+    ("output", "runs/\udce9", "output must be a name in UTF-8"),
+    ("data", '{"prompt": "' + 300 * "x", "data: cannot look at {"),
+    ("model", "~nobody-of-that-name/m", "model: cannot look at ~nobody"),
+]
+
+
+@pytest.mark.parametrize(("option", "name", "problem"), NAMES)
+def test_names_that_cannot_be(capsys, option, name, problem):
+    """Of what is no text, run.json would keep --resume from being read."""
+    names = {"model": "m", "data": "d.jsonl", "output": "o", option: name}
+    assert main(["finetune", *(part for key in names for part in (f"--{key}", names[key]))]) == 2
+    assert problem in (said := capsys.readouterr().err) and said.count("\n") == 1
+
+
+def test_a_place_that_may_not_be_looked_at(capsys, monkeypatch):
+    def stat(self, **how):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "stat", stat)
+    given = ["--model", "m", "--data", "d.jsonl", "--output", "o"]
+    assert main(["finetune", *given]) == 2
+    assert "model: cannot look at m: Permission denied\n" in capsys.readouterr().err
+
+
+def test_names_may_be_paths():
+    check_options(FinetuneOptions(**{name: Path(value) for name, value in REQUIRED.items()}))

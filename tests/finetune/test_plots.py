@@ -61,6 +61,18 @@ def test_plot_says_what_is_missing(run, tmp_path, capsys):
     assert cli.main(["plot", str(tmp_path), "--only", "loss"]) == 0
 
 
+@pytest.mark.parametrize("log", ["", '{"step": 1, "loss": "low"}\n'])
+def test_of_no_loss_no_picture_is_shown(tmp_path, capsys, log):
+    """Neither is the one that was drawn before."""
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
+    assert cli.main(["plot", str(tmp_path)]) == 0
+    assert "loss.png" in capsys.readouterr().out
+    (tmp_path / "log.jsonl").write_text(log)
+    assert cli.main(["plot", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert "log.jsonl has no loss yet" in printed.err and not printed.out
+
+
 def test_a_trainers_history_is_enough_for_what_it_shows(tmp_path, capsys):
     trainer = make_trainer(tmp_path, config=CONFIG, max_steps=3)
     trainer.pop_callback(LoSiACallback)

@@ -5,7 +5,10 @@ import time
 from statistics import fmean
 
 import pytest
+from transformers import TrainerCallback
 
+from losia_kernels.checkpoint.folder import MARKER
+from losia_kernels.finetune import progress
 from losia_kernels.finetune.progress import moving_average
 from losia_kernels.finetune.run import finetune
 from tests.finetune.tiny_run import options
@@ -69,3 +72,26 @@ def test_the_loss_curve_of_a_long_run_takes_no_longer_than_its_steps():
             fmean(values[max(0, last - 14_999) : last + 1]), abs=1e-12
         )
     assert moving_average([3.0, 5.0], 1) == [3.0, 5.0]
+
+
+def test_a_picture_that_cannot_be_drawn_ends_no_run_and_costs_no_checkpoint(tmp_path, model_folder):
+    class Obstacle(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            (tmp_path / "run" / "loss_curve.png").mkdir(exist_ok=True)
+
+    given = options(tmp_path, model_folder, steps=4, save_steps=2, eval_data=None)
+    with pytest.warns(UserWarning, match="cannot draw .*loss_curve.png: .*Is a directory"):
+        finetune(given, (Obstacle(),))
+    assert (tmp_path / "run" / "model").exists()
+    assert len(list((tmp_path / "run" / "checkpoints").glob(f"*/{MARKER}"))) == 2
+
+
+def test_a_checkpoint_is_whole_before_its_picture_is_drawn(tmp_path, model_folder, monkeypatch):
+    whole = []
+
+    def draw(log, picture):
+        whole.append([path.parent.name for path in log.parent.glob(f"checkpoints/*/{MARKER}")])
+
+    monkeypatch.setattr(progress, "draw_loss_curve", draw)
+    finetune(options(tmp_path, model_folder, steps=2, save_steps=2, eval_data=None))
+    assert whole[0] == ["checkpoint-2"]

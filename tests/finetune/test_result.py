@@ -73,6 +73,36 @@ def test_an_unfinished_run_gives_its_newest_whole_checkpoint(unfinished, tmp_pat
     assert "warning: checkpoint-14 in " in printed.err
 
 
+def test_nothing_else_is_written_where_a_run_puts_its_model(unfinished, capsys):
+    """It would count as finished."""
+    newest = unfinished / "checkpoints" / "checkpoint-14"
+    for command in (["export", unfinished], ["export", newest], ["delta", "apply", "b", "d"]):
+        assert cli.main([*map(str, command), str(unfinished / "model")]) == 2
+        assert "model is where the run puts its model: name another" in capsys.readouterr().err
+    assert not (unfinished / "model").exists()
+
+
+def test_folders_that_are_nearly_a_model_say_what_they_are(unfinished, tmp_path, capsys):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    (tmp_path / "delta").mkdir()
+    (tmp_path / "delta" / "delta.json").write_text("{}")
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "pytorch_model-00001-of-00002.bin").write_text("")
+    (tmp_path / "dcp").mkdir()
+    (tmp_path / "dcp" / ".metadata").write_text("")
+    for folder, hint in (
+        (unfinished / "checkpoints", "it holds checkpoints: name one of them, or the run"),
+        (tmp_path / "lora", "it holds an adapter of PEFT"),
+        (tmp_path / "torch", "its weights are torch's: load and save it once"),
+        (tmp_path / "dcp", "it is a checkpoint that load_checkpoint reads"),
+    ):
+        assert cli.main(["inspect", str(folder)]) == 2
+        assert hint in capsys.readouterr().err
+    assert cli.main(["export", str(tmp_path / "delta"), str(tmp_path / "plain")]) == 2
+    assert "it is a delta: apply it to its base first" in capsys.readouterr().err
+
+
 def test_a_run_that_has_come_to_nothing_yet_says_so(unfinished, tmp_path, capsys):
     shutil.rmtree(unfinished / "checkpoints")
     assert "newest result   none yet" in said(capsys, "inspect", unfinished)

@@ -6,12 +6,13 @@ import gzip
 import json
 import lzma
 import os
+import zipfile
 
 import datasets
 import pytest
 
 from losia_kernels.finetune.options import InputError
-from losia_kernels.finetune.rows import is_local, read_rows
+from losia_kernels.finetune.rows import NEEDED, is_local, read_rows
 
 ROWS = [{"prompt": f"{n}+1=", "completion": f"{n + 1}"} for n in range(3)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -37,6 +38,17 @@ def table() -> datasets.Dataset:
     return datasets.Dataset.from_list(ROWS)
 
 
+def parquet(path) -> bytes:
+    table().to_parquet(path)
+    return path.read_bytes()
+
+
+def zipped(path, *names):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, LINES)
+
+
 WRITERS = {
     "d.jsonl": lambda path: path.write_text(LINES),
     "d.ndjson": lambda path: path.write_bytes(
@@ -55,6 +67,11 @@ WRITERS = {
     ),
     "d.tsv": lambda path: table().to_csv(path, sep="\t"),
     "d.parquet": lambda path: table().to_parquet(path),
+    "d.parquet.gz": lambda path: path.write_bytes(gzip.compress(parquet(path))),
+    "d[1].csv": lambda path: table().to_csv(path),
+    "d*?.tsv": lambda path: table().to_csv(path, sep="\t"),
+    "d[1].jsonl": lambda path: path.write_text(LINES),
+    "d.jsonl.zip": lambda path: zipped(path, "d.jsonl", "__MACOSX/._d.jsonl"),
     "saved": lambda path: table().save_to_disk(path),
 }
 
@@ -71,6 +88,29 @@ def test_in_a_csv_everything_is_text(tmp_path):
         {"prompt": "007", "completion": "NA"},
         {"prompt": "a\nb", "completion": ""},
     ]
+
+
+def test_a_field_of_a_csv_may_be_long(tmp_path):
+    long = "x" * 200_000
+    (tmp_path / "d.csv").write_text(f"prompt,completion\n{long},a\n")
+    assert values(tmp_path / "d.csv") == [{"prompt": long, "completion": "a"}]
+
+
+@pytest.mark.parametrize("name", ["d.csv", "d.csv.gz", "d.parquet", "d.parquet.gz", "folder"])
+def test_what_stands_in_a_file_now_is_read_whatever_its_time(tmp_path, name):
+    """Files that were copied or unpacked have their times from elsewhere; ``datasets`` takes one of
+    the same name and time for the same."""
+    for word in ("before", "after!"):
+        file = tmp_path / name
+        if name == "folder":
+            file = tmp_path / name / "train.csv"
+            file.parent.mkdir(exist_ok=True)
+        rows = datasets.Dataset.from_list([{"prompt": "a", "completion": word}])
+        rows.to_parquet(file) if "parquet" in name else rows.to_csv(file)
+        if name.endswith(".gz"):
+            file.write_bytes(gzip.compress(file.read_bytes()))
+        os.utime(file, (1e9, 1e9))
+        assert values(tmp_path / name) == [{"prompt": "a", "completion": word}]
 
 
 def test_a_folder_is_read_split_by_split(tmp_path):
@@ -156,6 +196,11 @@ def test_what_the_hub_says_is_told_in_a_line(monkeypatch):
         ("d.json", b"[" * 100_000, r"d.json: not valid JSON: nested too deep"),
         ("d.json", b'[{"text": "a"}, 3]', None),
         ("d.parquet", b"PAR1 and no more", "cannot read .*d.parquet: "),
+        ("d.jsonl", LINES.encode("utf-16"), "d.jsonl is UTF-16: write it as UTF-8"),
+        ("d.jsonl", b'{"a": "1", "b": [{"c": 1, "c": 2}]}', "d.jsonl:1: .* 'c' stands twice"),
+        ("d.json", b'[{"text": "1", "text": "2"}]', "d.json: .* key 'text' stands twice"),
+        ("d.jsonl.zip", b"PK and no more", "cannot read .*d.jsonl.zip: "),
+        ("d.csv", b'prompt,completion\na,b\n"c,d\n', "cannot read .*d.csv: "),
         ("d.docx", b"", "the name does not say what it holds; known are .json, .jsonl"),
     ],
 )
@@ -167,6 +212,22 @@ def test_what_cannot_be_read_is_named(tmp_path, name, content, words):
     with pytest.raises(InputError, match=words) as error:
         read(tmp_path / name)
     assert "\n" not in str(error.value)
+
+
+def test_an_archive_of_several_files_is_refused(tmp_path):
+    """Of which the first alone would be read."""
+    zipped(tmp_path / "d.jsonl.zip", "a.jsonl", "b.jsonl")
+    with pytest.raises(InputError, match="d.jsonl.zip holds 2 files, expected one"):
+        values(tmp_path / "d.jsonl.zip")
+
+
+@pytest.mark.parametrize(("suffix", "library"), NEEDED.items())
+def test_what_an_unpacking_needs_is_named(tmp_path, monkeypatch, suffix, library):
+    monkeypatch.setattr("losia_kernels.finetune.rows.infer_compression", lambda name: None)
+    for name in (f"d.jsonl{suffix}", f"d.csv{suffix}"):
+        (tmp_path / name).write_bytes(b"packed")
+        with pytest.raises(InputError, match=f"{suffix} needs {library}, which is not installed"):
+            values(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["absent.jsonl", "absent.csv", "absent.parquet"])
