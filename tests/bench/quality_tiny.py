@@ -8,7 +8,7 @@ import torch
 
 from bench.methods import STUDY
 from bench.quality.items import Item, Splits
-from bench.quality.study import Run
+from bench.quality.study import SCALES, Run
 from bench.quality.tasks import Task
 from bench.quality.training import Base
 
@@ -53,6 +53,10 @@ def tiny_tasks() -> dict[str, Task]:
     """Under the names of real tasks, which the study's list knows."""
     names = "past-tense", "pronunciation", "arithmetic", "code", "plural"
     return {name: Task(name, name, "made here", tiny_splits, 32, 3) for name in names}
+
+
+SMALL = SCALES["small"]
+ORIGIN = {"quiet": True, "commit": "abc", "device": "test"}
 
 
 def fake_result(run: Run, nll: float | None = None, status: str = "ok", step: float = 1.0) -> dict:

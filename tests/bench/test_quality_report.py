@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
-from bench.quality import report
+from bench.quality import report, sections
 from bench.quality.paired import Paired, holm, mean_and_spread, paired, sign_flip_test
 from bench.quality.store import Store
 from bench.quality.study import (
@@ -276,3 +276,20 @@ def test_what_is_learned_stands_against_what_is_lost(filled, no_plots):
     (row,) = (row for row in rows if row[0] == "LoRA r 8")
     assert "0.50 / +0.05" in row and "1.00 / +0.15" in row and "1.50 / +0.60" in row
     assert row[-1] == "1.000"
+
+
+def test_sequences_at_the_rates_of_the_single_tasks_are_told_where_ours_is_among_them(filled):
+    def row(method: str, lrs: list[float]) -> dict:
+        run = Run("sequence", "small", "pronunciation+plural", method, 0, None, 60)
+        scores = [[50.0, 40.0], [45.0, 60.0]]
+        return {"run": asdict(run), "lrs": lrs, "after": scores, "after_nats": scores}
+
+    singles = []
+    for task in ("pronunciation", "plural"):
+        for method in ("losia-wide-r8", "lora-r8"):
+            run = Run("main", "small", task, method, 0, 1e-3, 60)
+            singles.append(result(run, 1.0))
+    ours, theirs = row("losia-wide-r8", [1e-3, 1e-3]), row("lora-r8", [1e-3, 3e-3])
+    text = sections.continual([*singles, ours, theirs])
+    assert "| LoSiA |" in text and "LoRA" not in text, "LoRA's was run at another rate"
+    assert sections.continual([*singles, row("lora-r8", [1e-3, 1e-3])]) == ""

@@ -31,10 +31,7 @@ from bench.quality.study import (
     ten_minutes,
     timings,
 )
-from tests.bench.quality_tiny import fake_result
-
-SMALL = SCALES["small"]
-ORIGIN = {"quiet": True, "commit": "abc", "device": "test"}
+from tests.bench.quality_tiny import ORIGIN, SMALL, fake_result
 
 
 @pytest.fixture

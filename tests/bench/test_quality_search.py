@@ -21,10 +21,7 @@ from bench.quality.study import (
     study,
     trial_of,
 )
-from tests.bench.quality_tiny import fake_result
-
-SMALL = SCALES["small"]
-ORIGIN = {"quiet": True, "commit": "abc", "device": "test"}
+from tests.bench.quality_tiny import ORIGIN, SMALL, fake_result
 
 
 @pytest.mark.parametrize("scale", [SCALES["long"], SCALES["batch-16"]], ids=["long", "batch-16"])

@@ -17,7 +17,7 @@ from transformers import (
 
 from losia_kernels import LoSiAConfig, apply_losia, losia_layers
 from losia_kernels.integrations.transformers import LoSiACallback
-from tests.integrations.tiny_llama import make_model, make_tokenizer
+from tests.integrations.tiny_llama import ON_CPU, make_model, make_tokenizer
 
 LR = 2e-3
 WORDS = [f"{'ab' * (i % 3 + 1)}{i}" for i in range(24)]
@@ -33,18 +33,13 @@ ALL_AT_ONCE = {
 
 def arguments(kind, folder, **changes):
     values = dict(
+        **ON_CPU,
         output_dir=str(folder),
         max_steps=5,
         per_device_train_batch_size=2,
         learning_rate=LR,
         warmup_steps=2,
         lr_scheduler_type="cosine",
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
         bf16=False,
         gradient_checkpointing=False,
     )

@@ -19,7 +19,7 @@ from losia_kernels.integrations.transformers import LoSiACallback
 from losia_kernels.layers.module import losia_layers
 from tests.integrations.collate import IGNORE, Collator
 from tests.integrations.test_trainer import LR, samples
-from tests.integrations.tiny_llama import make_model, make_tokenizer
+from tests.integrations.tiny_llama import ON_CPU, make_model, make_tokenizer
 from tests.tiny import paper
 
 CONFIG = paper(rank_factor=1 / 4, output_dim_factor=1 / 8, period=2)
@@ -29,19 +29,14 @@ ACCUMULATED = {"gradient_accumulation_steps": 2}
 
 def arguments(folder, **changes):
     values = dict(
+        **ON_CPU,
         output_dir=str(folder),
         max_steps=STEPS,
         per_device_train_batch_size=BATCH,
         learning_rate=LR,
         lr_scheduler_type="constant",
         max_grad_norm=0.0,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
         remove_unused_columns=False,
-        disable_tqdm=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
     )
     return TrainingArguments(**{**values, **changes})
 

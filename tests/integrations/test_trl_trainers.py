@@ -11,7 +11,7 @@ from losia_kernels import LoSiAAdamW, apply_losia
 from losia_kernels.integrations.transformers import LoSiACallback
 from losia_kernels.layers.module import losia_layers
 from tests.integrations.paper_adapter import paper_adapter
-from tests.integrations.tiny_llama import make_model, make_tokenizer
+from tests.integrations.tiny_llama import ON_CPU, make_model, make_tokenizer
 from tests.tiny import paper
 
 pytest.importorskip("trl")
@@ -93,17 +93,12 @@ def make_trainer(name, folder, model_folder, peft_config=None, output_dim_factor
     module, rows, arguments, given, _ = TRAINERS[name]
     module = importlib.import_module(module)
     values = dict(
+        **ON_CPU,
         output_dir=str(folder),
         max_steps=STEPS,
         per_device_train_batch_size=2,
         learning_rate=LR,
         gradient_accumulation_steps=ACCUMULATION,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
         bf16=False,
         gradient_checkpointing=False,
     )
